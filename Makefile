@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python >= 3.11 and make; each sets itself up in .venv first.
+# Another interpreter: make PYTHON=python3.12 demo. Set-up runs again only when a requirements file changes.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+DEMO_FLAGS ?=
+PYTEST_FLAGS ?=
+
+.PHONY: help setup setup-torch setup-dev test demo lint clean
+
+help:
+	@echo "make demo    the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
+	@echo "make test    all tests, PyTorch parity included"
+	@echo "make lint    ruff and mypy"
+	@echo "make setup   .venv and its requirements only"
+	@echo "make clean   remove .venv and the tools' caches; runs and weights stay"
+
+setup: $(VENV)/.stamp-setup
+setup-torch: $(VENV)/.stamp-torch
+setup-dev: $(VENV)/.stamp-dev
+
+demo: setup
+	$(VENV)/bin/python demo.py $(DEMO_FLAGS)
+
+test: setup-torch
+	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: setup-dev
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m mypy .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || \
+	  { echo "error: $(PYTHON) is not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but 3.11 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@rm -rf $(VENV)
+	@"$(PYTHON)" -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.stamp-setup: requirements.txt $(VENV)/.stamp-venv
+	$(PIP) install -r requirements.txt
+	if $(VENV)/bin/python models/fast_blas.py --needs-mkl; then $(PIP) install mkl; fi
+	@touch $@
+
+# torch first and alone: installed together with what depends on it, pip may settle on another version.
+$(VENV)/.stamp-torch: requirements-torch.txt $(VENV)/.stamp-setup
+	$(PIP) install "$$(grep '^torch==' requirements-torch.txt)"
+	$(PIP) install -r requirements-torch.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: requirements-dev.txt $(VENV)/.stamp-setup
+	$(PIP) install -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Making, reading, validating and batching `.jsonl`. Needs only numpy."""

@@ -1,0 +1,128 @@
+"""A user's own reward function, `file.py:name`, held to the contract of every reward.
+
+The function takes two lists of strings of equal length, prompts and completions, and returns one finite number
+per completion. Loading it imports the file, so the file's code runs with all the user's rights: name only files
+you would run yourself. Leaves out sandboxes and time limits.
+
+    python ppo_training.py --reward-function my_rewards.py:shortest
+"""
+
+import functools
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from data.errors import UserError
+
+RewardFunction = Callable[[list[str], list[str]], list[float]]
+
+
+def load_reward_function(spec: str) -> RewardFunction:
+    """The callable that `spec`, "file.py:name", names, wrapped in `checked`.
+
+    Imports the file, on purpose: its top-level code runs. The file's folder is not put on the module path.
+    Raises UserError if the spec is malformed, the file is missing or fails to import, or the name is missing
+    or not callable.
+    """
+    file, colon, name = spec.rpartition(":")
+    if not colon or not file or not name:
+        raise UserError(f"reward function {spec!r} is not of the form file.py:name; write my_rewards.py:score, say")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UserError(f"reward function {spec!r}: there is no file {path}; check the path")
+    if path.suffix != ".py":
+        raise UserError(f"reward function {spec!r}: {path} is no .py file; name a Python file")
+    module = _import(path)
+    if not hasattr(module, name):
+        raise UserError(f"reward function {spec!r}: {path} defines no {name!r}; check the name")
+    function = getattr(module, name)
+    if not callable(function):
+        raise UserError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
+    return checked(function, spec)
+
+
+def checked(function: Callable[[list[str], list[str]], Any], name: str | None = None) -> RewardFunction:
+    """`function`, with its result turned into a list of floats and every breach of the contract into a UserError.
+
+    name: how errors call it; by default the function's own name. Takes any iterable of numbers (lists, tuples,
+    NumPy, mlx or torch vectors; True counts as 1). Refuses a wrong count, text, NaN and infinity, and reports an
+    exception of the function by its type, message, file and line.
+    """
+    label = str(name or getattr(function, "__name__", type(function).__name__))
+
+    @functools.wraps(function, updated=())
+    def reward(prompts: list[str], completions: list[str]) -> list[float]:
+        count = len(completions)
+        try:
+            # Copies: what the function does to its arguments is not done to ours.
+            result = function(list(prompts), list(completions))
+            values = None if isinstance(result, str | bytes | dict) or not _iterable(result) else list(result)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward function {label} failed: {_summary(error)}; mend it") from error
+        if values is None:
+            raise UserError(f"reward function {label} returned {_shown(result)}; return a list of {count} numbers")
+        if len(values) != count:
+            raise UserError(
+                f"reward function {label} returned {len(values)} scores for {count} completions; return one for each"
+            )
+        return [_finite(value, index, label) for index, value in enumerate(values)]
+
+    return reward
+
+
+def _import(path: Path) -> ModuleType:
+    name = f"reward_function_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file always has a loader"
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a class's module up by name, so it is registered before its code runs.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        raise UserError(f"{path} cannot be imported: {_summary(error)}; mend it") from error
+    return module
+
+
+def _iterable(value: Any) -> bool:
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _finite(value: Any, index: int, label: str) -> float:
+    try:
+        # float() would read a string; a reward compared as text is a mistake to report, not to hide.
+        number = None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or not math.isfinite(number):
+        what = "not a number" if number is None else "not finite"
+        raise UserError(
+            f"reward function {label} returned {_shown(value)} at index {index}, which is {what}; return finite numbers"
+        )
+    return number
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:80]
+
+
+def _summary(error: Exception) -> str:
+    """Type, message and place of an exception, in one line."""
+    traced = traceback.extract_tb(error.__traceback__)
+    # Ours and the import machinery's would point at the wrong file; a SyntaxError names its line itself.
+    frames = [frame for frame in traced if frame.filename != __file__ and not frame.filename.startswith("<")]
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message}{place}" if message else f"{type(error).__name__}{place}"
