@@ -1,0 +1,61 @@
+"""The losses of supervised fine-tuning and of reward modelling, written once for MLX and for PyTorch.
+
+Pure functions on arrays of either framework, as in `training/ppo.py`, which has PPO's loss and the helpers
+used here. Leaves out the forward pass and the making of batches.
+Its test: `python -m pytest tests/test_losses.py`.
+"""
+
+from training.ppo import (
+    Array,
+    array_module,
+    at_least_float32,
+    check_shapes,
+    count_tokens,
+    logprobs_from_logits,
+)
+
+
+def pairwise_reward_loss(
+    chosen: Array, rejected: Array, margin: Array | None = None, center_coef: float = 0.0
+) -> tuple[Array, Array]:
+    """Bradley–Terry loss of preference pairs, and the share of them that the reward model ranks right.
+
+        loss = mean(−log σ(chosen − rejected − margin)) + center_coef · mean((chosen + rejected)²)
+
+    chosen, rejected: (B,) scores by the reward model; margin: (B,), by how much they should differ. The
+    second term holds scores about 0, where the first does not care (arXiv:2312.09244, eq. 2). Returns two
+    scalar arrays: the loss, and the share of pairs with chosen above rejected. A tie counts as half, so a
+    model that scores everything alike is as good as a coin. Raises ValueError if shapes differ.
+    Source: arXiv:2307.09288, eq. 2.
+    """
+    check_shapes(chosen=chosen, rejected=rejected, margin=margin)
+    xp = array_module(chosen)
+    chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
+    difference = chosen - rejected
+    logits = difference if margin is None else difference - margin
+    # −log σ(x) = log(1 + exp(−x)) = logaddexp(0, −x), which neither overflows nor loses its gradient.
+    loss = xp.logaddexp(xp.zeros_like(logits), -logits).mean()
+    if center_coef:
+        loss = loss + center_coef * ((chosen + rejected) ** 2).mean()
+    accuracy = 0.5 * (xp.where(difference > 0, 1.0, 0.0) + xp.where(difference >= 0, 1.0, 0.0)).mean()
+    return loss, accuracy
+
+
+def sft_loss(
+    logits: Array, tokens_next: Array, mask: Array, denominator: float | Array | None = None
+) -> tuple[Array, Array]:
+    """Cross-entropy of the tokens that are trained, in nats a token.
+
+    logits: (B, L, V), finite or −inf; tokens_next: (B, L), the token each position should predict; mask:
+    (B, L), 1 where that token is trained, 0 where it is a pad (any id may stand there). The sum is divided
+    by `denominator`, or else by the number of trained tokens: with the count of a whole batch as the
+    denominator, the losses and gradients of its pieces add up to those of the whole. Returns two scalar
+    arrays: the loss, 0 where nothing is trained, and the number of trained tokens in `mask`. Raises
+    ValueError if shapes differ.
+    """
+    check_shapes(tokens_next=tokens_next, mask=mask)
+    xp = array_module(logits)
+    count = count_tokens(mask)
+    logprobs = logprobs_from_logits(logits, xp.where(mask > 0, tokens_next, 0))
+    loss = xp.where(mask > 0, -logprobs, 0.0).sum()
+    return loss / (xp.clip(count, 1, None) if denominator is None else denominator), count
