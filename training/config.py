@@ -8,6 +8,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ import yaml
 
 # Learning rates that train each kind of adapter; chosen on the embedded model (README, "flags").
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2, "none": 1e-3}
-PPO_LEARNING_RATES = {"lora": 3e-4, "dora": 3e-4, "full": 2e-4, "soft_prompt": 3e-3}
+PPO_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4, "soft_prompt": 1e-2}
 
 
 def boolean(text: str) -> bool:
@@ -29,13 +30,20 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something: not for switches, nor where the flag is simply left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser for which `--lora-layers` and `--lora_layers` are one flag, with `-c FILE` for YAML."""
 
     def __init__(self, description: str | None, yaml_file: bool = True):
         super().__init__(
             description=(description or "").strip().split("\n\n")[0],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         self.yaml_file = yaml_file
@@ -136,8 +144,10 @@ def positive(name: str, value: float, zero: bool = False) -> None:
 
 
 def default_output_dir(script: str) -> str:
-    """A fresh run folder name: runs/SCRIPT-YYYYMMDD-HHMMSS."""
-    return f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """A run folder name that is free: runs/SCRIPT-YYYYMMDD-HHMMSS, and -2, -3 where a second has several."""
+    name = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+    return next(free for free in numbered if not Path(free).exists())
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
@@ -178,12 +188,14 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
-    """Learning rate, its schedule, and clipping."""
+def add_optimizer_flags(parser: argparse.ArgumentParser, rates: Mapping[str, float], schedule: str) -> None:
+    """Learning rate (by the kind of adapter, where the flag is left out), its schedule, and clipping."""
     group = parser.add_argument_group("optimizer")
-    rates = ", ".join(f"{kind} {rate:g}" for kind, rate in LEARNING_RATES.items() if kind != "none")
-    group.add_argument("--learning-rate", type=float, default=None, help=f"Adam's step size (by kind: {rates})")
-    group.add_argument("--lr-schedule", choices=("constant", "linear", "cosine"), default="constant")
+    by_kind = ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items() if kind != "none")
+    group.add_argument("--learning-rate", type=float, help=f"Adam's step size (default: {by_kind})")
+    group.add_argument(
+        "--lr-schedule", choices=("constant", "linear", "cosine"), default=schedule, help="the last two end at 0"
+    )
     group.add_argument("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
     group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decay; 0: Adam")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: don't")

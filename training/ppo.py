@@ -83,6 +83,7 @@ def masked_whiten(values: Array, mask: Array, center: bool = True) -> Array:
     Raises ValueError if shapes differ. Source: TRL 0.11, `core.masked_whiten`.
     """
     xp = array_module(values)
+    check_shapes(values=values, mask=mask)
     # The mean of equal values may differ from them by rounding, which the division would blow up; that of zeros is 0.
     pivot = xp.where(mask > 0, values, -math.inf).max()
     shifted = xp.where(mask > 0, values - pivot, 0.0)

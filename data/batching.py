@@ -1,0 +1,123 @@
+"""Rows to batches of token ids: encoded once, bucketed by length, right padded, no row dropped.
+
+What comes when is a function of (seed, step) alone, so a resumed run meets the same batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from data.errors import UserError
+
+import numpy as np
+
+
+class Example(NamedTuple):
+    """One text: its token ids, and from which position on its tokens are trained."""
+
+    tokens: list[int]
+    first_target: int
+
+
+class Batch(NamedTuple):
+    """Right-padded examples: tokens (B, L), lengths (B,), and targets (B, L - 1), 1 where token i + 1 is trained."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    targets: np.ndarray
+
+
+def encode_text(tokenizer, text: str, prefix: Sequence[int] = ()) -> Example:
+    """A text with its EOS, all of it trained but what precedes its first own token (BOS or soft prompt)."""
+    tokens = _encode(tokenizer, text)
+    return Example([*prefix, *tokens, tokenizer.eos_token_id], max(len(prefix) + _num_special(tokenizer, tokens), 1))
+
+
+def encode_pair(tokenizer, prompt: str, completion: str, prefix: Sequence[int] = ()) -> Example:
+    """A prompt and its completion with EOS; only the completion and the EOS are trained."""
+    prompt_tokens = _encode(tokenizer, prompt)
+    tokens = _encode(tokenizer, prompt + completion)
+    # A merge over the seam changes the prompt's last token; the completion then begins where they part.
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(prompt_tokens, tokens, strict=False)) if a != b), len(prompt_tokens)
+    )
+    return Example([*prefix, *tokens, tokenizer.eos_token_id], max(len(prefix) + shared, 1))
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    tokens = list(tokenizer.encode(text))
+    # Some tokenizers append an EOS of their own; ours is added once, by the caller.
+    while tokens and tokens[-1] == tokenizer.eos_token_id:
+        tokens.pop()
+    return tokens
+
+
+def _num_special(tokenizer, tokens: Sequence[int]) -> int:
+    return int(bool(tokens) and tokens[0] == tokenizer.bos_token_id)
+
+
+def truncate(example: Example, max_length: int) -> Example:
+    """Cut an example to `max_length` tokens (the EOS goes first)."""
+    return Example(example.tokens[:max_length], example.first_target)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int, multiple: int = 8) -> Batch:
+    """Right-pad examples to a common length, rounded up to `multiple` so that few shapes occur."""
+    longest = max(len(example.tokens) for example in examples)
+    width = -(-longest // multiple) * multiple
+    tokens = np.full((len(examples), width), pad_token_id, dtype=np.int32)
+    targets = np.zeros((len(examples), width - 1), dtype=np.float32)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens)] = example.tokens
+        targets[row, example.first_target - 1 : len(example.tokens) - 1] = 1
+    lengths = np.array([len(example.tokens) for example in examples], dtype=np.int32)
+    return Batch(tokens, lengths, targets)
+
+
+class BatchPlan:
+    """Which rows make up the batch of each step: every row once an epoch, neighbours in length together."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        if batch_size < 1:
+            raise UserError(f"--batch-size is {batch_size}; it has to be at least 1")
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self._epoch, self._batches = -1, []  # type: tuple[int, list[np.ndarray]]
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the batch at `step` (from 0); the last of an epoch's batches may be smaller."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return self._batches[index]
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng((self.seed, epoch))
+        # Sorting by length after a shuffle mixes rows of equal length anew in every epoch; jitter mixes near ones.
+        jitter = rng.uniform(0, 4, len(self.lengths))
+        order = np.argsort(self.lengths + jitter, kind="stable")
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+
+def in_order(count: int, batch_size: int) -> Iterator[range]:
+    """Consecutive index ranges that cover 0..count-1, for evaluation."""
+    for start in range(0, count, batch_size):
+        yield range(start, min(start + batch_size, count))
+
+
+def draw_pairs(rewards: Sequence[float], rng: np.random.Generator) -> list[tuple[int, int]]:
+    """One (better, worse) pair for every row that has a partner: a random row of another reward.
+
+    Rewards are numbers; a tie is never a pair. Raises UserError where all rewards are equal.
+    """
+    values = np.asarray(rewards, dtype=np.float64)
+    if len(values) < 2 or values.min() == values.max():
+        raise UserError(f"all {len(values)} rewards are equal, so no pair can be ranked; add rows with other rewards")
+    pairs = []
+    for row, value in enumerate(values):
+        partner = int(rng.choice(np.flatnonzero(values != value)))
+        pairs.append((row, partner) if value > values[partner] else (partner, row))
+    return pairs

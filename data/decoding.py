@@ -1,0 +1,20 @@
+"""From token ids back to text, with the tokenizer of either framework."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def completion_texts(
+    tokenizer: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> tuple[list[str], list[str]]:
+    """The texts of prompts and completions, such that prompt + completion is the text of the whole.
+
+    A completion decoded by itself would lose its leading space, so it is what the whole has beyond the prompt.
+    Special tokens (EOS) are left out. Used for scoring and for people; training keeps the ids.
+    """
+    prompt_texts = [tokenizer.decode(list(p), skip_special_tokens=True) for p in prompts]
+    wholes = [tokenizer.decode([*p, *c], skip_special_tokens=True) for p, c in zip(prompts, completions, strict=True)]
+    return prompt_texts, [
+        whole[len(prompt) :] if whole.startswith(prompt) else tokenizer.decode(list(c), skip_special_tokens=True)
+        for prompt, whole, c in zip(prompt_texts, wholes, completions, strict=True)
+    ]

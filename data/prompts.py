@@ -1,0 +1,54 @@
+"""Prompts for PPO: starts of the digit rule, or the rows of a `.jsonl`. Which come when depends on (seed, step)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data.errors import UserError
+from data.generate_digit_data import DECREASING_STARTS, INCREASING_STARTS
+from data.records import read_rows
+from rewards.digits import DigitRule
+
+import numpy as np
+
+
+def held_out_starts(rule: DigitRule) -> list[int]:
+    """The starts that neither the embedded model nor PPO is trained on: every tenth multiple of the rule's n."""
+    return [start for start in starts(rule) if _is_held_out(start)]
+
+
+def _is_held_out(start: int) -> bool:
+    return start // 2 % 10 == 7
+
+
+def starts(rule: DigitRule) -> list[int]:
+    """All first numbers that the digit rule allows."""
+    low, high = INCREASING_STARTS if rule.increasing else DECREASING_STARTS
+    return [start for start in range(low, high + 1) if start % rule.multiple_of == 0]
+
+
+def digit_prompts(rule: DigitRule) -> list[str]:
+    """One prompt per start that is not held out."""
+    prompts = [str(start) for start in starts(rule) if not _is_held_out(start)]
+    if not prompts:
+        raise UserError(f"no start between the rule's bounds is a multiple of {rule.multiple_of}; use a smaller one")
+    return prompts
+
+
+def jsonl_prompts(path: str | Path) -> list[str]:
+    """The "prompt" of every row."""
+    return [row["prompt"] for row in read_rows(path, [("prompt",)])]
+
+
+class PromptPlan:
+    """Which prompts a step gets: all of them once before any comes again, in a new order each time."""
+
+    def __init__(self, prompts: Sequence[str], seed: int):
+        self.prompts, self.seed = prompts, seed
+
+    def batch(self, step: int, count: int) -> list[str]:
+        """The `count` prompts of `step` (from 0)."""
+        indices = range(step * count, (step + 1) * count)
+        return [self.prompts[self._order(i // len(self.prompts))[i % len(self.prompts)]] for i in indices]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch, 2)).permutation(len(self.prompts))

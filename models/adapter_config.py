@@ -1,0 +1,100 @@
+"""What an adapter is on disk, the same for MLX and PyTorch: its description, its files, and when it fits a model.
+
+Imports neither framework, so that pytorch_ppo_training.py reads what models.adapters wrote, and the other way round.
+Leaves out the weights: models.adapters and models.torch_adapters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import UserError
+from data.files import read_json
+
+FINE_TUNE_TYPES = ("lora", "dora", "full", "soft_prompt", "none")
+CONFIG_FILE = "adapter_config.json"
+SINGLE_FILE_SUFFIXES = (".npz", ".safetensors")
+HEAD_FILE = "value_head.safetensors"
+
+
+@dataclass
+class AdapterConfig:
+    """What is needed to put an adapter on its base again; saved as `adapter_config.json` (mlx-lm's names)."""
+
+    fine_tune_type: str = "lora"
+    num_layers: int = 16
+    lora_parameters: dict[str, Any] = field(default_factory=lambda: {"rank": 8, "scale": 10.0, "dropout": 0.0})
+    num_prompt_tokens: int = 10
+    model: str = ""
+
+    def __post_init__(self):
+        if self.fine_tune_type not in FINE_TUNE_TYPES:
+            known = ", ".join(FINE_TUNE_TYPES)
+            raise UserError(f"fine_tune_type {self.fine_tune_type!r} is unknown; use one of {known}")
+
+    def check_lora(self) -> None:
+        """Raise UserError for a LoRA or DoRA of no layers or no rank."""
+        if self.num_layers == 0 or self.num_layers < -1:
+            given = self.num_layers
+            raise UserError(f"--lora-layers is {given}; give the number of last layers to adapt, or -1 for all")
+        if self.lora_parameters["rank"] < 1:
+            raise UserError(f"LoRA rank is {self.lora_parameters['rank']}; it has to be at least 1")
+
+
+class AdapterFiles(NamedTuple):
+    """Where an adapter's parts lie. single: one file holds the weights, and the value head if there is one."""
+
+    path: Path
+    config: AdapterConfig
+    weights: Path
+    single: bool
+
+
+def find_adapter(path: str | Path) -> AdapterFiles:
+    """The parts of an adapter in either form. Raises UserError where one is missing or malformed."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name an adapter folder, or an .npz or .safetensors file")
+    single = path.suffix in SINGLE_FILE_SUFFIXES
+    weights = path if single else path / "adapters.safetensors"
+    description = read_json(path.with_suffix(".json") if single else path / CONFIG_FILE)
+    if not weights.is_file():
+        raise UserError(f"{weights} does not exist, so {path} is no whole adapter; train it again")
+    return AdapterFiles(path, _read_config(description, path), weights, single)
+
+
+def _read_config(description: Any, path: Path) -> AdapterConfig:
+    if not isinstance(description, dict):
+        raise UserError(f"{path} has a JSON that is no description of an adapter; train it again")
+    known = {key: description[key] for key in AdapterConfig.__dataclass_fields__ if key in description}
+    config = AdapterConfig(**known)
+    lora = config.lora_parameters
+    if not isinstance(lora, dict) or not {"rank", "scale", "dropout"} <= lora.keys():
+        raise UserError(f"{path} has the lora_parameters {lora!r}; they have to name rank, scale and dropout")
+    return config
+
+
+def check_fit(expected: Mapping[str, Any], given: Mapping[str, Any], source: object) -> None:
+    """Raise UserError unless `given` has the names and shapes of `expected`; it lists every tensor that differs."""
+    faults = [f"{name} is missing" for name in expected.keys() - given.keys()]
+    faults += [f"{name} is unknown" for name in given.keys() - expected.keys()]
+    faults += [
+        f"{name} is {tuple(given[name].shape)}, the model has {tuple(expected[name].shape)}"
+        for name in expected.keys() & given.keys()
+        if tuple(given[name].shape) != tuple(expected[name].shape)
+    ]
+    if faults:
+        raise UserError(
+            f"{source} does not fit this model ({len(faults)} tensors): {'; '.join(sorted(faults))}; "
+            "use the base model that it was trained on"
+        )
+
+
+def check_head_width(source: object, width: int, expected: int) -> None:
+    """Raise UserError where a value head is not as wide as the model's hidden states."""
+    if width != expected:
+        raise UserError(
+            f"{source} has a value head of width {width}, the model has {expected}; "
+            "use the base model that it was trained on"
+        )

@@ -1,0 +1,160 @@
+"""Adapters: putting them on a model, saving, loading and fusing them.
+
+An adapter is one of four fine-tune types: "lora", "dora", "full" (every weight) or "soft_prompt"; "none" is
+a reward model whose value head alone is trained. On disk it is mlx-lm's folder (`adapters.safetensors` and
+`adapter_config.json`, which `mlx_lm.generate --adapter-path` opens), or, where the path ends in `.npz` or
+`.safetensors`, that one file with a `.json` beside it. A value head lies beside it in a file of its own.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from data.files import atomic_file, atomic_folder, write_json
+from models.adapter_config import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    SINGLE_FILE_SUFFIXES,
+    AdapterConfig,
+    check_fit,
+    check_head_width,
+    find_adapter,
+)
+from models.soft_prompt import add_soft_prompt
+from models.value_head import ValueHead, hidden_size, load_value_head, save_value_head
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+
+def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
+    """Freeze `model` and put a fresh adapter on it, which alone is trainable.
+
+    A fresh LoRA or DoRA leaves the model's output as it was, and every type the mode. Raises UserError where no layer
+    matches the keys.
+    """
+    mx.random.seed(seed)
+    model.freeze()
+    if config.fine_tune_type in ("lora", "dora"):
+        use_dora = config.fine_tune_type == "dora"
+        _check_lora(model, config)
+        # The new layers' own weights come unfrozen, the weights they stand on stay frozen.
+        linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora=use_dora)
+        if not tree_flatten(model.trainable_parameters()):
+            raise UserError(f"no layer matches the LoRA keys {config.lora_parameters.get('keys')}; see `model.layers`")
+    elif config.fine_tune_type == "full":
+        if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
+            raise UserError("a quantized model cannot be trained in full; use LoRA, or fuse.py --de-quantize first")
+        model.unfreeze()
+    elif config.fine_tune_type == "soft_prompt":
+        add_soft_prompt(model, config.num_prompt_tokens, seed)
+        model.unfreeze(keys="soft_prompt")
+    # New layers come in training mode: dropout would be on in a model that is in eval mode.
+    model.train(model.training)
+
+
+def _check_lora(model: nn.Module, config: AdapterConfig) -> None:
+    if any(name.endswith(".lora_a") for name, _ in tree_flatten(model.parameters())):
+        raise ValueError("the model has a LoRA already; a second one would nest in it")
+    config.check_lora()
+
+
+def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable weights by name: what an adapter file holds."""
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def save_adapter(
+    path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None, extra: dict | None = None
+) -> None:
+    """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
+
+    path: a folder, or a file that ends in .npz or .safetensors. extra: further entries for the JSON.
+    """
+    path = Path(path)
+    description = {**vars(config), **(extra or {})}
+    weights = adapter_weights(model)
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        with atomic_folder(path, CONFIG_FILE) as folder:
+            mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+            if head is not None:
+                description["value_head"] = save_value_head(folder, head)
+            write_json(folder / "adapter_config.json", description)
+        return
+    if head is not None:
+        weights = {**weights, "value_head.weight": head.weight}
+    # Both are written before either takes its name.
+    with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
+        if path.suffix == ".npz":
+            mx.savez(str(temporary), **weights)
+        else:
+            mx.save_safetensors(str(temporary), weights)
+        write_json(description_file, description)
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter as read from disk: how to attach it, its weights by name, and its value head, if any."""
+
+    path: Path
+    config: AdapterConfig
+    weights: dict[str, mx.array]
+    value_head: ValueHead | None
+
+
+def read_adapter(path: str | Path) -> SavedAdapter:
+    """Read an adapter in either form. Raises UserError where a part is missing or malformed."""
+    files = find_adapter(path)
+    try:
+        weights = mx.load(str(files.weights))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    return SavedAdapter(files.path, files.config, weights, _value_head(files.path, weights, files.single))
+
+
+def _value_head(path: Path, weights: dict[str, mx.array], single: bool) -> ValueHead | None:
+    if not single:
+        return load_value_head(path)
+    weight = weights.pop("value_head.weight", None)
+    if weight is None:
+        return None
+    head = ValueHead(weight.shape[1])
+    head.weight = weight
+    return head
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
+    """Put a saved adapter on its base `model`: the layers first, then the weights, strictly.
+
+    Raises UserError that lists every tensor which is missing, unknown or of another shape, and for a value head of
+    another width.
+    """
+    saved = read_adapter(path)
+    attach_adapter(model, saved.config)
+    set_adapter_weights(model, saved.weights, saved.path)
+    if saved.value_head is not None:
+        check_head_width(path, saved.value_head.weight.shape[1], hidden_size(model))
+    return saved
+
+
+def set_adapter_weights(model: nn.Module, weights: dict[str, mx.array], source: object = "the adapter") -> None:
+    """Replace the trainable weights of `model` by `weights`: the same names and shapes, or a UserError with all
+    that differ."""
+    check_fit(adapter_weights(model), weights, source)
+    model.update(tree_unflatten(list(weights.items())))
+
+
+def fuse_adapter(model: nn.Module, de_quantize: bool = False) -> None:
+    """Fold every LoRA and DoRA layer into the weights it stands on, at the scale it was trained with."""
+    fused = [
+        (name, module.fuse(dequantize=de_quantize)) for name, module in model.named_modules() if hasattr(module, "fuse")
+    ]
+    model.update_modules(tree_unflatten(fused))
+
+
+def has_value_head(path: str | Path) -> bool:
+    """Whether a model or adapter folder carries a value head."""
+    return (Path(path) / HEAD_FILE).is_file()

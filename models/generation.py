@@ -1,0 +1,140 @@
+"""Sampling completions: many prompts at once for training and evaluation, or one as a stream for chat.
+
+Token ids in, token ids out. Prompts of unequal length share a batch (mlx-lm's batch cache pads left inside);
+neither batch mates nor padding change the distribution of a completion.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from models.soft_prompt import soft_prompt_ids
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import BatchGenerator, stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Families that mlx-lm 0.32 gets wrong in a batch: the mask does not fit gemma2's grouped heads, and the state of a
+# Mamba layer reads pads. They are sampled one prompt at a time.
+ONE_BY_ONE = ("gemma2", "phi3small", "jamba", "nemotron_h")
+
+
+def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
+    """Draw from softmax(logits / temperature), unfiltered, so that training's logprobs are those of the draw;
+    temperature 0 takes the most likely token."""
+    if temperature == 0:
+        return lambda logprobs: mx.argmax(logprobs, axis=-1)
+    return lambda logprobs: mx.random.categorical(logprobs / temperature)
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    eos_token_ids: Sequence[int] | set[int],
+    max_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    on_token: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
+
+    prompts: token ids, at least one each; a soft prompt of the model is put before them here. batch_size: prompts
+    in flight. on_token: called with the number of tokens of each decoding step, for progress.
+    Runs in eval mode, so dropout is off, and leaves the model in the mode it was in.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
+    prefix = soft_prompt_ids(model)
+    was_training = model.training
+    model.eval()
+    one_by_one = type(model).__module__.rpartition(".")[2] in ONE_BY_ONE
+    width = 1 if one_by_one else min(batch_size, len(prompts)) or 1
+    generator = BatchGenerator(
+        model,
+        max_tokens=max_tokens,
+        stop_tokens=[[token] for token in eos_token_ids],
+        sampler=temperature_sampler(temperature),
+        completion_batch_size=width,
+        prefill_batch_size=width,
+    )
+    try:
+        ids = generator.insert([prefix + list(prompt) for prompt in prompts])
+        completions: dict[int, list[int]] = {uid: [] for uid in ids}
+        while responses := generator.next_generated():
+            for response in responses:
+                completions[response.uid].append(response.token)
+            if on_token:
+                on_token(len(responses))
+    finally:
+        generator.close()
+        model.train(was_training)
+    return [completions[uid] for uid in ids]
+
+
+class ChatSession:
+    """A conversation with one model: keeps the turns and the key-value cache, and streams replies.
+
+    With a chat template, a turn is rendered by it; without one, the turns are lines of one text.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, system_prompt: str | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.cache = make_prompt_cache(model)
+        self.cached: list[int] = []
+        model.eval()
+
+    def prompt_ids(self) -> list[int]:
+        """The whole conversation as token ids, ready for the next reply, the soft prompt included."""
+        if self.tokenizer.has_chat_template:
+            tokens = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
+        else:
+            tokens = self.tokenizer.encode("\n".join(message["content"] for message in self.messages))
+        return soft_prompt_ids(self.model) + list(tokens)
+
+    def reply(
+        self, text: str, max_tokens: int, temperature: float = 0.0, top_p: float = 0.0
+    ) -> Generator[str, None, None]:
+        """Add the user's turn and stream the reply piece by piece; the reply joins the conversation, also if the
+        stream is closed early."""
+        self.messages.append({"role": "user", "content": text})
+        tokens = self.prompt_ids()
+        common = self._reuse_cache(tokens)
+        pieces: list[str] = []
+        try:
+            for response in stream_generate(
+                self.model,
+                self.tokenizer,
+                tokens[common:],
+                max_tokens=max_tokens,
+                sampler=make_sampler(temperature, top_p),
+                prompt_cache=self.cache,
+            ):
+                tokens.append(response.token)
+                pieces.append(response.text)
+                yield response.text
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            self.cached = tokens[: self._cache_length()]
+
+    def _cache_length(self) -> int:
+        """Tokens in the cache; 0 where it cannot be cut back, or where a stop amid a pass left its layers unequal."""
+        lengths = {getattr(layer, "offset", 0) for layer in self.cache}
+        return lengths.pop() if len(lengths) == 1 and can_trim_prompt_cache(self.cache) else 0
+
+    def _reuse_cache(self, tokens: list[int]) -> int:
+        """Cut the cache back to what it shares with `tokens`; returns how many tokens need not be read again."""
+        common = 0
+        # At least one token has to be read for the model to go on from.
+        for cached, token in zip(self.cached, tokens[:-1], strict=False):
+            if cached != token:
+                break
+            common += 1
+        if common:
+            trim_prompt_cache(self.cache, self._cache_length() - common)
+        else:
+            self.cache = make_prompt_cache(self.model)
+        return common

@@ -1,0 +1,88 @@
+"""Soft prompts: learned embedding rows in front of the prompt (prompt tuning, arXiv:2104.08691).
+
+The rows have token ids of their own, from the size of the embedding table upwards, so a soft prompt is a
+list of ids put before the prompt and works wherever ids do: in training, in mlx-lm's batch sampler, with
+any architecture that has an embedding table. Those ids are never sampled and never decoded.
+"""
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.tuner.dora import DoRAEmbedding
+from mlx_lm.tuner.lora import LoRAEmbedding
+
+
+class SoftPromptEmbedding(nn.Module):
+    """An embedding table whose ids past its last row are the rows of `soft_prompt` (num_tokens, H)."""
+
+    def __init__(self, embedding: nn.Module, soft_prompt: mx.array):
+        super().__init__()
+        self.embedding = embedding
+        self.soft_prompt = soft_prompt
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """tokens: integer ids of any shape (...). Returns (..., H) in the dtype of the table."""
+        first_id = num_embeddings(self.embedding)
+        soft = tokens >= first_id
+        hard_rows = self.embedding(mx.where(soft, 0, tokens))
+        soft_rows = self.soft_prompt[mx.where(soft, tokens - first_id, 0)]
+        return mx.where(soft[..., None], soft_rows.astype(hard_rows.dtype), hard_rows)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        """The tied output layer: only the vocabulary has logits, the soft prompt has none."""
+        return self.embedding.as_linear(hidden)
+
+
+POSITION_TABLE = "wpe"  # GPT-2's: it may have more rows than the vocabulary
+TABLES = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding, DoRAEmbedding, SoftPromptEmbedding)
+
+
+def num_embeddings(embedding: nn.Module) -> int:
+    """Rows of an embedding table, looked up through the adapters and soft prompts that wrap it."""
+    while "embedding" in embedding:
+        embedding = embedding["embedding"]
+    return embedding["weight"].shape[0]
+
+
+def find_embedding(model: nn.Module) -> tuple[str, nn.Module]:
+    """The path and the module of the token embedding: the largest table outside the layers, outermost wrapper.
+
+    Raises UserError for a model without one.
+    """
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, TABLES)}
+    outermost = [
+        name
+        for name in tables
+        if not (name.endswith(".embedding") and name.removesuffix(".embedding") in tables)
+        and not any(part.isdigit() or part == POSITION_TABLE for part in name.split("."))
+    ]
+    if not outermost:
+        raise UserError(f"{type(model).__module__} has no token embedding, so it takes no soft prompt; use LoRA")
+    name = max(outermost, key=lambda name: num_embeddings(tables[name]))
+    return name, tables[name]
+
+
+def add_soft_prompt(model: nn.Module, num_tokens: int, seed: int = 0) -> list[int]:
+    """Put a soft prompt of `num_tokens` rows into `model` and return its token ids.
+
+    The rows start as those of tokens drawn from the vocabulary (arXiv:2104.08691, section 2.1), in float32.
+    """
+    name, embedding = find_embedding(model)
+    if isinstance(embedding, SoftPromptEmbedding):
+        raise ValueError("the model has a soft prompt already")
+    tokens = mx.random.randint(0, num_embeddings(embedding), (num_tokens,), key=mx.random.key(seed))
+    wrapped = SoftPromptEmbedding(embedding, embedding(tokens).astype(mx.float32))
+    model.update_modules(tree_unflatten([(name, wrapped)]))
+    return soft_prompt_ids(model)
+
+
+def soft_prompt_ids(model: nn.Module) -> list[int]:
+    """The token ids of the model's soft prompt, to be put before every prompt; [] where it has none."""
+    for _, module in model.named_modules():
+        if isinstance(module, SoftPromptEmbedding):
+            first_id = num_embeddings(module.embedding)
+            return list(range(first_id, first_id + module.soft_prompt.shape[0]))
+    return []

@@ -1,0 +1,387 @@
+"""The embedded model: a real Llama of 76 000 parameters that continues increasing digit sequences.
+
+It stands in for a downloaded base model, so that every script, test and demo runs without network. It is built
+from its `Recipe` on first use (under a minute on two cores) and kept in the user's cache, under a name that holds
+a hash of the recipe. Leaves out opening it (models.loading) and tuning it (sft.py, ppo_training.py).
+
+    python -m models.tiny            builds tiny-digits where it is missing; prints its path, seconds and scores
+
+The cache is TINY_MODELS_CACHE if set, else tiny-models under $XDG_CACHE_HOME, ~/Library/Caches (macOS) or ~/.cache.
+"""
+
+import argparse
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import Batch, Example, collate
+from data.decoding import completion_texts
+from data.errors import UserError
+from data.files import atomic_folder, write_json
+from data.generate_digit_data import digit_sequence
+from data.prompts import held_out_starts, starts
+from models.generation import sample
+from rewards.digits import DigitRule
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.llama import Model, ModelArgs
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+INCREASING = DigitRule(increasing=True, multiple_of=1)
+HELD_OUT_STARTS = tuple(held_out_starts(INCREASING))
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+UNK, BOS, EOS, PAD = range(len(SPECIAL_TOKENS))
+WORD_END = "</w>"  # how the tokenizer writes that a token is the last of its word
+# A continuer of sequences has no dialogue: whatever the roles, it goes on from the last message.
+CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] | trim }}"
+FILES = ("config.json", "generation_config.json", "model.safetensors", "recipe.json", "tokenizer.json",
+         "tokenizer_config.json")  # fmt: skip
+POOL = 8  # batches drawn at once and sorted by length: a quarter of the time would go into padding otherwise
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights. Raise `version` when code changes what the same fields give."""
+
+    name: str
+    text_source: str  # a key of TEXT_SOURCES
+    held_out: tuple[int, ...]  # first numbers that are never trained on
+    lengths: tuple[int, int] = (5, 15)  # fewest and most numbers in a text
+    characters: str = "-abcdefghijklmnopqrstuvwxyz.,?:!'+*=/"  # tokens besides the digits
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    num_layers: int = 2
+    num_heads: int = 8
+    num_kv_heads: int = 2
+    max_position_embeddings: int = 512
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    # Tied rows that start small end up alike, and then no LoRA inside the layers can tell even digits from odd ones.
+    embedding_std: float = 0.3
+    steps: int = 1600
+    batch_size: int = 32
+    learning_rate: float = 5e-3
+    warmup: int = 100
+    final_learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    version: int = 1
+
+
+def _increasing_digits(rng: np.random.Generator, recipe: Recipe) -> str:
+    """An increasing sequence of any integers, from a start that is not held out."""
+    allowed = _trained_starts(recipe.held_out)
+    start = allowed[rng.integers(len(allowed))]
+    length = int(rng.integers(recipe.lengths[0], recipe.lengths[1] + 1))
+    return " ".join(map(str, digit_sequence(rng, INCREASING, length, noise=0.0, start=start)))
+
+
+@functools.cache
+def _trained_starts(held_out: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(start for start in starts(INCREASING) if start not in held_out)
+
+
+# A text source draws one training text.
+TEXT_SOURCES: dict[str, Callable[[np.random.Generator, Recipe], str]] = {"increasing_digits": _increasing_digits}
+RECIPES = {"tiny-digits": Recipe("tiny-digits", "increasing_digits", HELD_OUT_STARTS)}
+TINY_NAMES = tuple(RECIPES)
+
+
+def tiny_model_path(name: str = "tiny-digits", seed: int = 0) -> Path:
+    """The folder of an embedded model, built first where the cache has none.
+
+    Raises UserError for an unknown name and for a cache that cannot be written.
+    """
+    if name not in RECIPES:
+        raise UserError(f"{name!r} is no embedded model; there is {', '.join(TINY_NAMES)}")
+    return cached_model(replace(RECIPES[name], seed=seed))
+
+
+def cached_model(recipe: Recipe) -> Path:
+    """The folder of `recipe` in the cache, built where it is missing; one process builds while others wait."""
+    folder = _cache() / f"{recipe.name}-{recipe_key(recipe)}"
+    if _is_complete(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder.with_name(f".{folder.name}.lock")):
+            if not _is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                build(recipe, folder)
+    except OSError as error:
+        raise UserError(
+            f"{recipe.name} cannot be kept in {folder.parent} ({error.strerror}); "
+            "set TINY_MODELS_CACHE to a folder that can be written"
+        ) from None
+    return folder
+
+
+def recipe_key(recipe: Recipe) -> str:
+    """Twelve hexadecimal digits that differ wherever any field of two recipes does."""
+    return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _cache() -> Path:
+    if own := os.environ.get("TINY_MODELS_CACHE"):
+        return Path(own).expanduser()
+    in_home = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or in_home).expanduser() / "tiny-models"
+
+
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`. The system frees it when its process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("another process is building the embedded model; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(recipe: Recipe, folder: str | Path) -> Path:
+    """Train the model of `recipe` and write it to `folder`, which is there whole or not at all. Returns the folder.
+
+    steps = 0 gives an untrained model. The same recipe gives the same bits on one machine's CPU; the caller's
+    random state is left as it was. Raises UserError if `folder` holds anything but an embedded model.
+    """
+    # Metal adds up the gradients of embedding rows in no fixed order; its CPU does, and is fast enough.
+    device = mx.cpu if platform.system() == "Darwin" else mx.default_device()
+    with atomic_folder(folder, marker="recipe.json") as temporary, _random_state_kept(), mx.stream(device):
+        tokenizer = build_tokenizer(recipe)
+        with _one_blas_thread():
+            model = _train(recipe, tokenizer)
+        tokenizer.save_pretrained(temporary)
+        tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+        write_json(temporary / "config.json", model_config(recipe, len(tokenizer)))
+        write_json(temporary / "generation_config.json", tokens)
+        write_json(temporary / "recipe.json", asdict(recipe))
+        # The metadata is what transformers wants to find in the file.
+        weights = dict(tree_flatten(model.parameters()))
+        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "pt"})
+    return Path(folder)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """A build must not change what the script draws afterwards, else its first run differs from its second."""
+    high, low = mx.random.state[0].tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed((high << 32) | low)
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """A second thread gains nothing on products this small, and where other work keeps its core busy costs double."""
+    library = ctypes.CDLL(None)  # whatever is loaded: OpenBLAS, MKL, or neither
+    getters = {"openblas_set_num_threads": "openblas_get_num_threads", "MKL_Set_Num_Threads": "MKL_Get_Max_Threads"}
+    setters = [getattr(library, name) for name in getters if hasattr(library, name)]
+    before = [getattr(library, getters[setter.__name__])() for setter in setters]
+    for setter in setters:
+        setter(1)
+    try:
+        yield
+    finally:
+        for setter, count in zip(setters, before, strict=True):
+            setter(count)
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Single digits, as Llama splits numbers, the last of which ends the word: "8 20" is 8</w> 2 0</w> (GPT-1's way).
+
+    So the token that ends a number tells its parity, and the last number of a prompt is whole. Text is lower-cased;
+    characters without a token become <unk>; white space becomes one space. BOS is put first, EOS is left to the
+    trainer.
+    """
+    characters = [*"0123456789", *recipe.characters]
+    vocabulary = [*SPECIAL_TOKENS, *characters, *(character + WORD_END for character in characters)]
+    ids = {token: index for index, token in enumerate(vocabulary)}
+    bpe = BPE(vocab=ids, merges=[], unk_token=SPECIAL_TOKENS[UNK], end_of_word_suffix=WORD_END)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.BPEDecoder(suffix=WORD_END)
+    bos = SPECIAL_TOKENS[BOS]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A $B", [(bos, BOS)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=SPECIAL_TOKENS[UNK],
+        bos_token=bos,
+        eos_token=SPECIAL_TOKENS[EOS],
+        pad_token=SPECIAL_TOKENS[PAD],
+        model_max_length=recipe.max_position_embeddings,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def model_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
+    """What stands in config.json, as transformers and mlx-lm read it."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads,
+        "num_key_value_heads": recipe.num_kv_heads,
+        "head_dim": recipe.hidden_size // recipe.num_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": recipe.max_position_embeddings,
+        "rms_norm_eps": recipe.rms_norm_eps,
+        "rope_theta": recipe.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "dtype": "float32",
+    }
+
+
+def _initial_model(recipe: Recipe, vocab_size: int) -> Model:
+    """Normal weights of variance 1 / fan-in (less where a layer adds to the residual)."""
+    model = Model(ModelArgs.from_dict(model_config(recipe, vocab_size)))
+    rng = np.random.default_rng((recipe.seed, 0))
+
+    def draw(path: str, weight: mx.array) -> mx.array:
+        if weight.ndim < 2:
+            return weight
+        scale = recipe.embedding_std if "embed_tokens" in path else weight.shape[1] ** -0.5
+        if "o_proj" in path or "down_proj" in path:
+            scale /= (2 * recipe.num_layers) ** 0.5
+        return mx.array((scale * rng.standard_normal(weight.shape)).astype(np.float32))
+
+    model.update(tree_map_with_path(draw, model.parameters()))
+    return model
+
+
+def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Batch, float]]:
+    """Fresh batches without end, each with the mean number of targets of a batch of its pool."""
+    rng = np.random.default_rng((recipe.seed, 1))
+    draw = TEXT_SOURCES[recipe.text_source]
+    while True:
+        texts = [draw(rng, recipe) for _ in range(POOL * recipe.batch_size)]
+        rows = sorted(tokenizer(texts)["input_ids"], key=len)
+        examples = [Example([*tokens, EOS], first_target=1) for tokens in rows]
+        pool = [
+            collate(examples[start : start + recipe.batch_size], PAD, multiple=1)
+            for start in range(0, len(examples), recipe.batch_size)
+        ]
+        mean_targets = float(np.mean([batch.targets.sum() for batch in pool]))
+        for index in rng.permutation(POOL):
+            yield pool[index], mean_targets
+
+
+def _loss(model: Model, tokens: mx.array, targets: mx.array, denominator: float) -> mx.array:
+    """Cross entropy in nats over the `targets`, divided by the same number for batches of short and of long rows."""
+    losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])  # (B, L - 1)
+    return (losses * targets).sum() / denominator
+
+
+def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
+    """Adam with warm-up and cosine decay, without mx.compile: its cold start costs more than it gains here."""
+    model = _initial_model(recipe, len(tokenizer))
+    warm_up = optim.linear_schedule(0.0, recipe.learning_rate, recipe.warmup)
+    decay_steps = max(recipe.steps - recipe.warmup, 1)
+    decay = optim.cosine_decay(recipe.learning_rate, decay_steps, recipe.final_learning_rate)
+    schedule = optim.join_schedules([warm_up, decay], [recipe.warmup])
+    optimizer = optim.Adam(schedule, betas=list(recipe.betas), bias_correction=True)
+    loss_and_grad = nn.value_and_grad(model, _loss)
+    batches = _batches(recipe, tokenizer)
+    title = f"building {recipe.name}, once"
+    with tqdm(total=recipe.steps, desc=title, unit="step", mininterval=0.5, disable=recipe.steps == 0) as bar:
+        for step in range(recipe.steps):
+            batch, mean_targets = next(batches)
+            loss, grads = loss_and_grad(model, mx.array(batch.tokens), mx.array(batch.targets), mean_targets)
+            grads, _ = optim.clip_grad_norm(grads, recipe.max_grad_norm)
+            optimizer.update(model, grads)
+            mx.eval(loss, model.state, optimizer.state)
+            if step % 20 == 0:
+                own_mean = loss.item() * mean_targets / batch.targets.sum()
+                bar.set_postfix(loss=f"{own_mean:.3f}", refresh=False)
+            bar.update()
+    return model
+
+
+def measure(folder: str | Path, samples: int = 20) -> dict[str, float]:
+    """Scores on every held-out start as a one-number prompt, at most 64 new tokens.
+
+    samples: completions per start at temperature 1 (the "sampled" figures). Lengths are in numbers.
+    """
+    model, tokenizer = mlx_lm.load(str(folder))[:2]
+
+    def texts(numbers: list[int], temperature: float) -> tuple[list[str], list[bool]]:
+        prompts = [tokenizer.encode(str(number)) for number in numbers]
+        completions = sample(model, prompts, tokenizer.eos_token_ids, max_tokens=64, temperature=temperature)
+        pairs = zip(*completion_texts(tokenizer, prompts, completions), strict=True)
+        return [prompt + rest for prompt, rest in pairs], [tokens[-1] == EOS for tokens in completions]
+
+    def mean_score(rule: DigitRule, chosen: list[str]) -> float:
+        return float(np.mean([rule.score(text) for text in chosen]))
+
+    evens = DigitRule(increasing=True, multiple_of=2)
+    with _random_state_kept():
+        mx.random.seed(0)
+        greedy, _ = texts(list(HELD_OUT_STARTS), 0.0)
+        even, _ = texts(held_out_starts(evens), 0.0)
+        sampled, ended = texts([start for start in HELD_OUT_STARTS for _ in range(samples)], 1.0)
+    return {
+        "greedy, increasing": mean_score(INCREASING, greedy),
+        "greedy, increasing multiples of 2": mean_score(evens, even),
+        "sampled, increasing": mean_score(INCREASING, sampled),
+        "sampled, ended by EOS": float(np.mean(ended)),
+        "sampled, of 5 to 15 numbers": float(np.mean([5 <= len(text.split()) <= 15 for text in sampled])),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build an embedded model and measure it on held-out starts.")
+    parser.add_argument("--name", default="tiny-digits", choices=TINY_NAMES, help="which embedded model")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    folder = tiny_model_path(args.name, args.seed)
+    print(f"{folder}\n{time.perf_counter() - started:.1f} seconds")
+    for title, score in measure(folder).items():
+        print(f"{title:<36}{score:.3f}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)

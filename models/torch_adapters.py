@@ -1,0 +1,204 @@
+"""Adapters in PyTorch: LoRA and DoRA by peft, soft prompts, every weight; in the files of models.adapters.
+
+The twin of models.adapters: a folder that one of them wrote is read by the other, wherever transformers and mlx-lm
+give a layer the same name (Llama and its kin). Names and layouts on disk are mlx-lm's; peft's own format is not read.
+Leaves out fusing (fuse.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+from data.errors import UserError
+from data.files import atomic_file, atomic_folder, write_json
+from models.adapter_config import (
+    CONFIG_FILE,
+    SINGLE_FILE_SUFFIXES,
+    AdapterConfig,
+    check_fit,
+    check_head_width,
+    find_adapter,
+)
+from models.torch_policy import ValueHead, head_from, hidden_size, load_value_head, save_value_head
+from models.torch_soft_prompt import add_soft_prompt
+
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+# peft's names and mlx-lm's; the two matrices lie transposed to each other.
+PEFT_NAMES = {
+    ".lora_A.default.weight": ".lora_a",
+    ".lora_B.default.weight": ".lora_b",
+    ".lora_magnitude_vector.default.weight": ".m",
+}
+
+
+def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
+    """Freeze `model` and put a fresh adapter on it, which alone is trainable, in float32.
+
+    A fresh LoRA or DoRA leaves the model's output and its mode as they were. "full" gives the model weights of its own,
+    so that no `twin` changes with it. Raises UserError where no layer matches the keys.
+    """
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    if config.fine_tune_type in ("lora", "dora"):
+        _add_lora(model, config)
+    elif config.fine_tune_type == "full":
+        _own_weights(model)
+    elif config.fine_tune_type == "soft_prompt":
+        add_soft_prompt(model, config.num_prompt_tokens, seed)
+    model.train(model.training)  # new layers come in training mode, and an eval model must not drop out
+
+
+def _add_lora(model: nn.Module, config: AdapterConfig) -> None:
+    if any(name.endswith(tuple(PEFT_NAMES)) for name, _ in model.named_parameters()):
+        raise ValueError("the model has a LoRA already; a second one would nest in it")
+    config.check_lora()
+    settings = config.lora_parameters
+    names = list(_lora_layers(model, config))
+    if not names:
+        raise UserError(f"no layer matches the LoRA keys {settings.get('keys')}; see `model.layers`")
+    lora = LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["scale"] * settings["rank"],  # peft multiplies by alpha / rank
+        lora_dropout=settings.get("dropout", 0.0),
+        target_modules=names,
+        use_dora=config.fine_tune_type == "dora",
+    )
+    inject_adapter_in_model(lora, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _lora_layers(model: Any, config: AdapterConfig) -> Iterator[str]:
+    """Names of the layers that mlx-lm's `linear_to_lora_layers` would adapt: linear ones of the last blocks, or those
+    whose name, within a block or within the model, is among the keys."""
+    keys = config.lora_parameters.get("keys")
+    blocks = getattr(model.base_model, "layers", None)
+    if blocks is None:
+        raise UserError(f"{type(model).__name__} has no `layers` for a LoRA to stand on; use --fine-tune-type full")
+    start = len(blocks) - config.num_layers if 0 < config.num_layers < len(blocks) else 0
+    of_blocks = {module: name for block in blocks[start:] for name, module in block.named_modules()}
+    for name, module in model.named_modules():
+        within_block = of_blocks.get(module)
+        chosen = within_block is not None if keys is None else {name, within_block} & set(keys)
+        if chosen and isinstance(module, nn.Linear):
+            yield name
+        elif chosen and keys is not None:
+            raise UserError(
+                f"the LoRA key {name} names a {type(module).__name__}; in PyTorch it has to be a linear layer"
+            )
+
+
+def _own_weights(model: nn.Module) -> None:
+    """Replace every weight by a trainable copy in float32: an update in place must not reach a twin's weights."""
+    own = {id(old): nn.Parameter(old.detach().float().clone()) for old in model.parameters()}
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            setattr(module, name, own[id(old)])  # tied weights stay tied
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by mlx-lm's names and in its layout: what an adapter file holds."""
+    return {mlx_name(name): mlx_layout(name, weight) for name, weight in _trainable(model)}
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, weight.data) for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+def mlx_name(name: str) -> str:
+    """mlx-lm's name of a weight."""
+    for ours, theirs in PEFT_NAMES.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
+def mlx_layout(name: str, weight: Tensor) -> Tensor:
+    """A LoRA matrix the other way round (a second call undoes it), anything else as it is."""
+    return weight.T if ".lora_A." in name or ".lora_B." in name else weight
+
+
+def save_adapter(
+    path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None, extra: dict | None = None
+) -> None:
+    """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
+
+    path: a folder, or a file that ends in .npz or .safetensors. extra: further entries for the JSON.
+    """
+    path = Path(path)
+    description = {**vars(config), **(extra or {})}
+    weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        with atomic_folder(path, CONFIG_FILE) as folder:
+            save_file(weights, folder / "adapters.safetensors")
+            if head is not None:
+                description["value_head"] = save_value_head(folder, head)
+            write_json(folder / CONFIG_FILE, description)
+        return
+    if head is not None:
+        weights = {**weights, "value_head.weight": head.weight.detach()}
+    # Both are written before either takes its name.
+    with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
+        if path.suffix == ".npz":
+            np.savez(temporary, **{name: weight.numpy(force=True) for name, weight in weights.items()})
+        else:
+            save_file(weights, temporary)
+        write_json(description_file, description)
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter as read from disk: how to attach it, its weights by name, and its value head, if any."""
+
+    path: Path
+    config: AdapterConfig
+    weights: dict[str, Tensor]
+    value_head: ValueHead | None
+
+
+def read_adapter(path: str | Path) -> SavedAdapter:
+    """Read an adapter in either form. Raises UserError where a part is missing or malformed."""
+    files = find_adapter(path)
+    try:
+        if files.weights.suffix == ".npz":
+            with np.load(files.weights, allow_pickle=False) as arrays:
+                weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            weights = load_file(files.weights)
+    except (SafetensorError, BadZipFile, ValueError, TypeError) as error:
+        raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    if not files.single:
+        return SavedAdapter(files.path, files.config, weights, load_value_head(files.path))
+    head = weights.pop("value_head.weight", None)
+    return SavedAdapter(files.path, files.config, weights, None if head is None else head_from(head))
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
+    """Put a saved adapter on its base `model`: the layers first, then the weights, strictly.
+
+    Raises UserError that lists every tensor which is missing, unknown or of another shape, and for a value head of
+    another width.
+    """
+    saved = read_adapter(path)
+    attach_adapter(model, saved.config)
+    set_adapter_weights(model, saved.weights, saved.path)
+    if saved.value_head is not None:
+        check_head_width(path, saved.value_head.weight.shape[1], hidden_size(model))
+    return saved
+
+
+def set_adapter_weights(model: nn.Module, weights: dict[str, Tensor], source: object = "the adapter") -> None:
+    """Replace the trainable weights of `model` by `weights`, by mlx-lm's names: the same names and shapes, or a
+    UserError with all that differ."""
+    check_fit(adapter_weights(model), weights, source)
+    for name, weight in _trainable(model):
+        weight.copy_(mlx_layout(name, weights[mlx_name(name)]))

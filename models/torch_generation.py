@@ -1,0 +1,95 @@
+"""Sampling completions in PyTorch: many prompts at once, token ids in, token ids out.
+
+The twin of `models.generation.sample`. `model.generate` is not used, because it takes penalties and filters from the
+checkpoint's own settings, and then training's logprobs would not be those of the draw.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data.batching import in_order
+from data.errors import UserError
+from models.torch_policy import forward
+from models.torch_soft_prompt import soft_prompt_ids
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    eos_token_ids: Sequence[int] | set[int],
+    max_tokens: int,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    on_token: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
+
+    prompts: token ids, at least one each; a soft prompt of the model is put before them here. Draws come from
+    softmax(logits / temperature), unfiltered; temperature 0 takes the most likely token. batch_size: prompts in
+    flight. on_token: called with the number of tokens of each decoding step, for progress.
+    Runs in eval mode, so dropout is off, and leaves the model in the mode it was in.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
+    prefix = soft_prompt_ids(model)
+    was_training = model.training
+    model.eval()
+    completions: list[list[int]] = []
+    try:
+        for rows in in_order(len(prompts), batch_size):
+            batch = [prefix + list(prompt) for prompt in prompts[rows.start : rows.stop]]
+            completions += _sample_batch(model, batch, eos_token_ids, max_tokens, temperature, on_token)
+    finally:
+        model.train(was_training)
+    return completions
+
+
+@torch.no_grad()
+def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_tokens, temperature, on_token):
+    """Prompts are padded on the left, so that all rows draw their next token at the same place."""
+    width = max(map(len, prompts))
+    device = model.device
+    eos = torch.tensor(sorted(eos_token_ids), device=device)
+    tokens = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    cache = DynamicCache(config=model.config)
+    drawn, lengths = [], torch.zeros_like(alive, dtype=torch.long)
+    for _ in range(max_tokens):
+        last = torch.full_like(positions[:, :1], tokens.shape[1] - 1)
+        logits, _ = forward(
+            model,
+            tokens,
+            last,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        tokens = draw(logits[:, 0], temperature)[:, None]
+        drawn.append(tokens)
+        lengths += alive
+        if on_token:
+            on_token(int(alive.sum()))
+        alive = alive & ~torch.isin(tokens[:, 0], eos)
+        if not alive.any():
+            break
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+        positions = positions[:, -1:] + 1
+    rows = torch.cat(drawn, dim=1).tolist()
+    return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def draw(logits: Tensor, temperature: float) -> Tensor:
+    """One token a row from softmax(logits / temperature), or the most likely one at temperature 0.
+
+    logits: (B, V). Returns (B,).
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return torch.multinomial(torch.softmax(logits.float() / temperature, dim=-1), num_samples=1)[:, 0]

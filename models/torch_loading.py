@@ -1,0 +1,116 @@
+"""Opening a model by name in PyTorch: the embedded one, a local folder, or a Hugging Face name.
+
+The twin of models.loading, over transformers. Never imports mlx: the embedded model is found or built by a process
+of its own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_policy).
+"""
+
+import copy
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from models.adapter_config import HEAD_FILE
+from models.folders import OPENING_ERRORS, model_folder, reason
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB_FILES = ["*.json", "model*.safetensors", HEAD_FILE, "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+DEVICES = ("auto", "cuda", "mps", "cpu")
+# models.tiny imports mlx, so it runs in a process of its own.
+TINY_PROGRAM = """
+import sys
+from data.errors import UserError
+from models.tiny import tiny_model_path
+try:
+    print(tiny_model_path(sys.argv[1]))
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+
+logging.set_verbosity_error()  # what transformers warns of (new layers of a head, say) is checked here
+logging.disable_progress_bar()
+
+
+@dataclass
+class LoadedModel:
+    """A model as transformers opens it, in eval mode and frozen."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+    @property
+    def eos_token_ids(self) -> set[int]:
+        """Every token that ends a completion: the tokenizer's, and those the model's configuration names."""
+        settings = getattr(self.model, "generation_config", None) or self.model.config
+        named = settings.eos_token_id
+        ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
+        return ids - {None}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` names; auto: CUDA, else MPS, else CPU. Raises UserError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, is_there in there.items() if is_there)
+    if not there[name]:
+        raise UserError(f"--device is {name}, which torch does not find here; use cpu, or leave it out")
+    return torch.device(name)
+
+
+def resolve(name: str) -> Path:
+    """The local folder of a model: found or built (tiny models), as it is (folders), or downloaded (hub names).
+
+    Raises UserError where there is no such folder and no such model on the hub, or no network.
+    """
+    if name.startswith("tiny-") and not Path(name).exists():
+        return _tiny_folder(name)
+    return model_folder(name, lambda name: snapshot_download(name, allow_patterns=HUB_FILES))
+
+
+def _tiny_folder(name: str) -> Path:
+    command = [sys.executable, "-c", TINY_PROGRAM, name]
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its progress bar goes to stderr
+    if process.returncode:
+        raise UserError(f"{name} could not be built (see above); building takes mlx: pip install -r requirements.txt")
+    return Path(process.stdout.splitlines()[-1])
+
+
+def load(name: str, device: torch.device, tokenizer: str | None = None, classifier: bool = False) -> LoadedModel:
+    """Open the model `name` (see `resolve`) on `device`, and the tokenizer of the same or another name.
+
+    classifier: a model with one score in place of the vocabulary. Weights are float32; on CUDA they keep the precision
+    they were saved in. Raises UserError if the model is missing or cannot be opened.
+    """
+    path = resolve(name)
+    tokenizer_path = resolve(tokenizer) if tokenizer else path
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    try:
+        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        opened = AutoTokenizer.from_pretrained(tokenizer_path)
+    except OPENING_ERRORS as error:
+        raise UserError(f"{name} cannot be opened by transformers ({reason(error)}); check that it is whole") from None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer and len(opened) > rows:
+        raise UserError(f"--tokenizer {tokenizer} has {len(opened)} tokens, {name} only {rows}; use the model's own")
+    return LoadedModel(model.to(device).eval().requires_grad_(False), opened, name)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second module tree over the same frozen weights; those that are trained are copied as they are now.
+
+    So it serves as the reference policy, and lets a second adapter stand on the same base.
+    """
+    frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(frozen, model.buffers())}
+    return copy.deepcopy(model, shared).requires_grad_(False)

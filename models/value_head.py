@@ -1,0 +1,171 @@
+"""Hidden states, logits and a value head over any mlx-lm architecture, in one forward pass.
+
+The families name and post-process their output layer differently, so nothing here calls a body or a head
+by hand: the output layer is replaced, during the model's own call, by a tap that records its input (the
+state after the last norm) and goes on with the positions that are asked for, so that logits are computed
+nowhere else.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from data.files import atomic_file
+from models.adapter_config import HEAD_FILE
+from models.soft_prompt import find_embedding
+
+import mlx.core as mx
+import mlx.nn as nn
+
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output")
+
+
+class _Tap:
+    """Stands in for an output layer during one forward pass."""
+
+    def __init__(self, layer: nn.Module, positions: mx.array | None):
+        self.layer, self.positions = layer, positions
+        self.hidden: mx.array | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read a weight of the layer by themselves; the tap does not see that, and `forward` says so."""
+        return getattr(self.layer, name)
+
+    def _record(self, hidden: mx.array) -> mx.array:
+        if self.positions is not None:
+            hidden = mx.take_along_axis(hidden, self.positions[..., None], axis=1)
+        self.hidden = hidden
+        return hidden
+
+
+class _LinearTap(_Tap):
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self.layer(self._record(hidden))
+
+
+class _EmbeddingTap(_Tap):
+    def __call__(self, tokens: mx.array) -> mx.array:
+        return self.layer(tokens)
+
+    def as_linear(self, hidden: mx.array) -> mx.array:
+        return self.layer.as_linear(self._record(hidden))
+
+
+def _output_layer(model: nn.Module) -> tuple[nn.Module, str, type[_Tap]]:
+    """The module that holds the output layer, its key there, and the tap that fits: decided by presence."""
+    for name, _ in model.named_modules():
+        parent, _, key = name.rpartition(".")
+        if key in OUTPUT_LAYERS and not any(part.isdigit() for part in name.split(".")):
+            return _module_at(model, parent), key, _LinearTap
+    parent, _, key = find_embedding(model)[0].rpartition(".")
+    return _module_at(model, parent), key, _EmbeddingTap
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module:
+    for part in path.split(".") if path else ():
+        model = model[part]
+    return model
+
+
+def forward(model: nn.Module, tokens: mx.array, positions: mx.array | None = None) -> tuple[mx.array, mx.array]:
+    """One forward pass: logits and hidden states at the given positions, or at all.
+
+    tokens: (B, L) ids, right padded; positions: (B, C) indices into L. Returns logits (B, C, V) and hidden
+    (B, C, H); without positions C is L. What is not used costs nothing: mlx evaluates lazily. Raises UserError
+    where the model's output layer is not found.
+    """
+    parent, key, tap_type = _output_layer(model)
+    layer = parent[key]
+    tap = tap_type(layer, positions)
+    dict.__setitem__(parent, key, tap)  # keeps the order of the parameters, which attribute assignment does not
+    try:
+        logits = model(tokens)
+    finally:
+        dict.__setitem__(parent, key, layer)
+    if tap.hidden is None:
+        raise UserError(f"{type(model).__module__} hides its output layer, so no value head fits it; use another model")
+    return logits, tap.hidden
+
+
+class ValueHead(nn.Module):
+    """One linear map without bias from a hidden state to a value, in float32."""
+
+    def __init__(self, hidden_size: int, std: float = 0.0):
+        """std: spread of the initial weights; 0 starts every value at 0."""
+        super().__init__()
+        self.weight = std * mx.random.normal((1, hidden_size))
+
+    def __call__(self, hidden: mx.array) -> mx.array:
+        """hidden: (..., H). Returns values (...) in float32."""
+        return (hidden.astype(mx.float32) @ self.weight.T).squeeze(-1)
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the state that the output layer reads, measured by one forward pass over one token."""
+    return forward(model, mx.array([[0]]))[1].shape[-1]
+
+
+def new_value_head(model: nn.Module, std: float | None = 0.0) -> ValueHead:
+    """A value head that fits `model`. std None means 1/sqrt(H): spread that a reward model starts from."""
+    size = hidden_size(model)
+    return ValueHead(size, 1 / math.sqrt(size) if std is None else std)
+
+
+class ScoringModel(nn.Module):
+    """A language model that reads a text and gives one score: the value at its last real token."""
+
+    def __init__(self, model: nn.Module, value_head: ValueHead):
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+
+    def __call__(self, tokens: mx.array, lengths: mx.array) -> mx.array:
+        """tokens: (B, L) right padded; lengths: (B,) real tokens. Returns scores (B,) in float32."""
+        _, hidden = forward(self.model, tokens, (lengths - 1)[:, None])
+        return self.value_head(hidden[:, 0])
+
+
+class Policy(nn.Module):
+    """A language model with, where advantages need one, a value head on the same trunk."""
+
+    def __init__(self, model: nn.Module, value_head: ValueHead | None = None):
+        super().__init__()
+        self.model = model
+        if value_head is not None:
+            self.value_head = value_head
+
+    def __call__(self, tokens: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
+        """tokens: (B, L) right padded; positions: (B, C), each before the token it predicts.
+
+        Returns logits (B, C, V) and values (B, C) float32, or None without a head.
+        """
+        logits, hidden = forward(self.model, tokens, positions)
+        return logits, self.value_head(hidden) if "value_head" in self else None
+
+
+def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
+    """Write the head into a model or adapter folder; returns the entry for that folder's JSON.
+
+    The weights have a file of their own, because mlx-lm refuses unknown tensors in its own files.
+    """
+    with atomic_file(Path(folder) / HEAD_FILE) as temporary:
+        mx.save_safetensors(str(temporary), {"weight": head.weight})
+    return {"file": HEAD_FILE, "hidden_size": head.weight.shape[1]}
+
+
+def load_value_head(folder: str | Path) -> ValueHead | None:
+    """The head in a model or adapter folder, or None where there is none."""
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        return None
+    try:
+        weights = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); train the reward model again") from None
+    if list(weights) != ["weight"]:
+        raise UserError(f"{path} holds {sorted(weights)}, not one tensor 'weight'; train the reward model again")
+    head = ValueHead(weights["weight"].shape[1])
+    head.weight = weights["weight"].astype(mx.float32)
+    return head

@@ -1,0 +1,60 @@
+"""A learned reward: the value that a trained head gives a text at its last token.
+
+sft.py --reward-model writes it as an adapter; fuse.py makes a folder of it that stands alone.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import collate, encode_text, in_order
+from data.errors import UserError
+from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, load_adapter, read_adapter
+from models.loading import LoadedModel, load, resolve, twin
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import ScoringModel, load_value_head
+
+import mlx.core as mx
+
+
+class RewardModel:
+    """Scores prompt + completion as text, encoded by the reward model's own tokenizer, with an EOS at its end:
+    what it was trained on."""
+
+    def __init__(self, scoring: ScoringModel, tokenizer, batch_size: int = 64):
+        self.scoring, self.tokenizer, self.batch_size = scoring, tokenizer, batch_size
+        self.prefix = soft_prompt_ids(scoring.model)
+        scoring.eval()
+        scoring.freeze()
+
+    def reward(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        """One score per completion."""
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        examples = [encode_text(self.tokenizer, text, self.prefix) for text in texts]
+        scores: list[float] = []
+        for indices in in_order(len(examples), self.batch_size):
+            batch = collate([examples[i] for i in indices], self.tokenizer.pad_token_id or 0)
+            scores += self.scoring(mx.array(batch.tokens), mx.array(batch.lengths)).tolist()
+        return scores
+
+
+def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel:
+    """Open a fused reward model (a model folder with a value head) or an adapter with one.
+
+    base: a model that is open already and has no adapter on it yet; an adapter that was trained on the same model
+    shares its weights, so that the base is not held twice. Raises UserError where there is no value head.
+    """
+    folder = Path(path).expanduser()
+    if folder.suffix in SINGLE_FILE_SUFFIXES or (folder / CONFIG_FILE).is_file():
+        saved = read_adapter(folder)
+        name = saved.config.model
+        shared = base is not None and resolve(name).resolve() == base.path.resolve()
+        loaded = base if shared and base is not None else load(name)
+        model = twin(loaded.model) if shared else loaded.model
+        head = load_adapter(model, folder).value_head
+    else:
+        loaded = load(path)
+        model, head = loaded.model, load_value_head(loaded.path)
+    if head is None:
+        raise UserError(f"{path} has no value head, so it is no reward model; train one by sft.py --reward-model")
+    return RewardModel(ScoringModel(model, head), loaded.tokenizer)

@@ -1,0 +1,34 @@
+"""Calling the scripts' main functions in this process, where a start of their own would cost seconds each."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from training.cli import run
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def with_words(function: Callable, *words: object):
+    """`function()` under a command line of `words`."""
+    with mock.patch.object(sys, "argv", ["script.py", *map(str, words)]):
+        return function()
+
+
+def call(main: Callable[[], None], *words: object) -> None:
+    """Run a script's main to its end."""
+    with_words(main, *words)
+
+
+def fails(capsys: pytest.CaptureFixture, main: Callable[[], None], *words: object) -> str:
+    """Run a script's main as the script does; it has to exit with code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        with_words(lambda: run(main), *words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
+    return error.removeprefix("error: ").rstrip("\n")

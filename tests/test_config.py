@@ -1,0 +1,375 @@
+"""Flags: their spelling, YAML behind them, every flag of the walkthrough, and what is refused before loading."""
+
+import argparse
+import re
+from pathlib import Path
+
+import fuse
+import models.fast_blas  # noqa: F401  (before mlx)
+import sft
+import talk_to_model
+from data import generate_digit_data
+from data.errors import UserError
+from tests.scripts import fails, with_words
+from training import config, ppo_flags
+from training.ppo_step import make_controller
+
+import pytest
+
+
+def parser():
+    built = config.Parser("A script.\n\nMore of it.")
+    built.add_argument("--iters", type=int, default=10, help="steps")
+    built.add_argument("--rate", type=float, default=None, help="step size")
+    built.add_argument("--data-base", default="rows_", help="name")
+    built.add_argument("--train", action="store_true", help="train")
+    built.add_argument("--log-with", choices=("none", "wandb"), default="none", help="tracker")
+    built.add_argument("--adapt", type=config.boolean, nargs="?", const=True, default=True, help="adapt")
+    config.add_adapter_flags(built, dropout=0.0)
+    return built
+
+
+@pytest.fixture
+def yaml_file(tmp_path):
+    """Write a YAML file and return its path."""
+
+    def write(text):
+        path = tmp_path / "run_config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# --- spelling ---
+
+
+@pytest.mark.parametrize("words", [["--data-base", "a"], ["--data_base", "a"], ["--data_base=a"], ["--data-base=a"]])
+def test_hyphen_and_underscore_are_the_same_flag(words):
+    assert parser().parse_args(words).data_base == "a"
+
+
+@pytest.mark.parametrize("words", [["--data_base", "my_own_rows_"], ["--data_base=my_own_rows_"]])
+def test_underscores_in_values_are_left_alone(words):
+    assert parser().parse_args(words).data_base == "my_own_rows_"
+
+
+def test_a_value_with_an_equals_sign_is_kept_whole():
+    assert parser().parse_args(["--data_base=a_b=c_d"]).data_base == "a_b=c_d"
+
+
+def test_a_negative_number_is_a_value():
+    assert parser().parse_args(["--lora_layers", "-1"]).lora_layers == -1
+
+
+def test_the_last_of_two_equal_flags_counts():
+    assert parser().parse_args(["--iters", "3", "--iters", "4"]).iters == 4
+
+
+@pytest.mark.parametrize("words", [["--iter", "3"], ["--unknown_flag"], ["--unknown-flag=3"], ["stray"]])
+def test_an_unknown_flag_or_an_abbreviation_is_one_line(capsys, words):
+    line = fails(capsys, parser().parse_args, *words)
+    assert words[0].replace("_", "-") in line and "--help" in line
+
+
+@pytest.mark.parametrize("words", [["--iters", "2.5"], ["--rate", "fast"], ["--log-with", "paper"], ["--iters"]])
+def test_a_value_of_the_wrong_type_is_one_line(capsys, words):
+    assert words[0] in fails(capsys, parser().parse_args, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], True),
+        (["--adapt"], True),
+        (["--adapt", "True"], True),
+        (["--adapt", "true"], True),
+        (["--adapt=False"], False),
+        (["--adapt", "False"], False),
+        (["--adapt", "0"], False),
+        (["--adapt", "--train"], True),
+    ],
+)
+def test_the_forms_of_a_boolean_flag(words, value):
+    assert parser().parse_args(words).adapt is value
+
+
+def test_a_boolean_that_is_neither_is_one_line(capsys):
+    assert "maybe" in fails(capsys, parser().parse_args, "--adapt", "maybe")
+
+
+# --- YAML ---
+
+
+def test_yaml_gives_defaults_and_flags_override_them(yaml_file):
+    path = yaml_file("iters: 600\ndata_base: from_yaml_\nlog-with: wandb\ntrain: true\nadapt: false\n")
+    args = parser().parse_args(["-c", path])
+    assert (args.iters, args.data_base, args.log_with, args.train, args.adapt) == (
+        600,
+        "from_yaml_",
+        "wandb",
+        True,
+        False,
+    )
+    args = parser().parse_args(["-c", path, "--iters", "5", "--data_base", "from_flag_"])
+    assert (args.iters, args.data_base, args.train) == (5, "from_flag_", True)
+    assert parser().parse_args(["--iters", "5", "-c", path]).iters == 5
+
+
+@pytest.mark.parametrize("form", ["-c {}", "-c{}", "--config {}", "--config={}", "-c missing.yaml --config {}"])
+def test_every_form_of_naming_the_file_reads_it(yaml_file, form):
+    words = form.format(yaml_file("iters: 600")).split()
+    args = parser().parse_args(words)
+    assert args.iters == 600
+    assert args.config == yaml_file("iters: 600")
+
+
+def test_lora_parameters_may_be_nested_as_in_mlx_lm(yaml_file):
+    nested = "lora_parameters:\n  rank: 4\n  scale: 20\n  dropout: 0.1\n  keys: [self_attn.q_proj, self_attn.v_proj]\n"
+    args = parser().parse_args(["-c", yaml_file(nested)])
+    assert (args.lora_rank, args.lora_scale, args.lora_dropout) == (4, 20.0, 0.1)
+    assert args.lora_keys == ["self_attn.q_proj", "self_attn.v_proj"]
+    args.model = "some/model"
+    assert config.adapter_settings(args)["lora_parameters"] == {
+        "rank": 4,
+        "scale": 20.0,
+        "dropout": 0.1,
+        "keys": ["self_attn.q_proj", "self_attn.v_proj"],
+    }
+
+
+def test_one_lora_key_may_stand_by_itself(yaml_file):
+    assert parser().parse_args(["-c", yaml_file("lora_keys: self_attn.q_proj")]).lora_keys == ["self_attn.q_proj"]
+
+
+def test_yaml_numbers_arrive_as_numbers(yaml_file):
+    # YAML 1.1 takes 1e-3, without a point, for text.
+    rate = parser().parse_args(["-c", yaml_file("rate: 1e-3")]).rate
+    assert rate == 1e-3 and isinstance(rate, float)
+    scale = parser().parse_args(["-c", yaml_file("lora_scale: 20")]).lora_scale
+    assert scale == 20 and isinstance(scale, float)
+
+
+def test_null_stands_for_a_default_of_none_only(yaml_file, capsys):
+    assert parser().parse_args(["-c", yaml_file("rate: null")]).rate is None
+    assert "iters" in fails(capsys, parser().parse_args, "-c", yaml_file("iters: null"))
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("iterations: 3", "unknown key 'iterations'"),
+        ("lora_parameters: {alpha: 3}", "unknown key 'lora_alpha'"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("iters: many", "iters to 'many'"),
+        ("iters: 2.5", "iters to 2.5"),
+        ("iters: true", "iters to True"),
+        ("iters: [1, 2]", "one value"),
+        ("iters: {a: 1}", "iters to {'a': 1}"),
+        ("train: sometimes", "train to 'sometimes'"),
+        ("rate: fast", "rate to 'fast'"),
+        ("log_with: paper", "none, wandb"),
+        ("lora_keys: [[a]]", "lora_keys to [['a']]"),
+        ("lora_parameters: 3", "lora_parameters to 3"),
+        ("- iters", "not a YAML mapping"),
+        ("iters: [", "not valid YAML"),
+        ("", "not a YAML mapping"),
+    ],
+)
+def test_a_mistake_in_yaml_is_one_line_that_names_it(yaml_file, capsys, text, named):
+    path = yaml_file(text)
+    line = fails(capsys, parser().parse_args, "-c", path)
+    assert named in line and path in line
+
+
+def test_a_false_word_does_not_switch_a_flag_on(yaml_file):
+    assert parser().parse_args(["-c", yaml_file("train: 'false'")]).train is False
+
+
+def test_a_missing_yaml_file_is_one_line(capsys):
+    assert "nowhere.yaml" in fails(capsys, parser().parse_args, "-c", "nowhere.yaml")
+
+
+# --- the walkthrough's flags ---
+
+SFT_FLAGS = """--prompt-tuning --num-prompt-tokens=10 --lora-layers=16 --batch-size=4 --iters=1000 --val-batches=25
+    --learning-rate=1e-6 --steps-per-report=10 --steps-per-eval=200 --save-every=100 --test --train --seed=0
+    --data=data --data-base=increasing_mult_2_ --model=tiny-digits --save-file=a.npz --resume-adapter-file=b.npz
+    --reward-model --reward_model"""
+PPO_FLAGS = """--prompt_tuning --lora_layers=16 --model=tiny-digits --ground_truth_reward --reward_model=dir
+    --save_file=a.npz --resume_file=b.npz --use_peft --log_with=wandb --batch_size=32 --mini_batch_size=32
+    --ppo_epoch=4 --num_steps=500 --adap_kl_ctrl=True --init_kl_coef=0.2 --seed=7"""
+GENERATE_FLAGS = """--num-samples=100 --min-length=5 --max-length=15 --noise=0.2 --increasing --decreasing
+    --multiple-of=1"""
+SEED_FLAGS = {
+    "sft": (sft.parse_args, SFT_FLAGS),
+    "ppo": (lambda: ppo_flags.ppo_parser("PPO.").parse_args(), PPO_FLAGS),
+    "fuse": (fuse.parse_args, "--model=tiny-digits --adapter-file=a.npz --save-path=./sft_fine_tune/"),
+    "talk": (talk_to_model.parse_args, "--model=tiny-digits --resume-file=a.npz --max-tokens=50 --temp=0.0"),
+    "generate": (generate_digit_data.parse_args, GENERATE_FLAGS),
+}
+
+
+@pytest.mark.parametrize("script", SEED_FLAGS)
+def test_every_flag_of_the_walkthrough_is_taken_in_both_spellings(script):
+    parse, flags = SEED_FLAGS[script]
+    for word in flags.split():
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        for spelling in {flag, f"--{name}", f"--{name.replace('_', '-')}"}:
+            args = with_words(parse, spelling + equals + value)
+            read = getattr(args, "ppo_epochs" if name == "ppo_epoch" else name)
+            assert str(read) == value or float(read) == float(value or 1), word
+
+
+def test_the_walkthrough_s_defaults_that_work_are_kept():
+    args = with_words(sft.parse_args)
+    kept = (args.num_prompt_tokens, args.lora_layers, args.batch_size, args.iters, args.steps_per_report)
+    assert kept == (10, 16, 4, 1000, 10)
+    assert (args.steps_per_eval, args.save_every, args.seed, args.data_base) == (200, 100, 0, "increasing_mult_2_")
+    args = with_words(generate_digit_data.parse_args)
+    assert (args.num_samples, args.min_length, args.max_length, args.noise, args.multiple_of) == (100, 5, 15, 0.2, 1)
+
+
+def test_ppo_s_dropout_is_off_by_default():
+    assert ppo("--ground-truth-reward").lora_dropout == 0.0
+
+
+# --- what is checked before anything is loaded ---
+
+
+def ppo(*words):
+    return ppo_flags.ppo_parser("PPO.").parse_args([str(word) for word in words])
+
+
+def refused(*words):
+    with pytest.raises(UserError) as caught:
+        ppo_flags.check(ppo(*words))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+REWARD_FLAGS = ("--ground-truth-reward", "--reward-model", "--reward-function")
+
+
+def test_without_a_reward_flag_the_error_names_all_three():
+    message = refused()
+    assert message.startswith("none of ") and all(flag in message for flag in REWARD_FLAGS)
+
+
+def test_two_reward_flags_are_refused():
+    message = refused("--ground-truth-reward", "--reward-model", "dir")
+    assert message.startswith("2 of ") and all(flag in message for flag in REWARD_FLAGS)
+
+
+def test_the_flags_of_the_walkthrough_pass():
+    ppo_flags.check(ppo("--ground_truth_reward", "--batch_size", 32, "--mini_batch_size", 32, "--ppo_epoch", 4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ({"batch-size": 32, "mini-batch-size": 5}, "mini-batch-size"),
+        ({"batch-size": 31, "mini-batch-size": 8}, "mini-batch-size"),
+        ({"batch-size": 32}, "mini-batch-size"),
+        ({"batch-size": 32, "mini-batch-size": 16, "gradient-accumulation-steps": 3}, "gradient-accumulation-steps"),
+        ({"batch-size": 32, "mini-batch-size": 32, "advantage": "group", "num-generations": 5}, "num-generations"),
+        ({"batch-size": 14, "mini-batch-size": 14, "advantage": "rloo", "num-generations": 3}, "num-generations"),
+        ({"batch-size": 2, "mini-batch-size": 2, "advantage": "group"}, "num-generations"),
+    ],
+)
+def test_the_divisors_that_an_error_proposes_work(flags, changed):
+    def words(settings):
+        return ["--ground-truth-reward", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+    message = refused(*words(flags))
+    assert (f"--{changed}" in message and f"--batch-size {flags['batch-size']}" in message) or "accumulation" in changed
+    proposed = re.findall(r"\d+", message.rpartition("try ")[2])
+    assert proposed
+    for divisor in proposed:
+        ppo_flags.check(ppo(*words({**flags, changed: int(divisor)})))
+
+
+def test_a_batch_too_small_for_any_group_is_told_so():
+    assert "raise --batch-size" in refused(
+        "--ground-truth-reward", "--batch-size", 1, "--mini-batch-size", 1, "--advantage", "group"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--batch-size", 0], "--batch-size is 0"),
+        (["--temperature", 0], "--temperature is 0"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--learning-rate", -1], "--learning-rate is -1"),
+        (["--clip-range", -0.1], "--clip-range is -0.1"),
+        (["--init-kl-coef", -1], "--init-kl-coef is -1"),
+        (["--lora-dropout", 0.1], "--lora-dropout is 0.1"),
+        (["--advantage", "rloo", "--num-generations", 1], "--num-generations is 1"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_ppo_s_impossible_values_are_refused(words, named):
+    assert named in refused("--ground-truth-reward", *words)
+
+
+def test_a_score_clip_of_zero_means_none():
+    ppo_flags.check(ppo("--ground-truth-reward", "--score-clip", 0, "--target-kl", 0, "--init-kl-coef", 0))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"), [(["--lora-dropout", 1], "--lora-dropout"), (["--num-prompt-tokens", 0], "--num-prompt-tokens")]
+)
+def test_impossible_adapter_settings_are_refused(words, named):
+    args = parser().parse_args([str(word) for word in words])
+    args.model = "tiny-digits"
+    with pytest.raises(UserError, match=named):
+        config.adapter_settings(args)
+
+
+def test_adap_kl_ctrl_chooses_the_controller():
+    words = ["--init_kl_coef", 0.2, "--target", 6, "--horizon", 10000, "--adap_kl_ctrl"]
+    adaptive, fixed = (make_controller(ppo(*words, word)) for word in ("True", "False"))
+    for controller in (adaptive, fixed):
+        controller.update(100.0, 1000)
+    assert fixed.value == 0.2
+    assert adaptive.value == pytest.approx(0.2 * (1 + 0.2 * 1000 / 10000))
+
+
+# --- resuming ---
+
+
+def test_a_resumed_run_has_its_own_flags_and_its_own_folder():
+    args = ppo("--resume", "runs/old", "--seed", 3)
+    resumed = config.resumed(args, {**vars(ppo("--ground_truth_reward", "--seed", 7)), "output_dir": "elsewhere"})
+    assert (resumed.seed, resumed.ground_truth_reward) == (7, True)
+    assert resumed.resume == resumed.output_dir == "runs/old"
+
+
+def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config.time, "strftime", lambda form: "20260102-030405")
+    names = []
+    for _ in range(3):
+        names.append(config.default_output_dir("sft"))
+        Path(names[-1]).mkdir(parents=True)
+    assert names == [f"runs/sft-20260102-030405{suffix}" for suffix in ("", "-2", "-3")]
+
+
+def test_a_run_of_another_script_cannot_be_resumed():
+    with pytest.raises(UserError, match="val_batches"):
+        config.resumed(ppo("--resume", "runs/old"), {"val_batches": 25})
+
+
+def test_help_shows_every_flag_with_its_default(capsys):
+    for parse in (sft.parse_args, fuse.parse_args, talk_to_model.parse_args, SEED_FLAGS["ppo"][0]):
+        with pytest.raises(SystemExit):
+            with_words(parse, "--help")
+        assert "--model" in capsys.readouterr().out
+
+
+def test_boolean_is_strict():
+    with pytest.raises(argparse.ArgumentTypeError):
+        config.boolean("")

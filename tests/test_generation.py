@@ -1,0 +1,245 @@
+"""Sampling: each completion is its prompt's own, whatever the batch, drawn from softmax(logits / temperature)."""
+
+from collections import Counter
+
+import models.fast_blas
+import models.generation
+from data.decoding import completion_texts
+from data.errors import UserError
+from models.adapters import AdapterConfig, attach_adapter
+from models.generation import sample, temperature_sampler
+from models.value_head import Policy
+from tests.architectures import VOCABULARY, build
+from training.rollout import pack
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.utils import load_tokenizer
+
+PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16], [17], [18, 19, 20]]
+FAMILIES = ["llama-tied", "qwen3", "gemma2", "gemma3", "gpt_neox", "jamba"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("llama-tied")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return load_tokenizer(tiny_folder)
+
+
+def greedy_by_mlx_lm(model, prompt, count):
+    return [token for token, _ in generate_step(mx.array(prompt), model, max_tokens=count)]
+
+
+def greedy_by_hand(model, prompt, count):
+    """The most likely token after each whole forward pass, without any cache."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(mx.argmax(model(mx.array([ids]))[0, -1]).item())
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ragged_prompts_together_are_as_each_alone(name):
+    """FACTS: greedy tokens that batch mates or pads change."""
+    model = build(name)
+    together = sample(model, PROMPTS, [], 20, temperature=0)  # longer than gemma3's window of 16
+    assert together == [greedy_by_hand(model, prompt, 20) for prompt in PROMPTS]
+    assert together == [greedy_by_mlx_lm(model, prompt, 20) for prompt in PROMPTS]
+    assert together == [sample(model, [prompt], [], 20, temperature=0)[0] for prompt in PROMPTS]
+    assert sample(model, PROMPTS[::-1], [], 20, temperature=0) == together[::-1]
+    assert len({tuple(completion) for completion in together}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_more_prompts_than_fit_in_flight_keep_their_order(model, batch_size):
+    expected = sample(model, PROMPTS, [], 6, temperature=0)
+    eos = expected[3][2]  # so that rows leave at different times
+    expected = [cut(completion, {eos}) for completion in expected]
+    assert sample(model, PROMPTS, {eos}, 6, temperature=0, batch_size=batch_size) == expected
+
+
+def cut(completion, eos_token_ids):
+    ends = [index for index, token in enumerate(completion) if token in eos_token_ids]
+    return completion[: ends[0] + 1] if ends else completion
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_completion_ends_with_its_first_eos(model, count):
+    """FACTS: tokens after EOS, trained and scored."""
+    free = sample(model, PROMPTS, [], 12, temperature=0)
+    eos = {token for token, _ in Counter(token for c in free for token in set(c)).most_common(count)}
+    got = sample(model, PROMPTS, eos, 12, temperature=0)
+    assert got == [cut(completion, eos) for completion in free]
+    ended = [completion for completion in got if completion[-1] in eos]
+    assert ended and any(len(completion) < 12 for completion in ended)
+    assert all(sum(token in eos for token in completion) <= 1 for completion in got)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7])
+def test_a_completion_without_eos_is_cut(model, max_tokens):
+    full = sample(model, PROMPTS, [], 12, temperature=0)
+    assert sample(model, PROMPTS, [], max_tokens, temperature=0) == [completion[:max_tokens] for completion in full]
+
+
+def chi_square(tokens, probabilities):
+    """Pearson's statistic; with V − 1 degrees of freedom it is near V − 1 if the tokens are drawn so."""
+    observed = np.bincount(tokens, minlength=len(probabilities))
+    expected = probabilities * len(tokens)
+    return float(((observed - expected) ** 2 / expected).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_the_first_token_is_drawn_from_the_tempered_softmax(model, temperature):
+    """FACTS: greedy sampling in training."""
+    mx.random.seed(0)
+    prompt = [5, 6, 7]
+    first = [c[0] for c in sample(model, [prompt] * 2000, [], 1, temperature, batch_size=2000)]
+    logits = model(mx.array([prompt]))[0, -1]
+    limit = VOCABULARY - 1 + 5 * (2 * (VOCABULARY - 1)) ** 0.5
+    assert chi_square(first, np.array(mx.softmax(logits / temperature))) < limit
+    # The test can tell: another temperature is refused.
+    assert chi_square(first, np.array(mx.softmax(logits / (temperature * 1.5)))) > limit
+
+
+def test_later_tokens_are_drawn_given_the_earlier_ones(model):
+    mx.random.seed(0)
+    completions = sample(model, [[5, 6, 7], [8]] * 1000, [], 2, 1.0, batch_size=2000)
+    for prompt, start in (([5, 6, 7], 0), ([8], 1)):
+        own = completions[start::2]
+        first = Counter(c[0] for c in own).most_common(1)[0][0]
+        second = [c[1] for c in own if c[0] == first]
+        probabilities = np.array(mx.softmax(model(mx.array([[*prompt, first]]))[0, -1]))
+        top = int(probabilities.argmax())
+        deviation = (probabilities[top] * (1 - probabilities[top]) / len(second)) ** 0.5
+        assert len(second) > 50
+        assert abs(np.mean(np.array(second) == top) - probabilities[top]) < 4 * deviation
+
+
+def test_the_seed_decides(model):
+    def draw(seed):
+        mx.random.seed(seed)
+        return sample(model, PROMPTS, [], 8)
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    logprobs = mx.array([[0.0, 3.0, 2.9], [-1.0, -2.0, -0.5]])
+    assert temperature_sampler(0)(logprobs).tolist() == [1, 2]
+
+
+def with_dropout():
+    """A model whose LoRA matters, under a dropout that would change every token."""
+    model = build("llama-tied")
+    attach_adapter(model, AdapterConfig("lora", -1, {"rank": 4, "scale": 10.0, "dropout": 0.5}))
+    mx.random.seed(0)
+    weights = [(name, mx.random.normal(array.shape)) for name, array in tree_flatten(model.trainable_parameters())]
+    model.load_weights(weights, strict=False)
+    return model
+
+
+def test_dropout_is_off_while_sampling_and_the_mode_is_left_as_it_was():
+    """FACTS: dropout on during rollouts, so the first ratio is not 1."""
+    model = with_dropout()
+    model.eval()
+    expected = sample(model, PROMPTS, [], 12, temperature=0)
+    assert not any(module.training for _, module in model.named_modules())
+    model.train()
+    assert not mx.array_equal(model(mx.array([[1, 2, 3]])), model(mx.array([[1, 2, 3]]))).item()
+    assert sample(model, PROMPTS, [], 12, temperature=0) == expected
+    assert all(module.training for _, module in model.named_modules())
+
+
+def test_the_mode_comes_back_if_sampling_is_interrupted():
+    model = with_dropout()
+    model.train()
+
+    def stop(count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, PROMPTS, [], 12, on_token=stop)
+    assert all(module.training for _, module in model.named_modules())
+
+
+def test_progress_counts_every_token(model):
+    counts: list[int] = []
+    free = sample(model, PROMPTS, [], 5, temperature=0, batch_size=2, on_token=counts.append)
+    assert sum(counts) == sum(map(len, free)) == 30
+
+
+def test_nothing_to_do_and_nothing_to_begin_with(model):
+    assert sample(model, [], [], 5) == []
+    with pytest.raises(UserError, match="prompt is empty"):
+        sample(model, [[1], []], [], 5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logprobs_of_a_whole_pass_are_those_of_sampling(name, monkeypatch):
+    """In float32 the sampler's own logprobs equal a teacher-forced pass over right-padded rows."""
+    model = build(name)
+    responses = []
+
+    class Recording(BatchGenerator):
+        def next_generated(self):
+            latest = super().next_generated()
+            responses.extend(latest)
+            return latest
+
+    monkeypatch.setattr(models.generation, "BatchGenerator", Recording)
+    mx.random.seed(0)
+    completions = sample(model, PROMPTS, [7], 9, temperature=1.0)
+    tokens, positions, ids, mask = (mx.array(field) for field in pack(PROMPTS, completions, [7], 0))
+    logits, _ = Policy(model)(tokens, positions)
+    logprobs = nn.log_softmax(logits, axis=-1)
+    whole = np.array(mx.take_along_axis(logprobs, ids[..., None], axis=-1).squeeze(-1))
+    step = Counter[int]()
+    for response in responses:
+        row = response.uid
+        one_by_one = response.logprobs[response.token].item()
+        assert completions[row][step[row]] == response.token
+        assert whole[row, step[row]] == pytest.approx(one_by_one, abs=1e-5)
+        step[row] += 1
+    assert [step[row] for row in range(len(PROMPTS))] == mask.sum(axis=1).tolist()
+
+
+def test_prompt_and_completion_texts_make_up_the_whole(tokenizer):
+    """FACTS: text decoded by itself loses its first space."""
+    prompts = [tokenizer.encode(text) for text in ("8 20", "8 20", "2", "2", "5 -3", "7")]
+    wholes = [tokenizer.encode(text) for text in ("8 20 30 4", "8 20 0", "2 5", "2 -5 6", "5 -3 1", "7")]
+    completions = [[*whole[len(p) :], tokenizer.eos_token_id] for whole, p in zip(wholes, prompts, strict=True)]
+    prompt_texts, completion = completion_texts(tokenizer, prompts, completions)
+    assert prompt_texts == ["8 20", "8 20", "2", "2", "5 -3", "7"]
+    assert completion == [" 30 4", " 0", " 5", " -5 6", " 1", ""]
+
+
+def test_an_empty_completion_is_an_entry_of_its_own(tokenizer):
+    """FACTS: an empty completion turns a batch's rewards into one scalar."""
+    prompts = [tokenizer.encode("1 2"), tokenizer.encode("3 4"), tokenizer.encode("5")]
+    completions = [[], [tokenizer.eos_token_id], tokenizer.encode("6")[1:]]
+    assert completion_texts(tokenizer, prompts, completions) == (["1 2", "3 4", "5"], ["", "", " 6"])
+    assert completion_texts(tokenizer, [], []) == ([], [])
+
+
+def test_any_ids_add_up_to_the_whole_text(tokenizer):
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, len(tokenizer.vocab), (200, 12)).tolist()
+    cuts = rng.integers(0, 12, 200)
+    prompts = [row[:at] for row, at in zip(rows, cuts, strict=True)]
+    completions = [row[at:] for row, at in zip(rows, cuts, strict=True)]
+    texts = completion_texts(tokenizer, prompts, completions)
+    for prompt, completion, row in zip(*texts, rows, strict=True):
+        assert prompt + completion == tokenizer.decode(row, skip_special_tokens=True)
+
+
+def test_a_completion_without_its_prompt_is_an_error(tokenizer):
+    with pytest.raises(ValueError):
+        completion_texts(tokenizer, [[1], [2]], [[3]])

@@ -1,0 +1,270 @@
+"""The run folder: metrics.jsonl, the report line, resuming, trackers, pictures."""
+
+import json
+import math
+import subprocess
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from data.errors import UserError
+from training.metrics import RunLog, figure, read_metrics, resumed_config, start_run_folder
+from training.plots import PANELS, plot_panels, plot_run
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A started run."""
+    return start_run_folder(tmp_path / "run", {"seed": 3})
+
+
+def lines_of(folder):
+    return (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+# --- rows and lines ---
+
+
+def test_a_report_is_one_row_and_one_line_in_the_order_given(folder, capsys):
+    log = RunLog(folder, total_steps=10)
+    log.report(5, {"mean_score": 0.123456, "kl": 12345.678, "updates": 8})
+    log.report(10, {"zeta": 1.0, "alpha": 2.0})
+    log.close()
+    assert lines_of(folder) == [
+        '{"step": 5, "mean_score": 0.123456, "kl": 12345.678, "updates": 8}',
+        '{"step": 10, "zeta": 1.0, "alpha": 2.0}',
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        "Step - 5 | mean_score: 0.1235 | kl: 1.235e+04 | updates: 8",
+        "Step - 10 | zeta: 1 | alpha: 2",
+    ]
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_reported(folder):
+    log = RunLog(folder, total_steps=10)
+    log.report(1, {"loss": 2.0})
+    assert read_metrics(folder) == [{"step": 1, "loss": 2.0}]
+    log.close()
+
+
+def test_figures_that_are_not_finite_are_null(folder, capsys):
+    log = RunLog(folder, total_steps=1)
+    log.report(1, {"loss": math.nan, "kl": math.inf, "score": -math.inf, "good": 1.5})
+    log.close()
+    row = json.loads(lines_of(folder)[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert row == {"step": 1, "loss": None, "kl": None, "score": None, "good": 1.5}
+    assert "loss: nan" in capsys.readouterr().out
+
+
+def test_the_summary_is_written_and_printed(folder, capsys):
+    log = RunLog(folder, total_steps=1)
+    log.close({"steps": 1, "valid_loss": math.nan, "mean_score": 0.98765, "adapter": "adapters"})
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    assert summary == {"steps": 1, "valid_loss": None, "mean_score": 0.98765, "adapter": "adapters"}
+    shown = capsys.readouterr().out
+    assert "mean score" in shown and "0.9877" in shown and str(folder) in shown
+
+
+def test_the_bar_counts_from_where_the_run_goes_on(folder):
+    log = RunLog(folder, total_steps=10, start_step=4)
+    log.advance(score=0.5)
+    assert (log.bar.n, log.bar.total) == (5, 10)
+    log.close()
+
+
+@pytest.mark.parametrize(("value", "text"), [(3, "3"), (0.000123456, "0.0001235"), (1.0, "1"), (math.nan, "nan")])
+def test_figures_have_four_digits(value, text):
+    assert figure(value) == text
+
+
+# --- run folders and resuming ---
+
+
+def test_the_flags_are_written_as_run(folder):
+    assert resumed_config(folder) == {"seed": 3}
+
+
+def test_a_folder_with_a_run_is_refused_and_left_as_it_is(folder):
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UserError, match="--resume"):
+        start_run_folder(folder, {"seed": 4})
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json"):
+        resumed_config(tmp_path)
+
+
+def test_resuming_drops_the_rows_that_come_again(folder):
+    log = RunLog(folder, total_steps=9)
+    for step in (0, 3, 3, 6, 9):
+        log.report(step, {"loss": float(step)})
+    log.close()
+    RunLog(folder, total_steps=9, start_step=3).close()
+    assert [row["step"] for row in read_metrics(folder)] == [0, 3, 3]
+
+
+def test_resuming_drops_a_last_line_cut_off_by_a_kill(folder):
+    log = RunLog(folder, total_steps=9)
+    for step in (1, 2):
+        log.report(step, {"loss": 1.0})
+    log.close()
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2]
+    log = RunLog(folder, total_steps=9, start_step=2)
+    log.report(3, {"loss": 2.0})
+    log.close()
+    assert [json.loads(line)["step"] for line in lines_of(folder)] == [1, 2, 3]
+
+
+def test_a_new_run_begins_with_no_rows(folder):
+    RunLog(folder, total_steps=1).close()
+    assert lines_of(folder) == [] == read_metrics(folder)
+
+
+# --- trackers ---
+
+
+@pytest.mark.parametrize(("tracker", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
+def test_a_missing_tracker_is_one_line_that_names_its_package(folder, monkeypatch, tracker, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError) as caught:
+        RunLog(folder, total_steps=1, log_with=tracker)
+    assert f"pip install {package}" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tracker", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
+def test_without_its_tracker_a_run_leaves_no_folder_behind(tmp_path, monkeypatch, tracker, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        start_run_folder(tmp_path / "new", {"log_with": tracker})
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_unknown_tracker_is_refused(folder):
+    with pytest.raises(UserError, match="none, wandb, tensorboard"):
+        RunLog(folder, total_steps=1, log_with="paper")
+
+
+def test_trackers_are_imported_only_when_asked_for(tmp_path):
+    code = (
+        "import sys\n"
+        "from training.metrics import RunLog, start_run_folder\n"
+        f"log = RunLog(start_run_folder({str(tmp_path / 'run')!r}, {{}}), 1)\n"
+        "log.report(1, {'loss': 1.0}); log.close({})\n"
+        "print([name for name in ('wandb', 'tensorboardX', 'torch', 'matplotlib', 'mlx') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("environment", "netrc", "mode"),
+    [
+        ({}, "", "offline"),
+        ({}, "machine example.org login me password x", "offline"),
+        ({}, "machine api.wandb.ai login user password k", "online"),
+        ({"WANDB_API_KEY": "k"}, "", "online"),
+        ({"WANDB_API_KEY": "k", "WANDB_MODE": "disabled"}, "", "disabled"),
+    ],
+)
+def test_wandb_gets_the_same_figures_and_is_offline_without_an_account(
+    folder, monkeypatch, tmp_path, environment, netrc, mode
+):
+    started, logged = {}, []
+    wandb = types.SimpleNamespace(
+        __spec__=ModuleSpec("wandb", None),  # installed
+        Settings=lambda **settings: settings,
+        init=lambda **settings: (
+            started.update(settings)
+            or types.SimpleNamespace(log=lambda figures, step: logged.append((step, figures)), finish=lambda: None)
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    if netrc:
+        (tmp_path / ".netrc").write_text(netrc, encoding="utf-8")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    log = RunLog(folder, total_steps=1, log_with="wandb")
+    log.report(7, {"loss": 1.25, "kl": math.nan})
+    log.close()
+    assert started["mode"] == mode
+    assert (started["config"], started["name"], started["dir"]) == ({"seed": 3}, "run", str(folder))
+    assert logged == [(7, {"loss": 1.25})]
+
+
+def test_tensorboard_gets_the_same_figures(folder, monkeypatch):
+    scalars = []
+
+    class Writer:
+        def __init__(self, path):
+            assert Path(path) == folder / "tensorboard"
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def flush(self):
+            pass
+
+    installed = ModuleSpec("tensorboardX", None)
+    tensorboard = types.SimpleNamespace(SummaryWriter=Writer, __spec__=installed)
+    monkeypatch.setitem(sys.modules, "tensorboardX", tensorboard)
+    log = RunLog(folder, total_steps=1, log_with="tensorboard")
+    log.report(7, {"loss": 1.25, "kl": math.inf, "updates": 2})
+    log.close()
+    assert scalars == [("loss", 1.25, 7), ("updates", 2, 7)]
+
+
+# --- pictures ---
+
+
+def is_whole_png(path):
+    content = path.read_bytes()
+    return content.startswith(b"\x89PNG\r\n\x1a\n") and content[-8:-4] == b"IEND"
+
+
+def test_the_picture_of_a_run_is_a_png(folder):
+    log = RunLog(folder, total_steps=3)
+    log.report(0, {"valid_loss": 3.0})
+    log.report(1, {"train_loss": 2.0, "kl": math.nan, "mean_score": 0.5})
+    log.report(2, {"train_loss": 1.0, "kl": 0.1, "mean_score": 0.6})
+    log.close()
+    assert plot_run(folder) == folder / "curves.png"
+    assert is_whole_png(folder / "curves.png")
+    assert [path.name for path in folder.glob("*.png")] == ["curves.png"]
+
+
+def test_every_metric_of_a_panel_is_drawn(folder, monkeypatch):
+    log = RunLog(folder, total_steps=1)
+    log.report(1, {name: 1.0 for names in PANELS.values() for name in names} | {"unknown": 1.0})
+    log.close()
+    drawn = {}
+    monkeypatch.setattr("training.plots.plot_panels", lambda path, panels, title: drawn.update(panels))
+    plot_run(folder)
+    assert drawn == {title: {label: [(1, 1.0)] for label in names.values()} for title, names in PANELS.items()}
+
+
+def test_with_nothing_to_draw_there_is_no_picture(folder):
+    assert plot_run(folder) is None
+    log = RunLog(folder, total_steps=1)
+    log.report(1, {"steps_per_second": 5.0, "train_loss": math.nan})
+    log.close()
+    assert plot_run(folder) is None
+    assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_any_number_of_panels_fits(tmp_path, count):
+    path = tmp_path / "panels.png"
+    plot_panels(path, {f"panel {i}": {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 0.0)]} for i in range(count)}, "title")
+    assert is_whole_png(path)

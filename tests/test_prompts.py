@@ -1,0 +1,105 @@
+"""Which prompts PPO gets: starts of the digit rule, rows of a file, and their order."""
+
+import argparse
+import json
+from collections import Counter
+
+from data.errors import UserError
+from data.prompts import PromptPlan, digit_prompts, held_out_starts, jsonl_prompts, starts
+from rewards.digits import DigitRule
+from training.ppo_step import Prompts
+
+import pytest
+
+EVEN = DigitRule(increasing=True, multiple_of=2)
+RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 7)]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_prompts_are_all_starts_but_the_held_out_ones(rule):
+    prompts = {int(prompt) for prompt in digit_prompts(rule)}
+    held_out = set(held_out_starts(rule))
+    assert prompts | held_out == set(starts(rule))
+    assert not prompts & held_out
+    assert 0 < len(held_out) < len(prompts)
+    assert all(start % rule.multiple_of == 0 for start in prompts | held_out)
+
+
+def test_the_ranges_of_starts():
+    assert (min(starts(EVEN)), max(starts(EVEN)), len(starts(EVEN))) == (0, 200, 101)
+    falling = starts(DigitRule(increasing=False, multiple_of=5))
+    assert (min(falling), max(falling)) == (100, 1000)
+
+
+def test_what_is_held_out_for_one_rule_is_held_out_for_every_other():
+    every = set(held_out_starts(DigitRule(True, 1)))
+    assert set(held_out_starts(EVEN)) <= every
+    assert not every & {int(prompt) for prompt in digit_prompts(EVEN)}
+
+
+def test_every_prompt_scores_what_a_good_first_number_scores():
+    assert {EVEN.score(prompt) for prompt in digit_prompts(EVEN)} == {1 / 5}
+
+
+def test_a_rule_without_starts_is_refused():
+    with pytest.raises(UserError, match="1001"):
+        digit_prompts(DigitRule(False, 1001))
+
+
+def test_the_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "id": 1}) + "\n" for text in ("a b", "c\nd", "é")))
+    assert jsonl_prompts(path) == ["a b", "c\nd", "é"]
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match="prompt"):
+        jsonl_prompts(path)
+
+
+def test_all_prompts_come_once_before_any_comes_again():
+    plan = PromptPlan([str(i) for i in range(10)], seed=3)
+    stream = [prompt for step in range(10) for prompt in plan.batch(step, 4)]
+    epochs = [stream[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch, key=int) == list(plan.prompts) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_batch_may_be_larger_than_the_file():
+    counts = Counter(PromptPlan(["a", "b", "c"], seed=0).batch(0, 9))
+    assert counts == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    prompts = [str(i) for i in range(50)]
+    plan = PromptPlan(prompts, seed=1)
+    in_order = [plan.batch(step, 8) for step in range(9)]
+    assert [PromptPlan(prompts, seed=1).batch(step, 8) for step in reversed(range(9))] == in_order[::-1]
+    assert PromptPlan(prompts, seed=2).batch(0, 8) != in_order[0]
+
+
+def flags(**changed):
+    settings = {
+        "prompts": None, "decreasing": False, "multiple_of": 2, "advantage": "gae", "num_generations": 4,
+        "batch_size": 8, "seed": 0,
+    }  # fmt: skip
+    return argparse.Namespace(**{**settings, **changed})
+
+
+def test_gae_takes_a_prompt_per_completion():
+    batch = Prompts(flags()).batch(0)
+    assert len(batch) == 8 == len(set(batch))
+
+
+@pytest.mark.parametrize("advantage", ["group", "rloo"])
+def test_the_completions_of_a_group_s_prompt_stand_side_by_side(advantage):
+    batch = Prompts(flags(advantage=advantage)).batch(0)
+    assert len(batch) == 8 and len(set(batch)) == 2
+    assert batch == [batch[0]] * 4 + [batch[4]] * 4
+
+
+def test_the_flags_choose_the_prompts(tmp_path):
+    assert all(int(prompt) % 7 == 0 and int(prompt) >= 100 for prompt in Prompts(
+        flags(decreasing=True, multiple_of=7)
+    ).batch(0))  # fmt: skip
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
+    assert set(Prompts(flags(prompts=path)).batch(0)) == {"x", "y"}

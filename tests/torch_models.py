@@ -1,0 +1,28 @@
+"""Small random Llamas in folders that transformers and mlx-lm both open, with the digits' tokenizer.
+
+folder = random_llama(tmp_path)
+"""
+
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from models.tiny import RECIPES, build_tokenizer
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TOKENIZER = build_tokenizer(RECIPES["tiny-digits"])
+
+
+def random_llama(folder: Path, model_class: type = LlamaForCausalLM, **settings) -> str:
+    """Write a Llama of three layers, with logits far from flat. settings: changes to its configuration."""
+    torch.manual_seed(0)
+    ids = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+    sizes |= {"vocab_size": len(TOKENIZER), "tie_word_embeddings": True}
+    config = LlamaConfig(**{**ids, **sizes, **settings})
+    model_class(config).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
