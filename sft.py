@@ -1,0 +1,215 @@
+"""Supervised fine-tuning with LoRA, DoRA, a soft prompt or all weights; with --reward-model, a reward model.
+
+    python sft.py --train --iters 600 --save-file adapters
+    python sft.py --reward-model --train --data-base reward_function_increasing_mult_2_ --batch-size 16
+
+Leaves out: learning from a reward (ppo_training.py) and merging the adapter into its base (fuse.py).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from data.files import check_replaceable
+from data.records import split_path
+from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.loading import LoadedModel, load
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import ScoringModel, new_value_head
+from training import config
+from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
+from training.checkpoint_folders import last_checkpoint
+from training.cli import Stopped, StopSignal, run
+from training.metrics import RunLog, resumed_config, start_run_folder
+from training.objectives import LanguageModelling, Objective, RewardModelling
+from training.optimizer import loss_and_gradients, make_optimizer, update
+from training.plots import plot_run
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__)
+    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
+    parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
+    parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
+    parser.add_argument("--data", default="data", help="folder of the .jsonl files")
+    parser.add_argument("--data-base", default="increasing_mult_2_", help="their name before train.jsonl")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
+    parser.add_argument("--iters", type=int, default=1000, help="training steps")
+    parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens a row is cut to")
+    parser.add_argument("--center-coef", type=float, default=0.01, help="holds a reward model's scores about 0")
+    parser.add_argument("--steps-per-report", type=int, default=10, help="steps between report lines")
+    parser.add_argument("--steps-per-eval", type=int, default=200, help="steps between validations")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
+    parser.add_argument("--resume-adapter-file", help="start from this adapter")
+    config.add_adapter_flags(parser, dropout=0.0)
+    config.add_optimizer_flags(parser, config.LEARNING_RATES, schedule="constant")
+    config.add_run_flags(parser)
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work, before anything is loaded."""
+    if not (args.train or args.test):
+        raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
+    for name in ("iters", "batch-size", "steps-per-report", "steps-per-eval", "save-every", "max-length"):
+        config.positive(name, getattr(args, name.replace("-", "_")))
+    if args.val_batches == 0 or args.val_batches < -1:
+        raise UserError(f"--val-batches is {args.val_batches}; give a number of batches, or -1 for all")
+    if args.learning_rate is not None:
+        config.positive("learning-rate", args.learning_rate)
+    for split in ("train", "valid") * args.train + ("test",) * args.test:
+        split_path(args.data, args.data_base, split)
+    if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
+        check_replaceable(args.save_file, CONFIG_FILE)
+
+
+def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
+    """Put the adapter, and for a reward model the value head, on the base; only they are trainable."""
+    model, head = loaded.model, None
+    settings = AdapterConfig(**config.adapter_settings(args))
+    if args.reward_model and args.lora_layers == 0 and settings.fine_tune_type in ("lora", "dora"):
+        settings.fine_tune_type = "none"  # the value head alone
+    if args.resume_adapter_file:
+        saved = load_adapter(model, args.resume_adapter_file)
+        settings, head = saved.config, saved.value_head
+    elif args.train:
+        attach_adapter(model, settings, args.seed)
+    if not args.reward_model:
+        return Trainee(model, settings, model)
+    head = head or new_value_head(model, std=None)
+    return Trainee(model, settings, ScoringModel(model, head), head)
+
+
+def build_objective(args: argparse.Namespace, loaded: LoadedModel) -> Objective:
+    prefix = soft_prompt_ids(loaded.model)
+    if args.reward_model:
+        return RewardModelling(loaded.tokenizer, prefix, args.batch_size, args.max_length, args.seed, args.center_coef)
+    return LanguageModelling(loaded.tokenizer, prefix, args.batch_size, args.max_length, args.seed)
+
+
+def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1) -> tuple[float, float]:
+    """Mean loss and accuracy over the first `num_batches` batches (-1: all), dropout off."""
+    module.eval()
+    totals = mx.zeros(3)
+    for index, arrays in enumerate(objective.batches()):
+        if index == num_batches:
+            break
+        _, figures = objective.loss(module, *arrays)
+        totals += mx.stack([x.astype(mx.float32) for x in figures])
+        mx.eval(totals)
+    loss, correct, count = totals.tolist()
+    return loss / max(count, 1), correct / max(count, 1)
+
+
+def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, validation: Objective) -> None:
+    """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and picture."""
+    module = trainee.module
+    rate = args.learning_rate or config.LEARNING_RATES[trainee.adapter.fine_tune_type]
+    optimizer = make_optimizer(rate, args.iters, args.lr_schedule, args.warmup_steps, args.weight_decay)
+    # window: sums of the figures since the last report
+    state: dict[str, Any] = {"step": 0, "window": [0.0, 0.0, 0.0], "skipped": 0}
+    if args.resume:
+        folder = Path(args.resume)
+        state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
+    else:
+        optimizer.init(module.trainable_parameters())
+        folder = start_run_folder(args.output_dir or config.default_output_dir("sft"), vars(args))
+    step, skipped = state["step"], state["skipped"]
+    log = RunLog(folder, args.iters, step, args.log_with, "reward model" if args.reward_model else "sft")
+    log.say(config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate, mx.default_device()))
+    gradients_of = loss_and_gradients(module, objective.loss)
+
+    started = time.perf_counter()
+    window, window_started, window_step = mx.array(state["window"]), started, step
+
+    def save() -> None:
+        save_checkpoint(folder, step, trainee, optimizer, {"window": window.tolist(), "skipped": skipped})
+
+    if not args.resume:
+        loss, accuracy = evaluate(module, validation, args.val_batches)
+        log.report(0, {"valid_loss": loss, "valid_accuracy": accuracy})
+        save()
+    with StopSignal() as stop:
+        while step < args.iters and not stop.requested:
+            mx.random.seed(config.step_seed(args.seed, step))
+            module.train()
+            (loss, figures), gradients = gradients_of(*objective.batch(step))
+            norm = update(module, optimizer, loss, gradients, args.max_grad_norm)
+            step += 1
+            if norm != norm:
+                skipped += 1
+                log.say(f"step {step}: the loss or gradient is not finite; the update is skipped")
+            else:
+                window += mx.stack([x.astype(mx.float32) for x in figures])
+                mx.eval(window)
+            log.advance()
+
+            if step % args.steps_per_report == 0 or step == args.iters:
+                total, correct, count = window.tolist()
+                now = time.perf_counter()
+                log.report(
+                    step,
+                    {
+                        "train_loss": total / max(count, 1),
+                        "train_accuracy": correct / max(count, 1),
+                        "learning_rate": float(optimizer.learning_rate),
+                        "grad_norm": norm,
+                        "steps_per_second": (step - window_step) / (now - window_started),
+                        "skipped_updates": skipped,
+                    },
+                )
+                window, window_started, window_step = mx.zeros(3), now, step
+            if step % args.steps_per_eval == 0 or step == args.iters:
+                loss, accuracy = evaluate(module, validation, args.val_batches)
+                log.report(step, {"valid_loss": loss, "valid_accuracy": accuracy})
+            if step % args.save_every == 0 or step == args.iters or stop.requested:
+                save()
+    if step < args.iters:
+        log.close()
+        raise Stopped(f"{step} of {args.iters} steps are done; go on with: python sft.py --resume {folder}")
+    save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
+    loss, accuracy = evaluate(module, validation)
+    log.close(
+        {
+            "steps": step,
+            "seconds": round(time.perf_counter() - started, 1),
+            "valid_loss": loss,
+            "valid_accuracy": accuracy,
+            "adapter": args.save_file,
+            "picture": str(plot_run(folder)),
+        }
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.resume:
+        args = config.resumed(args, resumed_config(args.resume))
+    check(args)
+    loaded = load(args.model)
+    trainee = build(args, loaded)
+    if args.train:
+        training, validation = build_objective(args, loaded), build_objective(args, loaded)
+        for split, objective in (("train", training), ("valid", validation)):
+            count = objective.read(split_path(args.data, args.data_base, split))
+            cut = f", {objective.truncated} cut to {args.max_length} tokens" if objective.truncated else ""
+            print(f"{split}: {count} {'pairs' if args.reward_model else 'rows'}{cut}")
+        train(args, trainee, training, validation)
+    if args.test:
+        objective = build_objective(args, loaded)
+        objective.read(split_path(args.data, args.data_base, "test"))
+        loss, accuracy = evaluate(trainee.module, objective)
+        print(f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)

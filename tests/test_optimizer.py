@@ -1,0 +1,298 @@
+"""The update: schedules, Adam as PyTorch has it, clipping, the guard against NaN, saving and restoring."""
+
+import math
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from training import optimizer as training_optimizer
+from training.optimizer import (
+    gradient_norm,
+    loss_and_gradients,
+    make_optimizer,
+    optimizer_arrays,
+    restore_optimizer,
+    update,
+)
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+
+
+class Net(nn.Module):
+    """Two layers, the first of which may be frozen."""
+
+    def __init__(self, seed=0, dropout=0.0):
+        super().__init__()
+        mx.random.seed(seed)
+        self.first = nn.Linear(3, 4)
+        self.drop = nn.Dropout(dropout)
+        self.second = nn.Linear(4, 2)
+
+    def __call__(self, x):
+        return self.second(self.drop(mx.tanh(self.first(x))))
+
+
+def square_loss(net, x, y):
+    return mx.mean(mx.square(net(x) - y))
+
+
+def data(seed):
+    rng = np.random.default_rng(seed)
+    return mx.array(rng.normal(size=(5, 3)), mx.float32), mx.array(rng.normal(size=(5, 2)), mx.float32)
+
+
+def weights(net):
+    return {name: np.array(array) for name, array in tree_flatten(net.parameters())}
+
+
+def state_of(optimizer):
+    return {name: np.array(array) for name, array in optimizer_arrays(optimizer).items()}
+
+
+def same(a, b):
+    """Bit for bit; NaN equals NaN."""
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def take_step(net, optimizer, seed, max_grad_norm=None):
+    loss, gradients = nn.value_and_grad(net, square_loss)(net, *data(seed))
+    return update(net, optimizer, loss, gradients, max_grad_norm)
+
+
+# --- schedules ---
+
+
+def rates(count, **settings):
+    """The learning rate of each update, read off an update whose gradient is 1: Adam then moves by the rate."""
+    net = nn.Linear(1, 1, bias=False)
+    net.weight = mx.zeros((1, 1))
+    optimizer = make_optimizer(**settings)
+    optimizer.init(net.trainable_parameters())
+    moved = []
+    for _ in range(count):
+        before = net.weight.item()
+        update(net, optimizer, mx.array(1.0), {"weight": mx.ones((1, 1))}, None)
+        moved.append(before - net.weight.item())
+    return moved
+
+
+def test_a_constant_rate_stays():
+    np.testing.assert_allclose(rates(6, learning_rate=0.1, total_updates=3), [0.1] * 6, rtol=1e-4)
+
+
+def test_a_linear_rate_falls_to_zero_at_the_end():
+    expected = [0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
+    got = rates(6, learning_rate=0.1, total_updates=4, schedule="linear")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_cosine_rate_falls_along_a_half_wave():
+    expected = [0.05 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    got = rates(5, learning_rate=0.1, total_updates=4, schedule="cosine")
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("schedule", training_optimizer.SCHEDULES)
+def test_every_schedule_warms_up_from_zero(schedule):
+    got = rates(7, learning_rate=0.1, total_updates=20, schedule=schedule, warmup_updates=4)
+    np.testing.assert_allclose(got[:5], [0.0, 0.025, 0.05, 0.075, 0.1], rtol=1e-4, atol=1e-7)
+    if schedule == "constant":
+        np.testing.assert_allclose(got[5:], 0.1, rtol=1e-4)
+    else:
+        assert got[6] < got[5] <= 0.1 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_with_a_warm_up_the_rate_still_ends_near_zero(schedule):
+    got = rates(21, learning_rate=0.1, total_updates=20, schedule=schedule, warmup_updates=4)
+    assert 0 <= got[20] < got[19] < 0.015
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(UserError, match="constant, linear, cosine"):
+        make_optimizer(0.1, 10, schedule="step")
+
+
+# --- Adam ---
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_several_steps_equal_pytorch_s(weight_decay):
+    net = Net()
+    optimizer = make_optimizer(1e-2, 100, weight_decay=weight_decay)
+    optimizer.init(net.trainable_parameters())
+    twin = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in weights(net).items()}
+    kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
+    theirs = kind(twin.values(), lr=1e-2, weight_decay=weight_decay)
+    for seed in range(8):
+        take_step(net, optimizer, seed)
+        x, y = (torch.tensor(np.array(array)) for array in data(seed))
+        theirs.zero_grad()
+        hidden = torch.tanh(x @ twin["first.weight"].T + twin["first.bias"])
+        ((hidden @ twin["second.weight"].T + twin["second.bias"] - y) ** 2).mean().backward()
+        theirs.step()
+        for name, value in weights(net).items():
+            np.testing.assert_allclose(value, twin[name].detach().numpy(), rtol=0, atol=1e-5)
+
+
+def test_frozen_weights_stay():
+    net = Net()
+    net.first.freeze()
+    optimizer = make_optimizer(0.1, 10)
+    optimizer.init(net.trainable_parameters())
+    before = weights(net)
+    take_step(net, optimizer, 0)
+    after = weights(net)
+    assert all((before[name] == after[name]).all() == name.startswith("first") for name in before)
+
+
+# --- clipping ---
+
+
+class Record:
+    """An optimizer that keeps the gradients it is given."""
+
+    state: dict = {}  # noqa: RUF012
+
+    def update(self, module, gradients):
+        self.gradients = gradients
+
+
+def test_the_norm_is_over_all_gradients_together():
+    assert gradient_norm({"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}}).item() == 5.0
+    # In float16 the square of 300 would overflow.
+    assert gradient_norm({"a": mx.array([300.0, 400.0], mx.float16)}).item() == 500.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "scale"), [(1.0, 1 / 5), (5.5, 1.0), (None, 1.0), (0, 1.0)]
+)  # the gradient's norm is 5
+def test_gradients_are_clipped_to_the_norm(limit, scale):
+    recorder = Record()
+    gradients = {"a": mx.array([3.0]), "b": {"c": mx.array([[-4.0]])}}
+    assert update(nn.Module(), recorder, mx.array(0.0), gradients, limit) == 5.0
+    assert recorder.gradients["a"].item() == pytest.approx(3 * scale, rel=1e-5)
+    assert recorder.gradients["b"]["c"].item() == pytest.approx(-4 * scale, rel=1e-5)
+
+
+# --- what is not finite ---
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient", "both"])
+def test_a_loss_or_gradient_that_is_not_finite_touches_nothing(bad, where):
+    net = Net()
+    optimizer = make_optimizer(0.1, 10, schedule="linear", warmup_updates=2)
+    optimizer.init(net.trainable_parameters())
+    for seed in range(3):
+        take_step(net, optimizer, seed)
+    before, state = weights(net), state_of(optimizer)
+    loss, gradients = nn.value_and_grad(net, square_loss)(net, *data(3))
+    if where != "gradient":
+        loss = mx.array(bad)
+    if where != "loss":
+        gradients["second"]["bias"] = mx.array([1.0, bad])
+    assert math.isnan(update(net, optimizer, loss, gradients, 1.0))
+    assert same(weights(net), before)
+    assert same(state_of(optimizer), state)
+    assert not math.isnan(take_step(net, optimizer, 4))
+    assert not same(weights(net), before)
+
+
+def test_finite_gradients_whose_norm_overflows_are_skipped():
+    net = Net()
+    optimizer = make_optimizer(0.1, 10)
+    optimizer.init(net.trainable_parameters())
+    before = weights(net)
+    loss, gradients = nn.value_and_grad(net, square_loss)(net, *data(0))
+    gradients["second"]["bias"] = mx.array([3e38, 3e38])
+    assert math.isnan(update(net, optimizer, loss, gradients, None))
+    assert same(weights(net), before)
+
+
+# --- saving and restoring ---
+
+
+def continued(cut, total=6, **settings):
+    """Weights and optimizer state after `total` steps, saved to a file and put back into fresh objects at `cut`."""
+    net, optimizer = Net(dropout=0.3), make_optimizer(1e-2, total, "cosine", warmup_updates=2, **settings)
+    optimizer.init(net.trainable_parameters())
+    for step in range(total):
+        if step == cut:
+            yield net, optimizer
+            saved_weights, saved_state = tree_flatten(net.parameters()), optimizer_arrays(optimizer)
+            net, optimizer = Net(seed=9, dropout=0.3), make_optimizer(1e-2, total, "cosine", 2, **settings)
+            net.load_weights(saved_weights)
+            restore_optimizer(optimizer, net, saved_state)
+        mx.random.seed(step)
+        take_step(net, optimizer, step, 1.0)
+    yield net, optimizer
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_what_follows_a_restore_is_bit_for_bit_what_would_have_followed(weight_decay):
+    *_, (net, optimizer) = continued(cut=None, weight_decay=weight_decay)
+    *_, (other_net, other_optimizer) = continued(cut=3, weight_decay=weight_decay)
+    assert same(weights(net), weights(other_net))
+    assert same(state_of(optimizer), state_of(other_optimizer))
+
+
+def test_the_state_survives_a_file(tmp_path):
+    net, optimizer = next(continued(cut=3))
+    mx.save_safetensors(str(tmp_path / "o.safetensors"), optimizer_arrays(optimizer))
+    fresh = make_optimizer(1e-2, 6, "cosine", warmup_updates=2)
+    restore_optimizer(fresh, net, mx.load(str(tmp_path / "o.safetensors")))
+    assert same(state_of(fresh), state_of(optimizer))
+    assert fresh.step.item() == 3
+
+
+@pytest.mark.parametrize("change", ["missing", "unknown", "shape"])
+def test_a_state_that_does_not_fit_is_refused(change):
+    net, optimizer = next(continued(cut=3))
+    arrays = optimizer_arrays(optimizer)
+    if change == "missing":
+        arrays.pop("first.bias.m")
+    elif change == "unknown":
+        arrays["third.bias.m"] = mx.zeros(2)
+    else:
+        arrays["first.bias.m"] = mx.zeros(5)
+    with pytest.raises(UserError, match="does not fit"):
+        restore_optimizer(make_optimizer(1e-2, 6), net, arrays)
+
+
+# --- compiled ---
+
+
+def test_the_compiled_path_gives_the_same_and_follows_the_weights(monkeypatch):
+    net = Net()
+    optimizer = make_optimizer(0.1, 10)
+    optimizer.init(net.trainable_parameters())
+    plain = loss_and_gradients(net, square_loss)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    compiled = loss_and_gradients(net, square_loss)
+    assert type(compiled) is not type(plain)
+    for seed in range(3):
+        (loss, gradients), (other_loss, other_gradients) = plain(*data(seed)), compiled(*data(seed))
+        assert loss.item() == pytest.approx(other_loss.item(), abs=1e-6)
+        for (name, gradient), (_, other) in zip(tree_flatten(gradients), tree_flatten(other_gradients), strict=True):
+            np.testing.assert_allclose(np.array(gradient), np.array(other), atol=1e-6, err_msg=name)
+        update(net, optimizer, loss, gradients, None)
+
+
+def test_compiled_dropout_is_drawn_anew_and_from_the_seed(monkeypatch):
+    net = Net(dropout=0.5)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    compiled = loss_and_gradients(net, square_loss)
+
+    def losses(seed):
+        mx.random.seed(seed)
+        return [compiled(*data(0))[0].item() for _ in range(4)]
+
+    first = losses(1)
+    assert len(set(first)) > 1
+    assert losses(1) == first
+    assert losses(2) != first

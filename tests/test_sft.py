@@ -1,0 +1,642 @@
+"""sft.py on a tiny random model: what is trained, on which tokens, and that a stop loses nothing."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import sft
+from data.errors import UserError
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
+from models.loading import load
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import ScoringModel, new_value_head
+from tests.scripts import ROOT, call, fails
+from training.cli import Stopped
+from training.metrics import read_metrics
+from training.objectives import LanguageModelling, RewardModelling
+from training.plots import plot_run
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+SPLITS = ("train", "valid", "test")
+TIMES = ("steps_per_second",)
+KINDS: dict[str, list[Any]] = {
+    "lora": ["--lora-dropout", 0.1],
+    "dora": ["--fine-tune-type", "dora"],
+    "full": ["--fine-tune-type", "full"],
+    "soft_prompt": ["--prompt-tuning", "--num-prompt-tokens", 4],
+}
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def even_numbers(count, seed, longest=6):
+    rng = random.Random(seed)
+    return [" ".join(str(2 * rng.randrange(50)) for _ in range(rng.randrange(2, longest))) for _ in range(count)]
+
+
+def learnable_pairs(count, seed):
+    """Texts whose reward is plain to see: one with an x is good."""
+    rows = []
+    for index, text in enumerate(even_numbers(count, seed)):
+        good = index % 2
+        rows.append({"text": text + (" x" if good else " y"), "reward": str(good / 2)})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Folders of .jsonl files: sft_ for language modelling, reward_ for reward models."""
+    folder = tmp_path_factory.mktemp("data")
+    for seed, split in enumerate(SPLITS):
+        write_rows(folder / f"sft_{split}.jsonl", [{"text": text} for text in even_numbers(20, seed)])
+        write_rows(folder / f"reward_{split}.jsonl", learnable_pairs(40, seed))
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_folder, data, tmp_path, monkeypatch):
+    """The flags of a short run in a folder of its own, whose picture is not drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "plot_run", lambda folder: None)
+
+    def build(*more, run="run", base="sft_", **named):
+        settings = {
+            "model": tiny_folder, "data": data, "data-base": base, "iters": 6, "steps-per-report": 2,
+            "steps-per-eval": 4, "save-every": 3, "save-file": f"{run}_adapter", "output-dir": run, **named,
+        }  # fmt: skip
+        return [*(word for name, value in settings.items() for word in (f"--{name}", value)), *more]
+
+    return build
+
+
+@pytest.fixture
+def loaded(tiny_folder):
+    return load(str(tiny_folder))
+
+
+def arrays_of(path):
+    """Weights and value head of an adapter, as bytes by name."""
+    saved = read_adapter(path)
+    head = {} if saved.value_head is None else {"value_head": saved.value_head.weight}
+    return {name: np.array(array).tobytes() for name, array in {**saved.weights, **head}.items()}
+
+
+def rows_of(run):
+    """The metrics of a run without the times."""
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run)]
+
+
+def curve(run, name):
+    return [row[name] for row in read_metrics(run) if name in row]
+
+
+def language_modelling(loaded, path, batch_size=4, max_length=2048, prefix=()):
+    objective = LanguageModelling(loaded.tokenizer, list(prefix), batch_size, max_length, seed=0)
+    objective.read(path)
+    return objective
+
+
+def gradients(module, objective, *arrays):
+    (loss, _), by_name = nn.value_and_grad(module, objective.loss)(module, *arrays)
+    return loss.item(), {name: np.array(array) for name, array in tree_flatten(by_name)}
+
+
+# --- which tokens are trained ---
+
+
+def test_a_text_is_trained_from_its_first_token_through_its_eos(loaded, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "8 20"}])
+    objective = language_modelling(loaded, path)
+    tokens, targets = (np.array(array)[0].tolist() for array in objective.batch(0))
+    tokenizer = loaded.tokenizer
+    text = tokenizer.encode("8 20")
+    assert text[0] == tokenizer.bos_token_id
+    assert tokens[: len(text) + 1] == [*text, tokenizer.eos_token_id]
+    trained = [token for token, target in zip(tokens[1:], targets, strict=True) if target]
+    assert trained == [*text[1:], tokenizer.eos_token_id]
+
+
+def test_of_a_pair_the_completion_and_its_eos_are_trained(loaded, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"prompt": "8 20", "completion": " 22 30"}])
+    tokens, targets = (np.array(array)[0].tolist() for array in language_modelling(loaded, path).batch(0))
+    trained = [token for token, target in zip(tokens[1:], targets, strict=True) if target]
+    tokenizer = loaded.tokenizer
+    assert trained == [*tokenizer.encode("8 20 22 30")[len(tokenizer.encode("8 20")) :], tokenizer.eos_token_id]
+
+
+def test_what_stands_at_pads_changes_neither_loss_nor_gradient(loaded, data):
+    attach_adapter(loaded.model, AdapterConfig("full"))
+    objective = language_modelling(loaded, data / "sft_train.jsonl")
+    # Rows of unlike length, so that there are pads.
+    tokens, targets = objective._arrays(np.array([0, 1, 2, 3, 4]))
+    lengths = [len(objective.examples[row].tokens) for row in range(5)]
+    assert min(lengths) < max(lengths)
+    pads = mx.arange(tokens.shape[1])[None] >= mx.array(lengths)[:, None]
+    noise = mx.random.randint(0, 40, tokens.shape)
+    loss, expected = gradients(loaded.model, objective, tokens, targets)
+    noisy_loss, noisy = gradients(loaded.model, objective, mx.where(pads, noise, tokens), targets)
+    assert loss == noisy_loss
+    for name in expected:
+        np.testing.assert_allclose(noisy[name], expected[name], rtol=0, atol=1e-7, err_msg=name)
+
+
+def test_batch_mates_and_padding_width_change_nothing(loaded, data):
+    attach_adapter(loaded.model, AdapterConfig("full"))
+    objective = language_modelling(loaded, data / "sft_train.jsonl")
+    rows = [3, 11, 7]
+    _, figures = objective.loss(loaded.model, *objective._arrays(np.array(rows)))
+    alone = [objective.loss(loaded.model, *objective._arrays(np.array([row])))[1] for row in rows]
+    widths = {objective._arrays(np.array([row]))[0].shape[1] for row in rows}
+    assert len(widths) > 1
+    assert figures.loss.item() == pytest.approx(sum(one.loss.item() for one in alone), abs=1e-4)
+    assert figures.count.item() == sum(one.count.item() for one in alone)
+    _, backward = objective.loss(loaded.model, *objective._arrays(np.array(rows[::-1])))
+    assert figures.loss.item() == pytest.approx(backward.loss.item(), abs=1e-4)
+
+
+def test_an_epoch_holds_every_row_once(loaded, data):
+    objective = language_modelling(loaded, data / "sft_train.jsonl", batch_size=3)
+    seen = [objective.plan.rows(step).tolist() for step in range(14)]
+    assert [len(rows) for rows in seen[:7]].count(3) == 6
+    for epoch in (seen[:7], seen[7:]):
+        assert sorted(row for rows in epoch for row in rows) == list(range(20))
+    validated = sum(arrays[0].shape[0] for arrays in objective.batches())
+    assert validated == 20
+
+
+def test_a_batch_depends_on_seed_and_step_alone(loaded, data):
+    def tokens(step, steps_before=()):
+        objective = language_modelling(loaded, data / "sft_train.jsonl")
+        for other in steps_before:
+            objective.batch(other)
+        return np.array(objective.batch(step)[0]).tolist()
+
+    assert tokens(9) == tokens(9, steps_before=(0, 3, 12)) != tokens(8)
+
+
+def test_rows_past_the_limit_are_cut_and_counted(loaded, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "2 4 6 8 10 12"}, {"text": "2"}])
+    objective = language_modelling(loaded, path, max_length=5)
+    assert objective.truncated == 1
+    assert max(len(example.tokens) for example in objective.examples) == 5
+    # A completion that was cut away leaves nothing to train, and no NaN.
+    path = write_rows(tmp_path / "b.jsonl", [{"prompt": "2 4 6 8 10", "completion": " 12"}, {"text": "2"}])
+    objective = language_modelling(loaded, path, batch_size=1, max_length=5)
+    losses = [objective.loss(loaded.model, *arrays)[0].item() for arrays in objective.batches()]
+    assert min(losses) == 0.0 and max(losses) > 0
+
+
+def test_the_eos_is_learned(flags, loaded, tmp_path):
+    write_rows(tmp_path / "own/train.jsonl", [{"text": "8 20"}])
+    write_rows(tmp_path / "own/valid.jsonl", [{"text": "8 20"}])
+    call(sft.main, *flags("--train", "--lora-layers", -1, data="own", base="", iters=60, **{"steps-per-eval": 100}))
+    load_adapter(loaded.model, "run_adapter")
+    text = loaded.tokenizer.encode("8 20")
+    assert mx.argmax(loaded.model(mx.array([text]))[0], axis=-1).tolist() == [*text[1:], loaded.tokenizer.eos_token_id]
+
+
+# --- dropout ---
+
+
+def dropping(loaded, data, dropout):
+    config = AdapterConfig(lora_parameters={"rank": 4, "scale": 10.0, "dropout": dropout})
+    attach_adapter(loaded.model, config)
+    for _, module in loaded.model.named_modules():
+        if hasattr(module, "lora_b"):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(1))
+    return language_modelling(loaded, data / "sft_valid.jsonl")
+
+
+def test_dropout_is_off_in_evaluation_and_on_in_training(tiny_folder, data):
+    with_dropout, without = load(str(tiny_folder)), load(str(tiny_folder))
+    objective, _ = dropping(with_dropout, data, 0.5), dropping(without, data, 0.0)
+    with_dropout.model.train()
+    results = [sft.evaluate(with_dropout.model, objective) for _ in range(2)]
+    assert results[0] == results[1] == sft.evaluate(without.model, objective)
+    with_dropout.model.train()
+    batch = objective.batch(0)
+    losses = {objective.loss(with_dropout.model, *batch)[0].item() for _ in range(3)}
+    assert len(losses) == 3
+
+
+def test_training_goes_on_with_dropout_after_an_evaluation(flags, monkeypatch):
+    modes = []
+    real = LanguageModelling.loss
+
+    def recorded(self, module, *arrays):
+        modes.append(module.training)
+        return real(self, module, *arrays)
+
+    monkeypatch.setattr(LanguageModelling, "loss", recorded)
+    call(sft.main, *flags("--train", "--val-batches", 1, "--lora-dropout", 0.1))
+    # Validation before step 1, after steps 4 and 6, and of everything (5 batches) at the end.
+    assert modes == [False, *[True] * 4, False, *[True] * 2, False, *[False] * 5]
+
+
+def test_val_batches_is_a_number_of_batches(loaded, data):
+    objective = language_modelling(loaded, data / "sft_valid.jsonl", batch_size=4)
+    batches = [objective.loss(loaded.model, *arrays)[1] for arrays in objective.batches()]
+    assert len(batches) == 5
+    for count, used in ((2, batches[:2]), (-1, batches), (9, batches)):
+        loss, accuracy = sft.evaluate(loaded.model, objective, count)
+        tokens = sum(figures.count.item() for figures in used)
+        assert loss == pytest.approx(sum(figures.loss.item() for figures in used) / tokens, rel=1e-5)
+        assert accuracy == pytest.approx(sum(figures.correct.item() for figures in used) / tokens, rel=1e-5)
+
+
+# --- whole runs ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_loss_and_changes_the_adapter_alone(flags, loaded, monkeypatch, kind):
+    before = {name: np.array(array) for name, array in tree_flatten(loaded.model.parameters())}
+    monkeypatch.setattr(sft, "load", lambda name: loaded)
+    call(sft.main, *flags("--train", *KINDS[kind], iters=40, **{"steps-per-eval": 20, "batch-size": 8}))
+
+    losses = curve("run", "valid_loss")
+    assert losses[-1] < losses[0] - 0.1
+    assert curve("run", "valid_accuracy")[-1] > curve("run", "valid_accuracy")[0]
+    saved = read_adapter("run_adapter")
+    assert saved.config.fine_tune_type == kind
+    assert saved.weights.keys() == dict(tree_flatten(loaded.model.trainable_parameters())).keys()
+    if kind == "full":
+        assert saved.weights.keys() == before.keys()
+        return
+    frozen = {name: array for name, array in tree_flatten(loaded.model.parameters()) if name not in saved.weights}
+    assert len(frozen) == len(before)
+    for name, array in frozen.items():
+        own_name = name.replace(".linear.", ".").replace(".embedding.", ".")
+        assert np.array(array).tobytes() == before[own_name].tobytes(), name
+
+
+def test_a_run_leaves_config_metrics_summary_picture_and_adapter(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sft, "plot_run", plot_run)
+    call(sft.main, *flags("--train", "--test", run="whole", **{"save-file": "whole/out.npz"}))
+    run = Path("whole")
+    assert {path.name for path in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "out.npz", "out.json",
+    }  # fmt: skip
+    assert json.loads((run / "config.json").read_text(encoding="utf-8"))["iters"] == 6
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    assert summary["steps"] == 6 and summary["picture"] == "whole/curves.png" and summary["adapter"] == "whole/out.npz"
+    steps = [(row["step"], "valid_loss" in row) for row in rows_of(run)]
+    assert steps == [(0, True), (2, False), (4, False), (4, True), (6, False), (6, True)]
+    assert "test_loss: " in capsys.readouterr().out
+
+
+def test_a_resumed_adapter_begins_where_it_ended(flags):
+    call(sft.main, *flags("--train", run="first"))
+    call(sft.main, *flags("--train", "--resume-adapter-file", "first_adapter", run="second"))
+    assert curve("second", "valid_loss")[0] == curve("first", "valid_loss")[-1]
+    assert curve("second", "valid_loss")[-1] < curve("first", "valid_loss")[-1]
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "weights.safetensors"])
+def test_an_adapter_may_be_one_file(flags, name, tmp_path):
+    call(sft.main, *flags("--train", run="folder"))
+    call(sft.main, *flags("--train", "--save-file", name, run="file"))
+    assert {path.name for path in tmp_path.glob("weights.*")} == {name, "weights.json"}
+    assert arrays_of(name) == arrays_of("folder_adapter")
+
+
+def test_test_reports_the_loss_of_the_adapter_on_the_test_rows(flags, loaded, data, capsys):
+    call(sft.main, *flags("--train"))
+    capsys.readouterr()
+    call(sft.main, *flags("--test", "--resume-adapter-file", "run_adapter", run="unused"))
+    load_adapter(loaded.model, "run_adapter")
+    loss, accuracy = sft.evaluate(loaded.model, language_modelling(loaded, data / "sft_test.jsonl"))
+    assert f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}" in capsys.readouterr().out.splitlines()
+    assert not Path("unused").exists()
+
+
+def test_a_loss_that_is_not_finite_skips_the_update_and_says_so(flags, monkeypatch, capsys):
+    weights: list[list[bytes]] = []
+    real = sft.update
+
+    def spoiled(module, optimizer, loss, by_name, limit):
+        bad = len(weights) == 2
+        norm = real(module, optimizer, mx.array(float("nan")) if bad else loss, by_name, limit)
+        weights.append([np.array(array).tobytes() for _, array in tree_flatten(module.trainable_parameters())])
+        return norm
+
+    monkeypatch.setattr(sft, "update", spoiled)
+    call(sft.main, *flags("--train"))
+    assert weights[2] == weights[1] != weights[3]
+    assert "step 3: the loss or gradient is not finite; the update is skipped" in capsys.readouterr().out
+    assert curve("run", "skipped_updates") == [0, 1, 1]
+
+
+# --- reward models ---
+
+
+def reward_modelling(loaded, path, batch_size=4):
+    objective = RewardModelling(loaded.tokenizer, [], batch_size, 2048, seed=0, center_coef=0.0)
+    objective.read(path)
+    return objective
+
+
+def texts_of(loaded, objective, arrays):
+    """The texts of a batch, as (chosen, rejected) pairs."""
+    tokens, lengths = (np.array(array) for array in arrays)
+    texts = [loaded.tokenizer.decode(row[: n - 1].tolist()[1:]) for row, n in zip(tokens, lengths, strict=True)]
+    assert all(row[n - 1] == loaded.tokenizer.eos_token_id for row, n in zip(tokens, lengths, strict=True))
+    half = len(texts) // 2
+    return list(zip(texts[:half], texts[half:], strict=True))
+
+
+def test_rewards_are_compared_as_numbers_and_ties_are_no_pairs(loaded, tmp_path):
+    rewards = {"2": "9", "4": "10", "6": 10.0, "8": "-1", "12": "1e1"}
+    path = write_rows(tmp_path / "a.jsonl", [{"text": text, "reward": reward} for text, reward in rewards.items()])
+    objective = reward_modelling(loaded, path)
+    pairs = [pair for step in range(40) for pair in texts_of(loaded, objective, objective.batch(step))]
+    assert {text for pair in pairs for text in pair} == set(rewards)
+    assert all(float(str(rewards[chosen])) > float(str(rewards[rejected])) for chosen, rejected in pairs)
+    assert ("4", "2") in pairs and ("2", "4") not in pairs
+    assert len(set(pairs)) > 5  # drawn anew in every epoch
+
+
+@pytest.mark.parametrize("prompt", [None, "2 4"])
+def test_given_pairs_are_read_with_their_prompt(loaded, tmp_path, prompt):
+    rows = [{"chosen": " 6", "rejected": " 5"}, {"chosen": " 8", "rejected": " 7 x"}]
+    rows = [row if prompt is None else {"prompt": prompt, **row} for row in rows]
+    objective = reward_modelling(loaded, write_rows(tmp_path / "a.jsonl", rows))
+    start = "" if prompt is None else prompt
+    pairs = {tuple(text.strip() for text in pair) for pair in texts_of(loaded, objective, objective.batch(0))}
+    assert pairs == {(f"{start} 6".strip(), f"{start} 5".strip()), (f"{start} 8".strip(), f"{start} 7 x".strip())}
+
+
+def test_the_pairwise_loss_is_blind_to_pads_and_batch_mates(loaded, data):
+    objective = reward_modelling(loaded, data / "reward_train.jsonl")
+    module = ScoringModel(loaded.model, new_value_head(loaded.model, std=None))
+    tokens, lengths = objective._arrays(objective._pairs[:5])
+    pads = mx.arange(tokens.shape[1])[None] >= lengths[:, None]
+    assert pads.sum().item() > 0
+    noisy = mx.where(pads, mx.random.randint(0, 40, tokens.shape), tokens)
+    assert mx.array_equal(module(tokens, lengths), module(noisy, lengths))
+    alone = [module(*objective._arrays([pair]))[0].item() for pair in objective._pairs[:5]]
+    np.testing.assert_allclose(np.array(module(tokens, lengths))[:5], alone, atol=1e-5)
+
+
+def test_flipping_the_preference_flips_the_gradient(loaded, data):
+    objective = reward_modelling(loaded, data / "reward_train.jsonl")
+    module = ScoringModel(loaded.model, new_value_head(loaded.model))
+    loaded.model.freeze()
+    pairs = objective._pairs[:4]
+    # With a head of zeros all scores are equal, so the gradient is antisymmetric.
+    _, plain = gradients(module, objective, *objective._arrays(pairs))
+    _, flipped = gradients(module, objective, *objective._arrays([pair[::-1] for pair in pairs]))
+    assert np.abs(plain["value_head.weight"]).max() > 1e-3
+    np.testing.assert_allclose(flipped["value_head.weight"], -plain["value_head.weight"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "rate", "reached"),
+    # The head alone has a random model's features to go by.
+    [(["--lora-layers", -1], 2e-3, 0.9), (["--lora-layers", 0], 0.1, 0.75), (["--prompt-tuning"], 1e-2, 0.8)],
+    ids=["lora", "head alone", "soft prompt"],
+)
+def test_a_reward_model_learns_what_can_be_learned(flags, loaded, monkeypatch, more, rate, reached):
+    before = {name: np.array(array) for name, array in tree_flatten(loaded.model.parameters())}
+    monkeypatch.setattr(sft, "load", lambda name: loaded)
+    words = {"iters": 60, "batch-size": 8, "steps-per-eval": 30, "val-batches": -1, "learning-rate": rate}
+    call(sft.main, *flags("--reward-model", "--train", *more, base="reward_", **words))
+    accuracies = curve("run", "valid_accuracy")
+    assert accuracies[-1] >= max(reached, accuracies[0] + 0.2)
+    saved = read_adapter("run_adapter")
+    assert saved.value_head is not None
+    if "--lora-layers" in more and 0 in more:
+        assert saved.config.fine_tune_type == "none" and saved.weights == {}
+        after = dict(tree_flatten(loaded.model.parameters()))
+        assert all(np.array(after[name]).tobytes() == array.tobytes() for name, array in before.items())
+
+
+def test_a_reward_model_of_given_pairs_and_its_test(flags, tmp_path, capsys):
+    for split in SPLITS:
+        rows = [{"prompt": text, "chosen": " x", "rejected": " y"} for text in even_numbers(12, seed=1)]
+        write_rows(tmp_path / "own" / f"{split}.jsonl", rows)
+    words = {"data": "own", "base": "", "iters": 40, "learning-rate": 2e-3, "steps-per-eval": 40, "lora-layers": -1}
+    call(sft.main, *flags("--reward-model", "--train", "--test", **words))
+    assert curve("run", "valid_accuracy")[-1] == 1.0
+    assert "test_accuracy: 1.0000" in capsys.readouterr().out
+
+
+def test_a_head_goes_on_from_where_it_was(flags):
+    words = {"base": "reward_", "lora-layers": 0}
+    call(sft.main, *flags("--reward-model", "--train", run="first", **words))
+    call(sft.main, *flags("--reward-model", "--train", "--resume-adapter-file", "first_adapter", run="second", **words))
+    assert curve("second", "valid_loss")[0] == curve("first", "valid_loss")[-1]
+
+
+# --- a stop is never a loss ---
+
+RESUMABLE: dict[str, list[Any]] = {
+    "lora": KINDS["lora"],
+    "soft prompt": KINDS["soft_prompt"],
+    "reward model": ["--reward-model", "--data-base", "reward_", "--lora-dropout", 0.1],
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def kill_after(monkeypatch, updates):
+    """Let the process die in the update after so many."""
+    real, done = sft.update, []
+
+    def deadly(*args):
+        done.append(args)
+        if len(done) > updates:
+            raise Killed
+        return real(*args)
+
+    monkeypatch.setattr(sft, "update", deadly)
+
+
+@pytest.mark.parametrize("kind", RESUMABLE)
+@pytest.mark.parametrize("killed_after", [0, 2, 5, 8])  # checkpoints are at 0, 3, 6, 9
+def test_a_killed_and_resumed_run_equals_one_never_stopped(flags, monkeypatch, kind, killed_after):
+    words = {"iters": 9, "lr-schedule": "cosine", "warmup-steps": 2}
+    call(sft.main, *flags("--train", *RESUMABLE[kind], run="whole", **words))
+    with monkeypatch.context() as patch:
+        kill_after(patch, killed_after)
+        with pytest.raises(Killed):
+            call(sft.main, *flags("--train", *RESUMABLE[kind], run="cut", **words))
+    mx.random.seed(99)
+    call(sft.main, "--resume", "cut")
+    assert arrays_of("cut_adapter") == arrays_of("whole_adapter")
+    assert rows_of("cut") == rows_of("whole")
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 5])
+def test_a_stop_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, stopped_at, capsys):
+    """Between reports too: what a report sums up so far is part of the checkpoint."""
+    words = {"iters": 9, "steps-per-report": 4}
+    call(sft.main, *flags("--train", run="whole", **words))
+    real, updates = sft.update, []
+
+    def interrupted(*args):
+        updates.append(args)
+        if len(updates) == stopped_at:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "update", interrupted)
+        with pytest.raises(Stopped, match=f"{stopped_at} of 9 steps.*--resume cut"):
+            call(sft.main, *flags("--train", run="cut", **words))
+    assert not Path("cut_adapter").exists()
+    call(sft.main, "--resume", "cut")
+    assert arrays_of("cut_adapter") == arrays_of("whole_adapter")
+    assert rows_of("cut") == rows_of("whole")
+
+
+def test_skipped_updates_are_counted_across_a_stop(flags, monkeypatch):
+    real = sft.update
+
+    def skipping(module, optimizer, loss, by_name, limit):
+        return real(module, optimizer, mx.array(float("nan")), by_name, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "update", skipping)
+        kill_after(patch, 4)
+        with pytest.raises(Killed):
+            call(sft.main, *flags("--train", run="cut"))
+    call(sft.main, "--resume", "cut")
+    assert curve("cut", "skipped_updates") == [2, 3, 3]
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft prompt"])
+def test_a_process_stopped_by_sigterm_goes_on_as_if_never_stopped(flags, kind):
+    words = flags("--train", *RESUMABLE[kind], run="cut", iters=100, **{"steps-per-eval": 50, "save-every": 1000})
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sft.py"), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and len(read_metrics("cut")) < 3:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "go on with: python sft.py --resume cut" in output and "Traceback" not in output
+    done = max(row["step"] for row in read_metrics("cut"))
+    assert 2 <= done < 100
+    call(sft.main, "--resume", "cut")
+    call(
+        sft.main,
+        *flags("--train", *RESUMABLE[kind], run="whole", iters=100, **{"steps-per-eval": 50, "save-every": 1000}),
+    )
+    assert arrays_of("cut_adapter") == arrays_of("whole_adapter")
+    assert rows_of("cut") == rows_of("whole")
+
+
+def test_resuming_a_finished_run_changes_nothing(flags):
+    call(sft.main, *flags("--train"))
+    weights, rows = arrays_of("run_adapter"), rows_of("run")
+    call(sft.main, "--resume", "run")
+    assert arrays_of("run_adapter") == weights and rows_of("run") == rows
+
+
+# --- mistakes ---
+
+
+def everything_below(folder):
+    return {str(path.relative_to(folder)): path.is_dir() or path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def bad_files(tmp_path):
+    """Files and folders that are wrong in one way each."""
+    good = [{"text": "2 4"}]
+    for name in ("valid", "test"):
+        write_rows(tmp_path / f"bad/json_{name}.jsonl", good)
+    (tmp_path / "bad/json_train.jsonl").write_text('{"text": "2"}\n{"text": \n', encoding="utf-8")
+    contents = {
+        "keys": [{"words": "2"}], "numbers": [{"text": 2}], "short": [{"prompt": "2 4 6", "completion": " 8"}],
+        "ties": [{"text": "2", "reward": 1}, {"text": "4", "reward": "1.0"}],
+        "reward": [{"text": "2", "reward": "high"}],
+        "mixed": [{"text": "2", "reward": 1}, {"chosen": "2", "rejected": "4"}],
+        "prompt": [{"prompt": None, "chosen": "2", "rejected": "4"}], "empty": [], "only_train": good,
+    }  # fmt: skip
+    for name, rows in contents.items():
+        write_rows(tmp_path / f"bad/{name}_train.jsonl", rows)
+        if name != "only_train":
+            write_rows(tmp_path / f"bad/{name}_valid.jsonl", rows)
+    write_rows(tmp_path / "foreign/notes.txt", ["mine"])
+    write_rows(tmp_path / "used/config.json", [{}])
+    (tmp_path / "a_file").touch()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "--train"),
+        (["--train", "--data", "nowhere"], "nowhere"),
+        (["--train", "--data-base", "other_"], "'reward_'"),
+        (["--train", "--data", "bad", "--data-base", "json_"], "json_train.jsonl:2"),
+        (["--train", "--data", "bad", "--data-base", "keys_"], "keys_train.jsonl:1"),
+        (["--train", "--data", "bad", "--data-base", "numbers_"], "int"),
+        (["--train", "--data", "bad", "--data-base", "empty_"], "no rows"),
+        (["--train", "--data", "bad", "--data-base", "only_train_"], "only_train_valid.jsonl"),
+        (["--train", "--test", "--data", "bad", "--data-base", "short_"], "short_test.jsonl"),
+        (["--train", "--data", "bad", "--data-base", "short_", "--max-length", 3], "--max-length 3"),
+        (["--train", "--reward-model", "--data", "bad", "--data-base", "ties_"], "2 rewards are equal"),
+        (["--train", "--reward-model", "--data", "bad", "--data-base", "reward_"], "'high'"),
+        (["--train", "--reward-model", "--data", "bad", "--data-base", "mixed_"], "mixes"),
+        (["--train", "--reward-model", "--data", "bad", "--data-base", "prompt_"], "NoneType"),
+        (["--train", "--save-file", "foreign"], "foreign"),
+        (["--train", "--save-file", "a_file"], "a_file"),
+        (["--train", "--output-dir", "used"], "--resume used"),
+        (["--train", "--model", "./missing"], "./missing"),
+        (["--train", "--resume-adapter-file", "missing"], "missing"),
+        (["--train", "--lora-keys", "self_attn.nothing"], "self_attn.nothing"),
+        (["--train", "--lora-layers", 0], "--lora-layers is 0"),
+        (["--train", "--lora-rank", 0], "rank"),
+        (["--train", "--iters", 0], "--iters is 0"),
+        (["--train", "--batch-size", 0], "--batch-size is 0"),
+        (["--train", "--val-batches", 0], "--val-batches is 0"),
+        (["--train", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--train", "--iters", "many"], "--iters"),
+        (["--resume", "foreign"], "foreign"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(flags, bad_files, tmp_path, capsys, words, named):
+    before = everything_below(tmp_path)
+    assert named in fails(capsys, sft.main, *flags(*words))
+    assert everything_below(tmp_path) == before
+
+
+def test_an_adapter_of_another_model_lists_every_tensor(flags, loaded):
+    call(sft.main, *flags("--train", "--lora-rank", 3))
+    saved = read_adapter("run_adapter")
+    attach_adapter(loaded.model, AdapterConfig(lora_parameters={"rank": 5, "scale": 1.0, "dropout": 0.0}))
+    with pytest.raises(UserError) as caught:
+        set_adapter_weights(loaded.model, saved.weights, "run_adapter")
+    assert all(name in str(caught.value) for name in saved.weights)
+
+
+def test_a_soft_prompt_stands_before_every_training_text(loaded, data):
+    attach_adapter(loaded.model, AdapterConfig("soft_prompt", num_prompt_tokens=3))
+    prefix = soft_prompt_ids(loaded.model)
+    objective = language_modelling(loaded, data / "sft_train.jsonl", prefix=prefix)
+    tokens, targets = (np.array(array) for array in objective.batch(0))
+    assert (tokens[:, :3] == prefix).all()
+    assert (targets[:, :3] == 0).all()  # neither the soft prompt nor BOS is a target
+    assert (tokens[:, 3] == loaded.tokenizer.bos_token_id).all()

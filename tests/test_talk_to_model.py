@@ -1,0 +1,369 @@
+"""Chat: the reply is the model's, adapter included; the conversation is kept; leaving is clean."""
+
+import io
+import os
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import models.fast_blas
+import models.generation
+import talk_to_model
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
+from models.generation import ChatSession, sample
+from models.loading import load
+from models.value_head import new_value_head
+from tests.architectures import build
+from tests.scripts import ROOT, call, fails
+
+import mlx.core as mx
+import pytest
+
+# A dialogue in words of the tiny tokenizer.
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+SPREAD = {"embed_tokens": 0.3, "o_proj": 0.5, "down_proj": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    """A random model whose greedy replies vary from token to token, without a chat template."""
+    path = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("chat") / "model")
+    (path / "chat_template.jinja").unlink()
+    mx.random.seed(1)
+    weights = {
+        name: mx.random.normal(w.shape) * SPREAD.get(name.split(".")[-2], w.shape[-1] ** -0.5) if w.ndim > 1 else w
+        for name, w in mx.load(str(path / "model.safetensors")).items()
+    }
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module")
+def template_folder(folder):
+    path = shutil.copytree(folder, folder.parent / "template")
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(params=["plain", "template"])
+def loaded(request, folder, template_folder):
+    return load(str(folder if request.param == "plain" else template_folder))
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How many tokens each reply had to read."""
+    counts: list[int] = []
+    original = models.generation.stream_generate
+
+    def counting(model, tokenizer, prompt, **settings):
+        counts.append(len(prompt))
+        return original(model, tokenizer, prompt, **settings)
+
+    monkeypatch.setattr(models.generation, "stream_generate", counting)
+    return counts
+
+
+def save_trained(path, folder, kind="lora", with_head=False):
+    """An adapter in `folder`'s model with weights as if trained."""
+    config = AdapterConfig(kind, -1, {"rank": 4, "scale": 2.0, "dropout": 0.5}, 3, model=str(folder))
+    model = load(str(folder)).model
+    attach_adapter(model, config)
+    mx.random.seed(5)
+    moved = [(name, w + 0.3 * mx.random.normal(w.shape)) for name, w in adapter_weights(model).items()]
+    model.load_weights(moved, strict=False)
+    save_adapter(path, model, config, new_value_head(model) if with_head else None)
+    return model
+
+
+def greedy(loaded, ids, max_tokens):
+    """What the model says after `ids`, by the sampler of training."""
+    (completion,) = sample(loaded.model, [ids], loaded.tokenizer.eos_token_ids, max_tokens, temperature=0)
+    return [token for token in completion if token not in loaded.tokenizer.eos_token_ids]
+
+
+def text_of(loaded, tokens):
+    return loaded.tokenizer.decode(tokens).removeprefix(" ")
+
+
+def say(session, text, max_tokens=10, **settings):
+    return "".join(session.reply(text, max_tokens, **settings))
+
+
+# the session
+
+
+@pytest.mark.parametrize("text", ["2 4", "10", "7 8 9", "300", "a b"])
+def test_a_reply_is_all_that_the_model_says(loaded, text):
+    """FACTS: chat that drops the first token."""
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    pieces = list(session.reply(text, 12))
+    tokens = greedy(loaded, session_ids(loaded, text), 12)
+    assert "".join(pieces).strip() == text_of(loaded, tokens).strip()
+    assert len(tokens) == 12 and len("".join(pieces)) > 4
+    assert len(pieces) > 6  # it streams
+
+
+def session_ids(loaded, *turns):
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    roles = ("user", "assistant")
+    session.messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return session.prompt_ids()
+
+
+def test_the_conversation_is_kept(loaded):
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    first = say(session, "2 4")
+    assert session.messages == [{"role": "user", "content": "2 4"}, {"role": "assistant", "content": first}]
+    before = session_ids(loaded, "2 4", first)
+    second = say(session, "7 8")
+    ids = session_ids(loaded, "2 4", first, "7 8")
+    text = loaded.tokenizer.decode(ids)
+    assert "2 4" in text and first.strip() in text and "7 8" in text
+    shared = len(before) - (1 if not loaded.tokenizer.has_chat_template else len(loaded.tokenizer.encode("assistant:")))
+    assert ids[:shared] == before[:shared]
+    assert second.strip() == text_of(loaded, greedy(loaded, ids, 10)).strip()
+    assert second != say(ChatSession(loaded.model, loaded.tokenizer), "7 8")  # it does matter
+
+
+def test_what_is_read_already_is_not_read_again_and_changes_nothing(loaded, read):
+    session, earlier = ChatSession(loaded.model, loaded.tokenizer), 0
+    for text in ("2 4", "7 8", "a b", "7 8"):
+        fresh = ChatSession(loaded.model, loaded.tokenizer)
+        fresh.messages = [dict(message) for message in session.messages]
+        assert list(session.reply(text, 10)) == list(fresh.reply(text, 10))
+        # At least what the turn before had read; its reply too, where its text is encoded as it was sampled.
+        assert read[-2] <= read[-1] - earlier
+        earlier = read[-1]
+    assert earlier > 30
+
+
+def test_a_reply_is_not_read_again_where_its_text_is_encoded_as_it_was_sampled(template_folder, read, monkeypatch):
+    loaded = load(str(template_folder))
+    four = loaded.tokenizer.encode("4")[1:]
+    monkeypatch.setattr(models.generation, "make_sampler", lambda *_: lambda logprobs: mx.array(four))
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    assert say(session, "2") == "4 4 4 4 4 4 4 4 4 4"
+    say(session, "7")
+    assert read == [len(session_ids(loaded, "2")), len(loaded.tokenizer.encode("4\nuser: 7\nassistant:")[2:])]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mamba", "jamba"])
+def test_any_kind_of_cache_is_reused_or_made_anew(folder, name, read):
+    """gemma3's window of 16 rolls over, mamba's state cannot be cut back."""
+    tokenizer = load(str(folder)).tokenizer
+    model = build(name, vocab_size=64)
+    session = ChatSession(model, tokenizer)
+    for text in ("2", "7", "a b"):
+        fresh = ChatSession(model, tokenizer)
+        fresh.messages = [dict(message) for message in session.messages]
+        assert list(session.reply(text, 10)) == list(fresh.reply(text, 10))
+    assert read[-1] > 16
+
+
+@pytest.mark.parametrize("interrupted", ["closed by the reader", "between tokens", "amid a pass"])
+def test_a_reply_that_is_broken_off_joins_the_conversation(loaded, monkeypatch, interrupted):
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    if interrupted == "closed by the reader":
+        reply = session.reply("2 4", 50)
+        pieces = list(islice(reply, 4))
+        reply.close()
+    else:
+        pieces = []
+        amid = loaded.model.layers[1 if interrupted == "amid a pass" else 0]
+        stop_in_pass(monkeypatch, amid, passes=5)
+        with pytest.raises(KeyboardInterrupt):
+            pieces.extend(session.reply("2 4", 50))  # keeps what came before the stop
+        monkeypatch.undo()
+    assert session.messages[-1] == {"role": "assistant", "content": "".join(pieces)} and len(pieces) > 1
+    fresh = ChatSession(loaded.model, loaded.tokenizer)
+    fresh.messages = [dict(message) for message in session.messages]
+    assert list(session.reply("7 8", 10)) == list(fresh.reply("7 8", 10))
+
+
+def stop_in_pass(monkeypatch, layer, passes):
+    """Let Ctrl-C come before `layer` in the given pass, with the layers below it done already."""
+    kind, seen = type(layer), 0
+    original = kind.__call__
+
+    def call_or_stop(self, *args, **kwargs):
+        nonlocal seen
+        if self is layer:
+            seen += 1
+            if seen == passes:
+                raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", call_or_stop)
+
+
+def test_the_system_prompt_comes_first(loaded):
+    session = ChatSession(loaded.model, loaded.tokenizer, "count in twos")
+    reply = say(session, "2 4")
+    assert session.messages[0] == {"role": "system", "content": "count in twos"}
+    text = loaded.tokenizer.decode(session.prompt_ids())
+    assert text.index("count in twos") < text.index("2 4")
+    assert reply != say(ChatSession(loaded.model, loaded.tokenizer), "2 4")
+    assert ChatSession(loaded.model, loaded.tokenizer).messages == []
+
+
+def test_the_template_is_the_models_own(template_folder):
+    loaded = load(str(template_folder))
+    expected = loaded.tokenizer.encode("user: 2 4\nassistant:")
+    assert session_ids(loaded, "2 4") == expected
+
+
+def test_a_reply_ends_with_eos_or_at_its_limit(loaded):
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    tokens = greedy(loaded, session_ids(loaded, "2 4"), 12)
+    end = next(index for index in range(2, 12) if tokens[index] not in tokens[:index])
+    loaded.tokenizer.eos_token_ids = [tokens[end]]
+    expected = tokens[:end]
+    assert say(session, "2 4", 12).strip() == text_of(loaded, expected).strip()
+    fresh = ChatSession(loaded.model, loaded.tokenizer)
+    fresh.messages = [dict(message) for message in session.messages]
+    assert say(session, "7") == say(fresh, "7")
+    assert say(ChatSession(loaded.model, loaded.tokenizer), "2 4", 1).strip() == text_of(loaded, tokens[:1]).strip()
+
+
+def test_temperature_samples_and_the_seed_decides(loaded):
+    def draw(seed, temperature):
+        mx.random.seed(seed)
+        return say(ChatSession(loaded.model, loaded.tokenizer), "2 4", 20, temperature=temperature)
+
+    assert draw(1, 1.0) == draw(1, 1.0) != draw(2, 1.0)
+    assert draw(1, 0.0) == draw(2, 0.0)
+
+
+# the script
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+    """Run the script in this process on piped lines; returns what it prints besides its greeting, which is no reply."""
+
+    def run_script(lines, *words):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        capsys.readouterr()
+        call(talk_to_model.main, *words)
+        printed = capsys.readouterr()
+        assert printed.err.endswith(": type a message; Ctrl-D or Ctrl-C leaves.\n") and printed.err.count("\n") == 1
+        return printed.out
+
+    return run_script
+
+
+@pytest.mark.parametrize(("kind", "form"), [("lora", "a"), ("lora", "a.npz"), ("dora", "a"), ("full", "a"),
+                                            ("soft_prompt", "a"), ("soft_prompt", "a.safetensors")])  # fmt: skip
+def test_the_adapter_speaks(folder, tmp_path, talk, kind, form):
+    """FACTS: chat that ignores the adapter; soft prompts that raise."""
+    base = talk("2 4\n", "--model", folder, "--max-tokens", 12)
+    adapted = load(str(folder))
+    adapted.model = save_trained(tmp_path / form, folder, kind)
+    got = talk("2 4\n", "--model", folder, "--resume-file", tmp_path / form, "--max-tokens", 12)
+    assert got != base
+    expected = text_of(adapted, greedy(adapted, adapted.tokenizer.encode("2 4"), 12))
+    assert got.strip() == expected.strip()
+
+
+def test_turns_build_on_each_other_and_blank_lines_are_none(folder, talk):
+    loaded = load(str(folder))
+    session = ChatSession(loaded.model, loaded.tokenizer, "count")
+    expected = "".join(say(session, text, 6) + "\n" for text in ("2 4", "7"))
+    got = talk("2 4\n\n   \n  7  \n", "--model", folder, "--max_tokens", 6, "--system_prompt", "count")
+    assert got == expected
+
+
+def test_sampling_by_flags(folder, talk):
+    words = ("--model", folder, "--temp", 1.0, "--max-tokens", 30)
+    assert talk("2\n", *words, "--seed", 1) == talk("2\n", *words, "--seed", 1) != talk("2\n", *words, "--seed", 2)
+
+
+def test_a_users_mistake_is_one_line(folder, tmp_path, capsys):
+    assert "is no model folder" in fails(capsys, talk_to_model.main, "--model", "./missing")
+    words = ("--model", folder, "--resume-file")
+    assert "does not exist" in fails(capsys, talk_to_model.main, *words, tmp_path / "missing")
+    save_trained(tmp_path / "reward", folder, with_head=True)
+    assert "is a reward model" in fails(capsys, talk_to_model.main, *words, tmp_path / "reward")
+    assert "--max-tokens is 0" in fails(capsys, talk_to_model.main, "--max-tokens", 0)
+    assert "--temp is -1" in fails(capsys, talk_to_model.main, "--temp", -1)
+
+
+# the script as a process
+
+
+PROMPT = "\n> "  # on a line of its own: a reply may hold "<unk> "
+
+
+class Terminal:
+    """The script on a terminal of its own."""
+
+    def __init__(self, *words):
+        self.master, slave = pty.openpty()
+        command = [sys.executable, "talk_to_model.py", *map(str, words)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.seen = ""
+
+    def wait_for(self, text, start=0, seconds=60):
+        """Read until `text` was printed after position `start`; returns the position behind it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen[start:]:
+            ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {text!r} in {self.seen[start:]!r}"
+            try:
+                self.seen += os.read(self.master, 4096).decode()
+            except OSError:  # the other side is closed
+                pytest.fail(f"it ended without {text!r}: {self.seen!r}")
+        return self.seen.index(text, start) + len(text)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def end(self):
+        """Wait for the script's end; returns its exit code."""
+        try:
+            code = self.process.wait(timeout=60)
+            while select.select([self.master], [], [], 0)[0]:
+                self.seen += os.read(self.master, 4096).decode()
+        except OSError:
+            pass
+        finally:
+            self.process.kill()
+            os.close(self.master)
+        return code
+
+
+def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder):
+    """The reply would take minutes, so what is seen of it was streamed."""
+    terminal = Terminal("--model", folder, "--max-tokens", 1_000_000)
+    at = terminal.wait_for(PROMPT)
+    terminal.type("2 4\n")
+    loaded = load(str(folder))
+    start = text_of(loaded, greedy(loaded, loaded.tokenizer.encode("2 4"), 12)).split("\n")[0].strip()
+    at = terminal.wait_for(start, at)
+    terminal.process.send_signal(signal.SIGINT)
+    at = terminal.wait_for(PROMPT, at)
+    assert terminal.process.poll() is None
+    time.sleep(0.2)  # the prompt is printed just before the script begins to read
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.seen and "Interrupt" not in terminal.seen
+
+
+def test_on_a_terminal_ctrl_d_leaves(folder):
+    terminal = Terminal("--model", folder, "--max-tokens", 5)
+    at = terminal.wait_for(PROMPT)
+    terminal.type("2 4\n")
+    terminal.wait_for(PROMPT, at)
+    terminal.type("\x04")
+    assert terminal.end() == 0
+    assert "Traceback" not in terminal.seen and terminal.seen.endswith("\n")

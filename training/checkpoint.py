@@ -1,0 +1,69 @@
+"""Checkpoints from which a run goes on as if it had never stopped.
+
+    RUN/checkpoints/000200/adapter/     a whole adapter, usable by itself
+                           value_head.safetensors, optimizer.safetensors, state.json
+
+Each is written under another name and renamed, so a folder with a number is whole. Randomness and data order
+are functions of (seed, step), so the step stands for both; the loops reseed at every step.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
+from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
+from training.checkpoint_folders import last_checkpoint, new_checkpoint, read_state
+from training.optimizer import optimizer_arrays, restore_optimizer
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+
+@dataclass
+class Trainee:
+    """What a run trains: the model with its adapter, perhaps a value head, and the module that holds both."""
+
+    model: nn.Module
+    adapter: AdapterConfig
+    module: nn.Module
+    value_head: ValueHead | None = None
+
+    @property
+    def reward_head(self) -> ValueHead | None:
+        """The head that belongs to the product: a reward model's. PPO's critic serves its own run only."""
+        return self.value_head if isinstance(self.module, ScoringModel) else None
+
+    def sizes(self) -> tuple[int, int]:
+        """Number of trainable weights, and of all."""
+        trainable, everything = self.module.trainable_parameters(), self.module.parameters()
+        return tuple(sum(array.size for _, array in tree_flatten(tree)) for tree in (trainable, everything))
+
+
+def save_checkpoint(
+    run_folder: str | Path, step: int, trainee: Trainee, optimizer: optim.Optimizer, state: dict[str, Any]
+) -> Path:
+    """Write the whole state after `step` steps and drop all but the last few checkpoints. Returns its folder."""
+    with new_checkpoint(run_folder, step, state) as temporary:
+        save_adapter(temporary / "adapter", trainee.model, trainee.adapter, trainee.reward_head)
+        if trainee.value_head is not None:
+            save_value_head(temporary, trainee.value_head)
+        mx.save_safetensors(str(temporary / "optimizer.safetensors"), optimizer_arrays(optimizer))
+    return last_checkpoint(run_folder)
+
+
+def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: optim.Optimizer) -> dict[str, Any]:
+    """Put weights and optimizer back as they were; returns the state that was saved with them."""
+    saved = read_adapter(folder / "adapter")
+    set_adapter_weights(trainee.model, saved.weights, folder)
+    if trainee.value_head is not None:
+        head = load_value_head(folder)
+        if head is None:
+            raise UserError(f"{folder} holds no value head; resume with the run's own flags")
+        trainee.value_head.update(head.parameters())
+    restore_optimizer(optimizer, trainee.module, mx.load(str(folder / "optimizer.safetensors")))
+    return read_state(folder)

@@ -1,0 +1,47 @@
+"""Where a run's checkpoints lie, the same for MLX and PyTorch; what is in them: training.checkpoint, torch_checkpoint.
+
+    RUN/checkpoints/000200/state.json     the step, and what the run adds to it
+
+Each is written under another name and renamed, so a folder with a number is whole.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import atomic_folder, read_json, write_json
+
+STATE_FILE = "state.json"
+KEPT = 2
+
+
+@contextmanager
+def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder to be filled; then add `state` and give it its name, and drop all but the last few."""
+    with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", STATE_FILE) as temporary:
+        yield temporary
+        write_json(temporary / STATE_FILE, {"step": step, **state})
+    for old in _checkpoints(run_folder)[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(run_folder: str | Path) -> Path:
+    """The newest whole checkpoint of a run. Raises UserError where there is none."""
+    found = _checkpoints(run_folder)
+    if not found:
+        raise UserError(f"{run_folder} holds no checkpoint to resume from; start the run again without --resume")
+    return found[-1]
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `new_checkpoint` was given as state, and the step."""
+    return read_json(folder / STATE_FILE)
+
+
+def _checkpoints(run_folder: str | Path) -> list[Path]:
+    folder = Path(run_folder) / "checkpoints"
+    found = [child for child in folder.glob("[0-9]*") if (child / STATE_FILE).is_file()]
+    return sorted(found, key=lambda child: int(child.name))

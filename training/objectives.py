@@ -1,0 +1,155 @@
+"""What `sft.py` can minimise: the language-modelling loss, or the pairwise loss of a reward model.
+
+Both answer the same four questions, so that one loop trains either: what the rows of a split are, which batch
+comes at a step, what its loss is, and which batches evaluate it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import BatchPlan, Example, collate, draw_pairs, encode_pair, encode_text, in_order, truncate
+from data.errors import UserError
+from data.records import Row, read_rows
+from training.losses import pairwise_reward_loss, sft_loss
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+
+class Figures(NamedTuple):
+    """Sums over one batch; divided by `count` (tokens, or pairs) they are the mean loss and the accuracy."""
+
+    loss: mx.array
+    correct: mx.array
+    count: mx.array
+
+
+Arrays = tuple[mx.array, ...]
+
+
+class Objective(Protocol):
+    """What the loop asks for. Arrays are what `loss` takes after the module."""
+
+    truncated: int
+
+    def read(self, path: Path) -> int: ...
+    def batch(self, step: int) -> Arrays: ...
+    def batches(self) -> Iterator[Arrays]: ...
+    def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
+
+
+class LanguageModelling:
+    """Next-token prediction on `{"text"}` or `{"prompt", "completion"}` rows, the EOS included, pads not."""
+
+    def __init__(self, tokenizer, prefix: list[int], batch_size: int, max_length: int, seed: int):
+        self.tokenizer, self.prefix = tokenizer, prefix
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.truncated = 0
+
+    def read(self, path: Path) -> int:
+        """Encode the rows of a file; returns how many there are."""
+        rows = read_rows(path, [("text",), ("prompt", "completion")])
+        examples = [self._encode(row) for row in rows]
+        self.truncated = sum(len(example.tokens) > self.max_length for example in examples)
+        self.examples = [truncate(example, self.max_length) for example in examples]
+        if not any(example.first_target < len(example.tokens) for example in self.examples):
+            raise UserError(f"no row of {path} has a token to train within --max-length {self.max_length}; raise it")
+        self.plan = BatchPlan([len(example.tokens) for example in self.examples], self.batch_size, self.seed)
+        return len(rows)
+
+    def _encode(self, row: Row) -> Example:
+        if "text" in row:
+            return encode_text(self.tokenizer, row["text"], self.prefix)
+        return encode_pair(self.tokenizer, row["prompt"], row["completion"], self.prefix)
+
+    def batch(self, step: int) -> Arrays:
+        """tokens (B, L) and targets (B, L - 1) of the batch at `step`."""
+        return self._arrays(self.plan.rows(step))
+
+    def batches(self) -> Iterator[Arrays]:
+        """All rows in a fixed order, for evaluation."""
+        order = np.argsort([len(example.tokens) for example in self.examples], kind="stable")
+        for indices in in_order(len(order), self.batch_size):
+            yield self._arrays(order[indices.start : indices.stop])
+
+    def _arrays(self, rows: np.ndarray) -> Arrays:
+        batch = collate([self.examples[row] for row in rows], self.tokenizer.pad_token_id or 0)
+        return mx.array(batch.tokens), mx.array(batch.targets)
+
+    def loss(self, module: nn.Module, tokens: mx.array, targets: mx.array) -> tuple[mx.array, Figures]:
+        """Mean cross-entropy in nats per target token; `correct` counts targets that are the most likely token."""
+        logits = module(tokens[:, :-1])  # (B, L - 1, V)
+        loss, count = sft_loss(logits, tokens[:, 1:], targets)
+        correct = mx.sum((mx.argmax(logits, axis=-1) == tokens[:, 1:]) * targets)
+        return loss, Figures(loss * count, correct, count)
+
+
+class RewardModelling:
+    """The pairwise loss on preference pairs: given as such, or drawn from rows with unequal rewards."""
+
+    def __init__(self, tokenizer, prefix: list[int], batch_size: int, max_length: int, seed: int, center_coef: float):
+        self.tokenizer, self.prefix = tokenizer, prefix
+        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
+        self.center_coef = center_coef
+        self.truncated = 0
+
+    def read(self, path: Path) -> int:
+        """Encode the rows of a file; returns how many pairs an epoch has."""
+        rows = read_rows(path, [("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("text", "reward")])
+        given = ["chosen" in row and "rejected" in row for row in rows]
+        self.rewards: list[float] | None = None
+        if not any(given):
+            texts = [row["text"] for row in rows]
+            self.rewards = [row["reward"] for row in rows]
+        elif all(given):
+            # Row i becomes texts 2i (chosen) and 2i + 1 (rejected).
+            texts = [row.get("prompt", "") + row[key] for row in rows for key in ("chosen", "rejected")]
+        else:
+            raise UserError(f"{path} mixes rows with 'reward' and rows with 'chosen'; put them into files of their own")
+        examples = [encode_text(self.tokenizer, text, self.prefix) for text in texts]
+        self.truncated = sum(len(example.tokens) > self.max_length for example in examples)
+        self.examples = [truncate(example, self.max_length) for example in examples]
+        self._epoch = -1
+        self._draw(epoch=0)
+        return len(self._pairs)
+
+    def _pairs_of(self, epoch: int) -> list[tuple[int, int]]:
+        """(chosen, rejected) indices: as given, or drawn anew for every epoch."""
+        if self.rewards is None:
+            return [(i, i + 1) for i in range(0, len(self.examples), 2)]
+        return draw_pairs(self.rewards, np.random.default_rng((self.seed, epoch, 1)))
+
+    def batch(self, step: int) -> Arrays:
+        """tokens (2B, L), the B chosen first, and lengths (2B,) of the batch at `step`."""
+        # Every epoch has the same number of pairs, so the plan of any of them tells the epoch.
+        self._draw(step // self._plan.steps_per_epoch)
+        return self._arrays([self._pairs[i] for i in self._plan.rows(step)])
+
+    def _draw(self, epoch: int) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._pairs = epoch, self._pairs_of(epoch)
+            self._plan = BatchPlan([self._length(pair) for pair in self._pairs], self.batch_size, self.seed)
+
+    def batches(self) -> Iterator[Arrays]:
+        """The pairs of epoch 0 in a fixed order, for evaluation."""
+        pairs = sorted(self._pairs_of(0), key=self._length)
+        for indices in in_order(len(pairs), self.batch_size):
+            yield self._arrays(pairs[indices.start : indices.stop])
+
+    def _length(self, pair: tuple[int, int]) -> int:
+        return max(len(self.examples[i].tokens) for i in pair)
+
+    def _arrays(self, pairs: list[tuple[int, int]]) -> Arrays:
+        order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        batch = collate([self.examples[i] for i in order], self.tokenizer.pad_token_id or 0)
+        return mx.array(batch.tokens), mx.array(batch.lengths)
+
+    def loss(self, module: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, Figures]:
+        """Mean pairwise loss in nats per pair; `correct` counts pairs ranked right (a tie is half)."""
+        chosen, rejected = mx.split(module(tokens, lengths), 2)
+        loss, accuracy = pairwise_reward_loss(chosen, rejected, center_coef=self.center_coef)
+        count = mx.array(chosen.shape[0])
+        return loss, Figures(loss * count, accuracy * count, count)

@@ -1,0 +1,128 @@
+"""The flags of PPO, shared by ppo_training.py and pytorch_ppo_training.py, and what can be checked before loading."""
+
+import argparse
+from pathlib import Path
+
+from data.errors import UserError
+from training import config
+from training.ppo import KL_KINDS
+
+ADVANTAGES = ("gae", "group", "rloo")
+
+
+def ppo_parser(description: str | None) -> config.Parser:
+    """The parser of both PPO scripts. The README says where a default differs from the walkthrough's, and why."""
+    parser = config.Parser(description)
+    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    add_reward_flags(parser)
+    _add_score_flags(parser)
+    _add_prompt_flags(parser)
+    _add_ppo_flags(parser)
+    _add_kl_flags(parser)
+    config.add_adapter_flags(parser, dropout=0.0)
+    group = parser.add_argument_group("weights")
+    group.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
+    group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
+    group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
+    group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    config.add_optimizer_flags(parser, config.PPO_LEARNING_RATES, schedule="linear")
+    config.add_run_flags(parser)
+    return parser
+
+
+def add_reward_flags(parser: config.Parser) -> None:
+    """Where scores come from."""
+    group = parser.add_argument_group("reward (one of the first three)")
+    group.add_argument("--ground-truth-reward", action="store_true", help="score by the digit rule")
+    group.add_argument("--reward-model", metavar="DIR", help="score by a reward model: a fused folder, or an adapter")
+    group.add_argument("--reward-function", metavar="FILE.py:NAME", help="score by your own f(prompts, completions)")
+    group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
+    group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
+
+
+def _add_score_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("score")
+    group.add_argument("--missing-eos-penalty", type=float, default=0.0, help="taken off a score without an EOS")
+    group.add_argument("--score-clip", type=float, default=0.0, help="hold scores within ± this; 0: don't")
+    group.add_argument("--scale-scores", action="store_true", help="divide scores by their running std")
+    group.add_argument("--normalize-scores", action="store_true", help="take their running mean off them as well")
+
+
+def _add_prompt_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("rollout")
+    group.add_argument("--prompts", metavar="FILE.jsonl", help='rows with "prompt" (default: starts of the digit rule)')
+    group.add_argument("--batch-size", type=int, default=128, help="completions a step")
+    group.add_argument("--max-completion-length", type=int, default=48, help="tokens")
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every logprob")
+    group.add_argument("--num-steps", type=int, default=200, help="rollouts, each with its update")
+
+
+def _add_ppo_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("PPO")
+    group.add_argument("--advantage", choices=ADVANTAGES, default="gae", help="gae (value head), group (GRPO) or rloo")
+    group.add_argument("--num-generations", type=int, default=8, help="completions a prompt, for group and rloo")
+    group.add_argument("--no-group-scale", action="store_true", help="group: don't divide by the group's std")
+    group.add_argument("--mini-batch-size", type=int, default=64, help="completions an optimizer step")
+    group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="pieces a mini batch is cut into")
+    group.add_argument("--ppo-epochs", "--ppo-epoch", type=int, default=2, help="passes over a rollout")
+    group.add_argument("--gamma", type=float, default=1.0, help="discount per token")
+    group.add_argument("--gae-lambda", type=float, default=0.95, help="GAE's λ")
+    group.add_argument("--clip-range", type=float, default=0.2, help="of the ratio")
+    group.add_argument("--value-clip-range", type=float, default=0.2, help="of the value, in score units")
+    group.add_argument("--vf-coef", type=float, default=0.5, help="weight of the value loss")
+    group.add_argument("--entropy-coef", type=float, default=0.0, help="entropy bonus")
+    group.add_argument("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
+    group.add_argument("--target-kl", type=float, default=0.0, help="end a step's updates past 1.5 × this; 0: don't")
+    group.add_argument("--ratio-threshold", type=float, default=10.0, help="skip a mini batch of a higher mean ratio")
+
+
+def _add_kl_flags(parser: config.Parser) -> None:
+    group = parser.add_argument_group("KL to the reference policy")
+    group.add_argument("--init-kl-coef", type=float, default=0.01, help="penalty per nat, in score units")
+    group.add_argument("--adap-kl-ctrl", type=config.boolean, default=True, nargs="?", const=True,
+                       help="adapt the coefficient to --target (True or False)")  # fmt: skip
+    group.add_argument("--target", type=float, default=6.0, help="KL aimed at, nats per completion")
+    group.add_argument("--horizon", type=float, default=2000, help="completions over which it adapts")
+    group.add_argument("--kl-penalty", choices=KL_KINDS, default="k1", help="KL per token; with gae k1 pulls best")
+
+
+def check_reward(args: argparse.Namespace) -> None:
+    """Raise UserError unless exactly one reward is named."""
+    config.positive("multiple-of", args.multiple_of)
+    chosen = [bool(args.ground_truth_reward), bool(args.reward_model), bool(args.reward_function)]
+    if sum(chosen) != 1:
+        raise UserError(
+            f"{sum(chosen) or 'none'} of --ground-truth-reward, --reward-model DIR and --reward-function FILE.py:NAME "
+            "are given; give exactly one"
+        )
+    if args.prompts and not Path(args.prompts).is_file():
+        raise UserError(f"--prompts {args.prompts} does not exist; check the path")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work together, before anything is loaded."""
+    check_reward(args)
+    for name in ("batch-size", "mini-batch-size", "gradient-accumulation-steps", "ppo-epochs", "num-steps",
+                 "max-completion-length", "temperature", "save-every", "horizon", "target"):  # fmt: skip
+        config.positive(name, getattr(args, name.replace("-", "_")))
+    for name in ("init-kl-coef", "clip-range", "value-clip-range", "vf-coef", "target-kl", "score-clip"):
+        config.positive(name, getattr(args, name.replace("-", "_")), zero=True)
+    pieces = args.gradient_accumulation_steps
+    _check_divides("batch-size", args.batch_size, "mini-batch-size", args.mini_batch_size)
+    _check_divides("mini-batch-size", args.mini_batch_size, "gradient-accumulation-steps", pieces)
+    if args.advantage != "gae":
+        if args.num_generations < 2:
+            raise UserError(f"--num-generations is {args.num_generations}; {args.advantage} needs 2 or more")
+        _check_divides("batch-size", args.batch_size, "num-generations", args.num_generations, least=2)
+    if args.learning_rate is not None:
+        config.positive("learning-rate", args.learning_rate)
+    if args.lora_dropout:
+        raise UserError(f"--lora-dropout is {args.lora_dropout}; PPO needs 0, or the first ratio is not 1")
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:
+    if value % divisor:
+        divisors = [d for d in range(least, value + 1) if value % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - divisor))[:2]
+        remedy = f"try {' or '.join(map(str, sorted(near)))}" if near else f"raise --{name}"
+        raise UserError(f"--{name} {value} is not divisible by --{divisor_name} {divisor}; {remedy}")

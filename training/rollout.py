@@ -1,0 +1,80 @@
+"""One step's experience, in the shape that both PPO scripts train on.
+
+Framework-neutral: `pack` makes NumPy arrays, each script turns them into its own and fills in the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
+
+
+class Packed(NamedTuple):
+    """Prompts and completions as arrays: each row is prompt, completion, pads on the right."""
+
+    tokens: Array  # (B, L) ids
+    positions: Array  # (B, C) index into L of the position that predicts completion token c
+    completions: Array  # (B, C) ids, the pad at pads
+    mask: Array  # (B, C) float, 1 at sampled tokens through the first EOS
+
+
+class Rollout(NamedTuple):
+    """Sampled completions with all that the update needs; every field has B rows."""
+
+    tokens: Array  # (B, L) ids, as in Packed
+    positions: Array  # (B, C)
+    completions: Array  # (B, C) ids
+    mask: Array  # (B, C) float
+    old_logprobs: Array  # (B, C) nats, of the policy that sampled, recomputed by a whole forward pass
+    ref_logprobs: Array  # (B, C) nats, of the reference policy
+    kl: Array  # (B, C) nats per token, policy against reference
+    old_values: Array  # (B, C) score units; zero without a value head
+    scores: Array  # (B,) one per completion
+
+    def rows(self, index: Array) -> "Rollout":
+        """The rollout of the rows in `index`."""
+        return Rollout(*(field[index] for field in self))
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    eos_token_ids: Sequence[int] | set[int],
+    pad_token_id: int,
+    multiple: int = 8,
+) -> Packed:
+    """Put prompts and completions into right-padded arrays; what follows a completion's first EOS is cut off.
+
+    prompts: at least one id each; completions: may be empty. C is the longest completion, rounded up to `multiple` so
+    that few shapes occur. An empty completion is a row of its own whose mask is all 0.
+    """
+    completions = [through_eos(completion, eos_token_ids) for completion in completions]
+    width = -(-max([1, *map(len, completions)]) // multiple) * multiple
+    longest = max(len(prompt) for prompt in prompts) + width
+    tokens = np.full((len(prompts), longest), pad_token_id, dtype=np.int32)
+    completion_ids = np.full((len(prompts), width), pad_token_id, dtype=np.int32)
+    mask = np.zeros((len(prompts), width), dtype=np.float32)
+    positions = np.zeros((len(prompts), width), dtype=np.int32)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        end = len(prompt) + len(completion)
+        tokens[row, : len(prompt)] = prompt
+        tokens[row, len(prompt) : end] = completion
+        completion_ids[row, : len(completion)] = completion
+        mask[row, : len(completion)] = 1
+        positions[row] = len(prompt) - 1 + np.arange(width)
+    return Packed(tokens, positions, completion_ids, mask)
+
+
+def through_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> list[int]:
+    """The completion up to and with its first EOS."""
+    for index, token in enumerate(completion):
+        if token in eos_token_ids:
+            return list(completion[: index + 1])
+    return list(completion)
+
+
+def has_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> bool:
+    """Whether a completion ended by itself, rather than at the length limit."""
+    return any(token in eos_token_ids for token in completion)

@@ -1,0 +1,58 @@
+"""Checkpoints in PyTorch, from which a run goes on as if it had never stopped.
+
+The twin of training.checkpoint, with the same files: safetensors and JSON, never a pickle.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from models.adapter_config import AdapterConfig
+from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
+from models.torch_policy import Policy, ValueHead, load_value_head, save_value_head
+from training.checkpoint_folders import last_checkpoint, new_checkpoint, read_state
+from training.torch_optimizer import ScheduledAdam
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@dataclass
+class Trainee:
+    """What a run trains: the model with its adapter, perhaps a value head, and the module that holds both."""
+
+    model: nn.Module
+    adapter: AdapterConfig
+    module: Policy
+    value_head: ValueHead | None = None
+
+    def sizes(self) -> tuple[int, int]:
+        """Number of trainable weights, and of all."""
+        weights = list(self.module.parameters())
+        return sum(w.numel() for w in weights if w.requires_grad), sum(w.numel() for w in weights)
+
+
+def save_checkpoint(
+    run_folder: str | Path, step: int, trainee: Trainee, optimizer: ScheduledAdam, state: dict[str, Any]
+) -> Path:
+    """Write the whole state after `step` steps and drop all but the last few checkpoints. Returns its folder."""
+    with new_checkpoint(run_folder, step, state) as temporary:
+        save_adapter(temporary / "adapter", trainee.model, trainee.adapter)
+        if trainee.value_head is not None:
+            save_value_head(temporary, trainee.value_head)
+        save_file(optimizer.arrays(), temporary / "optimizer.safetensors")
+    return last_checkpoint(run_folder)
+
+
+def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledAdam) -> dict[str, Any]:
+    """Put weights and optimizer back as they were; returns the state that was saved with them."""
+    saved = read_adapter(folder / "adapter")
+    set_adapter_weights(trainee.model, saved.weights, folder)
+    if trainee.value_head is not None:
+        head = load_value_head(folder)
+        if head is None:
+            raise UserError(f"{folder} holds no value head; resume with the run's own flags")
+        trainee.value_head.load_state_dict(head.state_dict())
+    optimizer.restore(load_file(folder / "optimizer.safetensors"))
+    return read_state(folder)
