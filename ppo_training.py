@@ -1,0 +1,232 @@
+"""PPO on MLX: rollout, score, advantages, update, save; with a KL penalty to the reference policy.
+
+    python ppo_training.py --model ./sft_fine_tune/ --ground_truth_reward
+    python ppo_training.py --model ./sft_fine_tune/ --reward_model ./reward_model/
+
+The mathematics stands in training/ppo.py; pytorch_ppo_training.py is this script's twin in PyTorch. Leaves out
+supervised learning (sft.py) and merging the adapter into its base (fuse.py).
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import in_order
+from data.decoding import completion_texts
+from data.files import check_replaceable
+from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.generation import sample
+from models.loading import LoadedModel, load, twin
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import Policy, new_value_head
+from rewards.build import build_reward
+from training import config, ppo, ppo_flags, ppo_step
+from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
+from training.checkpoint_folders import last_checkpoint
+from training.cli import Stopped, StopSignal, run
+from training.metrics import RunLog, resumed_config, start_run_folder
+from training.optimizer import loss_and_gradients, make_optimizer, update
+from training.plots import plot_run
+from training.rollout import Rollout, has_eos, pack
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+
+def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Trainee, nn.Module]:
+    """The policy with its adapter and value head, and the reference policy: the same arrays as they are now."""
+    model = loaded.model
+    base = twin(model)
+    if args.resume_file:
+        adapter = load_adapter(model, args.resume_file).config
+        adapter.lora_parameters["dropout"] = 0.0
+    else:
+        adapter = AdapterConfig(**config.adapter_settings(args))
+        attach_adapter(model, adapter, args.seed)
+    reference = base if args.use_peft else twin(model)
+    reference.freeze()
+    head = new_value_head(model) if args.advantage == "gae" else None
+    policy = Policy(model, head)
+    policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled
+    reference.eval()
+    return Trainee(model, adapter, policy, head), reference
+
+
+def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: list[str], reward, moments):
+    """Sample one completion per prompt, score it, and recompute the logprobs of policy and reference.
+
+    Returns the Rollout, the texts of prompts and completions, and figures for the report.
+    """
+    prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    completions = sample(
+        trainee.model, prompt_ids, tokenizer.eos_token_ids, args.max_completion_length, args.temperature, len(prompts)
+    )
+    texts = completion_texts(tokenizer, prompt_ids, completions)
+    ended = [has_eos(completion, tokenizer.eos_token_ids) for completion in completions]
+    raw_scores = np.asarray(reward(*texts), dtype=np.float32)
+    scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
+
+    prefix = soft_prompt_ids(trainee.model)
+    packed = pack(
+        [prefix + ids for ids in prompt_ids], completions, tokenizer.eos_token_ids, tokenizer.pad_token_id or 0
+    )
+    tokens, positions, completion_ids, mask = (mx.array(field) for field in packed)
+    pieces = []
+    for rows in in_order(len(prompts), args.mini_batch_size):
+        piece = slice(rows.start, rows.stop)
+        logits, values = trainee.module(tokens[piece], positions[piece])
+        ref_logits = reference_logits(args, reference, tokens[piece], positions[piece], prefix)
+        logprobs = ppo.logprobs_from_logits(logits, completion_ids[piece], args.temperature)
+        ref_logprobs = ppo.logprobs_from_logits(ref_logits, completion_ids[piece], args.temperature)
+        kl = ppo_step.token_kl(args, logits, ref_logits, logprobs, ref_logprobs)
+        entropy = ppo.entropy_from_logits(logits, args.temperature)
+        pieces.append((logprobs, ref_logprobs, kl, mx.zeros_like(kl) if values is None else values, entropy))
+        mx.eval(pieces[-1])
+    logprobs, ref_logprobs, kl, values, entropy = (mx.concatenate(parts) for parts in zip(*pieces, strict=True))
+    rollout = Rollout(
+        tokens, positions, completion_ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=mx.array(scores)
+    )
+    return rollout, texts, ppo_step.rollout_figures(raw_scores, ended, rollout, entropy)
+
+
+def reference_logits(args, reference: nn.Module, tokens: mx.array, positions: mx.array, prefix: list[int]) -> mx.array:
+    """Logits (B, C, V) of the reference policy; with --use-peft it never saw the soft prompt, so that is cut off."""
+    if args.use_peft and prefix:
+        tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
+    return Policy(reference)(tokens, positions)[0]
+
+
+def make_loss(args):
+    """PPO's loss as a function of the policy and arrays alone."""
+
+    def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
+        logits, values = policy(rollout.tokens, rollout.positions)
+        return ppo_step.policy_loss(args, logits, values, rollout, advantages, returns, denominator, kl_coef)
+
+    return loss
+
+
+def accumulate(gradients_of, rollout: Rollout, advantages, returns, pieces, kl_coef: mx.array):
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    pieces = [mx.array(rows) for rows in pieces]
+    denominator = sum(rollout.mask[rows].sum() for rows in pieces)
+    loss, gradients = mx.array(0.0), None
+    stats: dict[str, mx.array] = {}
+    for rows in pieces:
+        (piece_loss, piece_stats), piece_gradients = gradients_of(
+            rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef
+        )
+        loss = loss + piece_loss
+        for name, value in piece_stats.items():
+            so_far = stats.get(name, mx.array(0.0))
+            stats[name] = mx.maximum(so_far, value) if name == "ratio_max" else so_far + value
+        gradients = piece_gradients if gradients is None else tree_map(mx.add, gradients, piece_gradients)
+        mx.eval(loss, stats, gradients)
+    return loss, {name: float(value) for name, value in stats.items()}, gradients
+
+
+def optimise(args, step: int, policy: Policy, optimizer, gradients_of, rollout: Rollout, advantages, returns, kl_coef):
+    """Update the policy on one rollout. Returns the stats, averaged over its mini batches."""
+    history: list[dict[str, float]] = []
+    skipped = 0
+    for pieces in ppo_step.mini_batches(args, step):
+        loss, stats, gradients = accumulate(gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef))
+        verdict = ppo_step.rejected(args, stats)
+        if verdict == "stop":
+            break
+        norm = update(policy, optimizer, loss, gradients, args.max_grad_norm) if not verdict else math.nan
+        if math.isnan(norm):
+            skipped += 1
+        else:
+            history.append({**stats, "grad_norm": norm})
+    return ppo_step.mean_stats(history, skipped)
+
+
+def main() -> None:
+    args = ppo_flags.ppo_parser(__doc__).parse_args()
+    if args.resume:
+        args = config.resumed(args, resumed_config(args.resume))
+    ppo_flags.check(args)
+    if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
+        check_replaceable(args.save_file, CONFIG_FILE)
+    loaded = load(args.model)
+    reward = build_reward(args, loaded)
+    trainee, reference = build_policies(args, loaded)
+    tokenizer, policy = loaded.tokenizer, trainee.module
+    prompts, rule = ppo_step.Prompts(args), ppo_step.digit_rule(args)
+
+    rate = args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
+    total_updates = args.num_steps * args.ppo_epochs * args.batch_size // args.mini_batch_size
+    optimizer = make_optimizer(rate, total_updates, args.lr_schedule, args.warmup_steps, args.weight_decay)
+    controller = ppo_step.make_controller(args)
+    moments = ppo.RunningMoments()
+    step, seconds = 0, 0.0
+    if args.resume:
+        folder = Path(args.resume)
+        state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
+        step, seconds, controller.value = state["step"], state["seconds"], state["kl_coef"]
+        moments = ppo.RunningMoments(**state["moments"])
+    else:
+        optimizer.init(policy.trainable_parameters())
+        folder = start_run_folder(args.output_dir or config.default_output_dir("ppo"), vars(args))
+    gradients_of = loss_and_gradients(policy, make_loss(args))
+    log = RunLog(folder, args.num_steps, step, args.log_with, "ppo")
+    log.say(config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate, mx.default_device()))
+
+    def save() -> None:
+        state = {"kl_coef": controller.value, "moments": vars(moments), "seconds": seconds}
+        save_checkpoint(folder, step, trainee, optimizer, state)
+
+    if not args.resume:
+        save()
+    figures: dict[str, float] = {}
+    with StopSignal() as stop:
+        while step < args.num_steps and not stop.requested:
+            started = time.perf_counter()
+            mx.random.seed(config.step_seed(args.seed, step))
+            rollout, texts, figures = roll_out(
+                args, trainee, reference, tokenizer, prompts.batch(step), reward, moments
+            )
+            sampled = time.perf_counter()
+            advantages, returns = ppo_step.advantages_and_returns(args, rollout, controller.value)
+            stats = optimise(
+                args, step, policy, optimizer, gradients_of, rollout, advantages, returns, controller.value
+            )
+            figures["kl_coef"] = controller.value
+            controller.update(figures["kl"], args.batch_size)
+            if not args.ground_truth_reward and not args.prompts:
+                figures["true_score"] = float(np.mean(rule.reward(*texts)))
+            step += 1
+            ended = time.perf_counter()
+            seconds += ended - started
+            figures |= stats
+            figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled, "seconds": seconds}
+            log.report(step, figures)
+            log.advance(score=figures["mean_score"], kl=figures["kl"])
+            if stats["skipped_updates"]:
+                log.say(
+                    f"step {step}: {stats['skipped_updates']} updates skipped (not finite, or ratio past its limit)"
+                )
+            if step % args.save_every == 0 or step == args.num_steps or stop.requested:
+                save()
+    if step < args.num_steps:
+        log.close()
+        raise Stopped(f"{step} of {args.num_steps} steps are done; go on: python ppo_training.py --resume {folder}")
+    save_adapter(args.save_file, trainee.model, trainee.adapter)
+    log.close(
+        {
+            "steps": step,
+            "seconds": round(seconds, 1),
+            **{name: figures[name] for name in ("mean_score", "true_score", "kl", "kl_coef") if name in figures},
+            "adapter": args.save_file,
+            "picture": str(plot_run(folder)),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

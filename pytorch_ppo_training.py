@@ -1,0 +1,253 @@
+"""PPO in PyTorch: rollout, score, advantages, update, save; with a KL penalty to the reference policy.
+
+    python pytorch_ppo_training.py --model ./sft_fine_tune/ --ground_truth_reward
+    python pytorch_ppo_training.py --model ./sft_fine_tune/ --reward_model ./reward_model/ --device cuda
+
+The twin of ppo_training.py, stage by stage, over transformers and peft: same flags, report, run folder and adapters.
+The mathematics stands in training/ppo.py, which both call. Never imports mlx. On CUDA, kernels that add in no fixed
+order can make a resumed run differ in the last bit; on CPU it does not.
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+from data.batching import in_order
+from data.decoding import completion_texts
+from data.files import check_replaceable
+from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
+from models.torch_adapters import attach_adapter, load_adapter, save_adapter
+from models.torch_generation import sample
+from models.torch_loading import DEVICES, LoadedModel, choose_device, load, twin
+from models.torch_policy import Policy, new_value_head
+from models.torch_soft_prompt import soft_prompt_ids
+from rewards.function import load_reward_function
+from rewards.torch_reward_model import load_reward_model
+from training import config, ppo, ppo_flags, ppo_step
+from training.checkpoint_folders import last_checkpoint
+from training.cli import Stopped, StopSignal, run
+from training.metrics import RunLog, resumed_config, start_run_folder
+from training.plots import plot_run
+from training.rollout import Rollout, has_eos, pack
+from training.torch_checkpoint import Trainee, restore_checkpoint, save_checkpoint
+from training.torch_optimizer import loss_and_gradients, make_optimizer, update
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def build_reward(args: argparse.Namespace, base: LoadedModel):
+    """The reward function f(prompts, completions) -> scores that the flags name."""
+    if args.ground_truth_reward:
+        return ppo_step.digit_rule(args).reward
+    if args.reward_model:
+        return load_reward_model(args.reward_model, base.model.device, base).reward
+    return load_reward_function(args.reward_function)
+
+
+def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Trainee, nn.Module]:
+    """The policy with its adapter and value head, and the reference policy: the same weights as they are now."""
+    model = loaded.model
+    base = twin(model)
+    if args.resume_file:
+        adapter = load_adapter(model, args.resume_file).config
+        adapter.lora_parameters["dropout"] = 0.0
+    else:
+        adapter = AdapterConfig(**config.adapter_settings(args))
+        attach_adapter(model, adapter, args.seed)
+    reference = base if args.use_peft else twin(model)
+    head = new_value_head(model) if args.advantage == "gae" else None
+    policy = Policy(model, head)
+    policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled
+    reference.eval()
+    return Trainee(model, adapter, policy, head), reference
+
+
+@torch.no_grad()
+def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, prompts: list[str], reward, moments):
+    """Sample one completion per prompt, score it, and recompute the logprobs of policy and reference.
+
+    Returns the Rollout, the texts of prompts and completions, and figures for the report.
+    """
+    tokenizer, eos_token_ids, device = loaded.tokenizer, loaded.eos_token_ids, loaded.model.device
+    prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    completions = sample(
+        trainee.model, prompt_ids, eos_token_ids, args.max_completion_length, args.temperature, len(prompts)
+    )
+    texts = completion_texts(tokenizer, prompt_ids, completions)
+    ended = [has_eos(completion, eos_token_ids) for completion in completions]
+    raw_scores = np.asarray(reward(*texts), dtype=np.float32)
+    scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
+
+    prefix = soft_prompt_ids(trainee.model)
+    packed = pack([prefix + ids for ids in prompt_ids], completions, eos_token_ids, tokenizer.pad_token_id or 0)
+    tokens, positions, completion_ids, mask = (torch.from_numpy(field).to(device) for field in packed)
+    tokens, positions = tokens.long(), positions.long()
+    pieces = []
+    for rows in in_order(len(prompts), args.mini_batch_size):
+        piece = slice(rows.start, rows.stop)
+        logits, values = trainee.module(tokens[piece], positions[piece])
+        ref_logits = reference_logits(args, reference, tokens[piece], positions[piece], prefix)
+        logprobs = ppo.logprobs_from_logits(logits, completion_ids[piece], args.temperature)
+        ref_logprobs = ppo.logprobs_from_logits(ref_logits, completion_ids[piece], args.temperature)
+        kl = ppo_step.token_kl(args, logits, ref_logits, logprobs, ref_logprobs)
+        entropy = ppo.entropy_from_logits(logits, args.temperature)
+        pieces.append((logprobs, ref_logprobs, kl, torch.zeros_like(kl) if values is None else values, entropy))
+    logprobs, ref_logprobs, kl, values, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    rollout = Rollout(
+        tokens,
+        positions,
+        completion_ids,
+        mask,
+        logprobs,
+        ref_logprobs,
+        kl,
+        old_values=values,
+        scores=torch.from_numpy(scores).to(device),
+    )
+    return rollout, texts, ppo_step.rollout_figures(raw_scores, ended, rollout, entropy)
+
+
+def reference_logits(args, reference: nn.Module, tokens: Tensor, positions: Tensor, prefix: list[int]) -> Tensor:
+    """Logits (B, C, V) of the reference policy; with --use-peft it never saw the soft prompt, so that is cut off."""
+    if args.use_peft and prefix:
+        tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
+    return Policy(reference)(tokens, positions)[0]
+
+
+def make_loss(args):
+    """PPO's loss as a function of the policy and arrays alone."""
+
+    def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
+        logits, values = policy(rollout.tokens, rollout.positions)
+        return ppo_step.policy_loss(args, logits, values, rollout, advantages, returns, denominator, kl_coef)
+
+    return loss
+
+
+def accumulate(gradients_of, rollout: Rollout, advantages, returns, pieces, kl_coef: float):
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    pieces = [torch.from_numpy(rows).to(rollout.mask.device) for rows in pieces]
+    denominator = sum(rollout.mask[rows].sum() for rows in pieces)
+    loss, gradients = torch.zeros((), device=rollout.mask.device), None
+    stats: dict[str, Tensor] = {}
+    for rows in pieces:
+        (piece_loss, piece_stats), piece_gradients = gradients_of(
+            rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef
+        )
+        loss = loss + piece_loss
+        for name, value in piece_stats.items():
+            so_far = stats.get(name, torch.zeros_like(value))
+            stats[name] = torch.maximum(so_far, value) if name == "ratio_max" else so_far + value
+        gradients = piece_gradients if gradients is None else list(map(torch.add, gradients, piece_gradients))
+    return loss, {name: float(value) for name, value in stats.items()}, gradients
+
+
+def optimise(args, step: int, optimizer, gradients_of, rollout: Rollout, advantages, returns, kl_coef):
+    """Update the policy on one rollout. Returns the stats, averaged over its mini batches."""
+    history: list[dict[str, float]] = []
+    skipped = 0
+    for pieces in ppo_step.mini_batches(args, step):
+        loss, stats, gradients = accumulate(gradients_of, rollout, advantages, returns, pieces, kl_coef)
+        verdict = ppo_step.rejected(args, stats)
+        if verdict == "stop":
+            break
+        norm = update(optimizer, loss, gradients, args.max_grad_norm) if not verdict else math.nan
+        if math.isnan(norm):
+            skipped += 1
+        else:
+            history.append({**stats, "grad_norm": norm})
+    return ppo_step.mean_stats(history, skipped)
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags of ppo_training.py, and two of PyTorch's own."""
+    parser = ppo_flags.ppo_parser(__doc__)
+    parser.add_argument("--tokenizer", help="folder or Hugging Face name of the tokenizer (default: that of --model)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: cuda, else mps, else cpu")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    if args.resume:
+        args = config.resumed(args, resumed_config(args.resume))
+    ppo_flags.check(args)
+    if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
+        check_replaceable(args.save_file, CONFIG_FILE)
+    loaded = load(args.model, choose_device(args.device), args.tokenizer)
+    reward = build_reward(args, loaded)
+    trainee, reference = build_policies(args, loaded)
+    policy = trainee.module
+    prompts, rule = ppo_step.Prompts(args), ppo_step.digit_rule(args)
+
+    rate = args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
+    total_updates = args.num_steps * args.ppo_epochs * args.batch_size // args.mini_batch_size
+    optimizer = make_optimizer(policy, rate, total_updates, args.lr_schedule, args.warmup_steps, args.weight_decay)
+    controller = ppo_step.make_controller(args)
+    moments = ppo.RunningMoments()
+    step, seconds = 0, 0.0
+    if args.resume:
+        folder = Path(args.resume)
+        state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
+        step, seconds, controller.value = state["step"], state["seconds"], state["kl_coef"]
+        moments = ppo.RunningMoments(**state["moments"])
+    else:
+        folder = start_run_folder(args.output_dir or config.default_output_dir("ppo"), vars(args))
+    gradients_of = loss_and_gradients(policy, make_loss(args))
+    log = RunLog(folder, args.num_steps, step, args.log_with, "ppo")
+    log.say(config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate, loaded.model.device))
+
+    def save() -> None:
+        state = {"kl_coef": controller.value, "moments": vars(moments), "seconds": seconds}
+        save_checkpoint(folder, step, trainee, optimizer, state)
+
+    if not args.resume:
+        save()
+    figures: dict[str, float] = {}
+    with StopSignal() as stop:
+        while step < args.num_steps and not stop.requested:
+            started = time.perf_counter()
+            torch.manual_seed(config.step_seed(args.seed, step))
+            rollout, texts, figures = roll_out(args, trainee, reference, loaded, prompts.batch(step), reward, moments)
+            sampled = time.perf_counter()
+            advantages, returns = ppo_step.advantages_and_returns(args, rollout, controller.value)
+            stats = optimise(args, step, optimizer, gradients_of, rollout, advantages, returns, controller.value)
+            figures["kl_coef"] = controller.value
+            controller.update(figures["kl"], args.batch_size)
+            if not args.ground_truth_reward and not args.prompts:
+                figures["true_score"] = float(np.mean(rule.reward(*texts)))
+            step += 1
+            ended = time.perf_counter()
+            seconds += ended - started
+            figures |= stats
+            figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled, "seconds": seconds}
+            log.report(step, figures)
+            log.advance(score=figures["mean_score"], kl=figures["kl"])
+            if stats["skipped_updates"]:
+                log.say(
+                    f"step {step}: {stats['skipped_updates']} updates skipped (not finite, or ratio past its limit)"
+                )
+            if step % args.save_every == 0 or step == args.num_steps or stop.requested:
+                save()
+    if step < args.num_steps:
+        log.close()
+        raise Stopped(
+            f"{step} of {args.num_steps} steps are done; go on: python pytorch_ppo_training.py --resume {folder}"
+        )
+    save_adapter(args.save_file, trainee.model, trainee.adapter)
+    log.close(
+        {
+            "steps": step,
+            "seconds": round(seconds, 1),
+            **{name: figures[name] for name in ("mean_score", "true_score", "kl", "kl_coef") if name in figures},
+            "adapter": args.save_file,
+            "picture": str(plot_run(folder)),
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,230 @@
+"""The architecture, held by walking every file's syntax tree: who imports whom, and what is used nowhere."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"data": 0, "models": 0, "rewards": 0, "training": 1, "synth": 1}  # package → its layer
+SCRIPT_LAYER = 2
+FREE = {"tests", "benchmarks"}  # may import anything
+ENTRY_POINT = "data/generate_digit_data.py"  # a script within a package: it needs the flags
+# The PyTorch script uses these, and it never imports mlx.
+NEUTRAL = [
+    *("data.batching", "data.decoding", "data.errors", "data.files", "data.generate_digit_data", "data.prompts"),
+    *("data.records", "models.adapter_config", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
+    *("training.cli", "training.config", "training.losses", "training.metrics", "training.plots", "training.ppo"),
+    *("training.ppo_flags", "training.ppo_step", "training.rollout"),
+]
+
+
+FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if not any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(ROOT).parts)
+)
+# Run folders and the demo's output are the user's, not the project's.
+FILES = [path for path in FILES if path.parent == ROOT or path.relative_to(ROOT).parts[0] in {*PACKAGES, *FREE}]
+SCRIPTS = {path.stem for path in FILES if path.parent == ROOT}
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"), name_of(path))
+
+
+def imports(path):
+    """(line, module) of every import in a file, those inside functions included."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno} imports relatively"
+            yield node.lineno, node.module
+            # `from training import ppo` imports training.ppo
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def layer_of(path):
+    part = path.relative_to(ROOT).parts[0]
+    return SCRIPT_LAYER if path.parent == ROOT else PACKAGES[part]
+
+
+def faults(path):
+    """Imports that go upward, or from script to script."""
+    for line, module in imports(path):
+        top = module.partition(".")[0]
+        if top in SCRIPTS:
+            yield f"{name_of(path)}:{line} imports the script {top}"
+        elif top in FREE:
+            yield f"{name_of(path)}:{line} imports {top}"
+        elif PACKAGES.get(top, -1) > layer_of(path) and name_of(path) != ENTRY_POINT:
+            yield f"{name_of(path)}:{line} imports {module}, which lies above it"
+
+
+def test_the_walk_sees_the_project():
+    assert {"sft", "ppo_training", "fuse", "talk_to_model"} <= SCRIPTS
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} >= {"data", "models", "rewards", "training", "tests"}
+    assert ("training.ppo" in {module for _, module in imports(ROOT / "training/ppo_step.py")}) is True
+
+
+def test_imports_go_downward_only():
+    held = [path for path in FILES if path.relative_to(ROOT).parts[0] not in FREE]
+    # demo.py starts the scripts as processes, so it is one of them.
+    assert [fault for path in held for fault in faults(path)] == []
+
+
+def test_the_entry_point_in_data_imports_upward_as_a_script_only():
+    """Who imports its functions imports nothing of training."""
+    path = ROOT / ENTRY_POINT
+    top_level = {
+        str(node.module) if isinstance(node, ast.ImportFrom) else node.names[0].name
+        for node in tree_of(path).body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert not [module for module in top_level if module.startswith("training")]
+
+
+def test_packages_of_one_layer_import_each_other_without_cycles():
+    edges = {}
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] not in PACKAGES or name_of(path) == ENTRY_POINT:
+            continue
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        edges[module] = {imported for _, imported in imports(path) if _is_file(imported)}
+    done = set()
+
+    def visit(module, above):
+        assert module not in above, f"import cycle: {' → '.join([*above, module])}"
+        if module not in done:
+            for imported in edges.get(module, ()):
+                visit(imported, [*above, module])
+            done.add(module)
+
+    for module in edges:
+        visit(module, [])
+
+
+def _is_file(module):
+    return (ROOT / module.replace(".", "/")).with_suffix(".py").is_file()
+
+
+def test_no_module_has_the_name_of_a_dependency_or_of_the_standard_library():
+    # A script's own folder comes first on the path: a data/json.py would hide json from data/generate_digit_data.py.
+    taken = set(packages_distributions()) | set(sys.stdlib_module_names)
+    taken -= {*PACKAGES, *FREE, "__main__"}  # the packages' own names are looked at below
+    assert [name_of(path) for path in FILES if path.stem in taken and path.stem != "__init__"] == []
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_no_package_has_the_name_of_a_dependency(package):
+    requirements = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.txt"))
+    assert package not in requirements.split()
+    assert package not in sys.stdlib_module_names
+    found = importlib.util.find_spec(package)
+    assert found is None or Path(str(found.origin)).resolve().parent == ROOT / package
+
+
+def test_neutral_modules_import_neither_mlx_nor_torch():
+    code = (
+        "import importlib, sys\n"
+        f"for name in {NEUTRAL!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    loaded = sorted({m.partition('.')[0] for m in sys.modules} & {'mlx', 'mlx_lm', 'torch', 'transformers'})\n"
+        "    assert not loaded, f'{name} imports {loaded}'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_data_module_is_held_to_that():
+    modules = {f"data.{path.stem}" for path in FILES if path.parent == ROOT / "data"}
+    assert modules - {"data.__init__"} <= set(NEUTRAL)
+
+
+def is_mlx(module):
+    return module.partition(".")[0] in ("mlx", "mlx_lm")
+
+
+def reached_from(path):
+    """Every module that importing `path` may import, through ours."""
+    found, waiting = set(), [path]
+    while waiting:
+        for _, module in imports(waiting.pop()):
+            if module not in found:
+                found.add(module)
+                if _is_file(module):
+                    waiting.append((ROOT / module.replace(".", "/")).with_suffix(".py"))
+    return found
+
+
+def test_the_pytorch_script_reaches_no_mlx():
+    script = ROOT / "pytorch_ppo_training.py"
+    assert not [module for module in reached_from(script) if is_mlx(module)]
+    assert "torch" in reached_from(script) and "mlx.core" in reached_from(ROOT / "ppo_training.py")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.relative_to(ROOT).parts[0] not in FREE], ids=name_of)
+def test_the_fast_blas_is_loaded_before_mlx(path):
+    lines = [line for line, module in imports(path) if is_mlx(module)]
+    if not lines:
+        return
+    blas = [line for line, module in imports(path) if module == "models.fast_blas"]
+    assert blas and min(blas) < min(lines), f"{name_of(path)} imports mlx before models.fast_blas"
+    ours = [line for line, m in imports(path) if m.partition(".")[0] in {*PACKAGES, *FREE, *SCRIPTS}]
+    assert min(blas) == min(ours), f"{name_of(path)} has imports of ours before models.fast_blas"
+
+
+BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def dangers(path):
+    """Uses of what reads or writes code as data."""
+    for line, module in imports(path):
+        if module.partition(".")[0] in BANNED_MODULES:
+            yield f"{name_of(path)}:{line} imports {module}"
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        unpickles = any(word.arg == "allow_pickle" and ast.unparse(word.value) != "False" for word in node.keywords)
+        if called in ("eval", "exec", "torch.save", "torch.load") or unpickles:
+            yield f"{name_of(path)}:{node.lineno} calls {called}"
+
+
+def test_nothing_unpickles_or_evaluates():
+    assert [danger for path in FILES for danger in dangers(path)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import pickle", "from pickle import loads", "eval('1')", "exec('1')", "import torch\ntorch.save(1, 'f')",
+     "import numpy as np\nnp.load('f', allow_pickle=True)", "def f():\n    import joblib"],
+)  # fmt: skip
+def test_each_danger_would_be_found(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "bad.py"
+    path.write_text(code, encoding="utf-8")
+    assert list(dangers(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "code"),
+    [("data/a.py", "from training import config"), ("models/a.py", "def f():\n    import training.cli"),
+     ("training/a.py", "import sft"), ("sft.py", "from ppo_training import main"), ("rewards/a.py", "import tests"),
+     ("training/a.py", "from tests.frameworks import FRAMEWORKS")],
+)  # fmt: skip
+def test_each_wrong_direction_would_be_found(tmp_path, monkeypatch, file, code):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(code, encoding="utf-8")
+    assert list(faults(path))

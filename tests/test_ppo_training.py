@@ -1,0 +1,1049 @@
+"""ppo_training.py on a tiny random model: the properties that a right PPO has, and that a stop loses nothing."""
+
+import json
+import shutil
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import ppo_training
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
+from models.loading import load
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import Policy, ValueHead, forward, new_value_head
+from rewards.reward_model import load_reward_model
+from tests.scripts import call, fails
+from training import ppo, ppo_flags, ppo_step
+from training.checkpoint_folders import last_checkpoint
+from training.cli import Stopped
+from training.metrics import read_metrics
+from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
+from training.rollout import Rollout, pack
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+KINDS: dict[str, list[Any]] = {
+    "lora": [],
+    "dora": ["--fine-tune-type", "dora"],
+    "soft prompt": ["--prompt-tuning", "--num-prompt-tokens", 3],
+    "full": ["--fine-tune-type", "full"],
+}
+PROPERTIES = ["lora", "soft prompt", "full"]
+# Without the discount and the value there is nothing in an advantage but the score (and the KL).
+SCORE_ALONE = ["--gamma", 1, "--gae-lambda", 1]
+
+
+def parse(*words):
+    args = ppo_flags.ppo_parser("PPO.").parse_args([str(word) for word in words])
+    ppo_flags.check(args)
+    return args
+
+
+def mixed_scores(prompts, completions):
+    """A score in 0..1 that differs from completion to completion."""
+    return [
+        sum(map(ord, prompt + completion)) % 97 / 97 for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+
+
+class Setting:
+    """What main builds, for one set of flags."""
+
+    def __init__(self, folder, *words):
+        small = ["--batch-size", 16, "--mini-batch-size", 8, "--max-completion-length", 12, "--num-generations", 4]
+        self.args = parse("--ground-truth-reward", "--model", folder, *small, *words)
+        self.loaded = load(str(folder))
+        self.tokenizer = self.loaded.tokenizer
+        self.trainee, self.reference = ppo_training.build_policies(self.args, self.loaded)
+        self.policy = self.trainee.module
+        self.prompts = ppo_step.Prompts(self.args)
+        self.moments = ppo.RunningMoments()
+
+    def displace(self, size=0.3, seed=5):
+        """Move the policy away from the reference, as some training would."""
+        mx.random.seed(seed)
+        moved = [(n, w + size * w.std() * mx.random.normal(w.shape)) for n, w in tree_flatten(self.trained())]
+        moved = [(n, 0.02 * mx.random.normal(w.shape) if n.endswith("lora_b") else w) for n, w in moved]
+        self.trainee.model.load_weights(moved, strict=False)
+
+    def trained(self):
+        return self.trainee.model.trainable_parameters()
+
+    def roll_out(self, reward=mixed_scores, seed=0, step=0):
+        mx.random.seed(seed)
+        prompts = self.prompts.batch(step)
+        rollout, self.texts, self.figures = ppo_training.roll_out(
+            self.args, self.trainee, self.reference, self.tokenizer, prompts, reward, self.moments
+        )
+        return rollout
+
+    def gradient(self, rollout, rows=None, kl_coef=0.0, scores=None):
+        """Loss, stats and gradients of one mini batch of all rows, or of the pieces in `rows`."""
+        if scores is not None:
+            rollout = rollout._replace(scores=mx.array(scores, mx.float32))
+        advantages, returns = ppo_step.advantages_and_returns(self.args, rollout, kl_coef)
+        pieces = [np.arange(rollout.tokens.shape[0])] if rows is None else rows
+        gradients_of = loss_and_gradients(self.policy, ppo_training.make_loss(self.args))
+        loss, stats, gradients = ppo_training.accumulate(
+            gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef)
+        )
+        return loss.item(), stats, flat(gradients)
+
+    def optimise(self, rollout, kl_coef=0.0, optimizer=None, gradients_of=None, step=0):
+        advantages, returns = ppo_step.advantages_and_returns(self.args, rollout, kl_coef)
+        if optimizer is None:
+            optimizer = make_optimizer(self.args.learning_rate or 1e-3, 100)
+            optimizer.init(self.policy.trainable_parameters())
+        gradients_of = gradients_of or loss_and_gradients(self.policy, ppo_training.make_loss(self.args))
+        self.optimizer = optimizer
+        return ppo_training.optimise(
+            self.args, step, self.policy, optimizer, gradients_of, rollout, advantages, returns, kl_coef
+        )
+
+    def bytes(self):
+        return {name: np.array(array).tobytes() for name, array in tree_flatten(self.policy.trainable_parameters())}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder, tmp_path_factory):
+    """A random model whose completions are as varied as they are long: its output layer is not its embedding."""
+    loaded = load(str(tiny_folder))
+    mx.random.seed(3)
+    vocabulary, hidden = loaded.model.model.embed_tokens.weight.shape
+    weights = dict(tree_flatten(loaded.model.parameters()))
+    weights["lm_head.weight"] = 0.15 * mx.random.normal((vocabulary, hidden))
+    weights["model.embed_tokens.weight"] = mx.random.normal((vocabulary, hidden))
+    path = tmp_path_factory.mktemp("untied") / "model"
+    shutil.copytree(tiny_folder, path)
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    config = {**loaded.config, "tie_word_embeddings": False, "eos_token_id": [2, *range(40, 52)]}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (path / "generation_config.json").unlink()  # its EOS would go before those
+    return path
+
+
+@pytest.fixture
+def setting(folder):
+    return lambda *words: Setting(folder, *words)
+
+
+@pytest.fixture(scope="module")
+def trained_adapter(folder, tmp_path_factory):
+    """A LoRA that moves the model, saved with a dropout in its configuration."""
+    model = load(str(folder)).model
+    config = AdapterConfig(lora_parameters={"rank": 4, "scale": 10.0, "dropout": 0.4}, model=str(folder))
+    attach_adapter(model, config)
+    mx.random.seed(1)
+    moved = [(n, w + 0.03 * mx.random.normal(w.shape)) for n, w in tree_flatten(model.trainable_parameters())]
+    model.load_weights(moved, strict=False)
+    path = tmp_path_factory.mktemp("adapter") / "trained"
+    save_adapter(path, model, config)
+    return path
+
+
+def policy_gradient(gradients):
+    """Without the value head's own; the head is 0, so it sends nothing into the model."""
+    return {name: array for name, array in gradients.items() if "value_head" not in name}
+
+
+def largest(gradients):
+    return max(np.abs(array).max() for array in gradients.values())
+
+
+def flat(gradients):
+    return {name: np.array(array) for name, array in tree_flatten(gradients)}
+
+
+def cosine(gradients, others):
+    """How far two gradients point the same way: 1 wholly, −1 the other way."""
+    a, b = (np.concatenate([tree[name].ravel() for name in sorted(tree)]) for tree in (gradients, others))
+    return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def assert_close(gradients, expected, tolerance=1e-5):
+    scale = max(largest(expected), 1e-30)
+    assert gradients.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(gradients[name] / scale, array / scale, rtol=0, atol=tolerance, err_msg=name)
+
+
+def test_the_rollouts_of_these_tests_have_unequal_lengths(setting):
+    lengths = np.array(setting().roll_out().mask).sum(axis=1)
+    assert len(set(lengths)) > 2 and lengths.max() == 12
+    assert setting().roll_out().mask.sum().item() > 0
+
+
+# --- the first mini batch ---
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
+@pytest.mark.parametrize("kind", [*KINDS, "resumed"])
+def test_at_the_first_mini_batch_the_ratio_is_1_and_approx_kl_0(setting, trained_adapter, kind, advantage):
+    words = ["--resume-file", trained_adapter] if kind == "resumed" else KINDS[kind]
+    run = setting("--advantage", advantage, *words)
+    if kind != "resumed":
+        run.displace()
+    rollout = run.roll_out()
+    for pieces in list(ppo_step.mini_batches(run.args, 0))[:2]:
+        _, stats, _ = run.gradient(rollout, pieces)
+        assert stats["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert stats["ratio_max"] == pytest.approx(1, abs=1e-4)
+        assert 0 <= stats["approx_kl"] < 1e-9
+        assert stats["clip_fraction"] == 0
+
+
+def test_after_an_update_the_ratio_is_not_1(setting):
+    run = setting()
+    rollout = run.roll_out()
+    run.optimise(rollout)
+    assert run.gradient(rollout)[1]["approx_kl"] > 1e-7
+
+
+# --- what the score does ---
+
+
+@pytest.mark.parametrize("kind", PROPERTIES)
+@pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
+def test_flipping_every_score_flips_the_policy_gradient(setting, kind, advantage):
+    run = setting("--advantage", advantage, *SCORE_ALONE, *KINDS[kind])
+    rollout = run.roll_out()
+    scores = np.array(rollout.scores)
+    _, _, plain = run.gradient(rollout)
+    _, _, flipped = run.gradient(rollout, scores=-scores)
+    assert largest(policy_gradient(plain)) > 1e-4
+    assert_close(policy_gradient(flipped), {n: -g for n, g in policy_gradient(plain).items()}, 1e-4)
+    # Labels given to the wrong completions are another gradient.
+    _, _, shuffled = run.gradient(rollout, scores=np.roll(scores, 1))
+    with pytest.raises(AssertionError):
+        assert_close(policy_gradient(shuffled), policy_gradient(plain), 0.1)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0, 0.7, -3.3])
+@pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
+def test_a_constant_score_gives_no_policy_gradient(setting, advantage, score):
+    run = setting("--advantage", advantage, *SCORE_ALONE)
+    rollout = run.roll_out()
+    _, _, varied = run.gradient(rollout)
+    _, _, constant = run.gradient(rollout, scores=np.full(16, score))
+    assert largest(policy_gradient(constant)) < 1e-6 * largest(policy_gradient(varied))
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
+def test_training_raises_a_score_that_can_be_raised(setting, advantage):
+    def digits(prompts, completions):
+        return [sum(c.isdigit() for c in completion) / 12 for completion in completions]
+
+    run = setting("--advantage", advantage, "--batch-size", 32, "--mini-batch-size", 32, "--learning-rate", 5e-3)
+    optimizer = make_optimizer(5e-3, 100)
+    optimizer.init(run.policy.trainable_parameters())
+    scores = []
+    for step in range(12):
+        rollout = run.roll_out(digits, seed=step, step=step)
+        scores.append(run.figures["mean_score"])
+        run.optimise(rollout, optimizer=optimizer, step=step)
+    assert np.mean(scores[-3:]) > 1.3 * np.mean(scores[:3])
+
+
+def test_an_update_makes_the_better_completions_likelier(setting):
+    run = setting(*SCORE_ALONE, "--ppo-epochs", 1, "--mini-batch-size", 16)
+    rollout = run.roll_out()
+    run.optimise(rollout)
+    logits, _ = run.policy(rollout.tokens, rollout.positions)
+    gain = ppo.sum_per_completion(
+        ppo.logprobs_from_logits(logits, rollout.completions) - rollout.old_logprobs, rollout.mask
+    )
+    scores = np.array(rollout.scores)
+    assert np.corrcoef(np.array(gain), scores)[0, 1] > 0.3
+
+
+# --- KL ---
+
+
+@pytest.mark.parametrize("penalty", ["k1", "k3", "abs", "mse", "full"])
+@pytest.mark.parametrize("words", [[], ["--use-peft"], ["--prompt-tuning"], ["--fine-tune-type", "full"]])
+def test_the_kl_to_itself_is_0(setting, words, penalty):
+    run = setting("--kl-penalty", penalty, *words)
+    rollout = run.roll_out()
+    assert np.abs(np.array(rollout.kl)).max() == 0
+    assert run.figures["kl"] == 0
+    run.displace()
+    assert np.abs(np.array(run.roll_out().kl)).max() > 1e-4
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
+def test_the_kl_penalty_pulls_towards_the_reference(setting, advantage):
+    words = ["--advantage", advantage, "--batch-size", 512, "--mini-batch-size", 512, "--kl-penalty", "k1"]
+    run = setting(*words, *SCORE_ALONE)
+    run.displace()
+    rollout = run.roll_out(lambda prompts, completions: [0.0] * len(completions))
+    _, _, pull = run.gradient(rollout, kl_coef=1.0)
+    ref_logits = ppo_training.reference_logits(run.args, run.reference, rollout.tokens, rollout.positions, [])
+
+    def kl(policy):
+        logits, _ = policy(rollout.tokens, rollout.positions)
+        return ppo.masked_mean(ppo.full_kl(logits, ref_logits), rollout.mask)
+
+    value, gradients = nn.value_and_grad(run.policy, kl)(run.policy)
+    assert value.item() > 0.05
+    assert cosine(policy_gradient(pull), policy_gradient(flat(gradients))) > 0.3
+
+
+def test_without_a_penalty_and_with_zero_scores_nothing_pulls(setting):
+    run = setting(*SCORE_ALONE)
+    run.displace()
+    _, _, gradients = run.gradient(run.roll_out(lambda p, c: [0.0] * len(c)), kl_coef=0.0)
+    assert largest(gradients) == 0
+
+
+def test_the_kl_reported_is_that_of_whole_completions(setting):
+    run = setting()
+    run.displace()
+    rollout = run.roll_out()
+    per_token = np.array((rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask)
+    assert run.figures["kl"] == pytest.approx(per_token.sum(axis=1).mean(), rel=1e-5)
+
+
+# --- padding, order, batch mates ---
+
+
+def logprobs_of(run, prompts, completions, multiple=8):
+    packed = pack(prompts, completions, run.tokenizer.eos_token_ids, run.tokenizer.pad_token_id, multiple)
+    tokens, positions, ids, mask = (mx.array(field) for field in packed)
+    logits, _ = run.policy(tokens, positions)
+    logprobs = ppo.logprobs_from_logits(logits, ids, run.args.temperature)
+    return [np.array(logprobs[row])[: int(n)] for row, n in enumerate(np.array(mask).sum(axis=1))]
+
+
+def sampled(run, rollout):
+    """Prompts (soft prompt included) and completions of a rollout as lists of ids."""
+    tokens, mask, positions = (np.array(field) for field in (rollout.tokens, rollout.mask, rollout.positions))
+    starts, counts = positions[:, 0] + 1, mask.sum(axis=1).astype(int)
+    prompts = [row[:start].tolist() for row, start in zip(tokens, starts, strict=True)]
+    return prompts, [row[s : s + n].tolist() for row, s, n in zip(tokens, starts, counts, strict=True)]
+
+
+@pytest.mark.parametrize("kind", PROPERTIES)
+def test_padding_width_and_batch_mates_leave_logprobs_alone(setting, kind):
+    run = setting(*KINDS[kind])
+    run.displace()
+    prompts, completions = sampled(run, run.roll_out())
+    together = logprobs_of(run, prompts, completions)
+    wide = logprobs_of(run, prompts, completions, multiple=40)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        (alone,) = logprobs_of(run, [prompt], [completion], multiple=1)
+        np.testing.assert_allclose(alone, together[row], atol=1e-5)
+        np.testing.assert_allclose(wide[row], together[row], atol=1e-5)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_the_order_of_the_batch_changes_nothing(setting, advantage):
+    run = setting("--advantage", advantage, "--num-generations", 4)
+    run.displace()
+    rollout = run.roll_out()
+    groups = np.random.default_rng(0).permutation(4)
+    # The completions of a prompt stay side by side.
+    order = np.concatenate([4 * group + np.random.default_rng(group).permutation(4) for group in groups])
+    loss, stats, gradients = run.gradient(rollout, kl_coef=0.1)
+    other_loss, other_stats, other = run.gradient(rollout.rows(mx.array(order)), kl_coef=0.1)
+    assert other_loss == pytest.approx(loss, abs=1e-6)
+    assert other_stats == pytest.approx(stats, abs=1e-5)
+    assert_close(other, gradients)
+
+
+def wider(rollout, by, pad):
+    """The same rollout with more pads on the right, full of what must not matter."""
+    rows = rollout.tokens.shape[0]
+
+    def widened(field, value):
+        return mx.concatenate([field, mx.full((rows, by), value, field.dtype)], axis=1)
+
+    fillings = dict.fromkeys(Rollout._fields[:-1], 9.0) | {"tokens": pad, "completions": pad, "positions": 0, "mask": 0}
+    fields = {name: widened(getattr(rollout, name), value) for name, value in fillings.items()}
+    return rollout._replace(**fields)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_the_padding_width_changes_neither_loss_nor_gradient(setting, advantage):
+    run = setting("--advantage", advantage)
+    run.displace()
+    rollout = run.roll_out()
+    loss, _, gradients = run.gradient(rollout, kl_coef=0.1)
+    wide_loss, _, wide = run.gradient(wider(rollout, 8, run.tokenizer.pad_token_id), kl_coef=0.1)
+    assert wide_loss == pytest.approx(loss, abs=1e-6)
+    assert_close(wide, gradients)
+
+
+def test_accumulated_pieces_equal_the_whole(setting):
+    run = setting()
+    run.displace()
+    rollout = run.roll_out()
+    loss, stats, gradients = run.gradient(rollout, kl_coef=0.1)
+    for pieces in (np.split(np.arange(16), 4), [np.arange(1), np.arange(1, 16)]):
+        piece_loss, piece_stats, pieced = run.gradient(rollout, pieces, kl_coef=0.1)
+        assert piece_loss == pytest.approx(loss, abs=1e-6)
+        assert piece_stats == pytest.approx(stats, abs=1e-5)
+        assert_close(pieced, gradients)
+
+
+@pytest.mark.parametrize("kind", PROPERTIES)
+def test_gradient_accumulation_equals_the_large_batch(setting, kind):
+    after = []
+    for pieces in (1, 4):
+        run = setting("--gradient-accumulation-steps", pieces, "--learning-rate", 3e-5, "--ppo-epochs", 1, *KINDS[kind])
+        run.displace()
+        run.optimise(run.roll_out(), kl_coef=0.1)
+        after.append({name: np.array(array) for name, array in tree_flatten(run.trained())})
+    for name, array in after[0].items():
+        np.testing.assert_allclose(after[1][name], array, rtol=0, atol=1e-6, err_msg=name)
+
+
+# --- the end of a completion ---
+
+
+def with_completions(monkeypatch, completions):
+    monkeypatch.setattr(ppo_training, "sample", lambda *args: completions)
+
+
+def test_tokens_after_eos_are_neither_scored_nor_trained(setting, monkeypatch):
+    run = setting("--batch-size", 2, "--mini-batch-size", 2)
+    eos, (a, b, c) = run.tokenizer.eos_token_id, run.tokenizer.encode(" 1 2 3")[1:4]
+    gradients, masks = [], []
+    for tail in ([], [a, b], [c, eos, c]):
+        with_completions(monkeypatch, [[a, b, eos, *tail], [b, b, c, c]])
+        rollout = run.roll_out(lambda p, c: [0.2, 0.9])
+        gradients.append(run.gradient(rollout)[2])
+        masks.append([row[:6] for row in rollout.mask.tolist()])
+    assert masks == [[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]] * 3
+    for others in gradients[1:]:
+        assert_close(others, gradients[0], 1e-6)
+
+
+def test_logits_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
+    run = setting("--advantage", "gae", "--entropy-coef", 0.01)
+    run.displace()
+    rollout = run.roll_out()
+    advantages, returns = ppo_step.advantages_and_returns(run.args, rollout, 0.1)
+    logits, values = run.policy(rollout.tokens, rollout.positions)
+    denominator = rollout.mask.sum()
+
+    def loss(logits, values):
+        return ppo_step.policy_loss(
+            run.args, logits, values, rollout, advantages, returns, denominator, mx.array(0.1)
+        )[0]  # fmt: skip
+
+    by_logits, by_values = (np.array(array) for array in mx.grad(loss, argnums=(0, 1))(logits, values))
+    pads = np.array(rollout.mask) == 0
+    assert pads.any()
+    assert not by_logits[pads].any() and not by_values[pads].any()
+    assert by_logits[~pads].any(axis=-1).all() and by_values[~pads].all()
+
+    end = np.array(rollout.positions)[:, :1] + 1 + np.array(rollout.mask).sum(axis=1, keepdims=True)
+    behind = mx.array(np.arange(rollout.tokens.shape[1])[None] >= end)
+    noise = mx.random.randint(0, 40, rollout.tokens.shape)
+    noisy = rollout._replace(tokens=mx.where(behind, noise, rollout.tokens))
+    assert_close(run.gradient(noisy, kl_coef=0.1)[2], run.gradient(rollout, kl_coef=0.1)[2], 1e-6)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_an_empty_completion_is_one_score_of_its_own(setting, monkeypatch, advantage):
+    run = setting("--batch-size", 4, "--mini-batch-size", 4, "--advantage", advantage, *SCORE_ALONE)
+    eos, other = run.tokenizer.eos_token_id, run.tokenizer.encode(" 1")[1]
+    with_completions(monkeypatch, [[eos], [other, eos], [eos], [other, other]])
+    given = []
+
+    def reward(prompts, completions):
+        given.extend(completions)
+        return [0.25, 0.5, 0.75, 1.0]
+
+    rollout = run.roll_out(reward)
+    assert given[0] == given[2] == "" != given[1]
+    assert rollout.scores.tolist() == [0.25, 0.5, 0.75, 1.0]
+    assert rollout.mask.sum(axis=1).tolist() == [1, 2, 1, 2]
+    advantages, _ = ppo_step.advantages_and_returns(run.args, rollout, 0.0)
+    # The lowest score is at the EOS that ended a completion at once, and its advantage is the lowest.
+    assert np.argmin(np.array(advantages[:, 0])) == 0 and advantages[0, 0].item() < -0.5
+    assert largest(policy_gradient(run.gradient(rollout)[2])) > 0
+
+
+def test_a_completion_without_an_eos_pays_its_penalty(setting, monkeypatch):
+    run = setting("--batch-size", 2, "--mini-batch-size", 2, "--missing-eos-penalty", 0.4)
+    eos, other = run.tokenizer.eos_token_id, run.tokenizer.encode(" 1")[1]
+    with_completions(monkeypatch, [[other, eos], [other, other]])
+    rollout = run.roll_out(lambda p, c: [0.5, 0.5])
+    np.testing.assert_allclose(rollout.scores.tolist(), [0.5, 0.1], atol=1e-6)
+    assert run.figures["mean_score"] == 0.5 and run.figures["eos_share"] == 0.5
+
+
+# --- the reference ---
+
+
+def logits_of(model, rollout, prefix=0):
+    return np.array(Policy(model)(rollout.tokens[:, prefix:], rollout.positions - prefix)[0])
+
+
+def reference_of(run, rollout):
+    prefix = soft_prompt_ids(run.trainee.model)
+    return np.array(ppo_training.reference_logits(run.args, run.reference, rollout.tokens, rollout.positions, prefix))
+
+
+@pytest.mark.parametrize("words", [[], ["--use-peft"]], ids=["own adapter", "adapter off"])
+def test_the_reference_of_a_fresh_adapter_is_the_base_bit_for_bit(setting, folder, words):
+    run = setting(*words)
+    rollout = run.roll_out()
+    run.optimise(rollout)  # training must not move it
+    base = logits_of(load(str(folder)).model, rollout)
+    assert np.array_equal(reference_of(run, rollout), base)
+    assert not np.array_equal(logits_of(run.trainee.model, rollout), base)
+
+
+def test_with_use_peft_the_reference_of_a_resumed_adapter_is_the_base_bit_for_bit(setting, folder, trained_adapter):
+    run = setting("--use-peft", "--resume-file", trained_adapter)
+    rollout = run.roll_out()
+    assert run.figures["kl"] != 0
+    run.optimise(rollout)
+    assert np.array_equal(reference_of(run, rollout), logits_of(load(str(folder)).model, rollout))
+
+
+def test_without_use_peft_the_reference_of_a_resumed_adapter_is_that_adapter(setting, folder, trained_adapter):
+    run = setting("--resume-file", trained_adapter)
+    rollout = run.roll_out()
+    assert run.figures["kl"] == 0
+    run.optimise(rollout)
+    model = load(str(folder)).model
+    base = logits_of(model, rollout)
+    load_adapter(model, trained_adapter)
+    model.eval()
+    assert np.array_equal(reference_of(run, rollout), logits_of(model, rollout))
+    assert not np.allclose(reference_of(run, rollout), base)
+
+
+def test_with_use_peft_the_reference_never_sees_the_soft_prompt(setting, folder):
+    run = setting("--prompt-tuning", "--num-prompt-tokens", 3, "--use-peft")
+    rollout = run.roll_out()
+    assert run.figures["kl"] != 0
+    assert np.array_equal(reference_of(run, rollout), logits_of(load(str(folder)).model, rollout, prefix=3))
+
+
+def test_the_reference_of_a_full_fine_tuning_stays_where_it_was(setting, folder):
+    run = setting("--fine-tune-type", "full")
+    rollout = run.roll_out()
+    run.optimise(rollout)
+    assert np.array_equal(reference_of(run, rollout), logits_of(load(str(folder)).model, rollout))
+
+
+@pytest.mark.parametrize("words", [[], ["--use-peft"], ["--prompt-tuning"], ["--fine-tune-type", "dora"]])
+def test_the_base_is_held_once(setting, words):
+    run = setting(*words)
+    run.optimise(run.roll_out())
+    trained = {id(array) for _, array in tree_flatten(run.trained())}
+    base = {id(array) for _, array in tree_flatten(run.trainee.model.parameters())} - trained
+    reference = [array for _, array in tree_flatten(run.reference.parameters())]
+    own = [array for array in reference if id(array) not in base]
+    assert base <= {id(array) for array in reference}
+    # Its own are the adapter's weights as they were.
+    assert sum(array.size for array in own) == (0 if "--use-peft" in words else run.trainee.sizes()[0] - 64)
+
+
+def test_a_reward_model_that_is_an_adapter_shares_the_base(setting, folder, tmp_path):
+    loaded = load(str(folder))
+    config = AdapterConfig(model=str(folder))
+    attach_adapter(loaded.model, config)
+    save_adapter(tmp_path / "reward", loaded.model, config, new_value_head(loaded.model, std=None))
+    loaded = load(str(folder))
+    base = {id(array) for _, array in tree_flatten(loaded.model.parameters())}
+    args = parse("--reward-model", tmp_path / "reward", "--model", folder)
+    reward_model = load_reward_model(args.reward_model, loaded)
+    assert base <= {id(array) for _, array in tree_flatten(reward_model.scoring.model.parameters())}
+    trainee, _ = ppo_training.build_policies(args, loaded)
+    assert base <= {id(array) for _, array in tree_flatten(trainee.model.parameters())}
+    before = reward_model.reward(["2"], [" 4"])
+    trainee.model.load_weights(
+        [(n, w + 1) for n, w in tree_flatten(trainee.model.trainable_parameters())], strict=False
+    )
+    assert reward_model.reward(["2"], [" 4"]) == before
+
+
+# --- temperature and token ids ---
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_temperature_enters_every_logprob_alike(setting, monkeypatch, temperature):
+    run = setting("--temperature", temperature)
+    run.displace()
+    seen = []
+    real = ppo_training.sample
+
+    def recorded(*args):
+        seen.append(args[4])
+        return real(*args)
+
+    monkeypatch.setattr(ppo_training, "sample", recorded)
+    rollout = run.roll_out()
+    assert seen == [temperature]
+    ids = rollout.completions[..., None]
+    for model, logprobs in ((run.trainee.model, rollout.old_logprobs), (run.reference, rollout.ref_logprobs)):
+        logits = mx.array(logits_of(model, rollout)) / temperature
+        expected = mx.take_along_axis(logits - mx.logsumexp(logits, axis=-1, keepdims=True), ids, axis=-1)[..., 0]
+        np.testing.assert_allclose(np.array(logprobs * rollout.mask), np.array(expected * rollout.mask), atol=1e-5)
+    # And that of the policy in the loss: else the ratio would not be 1.
+    assert run.gradient(rollout)[1]["approx_kl"] < 1e-9
+
+
+def test_the_temperature_is_that_of_sampling(setting):
+    cold, warm = setting("--temperature", 1e-3), setting()
+    for run in (cold, warm):
+        run.displace(1.0)
+    first, second = (sampled(cold, cold.roll_out(seed=seed))[1] for seed in (0, 1))
+    assert first == second
+    assert sampled(warm, warm.roll_out(seed=0))[1] != sampled(warm, warm.roll_out(seed=1))[1]
+
+
+@pytest.mark.parametrize("kind", PROPERTIES)
+def test_logprobs_and_values_are_those_of_a_plain_forward_pass(setting, kind):
+    run = setting(*KINDS[kind])
+    run.displace()
+    run.trainee.value_head.weight = mx.random.normal(run.trainee.value_head.weight.shape)
+    rollout = run.roll_out()
+    for row, (prompt, completion) in enumerate(zip(*sampled(run, rollout), strict=True)):
+        logits, hidden = forward(run.trainee.model, mx.array([prompt + completion]))
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for index, token in enumerate(completion):
+            before = len(prompt) + index - 1
+            assert rollout.old_logprobs[row, index].item() == pytest.approx(logits[0, before, token].item(), abs=1e-4)
+            value = (run.trainee.value_head.weight @ hidden[0, before]).item()
+            assert rollout.old_values[row, index].item() == pytest.approx(value, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft prompt"])
+def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
+    run = setting(*KINDS[kind])
+    real, ids, encoded = ppo_training.sample, [], []
+
+    def recorded(*args):
+        ids.extend(real(*args))
+        return ids
+
+    class Tokenizer:
+        """The tokenizer, with a record of what it encodes."""
+
+        def __getattr__(self, name):
+            return getattr(run.loaded.tokenizer, name)
+
+        def encode(self, text):
+            encoded.append(text)
+            return run.loaded.tokenizer.encode(text)
+
+    monkeypatch.setattr(ppo_training, "sample", recorded)
+    run.tokenizer = Tokenizer()
+    prompts, completions = sampled(run, run.roll_out())
+    assert completions == ids
+    assert encoded == run.prompts.batch(0)
+    prefix = soft_prompt_ids(run.trainee.model)
+    assert prompts == [prefix + run.loaded.tokenizer.encode(text) for text in encoded]
+    # Encoding the text anew would have given other ids.
+    again = [run.loaded.tokenizer.encode(p + c) for p, c in zip(*run.texts, strict=True)]
+    assert again != [p[len(prefix) :] + c for p, c in zip(prompts, completions, strict=True)]
+
+
+def test_dropout_is_off_though_the_resumed_adapter_has_one(setting, trained_adapter):
+    run = setting("--resume-file", trained_adapter)
+    rollout = run.roll_out()
+    first, second = (run.policy(rollout.tokens, rollout.positions)[0] for _ in range(2))
+    assert mx.array_equal(first, second)
+    assert run.trainee.adapter.lora_parameters["dropout"] == 0
+
+
+# --- updates that are not made ---
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_touches_nothing(setting, what):
+    run = setting("--ppo-epochs", 2)  # 4 updates
+    rollout = run.roll_out()
+    real = loss_and_gradients(run.policy, ppo_training.make_loss(run.args))
+    history = []
+
+    def spoiled(*arrays):
+        history.append((run.bytes(), {n: np.array(a).tobytes() for n, a in optimizer_arrays(optimizer).items()}))
+        (loss, stats), gradients = real(*arrays)
+        if len(history) == 2 and what == "loss":
+            loss = loss * float("nan")
+        if len(history) == 2 and what == "gradient":
+            gradients["value_head"]["weight"] = gradients["value_head"]["weight"] * float("inf")
+        return (loss, stats), gradients
+
+    optimizer = make_optimizer(1e-3, 100)
+    optimizer.init(run.policy.trainable_parameters())
+    stats = run.optimise(rollout, optimizer=optimizer, gradients_of=spoiled)
+    assert (stats["updates"], stats["skipped_updates"]) == (3, 1)
+    assert history[0] != history[1] == history[2] != history[3]
+    assert all(np.isfinite(value) for value in stats.values())
+
+
+def test_nan_in_the_policy_skips_every_update(setting):
+    run = setting()
+    rollout = run.roll_out()
+    spoiled = rollout._replace(old_logprobs=rollout.old_logprobs * float("nan"))
+    before = run.bytes()
+    stats = run.optimise(spoiled)
+    assert (stats["updates"], stats["skipped_updates"]) == (0, 4)
+    assert run.bytes() == before
+
+
+def test_past_the_target_kl_a_step_s_updates_end(setting):
+    run = setting("--target-kl", 1e-9, "--ppo-epochs", 3)
+    rollout = run.roll_out()
+    stats = run.optimise(rollout)
+    assert (stats["updates"], stats["skipped_updates"]) == (1, 0)
+    generous = setting("--target-kl", 1e3, "--ppo-epochs", 3)
+    assert generous.optimise(rollout)["updates"] == 6
+
+
+def test_past_the_ratio_threshold_an_update_is_skipped(setting):
+    run = setting("--ratio-threshold", 0.99)
+    before = run.bytes()
+    stats = run.optimise(run.roll_out())
+    assert (stats["updates"], stats["skipped_updates"]) == (0, 4)
+    assert run.bytes() == before
+
+
+def test_the_gradient_is_clipped(setting):
+    norms = [setting("--max-grad-norm", limit) for limit in (0.01, 0)]
+    moved = []
+    for run in norms:
+        rollout = run.roll_out()
+        stats = run.optimise(rollout)
+        moved.append(stats["grad_norm"])
+    assert moved[0] > 0.01  # what is reported is the norm before clipping
+
+
+# --- compiled ---
+
+
+class Toy(nn.Module):
+    """The least that is a language model: every kernel costs a second of the C++ compiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(20, 4)
+        self.lm_head = nn.Linear(4, 20)
+
+    def __call__(self, tokens):
+        return self.lm_head(mx.tanh(self.embed_tokens(tokens)))
+
+
+def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monkeypatch):
+    mx.random.seed(0)
+    policy = Policy(Toy(), ValueHead(4, std=1.0))
+    packed = pack([[1, 2], [3], [4], [5, 6, 7]], [[8, 9], [10], [11, 12, 13], [14]], {15}, 0)
+    tokens, positions, ids, mask = (mx.array(field) for field in packed)
+    logits, values = policy(tokens, positions)
+    logprobs = ppo.logprobs_from_logits(logits, ids)
+    kl = mx.zeros_like(mask)
+    scores = mx.array([0.1, 0.5, 0.9, 0.3])
+    rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores)
+    args = parse("--ground-truth-reward", "--batch-size", 4, "--mini-batch-size", 4)
+    advantages, returns = ppo_step.advantages_and_returns(args, rollout, 0.0)
+    plain = loss_and_gradients(policy, ppo_training.make_loss(args))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    compiled = loss_and_gradients(policy, ppo_training.make_loss(args))
+    optimizer = make_optimizer(0.1, 10)
+    optimizer.init(policy.trainable_parameters())
+    for kl_coef in (0.0, 0.5):
+        pieces = np.split(np.arange(4), 2)
+        results = [
+            ppo_training.accumulate(function, rollout, advantages, returns, pieces, mx.array(kl_coef))
+            for function in (plain, compiled)
+        ]
+        (loss, stats, gradients), (other_loss, other_stats, others) = results
+        assert other_loss.item() == pytest.approx(loss.item(), abs=1e-6)
+        assert other_stats == pytest.approx(stats, abs=1e-5)
+        assert_close(flat(others), flat(gradients))
+        update(policy, optimizer, loss, gradients, None)
+    assert stats["approx_kl"] > 1e-3  # the second time round the weights had moved
+
+
+# --- whole runs ---
+
+TIMES = ("seconds", "rollout_seconds", "update_seconds")
+
+
+@pytest.fixture
+def flags(folder, tmp_path, monkeypatch):
+    """The flags of a short run in a folder of its own, whose picture is not drawn."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ppo_training, "plot_run", lambda folder: None)
+
+    def build(*more, run="run", reward=("--ground-truth-reward",), **named):
+        settings = {
+            "model": folder, "num-steps": 4, "batch-size": 8, "mini-batch-size": 4, "num-generations": 4,
+            "max-completion-length": 6, "save-every": 2, "save-file": f"{run}_adapter", "output-dir": run, **named,
+        }  # fmt: skip
+        return [*reward, *(word for name, value in settings.items() for word in (f"--{name}", value)), *more]
+
+    return build
+
+
+def rows_of(run):
+    """The metrics of a run without the times."""
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run)]
+
+
+def state_of(run):
+    """Everything in the last checkpoint of a run, but the times."""
+    folder = last_checkpoint(run)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    state.pop("seconds")
+    arrays = {
+        (path.name, name): np.array(array).tobytes()
+        for path in folder.rglob("*.safetensors")
+        for name, array in mx.load(str(path)).items()
+    }
+    return folder.name, state, arrays
+
+
+def test_a_run_leaves_metrics_checkpoints_summary_and_adapter(flags):
+    call(ppo_training.main, *flags())
+    rows = read_metrics("run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert list(rows[0])[:6] == ["step", "mean_score", "kl", "entropy", "completion_length", "eos_share"]
+    assert {"policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm", "kl_coef", "seconds"} <= rows[
+        0
+    ].keys()
+    assert all(row["updates"] == 4 and row["skipped_updates"] == 0 for row in rows)
+    assert {path.name for path in Path("run/checkpoints").iterdir()} == {"000002", "000004"}
+    assert json.loads(Path("run/summary.json").read_text(encoding="utf-8"))["adapter"] == "run_adapter"
+    saved = read_adapter("run_adapter")
+    assert saved.value_head is None  # the critic serves its run only
+    assert all(name.endswith(("lora_a", "lora_b")) for name in saved.weights)
+    assert any(array.any().item() for name, array in saved.weights.items() if name.endswith("lora_b"))
+
+
+def test_the_kl_coefficient_adapts_from_step_to_step(flags):
+    call(ppo_training.main, *flags("--init-kl-coef", 0.2, "--target", 6, "--horizon", 100))
+    rows = read_metrics("run")
+    assert rows[0]["kl_coef"] == 0.2 and rows[0]["kl"] == 0
+    for before, after in pairwise(rows):
+        error = np.clip(before["kl"] / 6 - 1, -0.2, 0.2)
+        assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 100))
+
+
+def test_a_fixed_kl_coefficient_stays(flags):
+    call(ppo_training.main, *flags("--adap_kl_ctrl", "False", "--init-kl-coef", 0.2))
+    assert {row["kl_coef"] for row in read_metrics("run")} == {0.2}
+
+
+def test_skipped_updates_are_said(flags, monkeypatch, capsys):
+    real, steps = ppo_training.optimise, []
+
+    def spoiled(args, step, policy, optimizer, gradients_of, *rest):
+        def poisoned(*arrays):
+            (loss, stats), gradients = gradients_of(*arrays)
+            return (loss * float("nan") if step == 1 else loss, stats), gradients
+
+        stats = real(args, step, policy, optimizer, poisoned, *rest)
+        steps.append([np.array(array).tobytes() for _, array in tree_flatten(policy.trainable_parameters())])
+        return stats
+
+    monkeypatch.setattr(ppo_training, "optimise", spoiled)
+    call(ppo_training.main, *flags())
+    assert steps[0] == steps[1] != steps[2]
+    assert "step 2: 4 updates skipped (not finite" in capsys.readouterr().out
+    assert [row["skipped_updates"] for row in read_metrics("run")] == [0, 4, 0, 0]
+
+
+REWARD = """
+def score(prompts, completions):
+    with open("calls.txt", "a") as file:
+        file.writelines(f"{prompt}\\n" for prompt in prompts)
+    return [len(completion) / 10 for completion in completions]
+"""
+
+
+def test_a_user_s_reward_function_and_prompts_of_a_file(flags, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "2 4"}\n{"prompt": "100"}\n{"prompt": "7"}\n', encoding="utf-8")
+    reward = ("--reward-function", "mine.py:score")
+    call(ppo_training.main, *flags("--prompts", "prompts.jsonl", reward=reward))
+    prompts = (tmp_path / "calls.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == 4 * 8 and set(prompts) == {"2 4", "100", "7"}
+    rows = read_metrics("run")
+    assert all(row["mean_score"] > 0 for row in rows)
+    # The digit rule says nothing about prompts of another kind.
+    assert "true_score" not in rows[0]
+
+
+def test_with_another_reward_the_digit_rule_s_score_is_reported_too(flags, tmp_path):
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    call(ppo_training.main, *flags(reward=("--reward-function", "mine.py:score")))
+    assert all(0 <= row["true_score"] <= 1 for row in read_metrics("run"))
+    call(ppo_training.main, *flags(run="second"))
+    assert "true_score" not in read_metrics("second")[0]
+
+
+def test_a_failing_reward_function_is_one_line(flags, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    return [1.0]\n", encoding="utf-8")
+    call_words = flags(reward=("--reward-function", "mine.py:score"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        call(lambda: ppo_training.run(ppo_training.main), *call_words)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "returned 1 scores for 8 completions" in error and "Traceback" not in error
+
+
+def test_a_reward_model_of_another_folder_runs(flags, folder, tmp_path):
+    loaded = load(str(folder))
+    config = AdapterConfig(model=str(folder))
+    attach_adapter(loaded.model, config)
+    save_adapter(tmp_path / "reward", loaded.model, config, new_value_head(loaded.model, std=None))
+    call(ppo_training.main, *flags(reward=("--reward_model", "reward")))
+    assert {"mean_score", "true_score"} <= read_metrics("run")[0].keys()
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "weights.safetensors"])
+def test_the_adapter_may_be_one_file_and_be_gone_on_with(flags, tmp_path, name):
+    call(ppo_training.main, *flags("--save-file", name))
+    assert (tmp_path / name).is_file() and (tmp_path / "weights.json").is_file()
+    call(ppo_training.main, *flags("--resume_file", name, run="second"))
+    first = read_metrics("second")[0]
+    assert first["kl"] == 0  # the reference is what it started from
+    call(ppo_training.main, *flags("--resume_file", name, "--use_peft", run="third"))
+    assert read_metrics("third")[0]["kl"] != 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_every_kind_of_adapter_trains(flags, kind, advantage):
+    call(ppo_training.main, *flags(*KINDS[kind], "--advantage", advantage, "--num-steps", 1))
+    assert read_adapter("run_adapter").config.fine_tune_type == kind.replace(" ", "_")
+    assert ("value_loss" in read_metrics("run")[0]) is (advantage == "gae")
+
+
+# --- a stop is never a loss ---
+
+RESUMABLE: dict[str, list[Any]] = {
+    "lora": ["--lr-schedule", "cosine", "--warmup-steps", 3],
+    "soft prompt": [*KINDS["soft prompt"], "--normalize-scores", "--score-clip", 2],
+    "group": ["--advantage", "group", "--gradient-accumulation-steps", 2],
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def during_step(monkeypatch, step, action):
+    """Do something in the rollout of a step, from 1."""
+    real, rollouts = ppo_training.roll_out, []
+
+    def interrupted(*args):
+        rollouts.append(args)
+        if len(rollouts) == step:
+            action()
+        return real(*args)
+
+    monkeypatch.setattr(ppo_training, "roll_out", interrupted)
+
+
+def die():
+    raise Killed
+
+
+@pytest.mark.parametrize("kind", RESUMABLE)
+@pytest.mark.parametrize("step", [1, 4])  # checkpoints are at 0, 2, 4
+def test_a_killed_and_resumed_run_equals_one_never_stopped(flags, monkeypatch, kind, step):
+    words = [*RESUMABLE[kind], "--horizon", 50, "--init-kl-coef", 0.1]
+    call(ppo_training.main, *flags(*words, run="whole"))
+    with monkeypatch.context() as patch:
+        during_step(patch, step, die)
+        with pytest.raises(Killed):
+            call(ppo_training.main, *flags(*words, run="cut"))
+    mx.random.seed(99)
+    call(ppo_training.main, "--resume", "cut")
+    assert rows_of("cut") == rows_of("whole")
+    assert state_of("cut") == state_of("whole")
+    cut, whole = read_adapter("cut_adapter").weights, read_adapter("whole_adapter").weights
+    assert all(mx.array_equal(cut[name], whole[name]) for name in whole)
+    assert len({row["kl_coef"] for row in rows_of("whole")}) == 4
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft prompt"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, kind, number):
+    call(ppo_training.main, *flags(*RESUMABLE[kind], run="whole"))
+    with monkeypatch.context() as patch:
+        during_step(patch, 3, lambda: signal.raise_signal(number))
+        with pytest.raises(Stopped, match=r"3 of 4 steps are done.*--resume cut"):
+            call(ppo_training.main, *flags(*RESUMABLE[kind], run="cut"))
+    assert last_checkpoint("cut").name == "000003" and not Path("cut_adapter").exists()
+    call(ppo_training.main, "--resume", "cut")
+    assert rows_of("cut") == rows_of("whole")
+    assert state_of("cut") == state_of("whole")
+
+
+def test_the_reference_of_a_resumed_run_is_where_the_run_began(flags, monkeypatch, trained_adapter):
+    words = ["--resume-file", trained_adapter, "--learning-rate", 1e-2]
+    call(ppo_training.main, *flags(*words, run="whole"))
+    with monkeypatch.context() as patch:
+        during_step(patch, 3, die)
+        with pytest.raises(Killed):
+            call(ppo_training.main, *flags(*words, run="cut"))
+    call(ppo_training.main, "--resume", "cut")
+    assert rows_of("cut") == rows_of("whole")
+    assert rows_of("whole")[-1]["kl"] != 0
+
+
+def test_resuming_a_finished_run_changes_nothing(flags):
+    call(ppo_training.main, *flags())
+    rows, state = rows_of("run"), state_of("run")
+    call(ppo_training.main, "--resume", "run")
+    assert rows_of("run") == rows and state_of("run") == state
+
+
+# --- mistakes ---
+
+
+def test_without_a_reward_the_error_names_the_three_flags(flags, capsys):
+    line = fails(capsys, ppo_training.main, *flags(reward=()))
+    assert all(flag in line for flag in ("--ground-truth-reward", "--reward-model", "--reward-function"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "words", "named"),
+    [
+        (["--ground-truth-reward", "--reward-model", "x"], [], "2 of"),
+        (["--reward-function", "nothing.py:f"], [], "nothing.py"),
+        (["--reward-function", "no_colon"], [], "file.py:name"),
+        (["--reward-model", "missing_folder/"], [], "missing_folder/"),
+        (None, ["--model", "./missing"], "./missing"),
+        (None, ["--resume-file", "missing"], "missing"),
+        (None, ["--save-file", "foreign"], "foreign"),
+        (None, ["--output-dir", "used"], "--resume used"),
+        (None, ["--prompts", "missing.jsonl"], "missing.jsonl"),
+        (None, ["--prompts", "bad.jsonl"], "bad.jsonl:1"),
+        (None, ["--mini-batch-size", 3], "try 2 or 4"),
+        (None, ["--lora-keys", "self_attn.nothing"], "self_attn.nothing"),
+        (None, ["--resume", "foreign"], "foreign"),
+        (None, ["--log-with", "paper"], "--log-with"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(flags, tmp_path, capsys, reward, words, named):
+    for name in ("foreign/notes.txt", "used/config.json"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "bad.jsonl").write_text('{"text": "2"}\n', encoding="utf-8")
+    before = sorted(map(str, tmp_path.rglob("*")))
+    words = flags(*words) if reward is None else flags(*words, reward=reward)
+    assert named in fails(capsys, ppo_training.main, *words)
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_reward_model_without_a_head_is_told_so(flags, folder, capsys):
+    assert "no value head" in fails(capsys, ppo_training.main, *flags(reward=("--reward-model", folder)))
