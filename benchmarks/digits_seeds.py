@@ -1,0 +1,217 @@
+"""The walkthrough's PPO task over many seeds: how fast, how high and how stable it learns.
+
+    python benchmarks/digits_seeds.py                        MLX, LoRA on the ground truth, 10 seeds
+    python benchmarks/digits_seeds.py --framework both --variants lora learned soft_prompt full
+
+A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults, on one SFT model with a mean
+score of 0.5 to 0.7, in a folder of its own: finished cells are kept, cut ones resumed. Ends with a table, a
+picture of all curves, and both as files. Scores are those of the digit rule, sampled at temperature 1.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
+from data.files import atomic_file, write_json  # noqa: E402
+from training import config  # noqa: E402
+from training.cli import run  # noqa: E402
+from training.metrics import read_metrics  # noqa: E402
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+SCRIPTS = {"mlx": "ppo_training.py", "torch": "pytorch_ppo_training.py"}
+VARIANTS = {
+    "lora": ["--ground_truth_reward"],
+    "learned": [],  # --reward_model is added where the folder is known
+    "soft_prompt": ["--ground_truth_reward", "--prompt_tuning"],
+    "full": ["--ground_truth_reward", "--fine-tune-type", "full"],
+}
+LEARNED = ["--init-kl-coef", 0.05]  # its scores have a wider scale than the rule's 0 to 1
+COMPLETIONS = 25_000
+GOAL = 0.9
+
+
+class Result(NamedTuple):
+    """What one run shows. Steps are counted in completions sampled."""
+
+    completions_to_goal: float  # inf if never reached
+    seconds_to_goal: float
+    last_fifth: float  # mean score over the last fifth of the run
+    lowest_10_steps: float  # lowest mean of 10 steps after the goal was first reached
+    lowest_1000: float  # lowest mean of some 1 000 completions after the goal was first reached
+    final_kl: float  # nats per completion, mean of the last 10 steps
+    seconds: float
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__, yaml_file=False)
+    parser.add_argument("--framework", choices=("mlx", "torch", "both"), default="mlx")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["lora"])
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
+    parser.add_argument("--batch-size", type=int, default=128, help="completions a step")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--output-dir", default="runs/digits_seeds", help="folder of all cells")
+    parser.add_argument("--flags", default="", help="further flags for every run, in one string")
+    return parser.parse_args()
+
+
+def script(log: Path, *words: object) -> None:
+    """Run one script with its output in a log file; raises UserError that names the log if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as out:
+        code = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=out, stderr=out).returncode
+    if code:
+        raise UserError(f"{words[0]} failed with exit code {code}; see {log}")
+
+
+def prepare(folder: Path) -> None:
+    """The SFT model and the reward model that all cells share: those of the demo, made once."""
+    if not (folder / "reward_model").exists():
+        script(folder / "prepare.log", "demo.py", "--stages", "models", "--output-dir", folder / "models")
+        for name in ("sft_fine_tune", "reward_model"):
+            (folder / "models" / name).rename(folder / name)
+
+
+def cell_folder(folder: Path, framework: str, variant: str, seed: int) -> Path:
+    return folder / f"{framework}-{variant}-{seed}"
+
+
+def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) -> None:
+    """Start a cell, go on with it, or leave it where it is finished."""
+    folder = Path(args.output_dir).resolve()
+    cell = cell_folder(folder, framework, variant, seed)
+    if (cell / "summary.json").exists():
+        return
+    log = folder / "logs" / f"{cell.name}.log"
+    if any((cell / "checkpoints").glob("[0-9]*")):
+        script(log, SCRIPTS[framework], "--resume", cell)
+        return
+    (cell / "config.json").unlink(missing_ok=True)  # a cell that was cut before its first checkpoint starts anew
+    reward = ["--reward_model", folder / "reward_model", *LEARNED] if variant == "learned" else []
+    script(
+        log, SCRIPTS[framework], "--model", folder / "sft_fine_tune", *VARIANTS[variant], *reward,
+        "--batch-size", args.batch_size, "--num-steps", -(-args.completions // args.batch_size), "--seed", seed,
+        "--save-file", folder / "adapters" / cell.name, "--output-dir", cell, *args.flags.split(),
+    )  # fmt: skip
+
+
+def true_scores(rows: Sequence[dict]) -> np.ndarray:
+    """The ground-truth mean score of every step, also where a learned reward was trained on."""
+    return np.array([row.get("true_score", row["mean_score"]) for row in rows])
+
+
+def measure(rows: Sequence[dict], batch_size: int) -> Result:
+    """The figures of one run, from its metrics."""
+    scores = true_scores(rows)
+    reached = np.flatnonzero(scores >= GOAL)
+    first = int(reached[0]) if len(reached) else None
+
+    def lowest(window: int) -> float:
+        if first is None or len(scores) - first < window:
+            return float("nan")
+        return float(np.convolve(scores[first:], np.ones(window) / window, "valid").min())
+
+    return Result(
+        completions_to_goal=float("inf") if first is None else (first + 1) * batch_size,
+        seconds_to_goal=float("inf") if first is None else rows[first]["seconds"],
+        last_fifth=float(scores[-max(len(scores) // 5, 1) :].mean()),
+        lowest_10_steps=lowest(10),
+        lowest_1000=lowest(max(1000 // batch_size, 1)),
+        final_kl=float(np.mean([row["kl"] for row in rows[-10:]])),
+        seconds=rows[-1]["seconds"],
+    )
+
+
+def table(results: dict[tuple[str, str], list[Result]]) -> str:
+    """One line per framework and variant: median (lowest to highest) over the seeds."""
+
+    def spread(values: list[float], digits: int) -> str:
+        return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    columns = ["completions to 0.9", "seconds to 0.9", "last fifth", "lowest 10 steps", "lowest 1 000", "final KL"]
+    lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for (framework, variant), rows in results.items():
+        cells = [
+            spread([r.completions_to_goal for r in rows], 0),
+            spread([r.seconds_to_goal for r in rows], 0),
+            spread([r.last_fifth for r in rows], 3),
+            spread([r.lowest_10_steps for r in rows], 3),
+            spread([r.lowest_1000 for r in rows], 3),
+            spread([r.final_kl for r in rows], 1),
+        ]
+        lines.append(f"| {framework}, {variant} | {len(rows)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, curves: dict[tuple[str, str], list[list[dict]]], batch_size: int) -> None:
+    """All curves: one column per variant with the scores of every seed, and the learned reward's gap."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"mlx": "tab:blue", "torch": "tab:orange"}
+    variants = list(dict.fromkeys(variant for _, variant in curves))
+    figure, axes = plt.subplots(2, len(variants), figsize=(5 * len(variants), 6.4), squeeze=False, sharex=True)
+    for column, variant in enumerate(variants):
+        score_axis, kl_axis = axes[:, column]
+        for framework in colours:
+            for index, rows in enumerate(curves.get((framework, variant), [])):
+                x = np.array([row["step"] for row in rows]) * batch_size
+                label = framework if index == 0 else None
+                score_axis.plot(x, true_scores(rows), color=colours[framework], alpha=0.5, linewidth=0.9, label=label)
+                kl_axis.plot(x, [row["kl"] for row in rows], color=colours[framework], alpha=0.5, linewidth=0.9)
+                if variant == "learned":
+                    learned = [row["mean_score"] for row in rows]
+                    score_axis.plot(x, learned, color="tab:green", alpha=0.3, linewidth=0.8,
+                                    label="learned reward" if index == 0 else None)  # fmt: skip
+        score_axis.axhline(GOAL, color="grey", linewidth=0.8, linestyle="--")
+        score_axis.set_title(f"{variant}: mean score of the digit rule", fontsize=10)
+        kl_axis.set_title("KL from the SFT model (nats per completion)", fontsize=10)
+        kl_axis.set_xlabel("completions sampled")
+        score_axis.legend(fontsize=8)
+        for axis in (score_axis, kl_axis):
+            axis.grid(alpha=0.3)
+    figure.tight_layout()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = parse_args()
+    folder = Path(args.output_dir)
+    prepare(folder.resolve())
+    frameworks = ["mlx", "torch"] if args.framework == "both" else [args.framework]
+    cells = [(f, v, seed) for seed in range(args.seeds) for v in args.variants for f in frameworks]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(tqdm(pool.map(lambda cell: run_cell(args, *cell), cells), total=len(cells), desc="runs", unit="run"))
+    curves: dict[tuple[str, str], list[list[dict]]] = {}
+    for framework, variant, seed in cells:
+        curves.setdefault((framework, variant), []).append(read_metrics(cell_folder(folder, framework, variant, seed)))
+    results = {key: [measure(rows, args.batch_size) for rows in runs] for key, runs in curves.items()}
+    text = table(results)
+    print(text)
+    with atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    finite = {
+        f"{f}, {v}": [{k: x if np.isfinite(x) else None for k, x in r._asdict().items()} for r in rows]
+        for (f, v), rows in results.items()
+    }
+    write_json(folder / "results.json", finite)
+    draw(folder / "curves.png", curves, args.batch_size)
+    print(f"table, figures and picture: {folder}/table.md, results.json, curves.png")
+
+
+if __name__ == "__main__":
+    run(main)
