@@ -170,6 +170,55 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def train(
+    args, loaded: LoadedModel, prompts, reward, trainee: Trainee, reference, optimizer, progress, folder: Path
+) -> None:
+    """Run the steps that are left: rollout, score, advantages, update, save; then leave adapter and picture."""
+    rule = ppo_step.digit_rule(args)
+    gradients_of = loss_and_gradients(trainee.module, make_loss(args))
+    log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
+    log.say(
+        config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate_of(args, trainee), loaded.model.device)
+    )
+    figures: dict[str, float] = {}
+    with StopSignal() as stop:
+        while progress.step < args.num_steps and not stop.requested:
+            started, kl_coef = time.perf_counter(), progress.controller.value
+            torch.manual_seed(config.step_seed(args.seed, progress.step))
+            rollout, texts, figures = roll_out(
+                args, trainee, reference, loaded, prompts.batch(progress.step), reward, progress.moments
+            )
+            sampled = time.perf_counter()
+            advantages, returns = ppo_step.advantages_and_returns(args, rollout, kl_coef)
+            stats = optimise(args, progress.step, optimizer, gradients_of, rollout, advantages, returns, kl_coef)
+            progress.controller.update(figures["kl"], args.batch_size)
+            ended = time.perf_counter()
+            progress.step += 1
+            progress.seconds += ended - started
+            if not args.ground_truth_reward and not args.prompts:
+                figures["true_score"] = float(np.mean(rule.reward(*texts)))
+            figures |= {"kl_coef": kl_coef, **stats}
+            figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
+            log.report(progress.step, {**figures, "seconds": progress.seconds})
+            log.advance(score=figures["mean_score"], kl=figures["kl"])
+            if stats["skipped_updates"]:
+                skipped = f"step {progress.step}: {stats['skipped_updates']} updates skipped"
+                log.say(f"{skipped} (not finite, or ratio past its limit)")
+            if progress.step % args.save_every == 0 or progress.step == args.num_steps or stop.requested:
+                save_checkpoint(folder, progress.step, trainee, optimizer, progress.state())
+    if progress.step < args.num_steps:
+        log.close()
+        done = f"{progress.step} of {args.num_steps} steps are done"
+        raise Stopped(f"{done}; go on with: python pytorch_ppo_training.py --resume {folder}")
+    save_adapter(args.save_file, trainee.model, trainee.adapter)
+    log.close(ppo_step.summary(args, progress, figures, plot_run(folder)))
+
+
+def rate_of(args: argparse.Namespace, trainee: Trainee) -> float:
+    """The learning rate: --learning-rate, or what suits the kind of adapter."""
+    return args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
+
+
 def main() -> None:
     args = parse_args()
     if args.resume:
@@ -178,75 +227,18 @@ def main() -> None:
     if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
-    reward = build_reward(args, loaded)
+    prompts, reward = ppo_step.Prompts(args), build_reward(args, loaded)
     trainee, reference = build_policies(args, loaded)
-    policy = trainee.module
-    prompts, rule = ppo_step.Prompts(args), ppo_step.digit_rule(args)
-
-    rate = args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
-    total_updates = args.num_steps * args.ppo_epochs * args.batch_size // args.mini_batch_size
-    optimizer = make_optimizer(policy, rate, total_updates, args.lr_schedule, args.warmup_steps, args.weight_decay)
-    controller = ppo_step.make_controller(args)
-    moments = ppo.RunningMoments()
-    step, seconds = 0, 0.0
+    schedule = (ppo_step.total_updates(args), args.lr_schedule, args.warmup_steps, args.weight_decay)
+    optimizer = make_optimizer(trainee.module, rate_of(args, trainee), *schedule)
+    progress = ppo_step.Progress(ppo_step.make_controller(args))
     if args.resume:
         folder = Path(args.resume)
-        state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
-        step, seconds, controller.value = state["step"], state["seconds"], state["kl_coef"]
-        moments = ppo.RunningMoments(**state["moments"])
+        progress.restore(restore_checkpoint(last_checkpoint(folder), trainee, optimizer))
     else:
         folder = start_run_folder(args.output_dir or config.default_output_dir("ppo"), vars(args))
-    gradients_of = loss_and_gradients(policy, make_loss(args))
-    log = RunLog(folder, args.num_steps, step, args.log_with, "ppo")
-    log.say(config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate, loaded.model.device))
-
-    def save() -> None:
-        state = {"kl_coef": controller.value, "moments": vars(moments), "seconds": seconds}
-        save_checkpoint(folder, step, trainee, optimizer, state)
-
-    if not args.resume:
-        save()
-    figures: dict[str, float] = {}
-    with StopSignal() as stop:
-        while step < args.num_steps and not stop.requested:
-            started = time.perf_counter()
-            torch.manual_seed(config.step_seed(args.seed, step))
-            rollout, texts, figures = roll_out(args, trainee, reference, loaded, prompts.batch(step), reward, moments)
-            sampled = time.perf_counter()
-            advantages, returns = ppo_step.advantages_and_returns(args, rollout, controller.value)
-            stats = optimise(args, step, optimizer, gradients_of, rollout, advantages, returns, controller.value)
-            figures["kl_coef"] = controller.value
-            controller.update(figures["kl"], args.batch_size)
-            if not args.ground_truth_reward and not args.prompts:
-                figures["true_score"] = float(np.mean(rule.reward(*texts)))
-            step += 1
-            ended = time.perf_counter()
-            seconds += ended - started
-            figures |= stats
-            figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled, "seconds": seconds}
-            log.report(step, figures)
-            log.advance(score=figures["mean_score"], kl=figures["kl"])
-            if stats["skipped_updates"]:
-                log.say(
-                    f"step {step}: {stats['skipped_updates']} updates skipped (not finite, or ratio past its limit)"
-                )
-            if step % args.save_every == 0 or step == args.num_steps or stop.requested:
-                save()
-    if step < args.num_steps:
-        log.close()
-        raise Stopped(
-            f"{step} of {args.num_steps} steps are done; go on: python pytorch_ppo_training.py --resume {folder}"
-        )
-    save_adapter(args.save_file, trainee.model, trainee.adapter)
-    log.close(
-        {
-            "steps": step,
-            "seconds": round(seconds, 1),
-            **{name: figures[name] for name in ("mean_score", "true_score", "kl", "kl_coef") if name in figures},
-            "adapter": args.save_file,
-            "picture": str(plot_run(folder)),
-        }
-    )
+        save_checkpoint(folder, 0, trainee, optimizer, progress.state())
+    train(args, loaded, prompts, reward, trainee, reference, optimizer, progress, folder)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def wanted() -> bool:
 LOADED = None
 if wanted() and "mlx.core" not in sys.modules:
     LOADED = load()
-    if LOADED is None:
+    if LOADED is None and "--needs-mkl" not in sys.argv:
         print(ADVICE, file=sys.stderr)
 
 if __name__ == "__main__":

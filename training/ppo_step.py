@@ -5,6 +5,7 @@ Arrays are those of the caller, mlx or torch. Leaves out sampling, forward passe
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from data.prompts import PromptPlan, digit_prompts, jsonl_prompts
@@ -41,6 +42,39 @@ def make_controller(args: argparse.Namespace) -> ppo.AdaptiveKLController | ppo.
     if args.adap_kl_ctrl:
         return ppo.AdaptiveKLController(args.init_kl_coef, args.target, args.horizon)
     return ppo.FixedKLController(args.init_kl_coef)
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
+
+    controller: ppo.AdaptiveKLController | ppo.FixedKLController
+    moments: ppo.RunningMoments = field(default_factory=ppo.RunningMoments)
+    step: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, which adds the step."""
+        return {"kl_coef": self.controller.value, "moments": vars(self.moments), "seconds": self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state."""
+        self.step, self.seconds, self.controller.value = state["step"], state["seconds"], state["kl_coef"]
+        self.moments = ppo.RunningMoments(**state["moments"])
+
+
+def total_updates(args: argparse.Namespace) -> int:
+    """Optimizer steps of the whole run, at which the learning rate's schedule ends."""
+    return args.num_steps * args.ppo_epochs * args.batch_size // args.mini_batch_size
+
+
+def summary(args: argparse.Namespace, progress: Progress, figures: dict[str, float], picture: object) -> dict[str, Any]:
+    """The last word on a run. figures: those of its last step."""
+    last: dict[str, Any] = {
+        name: figures[name] for name in ("mean_score", "true_score", "kl", "kl_coef") if name in figures
+    }
+    ran = {"steps": progress.step, "seconds": round(progress.seconds, 1)}
+    return {**ran, **last, "adapter": args.save_file, "picture": str(picture)}
 
 
 def shape_scores(
