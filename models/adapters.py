@@ -14,7 +14,6 @@ from data.errors import UserError
 from data.files import atomic_file, atomic_folder, write_json
 from models.adapter_config import (
     CONFIG_FILE,
-    HEAD_FILE,
     SINGLE_FILE_SUFFIXES,
     AdapterConfig,
     check_fit,
@@ -153,8 +152,3 @@ def fuse_adapter(model: nn.Module, de_quantize: bool = False) -> None:
         (name, module.fuse(dequantize=de_quantize)) for name, module in model.named_modules() if hasattr(module, "fuse")
     ]
     model.update_modules(tree_unflatten(fused))
-
-
-def has_value_head(path: str | Path) -> bool:
-    """Whether a model or adapter folder carries a value head."""
-    return (Path(path) / HEAD_FILE).is_file()

@@ -5,11 +5,11 @@ import json
 import models.adapters
 import models.fast_blas
 from data.errors import UserError
+from models.adapter_config import HEAD_FILE
 from models.adapters import (
     AdapterConfig,
     adapter_weights,
     attach_adapter,
-    has_value_head,
     load_adapter,
     read_adapter,
     save_adapter,
@@ -236,7 +236,7 @@ def test_mlx_lm_opens_our_folder_with_or_without_a_head(tmp_path, tiny_folder, k
     trained(kind, model=model)
     for head in (None, new_value_head(model, std=None)):
         save_adapter(tmp_path / "adapters", model, config_of(kind), head)
-        assert has_value_head(tmp_path / "adapters") == (head is not None)
+        assert (tmp_path / "adapters" / HEAD_FILE).is_file() == (head is not None)
         theirs, _ = mlx_lm.load(str(tiny_folder), adapter_path=str(tmp_path / "adapters"))
         assert same(theirs(TOKENS), model(TOKENS))
     assert kind == "none" or not same(model(TOKENS), load(str(tiny_folder)).model(TOKENS))

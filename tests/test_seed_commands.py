@@ -17,7 +17,8 @@ from pathlib import Path
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.files import read_json
 from data.records import read_rows
-from models.adapters import has_value_head, read_adapter
+from models.adapter_config import HEAD_FILE
+from models.adapters import read_adapter
 from models.loading import load
 from rewards.digits import DigitRule
 from tests.scripts import ROOT, call, fails
@@ -140,7 +141,7 @@ def test_supervised_fine_tuning_and_fusing(fine_tuned):
 
 def test_learning_a_reward_model(reward_model):
     assert read_adapter(reward_model / "reward_lora.npz").value_head is not None
-    assert has_value_head(reward_model / "reward_model")
+    assert (reward_model / "reward_model" / HEAD_FILE).is_file()
 
 
 def test_ppo_on_the_ground_truth(inside, fine_tuned):
