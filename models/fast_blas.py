@@ -19,7 +19,7 @@ from pathlib import Path
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
 ADVICE = (
-    "warning: no fast BLAS found, so a PPO step takes about 15 times as long; "
+    "warning: no fast BLAS found, so a PPO step takes up to 15 times as long; "
     "install OpenBLAS (Debian: apt install libopenblas0-pthread) or, on x86-64, run: pip install mkl"
 )
 
