@@ -31,7 +31,7 @@ from data.batching import Batch, Example, collate
 from data.decoding import completion_texts
 from data.errors import UserError
 from data.files import atomic_folder, write_json
-from data.generate_digit_data import digit_sequence
+from data.generate_digit_data import MAX_STEP
 from data.prompts import held_out_starts, starts
 from models.generation import sample
 from rewards.digits import DigitRule
@@ -58,6 +58,7 @@ WORD_END = "</w>"  # how the tokenizer writes that a token is the last of its wo
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] | trim }}"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "recipe.json", "tokenizer.json",
          "tokenizer_config.json")  # fmt: skip
+RESIDUE_CLASS_SHARE, MAX_MODULUS = 0.5, 5
 POOL = 8  # batches drawn at once and sorted by length: a quarter of the time would go into padding otherwise
 
 
@@ -81,22 +82,33 @@ class Recipe:
     # Tied rows that start small end up alike, and then no LoRA inside the layers can tell even digits from odd ones.
     embedding_std: float = 0.3
     steps: int = 1600
-    batch_size: int = 32
+    batch_size: int = 48
     learning_rate: float = 5e-3
     warmup: int = 100
     final_learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     seed: int = 0
-    version: int = 1
+    version: int = 2
 
 
 def _increasing_digits(rng: np.random.Generator, recipe: Recipe) -> str:
-    """An increasing sequence of any integers, from a start that is not held out."""
+    """An increasing sequence, from a start that is not held out: any integers, or those of one residue class.
+
+    In half of the texts all numbers after the first are alike modulo 2 to 5, whatever the first is: seldom
+    multiples. To continue such a text is to read its rule off its numbers, which is what a soft prompt, as it
+    changes no weight, can build on.
+    """
     allowed = _trained_starts(recipe.held_out)
-    start = allowed[rng.integers(len(allowed))]
-    length = int(rng.integers(recipe.lengths[0], recipe.lengths[1] + 1))
-    return " ".join(map(str, digit_sequence(rng, INCREASING, length, noise=0.0, start=start)))
+    number = allowed[rng.integers(len(allowed))]
+    modulus = int(rng.integers(2, MAX_MODULUS + 1)) if rng.random() < RESIDUE_CLASS_SHARE else 1
+    residue = max(int(rng.integers(modulus)), int(rng.integers(modulus)))
+    numbers = [number]
+    for uniform in rng.random(rng.integers(recipe.lengths[0], recipe.lengths[1] + 1) - 1):
+        steps = range(1 + (residue - number - 1) % modulus, MAX_STEP + 1, modulus)
+        number += steps[int(uniform * len(steps))]
+        numbers.append(number)
+    return " ".join(map(str, numbers))
 
 
 @functools.cache
