@@ -35,6 +35,15 @@ def test_pairwise_loss_of_the_oracle(framework):
 
 
 @in_every_framework
+def test_weights_say_how_much_each_pair_counts(framework):
+    chosen, rejected = framework.array([1.0, 0.0, 5.0]), framework.array([0.0, 1.0, -5.0])
+    loss, accuracy = pairwise_reward_loss(chosen, rejected, center_coef=0.1, weights=framework.array([3.0, 1.0, 0.0]))
+    low, high = np.log1p(np.exp(-1.0)), np.log1p(np.exp(1.0))
+    framework.close(loss, (3 * low + high) / 4 + 0.1)
+    framework.close(accuracy, 0.75)
+
+
+@in_every_framework
 def test_pairwise_gradient(framework):
     chosen, rejected, margin = (np.array(BT[name]) for name in ("chosen", "rejected", "margin"))
 

@@ -352,7 +352,7 @@ def reward_modelling(loaded, path, batch_size=4):
 
 def texts_of(loaded, objective, arrays):
     """The texts of a batch, as (chosen, rejected) pairs."""
-    tokens, lengths = (np.array(array) for array in arrays)
+    tokens, lengths, _ = (np.array(array) for array in arrays)
     texts = [loaded.tokenizer.decode(row[: n - 1].tolist()[1:]) for row, n in zip(tokens, lengths, strict=True)]
     assert all(row[n - 1] == loaded.tokenizer.eos_token_id for row, n in zip(tokens, lengths, strict=True))
     half = len(texts) // 2
@@ -370,6 +370,25 @@ def test_rewards_are_compared_as_numbers_and_ties_are_no_pairs(loaded, tmp_path)
     assert len(set(pairs)) > 5  # drawn anew in every epoch
 
 
+def test_training_ranks_all_texts_of_a_batch_and_validation_the_drawn_pairs(loaded, tmp_path):
+    reward_of = {"0": 0.0, "2": 0.5, "4": 0.5, "6": 1.0}
+    rows = [{"text": text, "reward": reward} for text, reward in reward_of.items()]
+    objective = reward_modelling(loaded, write_rows(tmp_path / "a.jsonl", rows))
+    tokens, lengths, preferred = objective.batch(0)
+    halves = zip(*texts_of(loaded, objective, (tokens, lengths, preferred)), strict=True)
+    rewards = [reward_of[text] for half in halves for text in half]
+    assert preferred.tolist() == [[float(a > b) for b in rewards] for a in rewards]
+    assert preferred.sum() > len(rewards) / 2
+    (_, _, drawn), *_ = objective.batches()
+    assert np.argwhere(np.array(drawn)).tolist() == [[i, i + 4] for i in range(4)]
+    # The loss is the mean over the preferred pairs, worked out by hand.
+    scores = mx.array([1.0, 0.0, 0.5, -1.0])
+    better = mx.array([[0, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=mx.float32)
+    loss, figures = objective.loss(lambda tokens, lengths: scores, tokens, lengths, better)
+    assert loss.item() == pytest.approx(np.mean([np.log1p(np.exp(-d)) for d in (1.0, 2.0, 1.0)]), abs=1e-6)
+    assert figures.count.item() == figures.correct.item() == 3
+
+
 @pytest.mark.parametrize("prompt", [None, "2 4"])
 def test_given_pairs_are_read_with_their_prompt(loaded, tmp_path, prompt):
     rows = [{"chosen": " 6", "rejected": " 5"}, {"chosen": " 8", "rejected": " 7 x"}]
@@ -383,12 +402,12 @@ def test_given_pairs_are_read_with_their_prompt(loaded, tmp_path, prompt):
 def test_the_pairwise_loss_is_blind_to_pads_and_batch_mates(loaded, data):
     objective = reward_modelling(loaded, data / "reward_train.jsonl")
     module = ScoringModel(loaded.model, new_value_head(loaded.model, std=None))
-    tokens, lengths = objective._arrays(objective._pairs[:5])
+    tokens, lengths, _ = objective._arrays(objective._pairs[:5])
     pads = mx.arange(tokens.shape[1])[None] >= lengths[:, None]
     assert pads.sum().item() > 0
     noisy = mx.where(pads, mx.random.randint(0, 40, tokens.shape), tokens)
     assert mx.array_equal(module(tokens, lengths), module(noisy, lengths))
-    alone = [module(*objective._arrays([pair]))[0].item() for pair in objective._pairs[:5]]
+    alone = [module(*objective._arrays([pair])[:2])[0].item() for pair in objective._pairs[:5]]
     np.testing.assert_allclose(np.array(module(tokens, lengths))[:5], alone, atol=1e-5)
 
 

@@ -16,28 +16,36 @@ from training.ppo import (
 
 
 def pairwise_reward_loss(
-    chosen: Array, rejected: Array, margin: Array | None = None, center_coef: float = 0.0
+    chosen: Array,
+    rejected: Array,
+    margin: Array | None = None,
+    center_coef: float = 0.0,
+    weights: Array | None = None,
 ) -> tuple[Array, Array]:
     """Bradley–Terry loss of preference pairs, and the share of them that the reward model ranks right.
 
         loss = mean(−log σ(chosen − rejected − margin)) + center_coef · mean((chosen + rejected)²)
 
-    chosen, rejected: (B,) scores by the reward model; margin: (B,), by how much they should differ. The
-    second term holds scores about 0, where the first does not care (arXiv:2312.09244, eq. 2). Returns two
-    scalar arrays: the loss, and the share of pairs with chosen above rejected. A tie counts as half, so a
-    model that scores everything alike is as good as a coin. Raises ValueError if shapes differ.
-    Source: arXiv:2307.09288, eq. 2.
+    chosen, rejected: scores by the reward model, (B,) or any one shape; margin: by how much they should differ;
+    weights: how much each pair counts in the means (default: alike), with a sum above 0. The second term holds
+    scores about 0, where the first does not care (arXiv:2312.09244, eq. 2). Returns two scalar arrays: the loss,
+    and the share of pairs with chosen above rejected. A tie counts as half, so a model that scores everything
+    alike is as good as a coin. Raises ValueError if shapes differ. Source: arXiv:2307.09288, eq. 2.
     """
-    check_shapes(chosen=chosen, rejected=rejected, margin=margin)
+    check_shapes(chosen=chosen, rejected=rejected, margin=margin, weights=weights)
     xp = array_module(chosen)
     chosen, rejected = at_least_float32(chosen), at_least_float32(rejected)
+
+    def mean(values: Array) -> Array:
+        return values.mean() if weights is None else (weights * values).sum() / weights.sum()
+
     difference = chosen - rejected
     logits = difference if margin is None else difference - margin
     # −log σ(x) = log(1 + exp(−x)) = logaddexp(0, −x), which neither overflows nor loses its gradient.
-    loss = xp.logaddexp(xp.zeros_like(logits), -logits).mean()
+    loss = mean(xp.logaddexp(xp.zeros_like(logits), -logits))
     if center_coef:
-        loss = loss + center_coef * ((chosen + rejected) ** 2).mean()
-    accuracy = 0.5 * (xp.where(difference > 0, 1.0, 0.0) + xp.where(difference >= 0, 1.0, 0.0)).mean()
+        loss = loss + center_coef * mean((chosen + rejected) ** 2)
+    accuracy = 0.5 * mean(xp.where(difference > 0, 1.0, 0.0) + xp.where(difference >= 0, 1.0, 0.0))
     return loss, accuracy
 
 

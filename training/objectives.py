@@ -88,7 +88,11 @@ class LanguageModelling:
 
 
 class RewardModelling:
-    """The pairwise loss on preference pairs: given as such, or drawn from rows with unequal rewards."""
+    """The pairwise loss on preference pairs: given as such, or drawn from rows with unequal rewards.
+
+    Where rows have rewards, training ranks every two texts of a batch whose rewards differ, not only the pairs that
+    were drawn: more to learn from at the cost of the same forward pass (arXiv:2203.02155, section 3.5).
+    """
 
     def __init__(self, tokenizer, prefix: list[int], batch_size: int, max_length: int, seed: int, center_coef: float):
         self.tokenizer, self.prefix = tokenizer, prefix
@@ -123,10 +127,10 @@ class RewardModelling:
         return draw_pairs(self.rewards, np.random.default_rng((self.seed, epoch, 1)))
 
     def batch(self, step: int) -> Arrays:
-        """tokens (2B, L), the B chosen first, and lengths (2B,) of the batch at `step`."""
+        """tokens (2B, L), the B chosen first, lengths (2B,), and preferred (2B, 2B) of the batch at `step`."""
         # Every epoch has the same number of pairs, so the plan of any of them tells the epoch.
         self._draw(step // self._plan.steps_per_epoch)
-        return self._arrays([self._pairs[i] for i in self._plan.rows(step)])
+        return self._arrays([self._pairs[i] for i in self._plan.rows(step)], self.rewards)
 
     def _draw(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -142,14 +146,25 @@ class RewardModelling:
     def _length(self, pair: tuple[int, int]) -> int:
         return max(len(self.examples[i].tokens) for i in pair)
 
-    def _arrays(self, pairs: list[tuple[int, int]]) -> Arrays:
+    def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> Arrays:
         order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         batch = collate([self.examples[i] for i in order], self.tokenizer.pad_token_id or 0)
-        return mx.array(batch.tokens), mx.array(batch.lengths)
+        if rewards is None:
+            preferred = np.eye(len(order), k=len(pairs), dtype=np.float32)
+        else:
+            reward = np.array([rewards[i] for i in order])
+            preferred = (reward[:, None] > reward).astype(np.float32)
+        return mx.array(batch.tokens), mx.array(batch.lengths), mx.array(preferred)
 
-    def loss(self, module: nn.Module, tokens: mx.array, lengths: mx.array) -> tuple[mx.array, Figures]:
-        """Mean pairwise loss in nats per pair; `correct` counts pairs ranked right (a tie is half)."""
-        chosen, rejected = mx.split(module(tokens, lengths), 2)
-        loss, accuracy = pairwise_reward_loss(chosen, rejected, center_coef=self.center_coef)
-        count = mx.array(chosen.shape[0])
+    def loss(
+        self, module: nn.Module, tokens: mx.array, lengths: mx.array, preferred: mx.array
+    ) -> tuple[mx.array, Figures]:
+        """Mean pairwise loss in nats per pair; `correct` counts pairs ranked right (a tie is half).
+
+        preferred: (2B, 2B), 1 where the text of the row is to score above that of the column.
+        """
+        scores = module(tokens, lengths)
+        chosen, rejected = mx.broadcast_arrays(scores[:, None], scores)
+        loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred)
+        count = preferred.sum()
         return loss, Figures(loss * count, accuracy * count, count)
