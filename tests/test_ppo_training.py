@@ -400,7 +400,7 @@ def test_gradient_accumulation_equals_the_large_batch(setting, kind):
         run.optimise(run.roll_out(), kl_coef=0.1)
         after.append({name: np.array(array) for name, array in tree_flatten(run.trained())})
     for name, array in after[0].items():
-        np.testing.assert_allclose(after[1][name], array, rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(after[1][name], array, rtol=0, atol=3e-6, err_msg=name)
 
 
 # --- the end of a completion ---

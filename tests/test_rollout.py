@@ -10,7 +10,7 @@ EOS, OTHER_EOS, PAD = 2, 7, 0
 
 def test_a_worked_batch():
     packed = pack([[5, 6], [9]], [[10, 11, EOS], [12, 13, 14, 15, 16]], {EOS}, PAD, multiple=1)
-    assert packed.tokens.tolist() == [[5, 6, 10, 11, EOS, PAD, PAD], [9, 12, 13, 14, 15, 16, PAD]]
+    assert packed.tokens.tolist() == [[5, 6, 10, 11, EOS, PAD], [9, 12, 13, 14, 15, 16]]
     assert packed.completions.tolist() == [[10, 11, EOS, PAD, PAD], [12, 13, 14, 15, 16]]
     assert packed.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     # The position before a token predicts it: the prompt's last for the first.
@@ -22,10 +22,11 @@ def test_positions_point_at_the_token_before_each_completion_token():
     prompts = [rng.integers(3, 50, size=n).tolist() for n in (1, 4, 9)]
     completions = [rng.integers(8, 50, size=n).tolist() for n in (13, 1, 6)]
     packed = pack(prompts, completions, {EOS}, PAD)
-    after = np.take_along_axis(packed.tokens, packed.positions + 1, axis=1)
+    tokens = np.pad(packed.tokens, ((0, 0), (0, 1)))  # the last place is left off
+    after = np.take_along_axis(tokens, packed.positions + 1, axis=1)
     real = packed.mask > 0
     assert (after[real] == packed.completions[real]).all()
-    assert packed.positions.max() + 1 < packed.tokens.shape[1]
+    assert packed.positions.max() + 1 == packed.tokens.shape[1]
     assert packed.mask.sum(axis=1).tolist() == [13, 1, 6]
 
 
@@ -39,7 +40,7 @@ def test_a_completion_ends_with_its_first_eos():
 def test_an_eos_in_the_prompt_ends_nothing():
     packed = pack([[5, EOS, 6]], [[10, 11]], {EOS}, PAD, multiple=1)
     assert packed.mask.tolist() == [[1, 1]]
-    assert packed.tokens.tolist() == [[5, EOS, 6, 10, 11]]
+    assert packed.tokens.tolist() == [[5, EOS, 6, 10]]
 
 
 def test_a_pad_that_is_the_eos_is_masked():
@@ -58,7 +59,7 @@ def test_an_empty_completion_is_a_row_of_its_own():
 def test_widths_are_rounded_up_so_that_few_shapes_occur(longest, width):
     packed = pack([[5, 6], [5]], [[9] * longest, [9]], {EOS}, PAD)
     assert packed.completions.shape == packed.mask.shape == packed.positions.shape == (2, width)
-    assert packed.tokens.shape == (2, 2 + width)
+    assert packed.tokens.shape == (2, 1 + width)
 
 
 def test_dtypes_serve_both_frameworks():

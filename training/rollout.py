@@ -12,9 +12,12 @@ Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 
 
 class Packed(NamedTuple):
-    """Prompts and completions as arrays: each row is prompt, completion, pads on the right."""
+    """Prompts and completions as arrays: each row is prompt, completion, pads on the right.
 
-    tokens: Array  # (B, L) ids
+    The last place is left off the tokens: nothing is predicted from it.
+    """
+
+    tokens: Array  # (B, L - 1) ids
     positions: Array  # (B, C) index into L of the position that predicts completion token c
     completions: Array  # (B, C) ids, the pad at pads
     mask: Array  # (B, C) float, 1 at sampled tokens through the first EOS
@@ -23,7 +26,7 @@ class Packed(NamedTuple):
 class Rollout(NamedTuple):
     """Sampled completions with all that the update needs; every field has B rows."""
 
-    tokens: Array  # (B, L) ids, as in Packed
+    tokens: Array  # (B, L - 1) ids, as in Packed
     positions: Array  # (B, C)
     completions: Array  # (B, C) ids
     mask: Array  # (B, C) float
@@ -64,7 +67,7 @@ def pack(
         completion_ids[row, : len(completion)] = completion
         mask[row, : len(completion)] = 1
         positions[row] = len(prompt) - 1 + np.arange(width)
-    return Packed(tokens, positions, completion_ids, mask)
+    return Packed(tokens[:, :-1], positions, completion_ids, mask)
 
 
 def through_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> list[int]:
