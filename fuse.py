@@ -2,7 +2,8 @@
 
     python fuse.py --adapter-file adapters --save-path ./sft_fine_tune/
 
-A reward model's value head goes along, so the folder serves as `ppo_training.py --reward_model`. Leaves out
+A reward model's value head goes along, so the folder serves as `ppo_training.py --reward_model`; so does the form
+that --sequence-classification writes, which transformers' AutoModelForSequenceClassification opens as well. Leaves out
 soft prompts: they have no weight to go into; chat and train with them by --resume-file.
 """
 
@@ -13,6 +14,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import atomic_folder, check_replaceable
 from models.adapters import fuse_adapter, load_adapter
+from models.classifier import save_classifier
 from models.loading import LoadedModel, load
 from models.value_head import ValueHead, save_value_head
 from training import config
@@ -29,6 +31,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--adapter-file", default="adapters", help="adapter folder, or .npz or .safetensors file")
     parser.add_argument("--save-path", default="fused_model", help="folder to write")
     parser.add_argument("-d", "--de-quantize", action="store_true", help="write a quantized base in full precision")
+    parser.add_argument(
+        "--sequence-classification",
+        action="store_true",
+        help="write a reward model as a transformers AutoModelForSequenceClassification",
+    )
     return parser.parse_args()
 
 
@@ -54,6 +61,16 @@ def save(loaded: LoadedModel, head: ValueHead | None, save_path: str) -> None:
         mlx_lm.utils.save(folder, loaded.path, loaded.model, loaded.tokenizer, loaded.config, donate_model=False)
 
 
+def save_for_transformers(loaded: LoadedModel, head: ValueHead | None, args: argparse.Namespace) -> None:
+    """Write model, tokenizer and value head as a transformers classifier of one score, whole or not at all."""
+    if head is None:
+        raise UserError(f"{args.adapter_file} has no value head, so it gives no score; use sft.py --reward-model")
+    with atomic_folder(args.save_path, MARKER) as folder:
+        ends_texts = save_classifier(folder, loaded, head)
+    if not ends_texts:
+        print(f"the tokenizer does not end a text by itself: add {loaded.tokenizer.eos_token} to every text to score")
+
+
 def main() -> None:
     args = parse_args()
     check_replaceable(args.save_path, MARKER)
@@ -61,7 +78,10 @@ def main() -> None:
     if Path(args.save_path).resolve() == loaded.path.resolve():
         raise UserError(f"--save-path {args.save_path} is the base model itself; name another folder")
     head = fuse(loaded, args.adapter_file, args.de_quantize)
-    save(loaded, head, args.save_path)
+    if args.sequence_classification:
+        save_for_transformers(loaded, head, args)
+    else:
+        save(loaded, head, args.save_path)
     kind = "reward model (value head included)" if head is not None else "model"
     print(f"fused {args.adapter_file} into {args.model}: the {kind} is in {args.save_path}")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.errors import UserError
+from data.files import read_json
 
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -35,6 +36,12 @@ def model_folder(name: str, download: Callable[[str], str | Path]) -> Path:
             f"{name} is no folder here, and the Hugging Face hub did not give it ({reason(error)}); "
             "check the network, or use --model tiny-digits"
         ) from None
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether a model folder is a transformers AutoModelForSequenceClassification by its configuration."""
+    architectures = read_json(folder / "config.json").get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
 
 
 def reason(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """A learned reward: the value that a trained head gives a text at its last token.
 
-sft.py --reward-model writes it as an adapter; fuse.py makes a folder of it that stands alone.
+sft.py --reward-model writes it as an adapter; fuse.py makes a folder of it that stands alone: ours, or a transformers
+AutoModelForSequenceClassification of one label.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,11 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import collate, encode_text, in_order
 from data.errors import UserError
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, load_adapter, read_adapter
+from models.classifier import load_classifier
+from models.folders import is_classifier
 from models.loading import LoadedModel, load, resolve, twin
 from models.soft_prompt import soft_prompt_ids
-from models.value_head import ScoringModel, load_value_head
+from models.value_head import ScoringModel, ValueHead, load_value_head
 
 import mlx.core as mx
 
@@ -39,12 +42,13 @@ class RewardModel:
 
 
 def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel:
-    """Open a fused reward model (a model folder with a value head) or an adapter with one.
+    """Open a reward model: an adapter with a value head, a model folder with one, or a transformers classifier.
 
     base: a model that is open already and has no adapter on it yet; an adapter that was trained on the same model
     shares its weights, so that the base is not held twice. Raises UserError where there is no value head.
     """
     folder = Path(path).expanduser()
+    head: ValueHead | None
     if folder.suffix in SINGLE_FILE_SUFFIXES or (folder / CONFIG_FILE).is_file():
         saved = read_adapter(folder)
         name = saved.config.model
@@ -52,6 +56,9 @@ def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel
         loaded = base if shared and base is not None else load(name)
         model = twin(loaded.model) if shared else loaded.model
         head = load_adapter(model, folder).value_head
+    elif is_classifier(resolve(path)):
+        loaded, head = load_classifier(path)
+        model = loaded.model
     else:
         loaded = load(path)
         model, head = loaded.model, load_value_head(loaded.path)

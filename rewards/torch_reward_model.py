@@ -10,14 +10,15 @@ from typing import Any
 
 from data.batching import collate, encode_text, in_order
 from data.errors import UserError
-from data.files import read_json
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
+from models.folders import is_classifier
 from models.torch_adapters import load_adapter, read_adapter
 from models.torch_loading import LoadedModel, load, resolve, twin
 from models.torch_policy import ScoringModel, ValueHead, head_from, load_value_head
 from models.torch_soft_prompt import soft_prompt_ids
 
 import torch
+from safetensors import safe_open
 
 
 class RewardModel:
@@ -60,23 +61,20 @@ def load_reward_model(path: str, device: torch.device, base: LoadedModel | None 
     else:
         resolved = resolve(path)
         head = load_value_head(resolved)
-        classifier = head is None and _is_classifier(resolved)
+        classifier = head is None and is_classifier(resolved)
         loaded = load(path, device, classifier=classifier)
         model = loaded.model
         if classifier:
-            head = _classifier_head(path, model)
+            head = _classifier_head(path, resolved, model)
     if head is None:
         raise UserError(f"{path} has no value head, so it is no reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head.to(device)), loaded.tokenizer)
 
 
-def _is_classifier(folder: Path) -> bool:
-    architectures = read_json(folder / "config.json").get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
-
-
-def _classifier_head(path: str, model: Any) -> ValueHead:
+def _classifier_head(path: str, folder: Path, model: Any) -> ValueHead:
     layer = getattr(model, "score", None)
-    if layer is None or layer.weight.shape[0] != 1 or layer.bias is not None:
+    # Where the weights lack a head, transformers makes one up.
+    saved = set().union(*(safe_open(file, "pt").keys() for file in folder.glob("model*.safetensors")))
+    if layer is None or "score.weight" not in saved or layer.weight.shape[0] != 1 or layer.bias is not None:
         raise UserError(f"{path} is a classifier, but not with one score and no bias; use a model with num_labels 1")
     return head_from(layer.weight)
