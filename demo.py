@@ -41,7 +41,7 @@ class Scale(NamedTuple):
     ppo_steps: int
 
 
-FULL, SHORT = Scale(sft_iters=30, reward_iters=300, ppo_steps=60), Scale(sft_iters=5, reward_iters=5, ppo_steps=2)
+FULL, SHORT = Scale(sft_iters=16, reward_iters=800, ppo_steps=60), Scale(sft_iters=5, reward_iters=5, ppo_steps=2)
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,7 +78,8 @@ def make_models(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
     reward_data(folder, digits)
     seconds["reward model"] = stage(
         "reward model", "sft.py", "--reward-model", "--train", *common, "--iters", scale.reward_iters,
-        "--data-base", "reward_function_", "--batch-size", 32, "--learning-rate", 3e-3, "--lr-schedule", "cosine",
+        "--data-base", "reward_function_", "--fine-tune-type", "full", "--batch-size", 32, "--learning-rate", 2e-3,
+        "--lr-schedule", "cosine",
         "--save-file", folder / "reward_adapter", "--output-dir", folder / "runs/reward_model",
     )  # fmt: skip
     stage("fuse the reward model", "fuse.py", "--adapter-file", folder / "reward_adapter", "--save-path", reward)
@@ -94,7 +95,7 @@ def train_by_ppo(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
         "--save-file", folder / "ppo_adapter", "--output-dir", folder / "runs/ppo",
     )  # fmt: skip
     seconds["ppo learned"] = stage(
-        "PPO on the learned reward", *ppo, "--reward_model", reward, "--init-kl-coef", 0.05,
+        "PPO on the learned reward", *ppo, "--reward_model", reward, "--init-kl-coef", 0.1, "--target", 4,
         "--save-file", folder / "ppo_learned_adapter", "--output-dir", folder / "runs/ppo_learned",
     )  # fmt: skip
     stage("fuse PPO", "fuse.py", "--model", sft, "--adapter-file", folder / "ppo_adapter",
@@ -107,9 +108,9 @@ def reward_data(folder: Path, digits: Sequence[object]) -> None:
 
     Without the model's own samples the reward model never sees the mistakes it will have to judge.
     """
-    noisy = [*digits, "--num-samples", 1000, "--noise", 0.2, "--min-length", 1, "--prefix", "noisy_"]
+    noisy = [*digits, "--num-samples", 2000, "--noise", 0.2, "--min-length", 1, "--prefix", "noisy_"]
     stage("data for the reward model: noisy sequences", *noisy)
-    for seed, (split, count) in enumerate((("train", 2000), ("valid", 500))):
+    for seed, (split, count) in enumerate((("train", 6000), ("valid", 500))):
         own = folder / f"data/own_{split}.jsonl"
         stage(
             f"data for the reward model: the SFT model's own samples ({split})", "evaluate.py", "--model",

@@ -1,14 +1,16 @@
 """The walkthrough's PPO task over many seeds: how fast, how high and how stable it learns.
 
-    python benchmarks/digits_seeds.py                        MLX, LoRA on the ground truth, 10 seeds
-    python benchmarks/digits_seeds.py --framework both --variants lora learned soft_prompt full
+    python benchmarks/digits_seeds.py                          MLX, LoRA on the ground truth, 10 seeds
+    python benchmarks/digits_seeds.py --framework both         the same in MLX and in PyTorch
+    python benchmarks/digits_seeds.py --variants lora learned soft_prompt full
 
-A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults, on one SFT model with a mean
+A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults, from an SFT model with a mean
 score of 0.5 to 0.7, in a folder of its own: finished cells are kept, cut ones resumed. Ends with a table, a
-picture of all curves, and both as files. Scores are those of the digit rule, sampled at temperature 1.
+picture of all cells that the folder holds, and both as files. Scores are those of the digit rule, at temperature 1.
 """
 
 import argparse
+import itertools
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,13 +31,16 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 SCRIPTS = {"mlx": "ppo_training.py", "torch": "pytorch_ppo_training.py"}
+# The flags of each variant; {folder} is the benchmark's. A soft prompt has no weights to be fused into: PPO goes on
+# with the one that SFT left.
+FROM_SFT = ["--model", "{folder}/sft_fine_tune"]
 VARIANTS = {
-    "lora": ["--ground_truth_reward"],
-    "learned": [],  # --reward_model is added where the folder is known
-    "soft_prompt": ["--ground_truth_reward", "--prompt_tuning"],
-    "full": ["--ground_truth_reward", "--fine-tune-type", "full"],
+    "lora": [*FROM_SFT, "--ground_truth_reward"],
+    # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
+    "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
+    "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward"],
+    "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
 }
-LEARNED = ["--init-kl-coef", 0.05]  # its scores have a wider scale than the rule's 0 to 1
 COMPLETIONS = 25_000
 GOAL = 0.9
 
@@ -75,11 +80,17 @@ def script(log: Path, *words: object) -> None:
 
 
 def prepare(folder: Path) -> None:
-    """The SFT model and the reward model that all cells share: those of the demo, made once."""
+    """What all cells start from: the SFT model and the reward model of the demo, and a soft prompt; made once."""
+    log = folder / "prepare.log"
     if not (folder / "reward_model").exists():
-        script(folder / "prepare.log", "demo.py", "--stages", "models", "--output-dir", folder / "models")
+        script(log, "demo.py", "--stages", "models", "--output-dir", folder / "models")
         for name in ("sft_fine_tune", "reward_model"):
             (folder / "models" / name).rename(folder / name)
+    if not (folder / "soft_prompt").exists():
+        script(
+            log, "sft.py", "--train", "--prompt-tuning", "--iters", 40, "--data", folder / "models/data",
+            "--save-file", folder / "soft_prompt", "--output-dir", folder / "models/runs/soft_prompt",
+        )  # fmt: skip
 
 
 def cell_folder(folder: Path, framework: str, variant: str, seed: int) -> Path:
@@ -97,12 +108,22 @@ def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) 
         script(log, SCRIPTS[framework], "--resume", cell)
         return
     (cell / "config.json").unlink(missing_ok=True)  # a cell that was cut before its first checkpoint starts anew
-    reward = ["--reward_model", folder / "reward_model", *LEARNED] if variant == "learned" else []
     script(
-        log, SCRIPTS[framework], "--model", folder / "sft_fine_tune", *VARIANTS[variant], *reward,
+        log, SCRIPTS[framework], *(flag.format(folder=folder) for flag in VARIANTS[variant]),
         "--batch-size", args.batch_size, "--num-steps", -(-args.completions // args.batch_size), "--seed", seed,
         "--save-file", folder / "adapters" / cell.name, "--output-dir", cell, *args.flags.split(),
     )  # fmt: skip
+
+
+def finished(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
+    """The metrics of every finished cell of the folder, by framework and variant, in the order of the seeds."""
+    curves: dict[tuple[str, str], list[list[dict]]] = {}
+    for variant, framework in itertools.product(VARIANTS, SCRIPTS):
+        done = [path.parent for path in folder.glob(f"{framework}-{variant}-*/summary.json")]
+        if done:
+            done.sort(key=lambda cell: int(cell.name.rpartition("-")[2]))
+            curves[framework, variant] = [read_metrics(cell) for cell in done]
+    return curves
 
 
 def true_scores(rows: Sequence[dict]) -> np.ndarray:
@@ -165,6 +186,7 @@ def draw(path: Path, curves: dict[tuple[str, str], list[list[dict]]], batch_size
     figure, axes = plt.subplots(2, len(variants), figsize=(5 * len(variants), 6.4), squeeze=False, sharex=True)
     for column, variant in enumerate(variants):
         score_axis, kl_axis = axes[:, column]
+        learned_axis = None
         for framework in colours:
             for index, rows in enumerate(curves.get((framework, variant), [])):
                 x = np.array([row["step"] for row in rows]) * batch_size
@@ -172,9 +194,10 @@ def draw(path: Path, curves: dict[tuple[str, str], list[list[dict]]], batch_size
                 score_axis.plot(x, true_scores(rows), color=colours[framework], alpha=0.5, linewidth=0.9, label=label)
                 kl_axis.plot(x, [row["kl"] for row in rows], color=colours[framework], alpha=0.5, linewidth=0.9)
                 if variant == "learned":
+                    learned_axis = learned_axis or score_axis.twinx()
                     learned = [row["mean_score"] for row in rows]
-                    score_axis.plot(x, learned, color="tab:green", alpha=0.3, linewidth=0.8,
-                                    label="learned reward" if index == 0 else None)  # fmt: skip
+                    learned_axis.plot(x, learned, color="tab:green", alpha=0.4, linewidth=0.8, linestyle=":")
+                    learned_axis.set_ylabel("dotted: the reward model's score, which PPO sees", fontsize=8)
         score_axis.axhline(GOAL, color="grey", linewidth=0.8, linestyle="--")
         score_axis.set_title(f"{variant}: mean score of the digit rule", fontsize=10)
         kl_axis.set_title("KL from the SFT model (nats per completion)", fontsize=10)
@@ -196,9 +219,7 @@ def main() -> None:
     cells = [(f, v, seed) for seed in range(args.seeds) for v in args.variants for f in frameworks]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(lambda cell: run_cell(args, *cell), cells), total=len(cells), desc="runs", unit="run"))
-    curves: dict[tuple[str, str], list[list[dict]]] = {}
-    for framework, variant, seed in cells:
-        curves.setdefault((framework, variant), []).append(read_metrics(cell_folder(folder, framework, variant, seed)))
+    curves = finished(folder)
     results = {key: [measure(rows, args.batch_size) for rows in runs] for key, runs in curves.items()}
     text = table(results)
     print(text)

@@ -18,7 +18,7 @@ import yaml
 
 # Learning rates that train each kind of adapter; chosen on the embedded model (README, "flags").
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2, "none": 1e-3}
-PPO_LEARNING_RATES = {"lora": 1e-3, "dora": 1e-3, "full": 3e-4, "soft_prompt": 1e-2}
+PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2}
 
 
 def boolean(text: str) -> bool:

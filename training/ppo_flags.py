@@ -66,7 +66,7 @@ def _add_ppo_flags(parser: config.Parser) -> None:
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="pieces a mini batch is cut into")
     group.add_argument("--ppo-epochs", "--ppo-epoch", type=int, default=2, help="passes over a rollout")
     group.add_argument("--gamma", type=float, default=1.0, help="discount per token")
-    group.add_argument("--gae-lambda", type=float, default=0.95, help="GAE's λ")
+    group.add_argument("--gae-lambda", type=float, default=1.0, help="GAE's λ")
     group.add_argument("--clip-range", type=float, default=0.2, help="of the ratio")
     group.add_argument("--value-clip-range", type=float, default=0.2, help="of the value, in score units")
     group.add_argument("--vf-coef", type=float, default=0.5, help="weight of the value loss")
