@@ -1,10 +1,19 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
 import math
+import sys
 
+import models.fast_blas  # noqa: F401  (before mlx)
 from benchmarks.digits_seeds import measure, table
+from benchmarks.mlx_step import Stepper
+from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
+from benchmarks.ppo_step import measure as measure_sides
+from benchmarks.ppo_step import table as comparison_table
+from data.errors import UserError
 
+import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 
 def rows(scores):
@@ -28,3 +37,52 @@ def test_a_run_that_never_arrives_says_so():
 def test_a_learned_reward_is_judged_by_the_ground_truth():
     made = [{**row, "true_score": 0.1} for row in rows([0.95] * 20)]
     assert math.isinf(measure(made, batch_size=100).completions_to_goal)
+
+
+def test_a_ratio_is_taken_within_a_round():
+    # A machine that slows both sides of the second round tenfold changes no ratio.
+    found = compare([1.0, 10.0, 2.0], [2.0, 20.0, 3.0])
+    assert found == Comparison(ours=2.0, trl=3.0, ratio=2.0, lowest=1.5, highest=2.0)
+    assert compare([1.0, 3.0]) == Comparison(ours=2.0)
+    lines = comparison_table({"both": found, "ours alone": compare([0.5])}).splitlines()
+    assert lines[2:] == ["| both | 2.000 | 3.000 | 2.00 (1.50 to 2.00) |", "| ours alone | 0.500 |  |  |"]
+
+
+ANSWERING = """
+import sys
+print("{}", flush=True)
+for _ in sys.stdin:
+    print('{"tokens": 768, "updates": 16}', flush=True)
+"""
+
+
+def test_rounds_are_counted_after_the_warm_up_and_a_dead_side_says_why():
+    worker = Worker("TRL", [sys.executable, "-c", ANSWERING], {})
+    try:
+        whole = {"tokens": 768, "updates": 16}
+        assert measure_sides({"TRL": worker}, rounds=2, warm_up=1, title="") == {"TRL": [whole, whole]}
+    finally:
+        worker.close()
+    with pytest.raises(UserError, match=r"TRL process ended with code 1 \(ModuleNotFoundError: .*no_such_module"):
+        Worker("TRL", [sys.executable, "-c", "import no_such_module"], {})
+
+
+@pytest.mark.parametrize(("what", "number"), [("tokens", 767), ("updates", 15)])
+def test_a_step_that_did_less_work_does_not_count(what, number):
+    with pytest.raises(UserError, match=f"had {number} {what}, not {number + 1}"):
+        check_whole("ours", {"tokens": 768, "updates": 16, what: number})
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_our_step_is_whole_and_trains(tmp_path, kind):
+    write_tokenizer(tmp_path / "tokenizer.json")
+    small = {**MODELS["hidden 64"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    stepper = Stepper(TASK, small, kind, str(tmp_path / "tokenizer.json"))
+    before = dict(tree_flatten(stepper.trainee.module.trainable_parameters()))
+    answer = stepper.step()
+    check_whole("ours", answer)
+    assert 0 < answer["rollout_seconds"] < answer["seconds"] and 0 < answer["score"] <= 1
+    after = dict(tree_flatten(stepper.trainee.module.trainable_parameters()))
+    assert all(not mx.array_equal(before[name], after[name]) for name in before)
+    # q and v of one layer, rank 16: 16 × (16 + 16) + 16 × (16 + 8); the value head has no bias.
+    assert stepper.trainee.sizes()[0] == {"lora": 896, "full": 2 * 64 * 16 + 768 + 768 + 3 * 16}[kind] + 16
