@@ -23,7 +23,12 @@ RewardFunction = Callable[[list[str], list[str]], list[float]]
 
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """The callable that `spec`, "file.py:name", names, wrapped in `checked`.
+    """The reward function that `spec`, "file.py:name", names, wrapped in `checked`. Raises as `load_function` does."""
+    return checked(load_function(spec), spec)
+
+
+def load_function(spec: str, what: str = "reward function") -> Callable[..., Any]:
+    """The callable that `spec`, "file.py:name", names; `what` is what errors call it.
 
     Imports the file, on purpose: its top-level code runs. The file's folder is not put on the module path.
     Raises UserError if the spec is malformed, the file is missing or fails to import, or the name is missing
@@ -31,19 +36,19 @@ def load_reward_function(spec: str) -> RewardFunction:
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
-        raise UserError(f"reward function {spec!r} is not of the form file.py:name; write my_rewards.py:score, say")
+        raise UserError(f"{what} {spec!r} is not of the form file.py:name; write my_rewards.py:score, say")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"reward function {spec!r}: there is no file {path}; check the path")
+        raise UserError(f"{what} {spec!r}: there is no file {path}; check the path")
     if path.suffix != ".py":
-        raise UserError(f"reward function {spec!r}: {path} is no .py file; name a Python file")
+        raise UserError(f"{what} {spec!r}: {path} is no .py file; name a Python file")
     module = _import(path)
     if not hasattr(module, name):
-        raise UserError(f"reward function {spec!r}: {path} defines no {name!r}; check the name")
+        raise UserError(f"{what} {spec!r}: {path} defines no {name!r}; check the name")
     function = getattr(module, name)
     if not callable(function):
-        raise UserError(f"reward function {spec!r}: {name!r} is a {type(function).__name__}, not a function")
-    return checked(function, spec)
+        raise UserError(f"{what} {spec!r}: {name!r} is a {type(function).__name__}, not a function")
+    return function
 
 
 def checked(function: Callable[[list[str], list[str]], Any], name: str | None = None) -> RewardFunction:

@@ -1,0 +1,95 @@
+"""Rows of a task's data: {"input", "output"} from YAML, a `.jsonl`, or a folder that `datasets` saved.
+
+A row may also say "Input" and "Output", or "prompt" and "answer". Reading a folder needs pyarrow, which is imported
+only then. Leaves out downloads.
+
+    python -m pytest tests/test_task.py
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import read_json
+from data.records import read_rows
+
+Example = dict[str, str]
+
+KEYS = (("input", "output"), ("Input", "Output"), ("prompt", "answer"))
+SPLITS = ("test", "validation", "train")  # of a folder with several, the first of these that is there
+INSTALL = "pip install pyarrow"
+
+
+def read_examples(
+    source: str | Path | list[Any], place: str, check: Callable[[str], bool] | None = None
+) -> list[Example]:
+    """{"input", "output"} of every row of `source`: a list of mappings, a `.jsonl`, or a folder of `save_to_disk`.
+
+    place: how errors call an inline list; check: whether an output can be a truth of the task. Numbers become text.
+    Raises UserError with file and line (or row) at the first row that does not fit, and where there is none.
+    """
+    if isinstance(source, list):
+        rows: Iterator[tuple[str, Any]] = ((f"{place}, row {n}", row) for n, row in enumerate(source, 1))
+    elif Path(source).is_dir():
+        rows = _folder_rows(Path(source))
+    else:
+        rows = _jsonl_rows(Path(source))
+    examples = [_example(row, where, check) for where, row in rows]
+    if not examples:
+        raise UserError(f"{place} holds no rows; each has an input and an output")
+    return examples
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file:line, row). Not every line is a row: blank ones are skipped, as in `read_rows`, which checks the file."""
+    rows = iter(read_rows(path, [()]))
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return ((f"{path}:{n}", next(rows)) for n, line in enumerate(lines, 1) if line.strip())
+
+
+def _example(row: Any, place: str, check: Callable[[str], bool] | None) -> Example:
+    keys = next((keys for keys in KEYS if isinstance(row, Mapping) and set(keys) <= set(row)), None)
+    if keys is None:
+        held = f"has the keys {sorted(map(str, row))}" if isinstance(row, Mapping) else f"is {row!r:.60}"
+        raise UserError(f'{place} {held}; write {{"input": "...", "output": "..."}}')
+    texts = [_text(row[key], key, place) for key in keys]
+    if check is not None and not check(texts[1]):
+        raise UserError(f"{place} has the output {texts[1]!r:.60}, which the task's answer type cannot read; mend it")
+    return {"input": texts[0], "output": texts[1]}
+
+
+def _text(content: Any, key: str, place: str) -> str:
+    if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
+        raise UserError(f"{place} has {content!r:.60} as {key!r}; it has to be text or a number; quote it")
+    return str(content)
+
+
+def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(folder, row n) of a saved Dataset, or of one split of a saved DatasetDict."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = read_json(folder / "dataset_dict.json").get("splits", [])
+        split = next((split for split in SPLITS if split in splits), None)
+        if split is None:
+            raise UserError(f"{folder} has the splits {splits}; name one of its folders, {folder}/SPLIT")
+        folder = folder / split
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder} was not written by datasets' save_to_disk (no state.json); name such a folder")
+    state = read_json(folder / "state.json")
+    files = [folder / Path(file["filename"]).name for file in state.get("_data_files", [])]
+    columns = [_arrow_rows(file) for file in files]
+    return ((f"{folder}, row {n}", row) for n, row in enumerate((row for rows in columns for row in rows), 1))
+
+
+def _arrow_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow as arrow  # optional
+    except ImportError:
+        raise UserError(f"{file.parent} is an Arrow folder, and pyarrow is not installed; {INSTALL}") from None
+    try:
+        with arrow.memory_map(str(file)) as mapped:
+            return arrow.ipc.open_stream(mapped).read_all().to_pylist()
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(
+            f"{file} cannot be read as Arrow ({' '.join(str(error).split())[:100]}); save it anew"
+        ) from None

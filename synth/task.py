@@ -1,0 +1,265 @@
+"""A task: what is asked, how an answer is read or scored, and what data comes with it. Read from one YAML file.
+
+    instruction: Add the two numbers.
+    answer: {type: number}                  or, in its place, a reward: {type: digits, multiple_of: 2}, file.py:function
+    input_format, output_format, prompt, demos, domain, library, passages, evaluation, name: optional
+
+Paths are relative to the YAML file. Reading is strict: an unknown key, a missing file or a row without an answer is
+an error before the first call of a teacher. Leaves out generating and training. All of synth/tasks/ is of this form.
+
+    load_task("synth/tasks/arithmetic.yaml").prompt("12 + 7 =")  ->  "12 + 7 ="
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.files import atomic_file
+from rewards.answers import AnswerType, answer_type
+from rewards.digits import DigitRule
+from rewards.function import RewardFunction, load_reward_function
+from synth.examples import Example, read_examples
+
+import yaml
+
+SHIPPED = Path(__file__).parent / "tasks"
+REASONING_GYM = "reasoning_gym:"
+PLACES = ("instruction", "input_format", "output_format", "input")  # what a prompt template may name in braces
+_PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
+TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain")
+KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation")
+
+Source = Callable[[int, int], list[Example]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. Exactly one of `answer` and `reward` is set, but for a task of reasoning-gym, which has both."""
+
+    name: str
+    instruction: str
+    input_format: str = ""
+    output_format: str = ""
+    answer: AnswerType | None = None
+    reward: RewardFunction | None = None  # f(prompts, completions) -> scores, where there is no one answer
+    template: str = ""  # of the prompt, with {input} and other PLACES; empty: instruction, formats, input
+    demos: list[Example] = field(default_factory=list)
+    domain: str = ""
+    library: list[Path] = field(default_factory=list)
+    passages: list[str] = field(default_factory=list)  # a library small enough to stand in the task file
+    evaluation: list[Example] = field(default_factory=list)
+    source: Source | None = None  # f(count, seed) -> rows made by rule, where no teacher is needed
+
+    def prompt(self, text: str) -> str:
+        """What the base model and the trained model see of an input: in pass rates, RL and evaluation alike."""
+        if not self.template:
+            parts = (self.instruction, self.input_format, text, self.output_format)
+            return "\n\n".join(part.strip() for part in parts if part.strip())
+        values = {**{place: getattr(self, place) for place in PLACES if place != "input"}, "input": text}
+        # Not str.format: templates and inputs hold LaTeX's braces; and in one pass, so that no input is filled in.
+        return _PLACE.sub(lambda match: values[match[1]], self.template)
+
+    def score(self, text: str, completion: str, truth: str) -> float:
+        """The score of a completion of `prompt(text)`: by the reward if there is one, else 1.0 or 0.0 by `answer`."""
+        if self.reward is not None:
+            return self.reward([self.prompt(text)], [completion])[0]
+        assert self.answer is not None, "a task has an answer or a reward"
+        return self.answer.score(completion, truth)
+
+    def write_library(self, folder: str | Path) -> list[Path]:
+        """The paths to search for passages: `library`, and `passages` written to FOLDER/task_passages.jsonl."""
+        if not self.passages:
+            return list(self.library)
+        path = Path(folder) / "task_passages.jsonl"
+        with atomic_file(path) as temporary:
+            lines = (json.dumps({"text": passage}, ensure_ascii=False) for passage in self.passages)
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return [*self.library, path]
+
+
+def load_task(path: str | Path) -> Task:
+    """The task of a YAML file, or of reasoning-gym for `reasoning_gym:NAME`.
+
+    Raises UserError where the file, a key, a value, a path or a row is wrong.
+    """
+    if str(path).startswith(REASONING_GYM):
+        return _reasoning_gym_task(str(path).removeprefix(REASONING_GYM))
+    content = _read_yaml(Path(path))
+    return _task({"name": Path(path).stem, **content}, str(path), Path(path).parent)
+
+
+def task_from_flags(
+    task_name: str,
+    task_instruction: str | None = None,
+    *,
+    answer: str | None = None,
+    choices: Sequence[str] | None = None,
+    labels: Sequence[str] | None = None,
+    input_format: str | None = None,
+    output_format: str | None = None,
+    demo_examples: str | Sequence[Any] | None = None,
+    passage_paths: Sequence[str] | None = None,
+    dataset_path: str | None = None,
+    domain: str | None = None,
+) -> Task:
+    """A task given by flags alone; those of a shipped task's name (MedNLI, say) stand in for what is left out.
+
+    answer: the name of an answer type (default: label or choice if those are given, else exact). demo_examples: a
+    `.jsonl`, a folder, or a list, also as text: "[{'input': '2 + 2', 'output': '4'}]". Paths are relative to the
+    working directory. Raises UserError as `load_task` does, and where there is no instruction.
+    """
+    shipped = SHIPPED / f"{task_name.lower()}.yaml"
+    base = load_task(shipped) if re.fullmatch(r"\w+", task_name) and shipped.is_file() else None
+    if base is None and not task_instruction:
+        raise UserError(f"task {task_name!r} has no instruction and is not shipped; give --task-instruction")
+    options = {key: list(given) for key, given in (("choices", choices), ("labels", labels)) if given is not None}
+    kind = answer or ("label" if labels is not None else "choice" if choices is not None else None)
+    content: dict[str, Any] = {
+        "instruction": task_instruction, "input_format": input_format, "output_format": output_format,
+        "domain": domain, "library": list(passage_paths) if passage_paths else None, "evaluation": dataset_path,
+        "demos": _demos(demo_examples), "answer": {"type": kind, **options} if kind else None,
+    }  # fmt: skip
+    content = {key: given for key, given in content.items() if given is not None}
+    return _task({"name": task_name, **content}, f"the flags of task {task_name}", Path(), base)
+
+
+def _reasoning_gym_task(name: str) -> Task:
+    """A task whose rows, demos and scores are reasoning-gym's; answers are read by our reader before it scores them."""
+    from synth import reasoning_gym_tasks as gym  # optional
+
+    rows = gym.ReasoningGym(name)
+    return Task(
+        name=REASONING_GYM + name,
+        instruction=gym.INSTRUCTION,
+        output_format=gym.OUTPUT_FORMAT,
+        answer=gym.ANSWER,
+        reward=rows.reward,
+        template=rows.prompt("{input}"),
+        demos=rows.demos(),
+        evaluation=rows.evaluation(),
+        source=rows.source,
+    )
+
+
+def _demos(given: str | Sequence[Any] | None) -> Any:
+    if not isinstance(given, str):
+        return None if given is None else list(given)
+    if not given.lstrip().startswith("["):
+        return given
+    try:
+        return yaml.safe_load(given)
+    except yaml.YAMLError:
+        raise UserError(f"--demo-examples {given!r:.60} is neither a list of demos nor a path; write JSON") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"task {path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"task {path} is not UTF-8; save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"task {path} is not valid YAML ({' '.join(str(error).split())[:160]}); mend it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"task {path} is no YAML mapping; write `instruction: ...` and `answer: ...`")
+    return content
+
+
+def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None = None) -> Task:
+    """The task of a mapping; what it leaves out is taken from `base`. folder: what its paths are relative to."""
+    for key in content:
+        if key not in KNOWN_KEYS:
+            raise UserError(f"{place} has the unknown key {key!r}; known are {', '.join(KNOWN_KEYS)}")
+    texts: dict[str, Any] = {
+        ("template" if key == "prompt" else key): _text(content[key], key, place) for key in TEXT_KEYS if key in content
+    }
+    task = replace(base, **texts) if base else _named(texts, place)
+    if "answer" in content and "reward" in content:
+        raise UserError(f"{place} has both an answer and a reward; keep one")
+    if "answer" in content:
+        task = replace(task, answer=_answer(content["answer"], place, folder), reward=None)
+    if "reward" in content:
+        task = replace(task, answer=None, reward=_reward(content["reward"], place, folder))
+    if task.answer is None and task.reward is None:
+        if base is None and not place.startswith("the flags"):
+            raise UserError(f"{place} lacks answer (or reward); write `answer: {{type: number}}`, say")
+        task = replace(task, answer=answer_type("exact"))
+    if task.template and "{input}" not in task.template:
+        raise UserError(f"{place} has a prompt without {{input}}; say where the input goes")
+    library = [_path(item, "library", place, folder) for item in _list(content, "library", place)]
+    passages = [_text(item, "passages", place) for item in _list(content, "passages", place)]
+    rows = {
+        key: _rows(content[key], key, place, folder, task.answer) if key in content else getattr(task, key)
+        for key in ("demos", "evaluation")
+    }
+    library, passages = library or task.library, passages or task.passages
+    return replace(task, demos=rows["demos"], evaluation=rows["evaluation"], library=library, passages=passages)
+
+
+def _named(texts: dict[str, Any], place: str) -> Task:
+    if not texts.get("instruction", "").strip():
+        raise UserError(f"{place} lacks an instruction; write `instruction: ...`")
+    return Task(**texts)
+
+
+def _text(content: Any, key: str, place: str) -> str:
+    if not isinstance(content, str):
+        raise UserError(f"{place} has {content!r:.60} as {key}; it has to be text")
+    return content.strip() if key != "prompt" else content
+
+
+def _list(content: dict[str, Any], key: str, place: str) -> list[Any]:
+    given = content.get(key, [])
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list):
+        raise UserError(f"{place} has {given!r:.60} as {key}; it has to be a list")
+    return given
+
+
+def _path(given: Any, key: str, place: str, folder: Path) -> Path:
+    if not isinstance(given, str):
+        raise UserError(f"{place} has {given!r:.60} in {key}; it has to be a path")
+    path = folder / Path(given).expanduser()
+    if not path.exists():
+        raise UserError(f"{place} names {path} as {key}, which does not exist; check the path")
+    return path
+
+
+def _rows(given: Any, key: str, place: str, folder: Path, answer: AnswerType | None) -> list[Example]:
+    source = given if isinstance(given, list) else _path(given, key, place, folder)
+    return read_examples(source, f"{key} of {place}", answer.readable if answer else None)
+
+
+def _answer(given: Any, place: str, folder: Path) -> AnswerType:
+    options = {"type": given} if isinstance(given, str) else given
+    if not isinstance(options, dict) or not isinstance(options.get("type"), str):
+        raise UserError(f"{place} has {given!r:.60} as answer; write `answer: {{type: number}}`, say")
+    options = {str(key): value for key, value in options.items()}
+    for key in ("reader", "comparison"):
+        if isinstance(options.get(key), str):
+            options[key] = str(folder / Path(options[key]).expanduser())
+    try:
+        return answer_type(options.pop("type"), **options)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _reward(given: Any, place: str, folder: Path) -> RewardFunction:
+    if isinstance(given, str):
+        return load_reward_function(str(folder / Path(given).expanduser()))
+    if not isinstance(given, dict) or given.get("type") != "digits":
+        raise UserError(f"{place} has {given!r:.60} as reward; write file.py:function, or `{{type: digits}}`")
+    options = {key: value for key, value in given.items() if key != "type"}
+    multiple, increasing = options.pop("multiple_of", 2), options.pop("increasing", True)
+    if options:
+        raise UserError(
+            f"{place} has the unknown reward option {next(iter(options))!r}; known are increasing, multiple_of"
+        )
+    if not isinstance(increasing, bool) or isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
+        raise UserError(f"{place} has {given!r:.80} as reward; increasing is true or false, multiple_of 1 or more")
+    return DigitRule(increasing, multiple).reward
