@@ -1,0 +1,134 @@
+"""Texts that say the same as another: equal once normalised, or ROUGE-L (the F1 of the longest common subsequence
+of tokens) at least a threshold: 0.7, the rule of Self-Instruct (arXiv:2212.10560).
+
+Leaves out meaning: a paraphrase in other words stays, and so does the same question with longer wording.
+
+    pytest tests/test_near_duplicates.py
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from data.errors import UserError
+
+import numpy as np
+from rapidfuzz.distance import LCSseq
+
+THRESHOLD = 0.7
+# Words as in rouge-score, and signs as well: 12 + 5 and 12 - 5 are two questions. Plain punctuation is no token.
+TOKEN = re.compile(r"\w+|[^\w\s.,;:!?'\"()]")
+
+
+class Duplicate(NamedTuple):
+    """texts[number] repeats `texts[of]`, or `against[of]` where in_against is true; score is their ROUGE-L."""
+
+    number: int
+    of: int
+    in_against: bool
+    score: float
+
+    @property
+    def reason(self) -> str:
+        return "same words" if self.score == 1.0 else f"ROUGE-L {self.score:.2f}"
+
+
+def normalise(text: str) -> str:
+    """Case, white space and the composition of accents made the same."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def tokens(text: str) -> list[str]:
+    """The words and signs that ROUGE-L compares."""
+    return TOKEN.findall(normalise(text))
+
+
+def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
+    """ROUGE-L of two token lists, 0 to 1: 2 LCS / (len + len). 0 where both are empty."""
+    return 2 * LCSseq.similarity(one, other) / max(len(one) + len(other), 1)
+
+
+def find_duplicates(texts: Sequence[str], against: Sequence[str] = (), threshold: float = THRESHOLD) -> list[Duplicate]:
+    """The texts that repeat one of `against`, or an earlier text that is itself kept; in their order.
+
+    Each comes with the first partner of the same normalised text, else with the first whose ROUGE-L is at least
+    threshold, `against` before texts. Exact: what is skipped cannot reach the threshold.
+    Raises UserError unless 0 < threshold <= 1.
+    """
+    if not 0 < threshold <= 1:
+        raise UserError(f"the ROUGE-L threshold {threshold} is not above 0 and at most 1; 0.7 is usual")
+    partners = _Partners([*against, *texts], threshold)
+    found = []
+    for number in range(len(against) + len(texts)):
+        match = partners.first_match(number) if number >= len(against) else None
+        if match is None:
+            partners.keep(number)
+        else:
+            of, score = match
+            in_against = of < len(against)
+            found.append(Duplicate(number - len(against), of if in_against else of - len(against), in_against, score))
+    return found
+
+
+class _Partners:
+    """The texts kept so far, indexed by their tokens.
+
+    An LCS is at most the number of tokens that two texts share (the k-th occurrence of a token counts as an item of
+    its own), so the shared ones are counted first, for all partners at once, and few pairs come to the LCS.
+    """
+
+    def __init__(self, texts: Iterable[str], threshold: float):
+        self.threshold = threshold
+        self.normalised = [normalise(text) for text in texts]
+        split = [TOKEN.findall(text) for text in self.normalised]
+        self.lengths = np.array([len(row) for row in split], dtype=np.int64)
+        self.by_text: dict[str, int] = {}
+        numbers: dict[str, int] = {}
+        # rapidfuzz compares strings fastest: each distinct token becomes one character (there are 1.1 million).
+        self.strings = ["".join([chr(numbers.setdefault(token, len(numbers))) for token in row]) for row in split]
+        items: dict[tuple[str, int], int] = {}
+        self.items = [_item_numbers(row, items) for row in split]
+        # Room for each item's partners, filled as texts are kept: item i has room[start[i] : start[i] + filled[i]].
+        sizes = np.bincount(np.concatenate([np.zeros(0, np.int64), *self.items]), minlength=len(items))
+        self.start = np.cumsum(sizes) - sizes
+        self.filled = np.zeros(len(items), dtype=np.int64)
+        self.room = np.zeros(int(sizes.sum()), dtype=np.int32)
+
+    def keep(self, number: int) -> None:
+        """Make a text one that later texts are compared with."""
+        items = self.items[number]
+        self.room[self.start[items] + self.filled[items]] = number
+        self.filled[items] += 1
+        self.by_text.setdefault(self.normalised[number], number)
+
+    def first_match(self, number: int) -> tuple[int, float] | None:
+        """The first kept text that this one repeats, and their ROUGE-L."""
+        same = self.by_text.get(self.normalised[number])
+        if same is not None:
+            return same, 1.0
+        items = self.items[number]
+        ends = (self.start[items] + self.filled[items]).tolist()
+        slices = [self.room[a:b] for a, b in zip(self.start[items].tolist(), ends, strict=True) if b > a]
+        if not slices:
+            return None
+        shared = np.bincount(np.concatenate(slices))
+        # The least LCS that makes a duplicate; the tiny term undoes rounding where the product is a whole number.
+        needed = np.ceil((self.lengths[: len(shared)] + len(items)) * (self.threshold / 2) - 1e-9).clip(1)
+        for partner in np.flatnonzero(shared >= needed).tolist():
+            least = int(needed[partner])
+            length = LCSseq.similarity(self.strings[number], self.strings[partner], score_cutoff=least)
+            if length >= least:
+                return partner, 2 * length / float(self.lengths[partner] + len(items))
+        return None
+
+
+def _item_numbers(row: list[str], items: dict[tuple[str, int], int]) -> np.ndarray:
+    """A text's tokens as numbers, all distinct: (token, how often it came before) → number."""
+    before: Counter[str] = Counter()
+    numbers = []
+    for token in row:
+        numbers.append(items.setdefault((token, before[token]), len(items)))
+        before[token] += 1
+    return np.array(numbers, dtype=np.int64)

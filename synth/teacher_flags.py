@@ -1,0 +1,51 @@
+"""The flags by which a command finds its teacher, and the teacher that they describe, opened.
+
+Leaves out keys, which come from the environment only. Every entry point that asks a teacher uses it.
+
+    python -m pytest tests/test_generate.py -k command
+"""
+
+import argparse
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from data.errors import UserError
+from synth.cache import Cache
+from synth.limits import Limits
+from synth.teacher import Teacher
+
+
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    """Which teacher is asked, how hard, and what it may cost."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, up to and with /v1")
+    group.add_argument("--teacher-model", help="the model's name at that endpoint")
+    group.add_argument("--cache", default="synth_cache.sqlite", metavar="FILE", help="where answers are kept")
+    group.add_argument("--concurrency", type=int, default=8, help="most requests in flight")
+    group.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
+    group.add_argument("--teacher-temperature", type=float, default=1.0, help="of generation, rewriting and votes")
+    group.add_argument("--answer-tokens", type=int, default=1024, help="most tokens of one answer")
+    group.add_argument("--max-calls", type=int, help="limit on calls, retries counted")
+    group.add_argument("--max-tokens", type=int, help="limit on tokens, of prompts and answers together")
+    group.add_argument("--max-money", type=float, help="limit on money, in the currency of the prices")
+    group.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens")
+    group.add_argument("--price-out", type=float, default=0.0, help="of a million answer tokens")
+
+
+@asynccontextmanager
+async def open_teacher(args: argparse.Namespace) -> AsyncIterator[Teacher]:
+    """The teacher of `add_teacher_flags`; prints what it cost when it is closed. Raises UserError as Teacher does."""
+    if not args.teacher_url or not args.teacher_model:
+        raise UserError("no teacher is named; give --teacher-url and --teacher-model")
+    limits = Limits(args.max_calls, args.max_tokens, args.max_money, args.price_in, args.price_out)
+    with Cache(args.cache) as cache:
+        teacher = Teacher(args.teacher_url, args.teacher_model, cache, limits, args.concurrency, timeout=args.timeout)
+        async with teacher:
+            try:
+                yield teacher
+            finally:
+                total = teacher.ledger.total
+                print(
+                    f"teacher: {total.calls} calls ({total.retries} retries), {total.cached} from the cache, "
+                    f"{total.tokens} tokens, {total.money:.4g} in money"
+                )

@@ -1,0 +1,134 @@
+"""Rollouts: each is its prompt's own, drawn once, whatever the batch; a prompt that is read once gives the same."""
+
+from collections import Counter
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from models.adapters import AdapterConfig, attach_adapter, save_adapter
+from models.generation import sample
+from synth.cache import Cache
+from synth.rollouts import BaseModel, Rollout, draw, fingerprint, own_sampler, sample_shared
+from tests.architectures import build
+
+import mlx.core as mx
+import pytest
+
+PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
+
+
+class Counting:
+    """A sampler without a model, which may be killed after some rollouts."""
+
+    def __init__(self, identity="a", most=10**6):
+        self.identity, self.most = identity, most
+        self.drawn: Counter[Rollout] = Counter()
+
+    def sample(self, wanted, done):
+        for index, rollout in enumerate(wanted):
+            if self.drawn.total() == self.most:
+                raise KeyboardInterrupt
+            self.drawn[rollout] += 1
+            done(index, f"{self.identity} {rollout.prompt} {rollout.number}")
+
+
+def greedy(logprobs):
+    return mx.argmax(logprobs, axis=-1)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gemma3", "gpt_neox", "jamba"])
+def test_a_shared_cache_gives_what_each_prompt_gives_alone(name):
+    model = build(name)
+    model.eval()
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
+    found: dict = {}
+    sample_shared(model, prompts, [greedy] * len(prompts), [], 20, 5, found.__setitem__)
+    alone = [sample(model, [prompt], [], 20, temperature=0)[0] for prompt in PROMPTS]
+    assert [found[n] for n in range(len(prompts))] == [tokens for tokens in alone for _ in range(3)]
+    assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
+
+
+def test_an_eos_ends_a_rollout_and_is_kept():
+    model = build("llama-tied")
+    model.eval()
+    whole: dict = {}
+    ended: dict = {}
+    sample_shared(model, PROMPTS, [greedy] * 4, [], 12, 4, whole.__setitem__)
+    eos = whole[1][4]
+    sample_shared(model, PROMPTS, [greedy] * 4, [eos], 12, 4, ended.__setitem__)
+    assert ended[1] == whole[1][: whole[1].index(eos) + 1]
+
+
+def test_an_empty_prompt_is_a_users_error():
+    with pytest.raises(UserError, match="prompt is empty"):
+        sample_shared(build("llama-tied"), [[1], []], [greedy] * 2, [], 4, 4, lambda *_: None)
+
+
+def completions(model, wanted):
+    found: dict = {}
+    model.sample(wanted, found.__setitem__)
+    return [found[index] for index in range(len(wanted))]
+
+
+def test_a_rollout_depends_on_seed_prompt_and_number_only(tiny_folder):
+    wanted = [Rollout(prompt, number) for prompt in ("2 4 6", "10 11 15 19", "7") for number in range(5)]
+    model = BaseModel(str(tiny_folder), max_tokens=8, temperature=4.0, batch_size=15)
+    found = completions(model, wanted)
+    assert len(set(found)) == len(wanted)
+    model.batch_size = 2
+    assert completions(model, wanted[::-1]) == found[::-1]
+    assert completions(model, wanted[7:8]) == found[7:8]
+    other = BaseModel(str(tiny_folder), max_tokens=8, temperature=4.0, seed=1)
+    assert not set(completions(other, wanted)) & set(found)
+
+
+def test_rollouts_are_drawn_from_the_models_own_distribution(tiny_folder):
+    """Own keys must not be alike: 400 first tokens spread as softmax(logits) says, within 5 standard errors."""
+    model = BaseModel(str(tiny_folder), max_tokens=1, batch_size=128, temperature=0.7)
+    tokens = []
+    prompt = model.tokenizer.encode("3 5")
+    samplers = [own_sampler(0.7, 0, Rollout("3 5", n)) for n in range(400)]
+    sample_shared(model.model, [prompt] * 400, samplers, [], 1, 128, lambda _, ids: tokens.extend(ids))
+    expected = mx.softmax(model.model(mx.array([prompt]))[0, -1] / 0.7).tolist()
+    counts = Counter(tokens)
+    assert len(counts) > 3
+    for token, share in enumerate(expected):
+        assert abs(counts[token] / 400 - share) < 5 * (share * (1 - share) / 400) ** 0.5 + 1e-3
+
+
+def test_each_is_drawn_once_and_a_kill_loses_only_what_was_not_drawn(tmp_path):
+    wanted = [Rollout(prompt, number) for prompt in "ab" for number in range(4)]
+    with Cache(tmp_path / "store") as store:
+        killed = Counting(most=5)
+        with pytest.raises(KeyboardInterrupt):
+            draw(wanted, killed, store)
+        after = Counting()
+        found = draw(wanted, after, store)
+        assert found == [f"a {prompt} {number}" for prompt, number in wanted]
+        assert killed.drawn + after.drawn == Counter(wanted)
+        assert draw([wanted[3], wanted[3], wanted[0]], Counting(most=0), store) == ["a a 3", "a a 3", "a a 0"]
+
+
+def test_another_model_never_gets_old_rollouts(tmp_path):
+    with Cache(tmp_path / "store") as store:
+        draw([Rollout("a", 0)], Counting("one"), store)
+        assert draw([Rollout("a", 0)], Counting("two"), store) == ["two a 0"]
+
+
+def test_the_identity_names_all_that_decides_a_rollout(tiny_folder, tmp_path):
+    plain = BaseModel(str(tiny_folder))
+    adapter = tmp_path / "adapter"
+    settings = AdapterConfig(fine_tune_type="lora", num_layers=1, model=str(tiny_folder))
+    attach_adapter(plain.model, settings)
+    save_adapter(adapter, plain.model, settings)
+    others = [{"adapter": adapter}, {"max_tokens": 9}, {"temperature": 0.5}, {"seed": 3}]
+    identities = {BaseModel(str(tiny_folder), **changes).identity for changes in others} | {plain.identity}
+    assert len(identities) == 5
+    assert BaseModel(str(tiny_folder), batch_size=3).identity == plain.identity
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"others!!")
+    assert fingerprint(tmp_path) != before
