@@ -12,14 +12,18 @@ from models.soft_prompt import soft_prompt_ids
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import BatchGenerator, stream_generate
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # Families that mlx-lm 0.32 gets wrong in a batch: the mask does not fit gemma2's grouped heads, and the state of a
 # Mamba layer reads pads. They are sampled one prompt at a time.
 ONE_BY_ONE = ("gemma2", "phi3small", "jamba", "nemotron_h")
+
+CACHE_STEP = 256  # places by which a cache grows at a time; fewer where fewer will do
+PREFILL = 2048  # tokens of every prompt that are read in one pass
 
 
 def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
@@ -48,20 +52,31 @@ def sample(
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
     prefix = soft_prompt_ids(model)
+    prompts = [prefix + list(prompt) for prompt in prompts]
     was_training = model.training
     model.eval()
-    one_by_one = type(model).__module__.rpartition(".")[2] in ONE_BY_ONE
-    width = 1 if one_by_one else min(batch_size, len(prompts)) or 1
+    try:
+        one_by_one = type(model).__module__.rpartition(".")[2] in ONE_BY_ONE
+        width = 1 if one_by_one else min(batch_size, len(prompts)) or 1
+        plain = all(type(layer) is KVCache for layer in make_prompt_cache(model))
+        decode = _decode if plain and len(prompts) == width else _decode_by_mlx_lm
+        return decode(model, prompts, set(eos_token_ids), max_tokens, temperature_sampler(temperature), width, on_token)
+    finally:
+        model.train(was_training)
+
+
+def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token) -> list[list[int]]:
+    """By mlx-lm's BatchGenerator: any kind of cache, and a new prompt wherever one of `width` has ended."""
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
         stop_tokens=[[token] for token in eos_token_ids],
-        sampler=temperature_sampler(temperature),
+        sampler=sampler,
         completion_batch_size=width,
         prefill_batch_size=width,
     )
     try:
-        ids = generator.insert([prefix + list(prompt) for prompt in prompts])
+        ids = generator.insert(prompts)
         completions: dict[int, list[int]] = {uid: [] for uid in ids}
         while responses := generator.next_generated():
             for response in responses:
@@ -70,8 +85,71 @@ def sample(
                 on_token(len(responses))
     finally:
         generator.close()
-        model.train(was_training)
     return [completions[uid] for uid in ids]
+
+
+def _decode(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token) -> list[list[int]]:
+    """All prompts at once over key-value caches, without the work that BatchGenerator does per row and token.
+
+    What ends is left out of the later passes once it is an eighth of the rows, since that copies the caches.
+    """
+    caches = _read_prompts(model, prompts, max_tokens)
+
+    def draw(tokens: mx.array) -> mx.array:
+        drawn = sampler(model(tokens[:, None], cache=caches)[:, -1])
+        mx.async_eval(drawn)  # so that the next pass is prepared while this one runs
+        return drawn
+
+    ends = np.array(sorted(eos_token_ids), dtype=np.int64)
+    completions = np.zeros((len(prompts), max_tokens), dtype=np.int64)
+    lengths = np.zeros(len(prompts), dtype=np.int64)
+    rows, going = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool)  # of the batch, by its row
+    drawn = draw(mx.array([prompt[-1] for prompt in prompts]))
+    for count in range(max_tokens):
+        following = draw(drawn) if count + 1 < max_tokens else drawn
+        completions[rows, count] = drawn
+        lengths[rows[going]] = count + 1
+        if on_token:
+            on_token(int(going.sum()))
+        going &= ~np.isin(completions[rows, count], ends)
+        if not going.any():
+            break
+        if 8 * (~going).sum() >= len(rows):
+            kept = np.flatnonzero(going)
+            _keep_rows(caches, kept)
+            following, rows, going = following[mx.array(kept)], rows[kept], going[kept]
+        drawn = following
+    return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
+
+
+def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list[KVCache] | list[BatchKVCache]:
+    """Caches that hold all prompts but for their last tokens; shorter ones are padded on the left within."""
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    ragged = any(padding)
+    caches = [BatchKVCache([0] * len(prompts)) if ragged else KVCache() for _ in make_prompt_cache(model)]
+    for cache in caches:
+        cache.step = min(max(lengths) + max_tokens, CACHE_STEP)
+        if ragged:
+            cache.prepare(right_padding=padding)
+    tokens = mx.array([prompt[:-1] + [0] * pads for prompt, pads in zip(prompts, padding, strict=True)], mx.int32)
+    for start in range(0, max(lengths), PREFILL):
+        model(tokens[:, start : start + PREFILL], cache=caches)
+        mx.eval([cache.state for cache in caches])
+    if ragged:
+        for cache in caches:
+            cache.finalize()
+    return caches
+
+
+def _keep_rows(caches: list[KVCache] | list[BatchKVCache], rows: np.ndarray) -> None:
+    """Leave all rows but these out of the caches."""
+    index = mx.array(rows)
+    for cache in caches:
+        if isinstance(cache, BatchKVCache):
+            cache.filter(index)
+        else:
+            cache.keys, cache.values = cache.keys[index], cache.values[index]
 
 
 class ChatSession:

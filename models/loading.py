@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import models.fast_blas  # before mlx
+import models.fast_swiglu  # noqa: F401  (where there is no GPU)
 from data.errors import UserError
 from models.folders import OPENING_ERRORS, model_folder, reason
 from models.tiny import TINY_NAMES, tiny_model_path

@@ -182,8 +182,15 @@ def test_nothing_to_do_and_nothing_to_begin_with(model):
         sample(model, [[1], []], [], 5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logprobs_of_a_whole_pass_are_those_of_sampling(name, monkeypatch):
+def whole_pass(model, completions, eos_token_ids):
+    """Logprobs (B, C) of the completions by one forward pass over right-padded rows, and the mask."""
+    tokens, positions, ids, mask = (mx.array(field) for field in pack(PROMPTS, completions, eos_token_ids, 0))
+    logprobs = nn.log_softmax(Policy(model)(tokens, positions)[0], axis=-1)
+    return np.array(mx.take_along_axis(logprobs, ids[..., None], axis=-1).squeeze(-1)), np.array(mask)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "jamba"])
+def test_logprobs_of_a_whole_pass_are_those_of_mlx_lm_s_sampling(name, monkeypatch):
     """In float32 the sampler's own logprobs equal a teacher-forced pass over right-padded rows."""
     model = build(name)
     responses = []
@@ -197,10 +204,7 @@ def test_logprobs_of_a_whole_pass_are_those_of_sampling(name, monkeypatch):
     monkeypatch.setattr(models.generation, "BatchGenerator", Recording)
     mx.random.seed(0)
     completions = sample(model, PROMPTS, [7], 9, temperature=1.0)
-    tokens, positions, ids, mask = (mx.array(field) for field in pack(PROMPTS, completions, [7], 0))
-    logits, _ = Policy(model)(tokens, positions)
-    logprobs = nn.log_softmax(logits, axis=-1)
-    whole = np.array(mx.take_along_axis(logprobs, ids[..., None], axis=-1).squeeze(-1))
+    whole, mask = whole_pass(model, completions, [7])
     step = Counter[int]()
     for response in responses:
         row = response.uid
@@ -209,6 +213,55 @@ def test_logprobs_of_a_whole_pass_are_those_of_sampling(name, monkeypatch):
         assert whole[row, step[row]] == pytest.approx(one_by_one, abs=1e-5)
         step[row] += 1
     assert [step[row] for row in range(len(PROMPTS))] == mask.sum(axis=1).tolist()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt_neox"])
+def test_logprobs_of_a_whole_pass_are_those_of_our_own_sampling(name, monkeypatch):
+    """The same for our own decoding, in which rows that have ended leave the batch."""
+    model = build(name)
+    passes: list[tuple[mx.array, mx.array]] = []
+
+    def recording(temperature):
+        def draw(logits):
+            passes.append((nn.log_softmax(logits, axis=-1), temperature_sampler(temperature)(logits)))
+            return passes[-1][1]
+
+        return draw
+
+    monkeypatch.setattr(models.generation, "temperature_sampler", recording)
+    mx.random.seed(0)
+    eos = list(range(0, VOCABULARY, 4))  # so that many rows end early
+    completions = sample(model, PROMPTS, eos, 12, temperature=1.0)
+    whole, mask = whole_pass(model, completions, eos)
+    lengths = mask.sum(axis=1).astype(int)
+    assert len(set(lengths)) > 2 and len(passes[-1][1]) < len(PROMPTS)
+    for count, (logprobs, drawn) in enumerate(passes[: lengths.max()]):
+        found = mx.take_along_axis(logprobs, drawn[:, None], axis=-1).squeeze(-1).tolist()
+        seen = dict(zip(drawn.tolist(), found, strict=True))
+        rows = np.flatnonzero(lengths > count)
+        assert {completions[row][count] for row in rows} <= seen.keys()
+        if len(seen) == len(drawn):  # no token is drawn twice, so each tells its row
+            for row in rows:
+                assert whole[row, count] == pytest.approx(seen[completions[row][count]], abs=1e-5)
+    assert any(len(set(drawn.tolist())) == len(drawn) for _, drawn in passes[1:])
+
+
+@pytest.mark.parametrize("lengths", [(3, 3, 3, 3, 3, 3), (1, 8, 2, 5, 1, 3)])
+def test_rows_that_end_leave_the_others_as_they_were(model, lengths):
+    prompts = [[1 + (7 * row + i) % 49 for i in range(length)] for row, length in enumerate(lengths)]
+    free = sample(model, prompts, [], 12, temperature=0)
+    assert free == [greedy_by_mlx_lm(model, prompt, 12) for prompt in prompts]
+    for eos in {completion[at] for completion in free for at in (0, 7)}:
+        assert sample(model, prompts, {eos}, 12, temperature=0) == [cut(completion, {eos}) for completion in free]
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2], [3, 4]], [[1], [3, 4, 5]]])
+def test_caches_grow_with_what_they_hold(model, prompts, monkeypatch):
+    expected = sample(model, prompts, [], 40, temperature=0)
+    monkeypatch.setattr(models.generation, "CACHE_STEP", 16)
+    assert sample(model, prompts, [], 40, temperature=0) == expected
+    monkeypatch.setattr(models.generation, "PREFILL", 1)
+    assert sample(model, prompts, [], 40, temperature=0) == expected
 
 
 def test_prompt_and_completion_texts_make_up_the_whole(tokenizer):

@@ -16,10 +16,11 @@ from training.optimizer import (
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 import torch
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 
 class Net(nn.Module):
@@ -139,6 +140,49 @@ def test_several_steps_equal_pytorch_s(weight_decay):
             np.testing.assert_allclose(value, twin[name].detach().numpy(), rtol=0, atol=1e-5)
 
 
+class Square(nn.Module):
+    """Weights whose gradients are what a test says, by rows or by columns in memory."""
+
+    def __init__(self):
+        super().__init__()
+        mx.random.seed(0)
+        self.weight, self.bias = mx.random.normal((4, 3)), mx.random.normal((3,))
+
+
+def gradients_of(seed, by_columns):
+    rng = np.random.default_rng(seed)
+    weight, bias = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((4, 3), (3,)))
+    weight = mx.contiguous(weight.T).T if by_columns else mx.contiguous(weight)
+    mx.eval(weight)
+    assert memoryview(weight).f_contiguous == by_columns
+    return {"weight": weight, "bias": bias}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(weight_decay):
+    nets, ours = [Square(), Square()], [make_optimizer(1e-2, 100, weight_decay=weight_decay) for _ in range(2)]
+    theirs = optim.Adam(1e-2, bias_correction=True)
+    if weight_decay:
+        theirs = optim.AdamW(1e-2, weight_decay=weight_decay, bias_correction=True)
+    mlx_net = Square()
+    for net, optimizer in zip(nets, ours, strict=True):
+        optimizer.init(net.trainable_parameters())
+    for seed in range(6):
+        for by_columns, (net, optimizer) in enumerate(zip(nets, ours, strict=True)):
+            norm = update(net, optimizer, mx.array(1.0), gradients_of(seed, bool(by_columns)), 1.0)
+        gradients = gradients_of(seed, False)
+        assert norm == pytest.approx(gradient_norm(gradients).item(), rel=1e-6) and norm > 1
+        shrunk = {name: gradient / (norm + 1e-6) for name, gradient in gradients.items()}
+        theirs.update(mlx_net, shrunk)
+    assert same(weights(nets[0]), weights(nets[1])) and same(state_of(ours[0]), state_of(ours[1]))
+    for name, value in weights(mlx_net).items():
+        np.testing.assert_allclose(weights(nets[0])[name], value, rtol=0, atol=1e-6)
+    expected = {name: np.array(array) for name, array in tree_flatten(theirs.state)}
+    assert state_of(ours[0]).keys() - {"learning_rate"} == expected.keys() - {"learning_rate"}
+    for name in expected.keys() - {"learning_rate"}:
+        np.testing.assert_allclose(state_of(ours[0])[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
 def test_frozen_weights_stay():
     net = Net()
     net.first.freeze()
@@ -154,12 +198,13 @@ def test_frozen_weights_stay():
 
 
 class Record:
-    """An optimizer that keeps the gradients it is given."""
+    """An optimizer that keeps the gradients it is given, shrunk as it is told."""
 
     state: dict = {}  # noqa: RUF012
+    shrink = 1.0
 
     def update(self, module, gradients):
-        self.gradients = gradients
+        self.gradients = tree_map(lambda gradient: self.shrink * gradient, gradients)
 
 
 def test_the_norm_is_over_all_gradients_together():
@@ -174,7 +219,7 @@ def test_the_norm_is_over_all_gradients_together():
 def test_gradients_are_clipped_to_the_norm(limit, scale):
     recorder = Record()
     gradients = {"a": mx.array([3.0]), "b": {"c": mx.array([[-4.0]])}}
-    assert update(nn.Module(), recorder, mx.array(0.0), gradients, limit) == 5.0
+    assert update(nn.Module(), recorder, mx.array(0.0), gradients, limit) == 5.0  # type: ignore[arg-type]
     assert recorder.gradients["a"].item() == pytest.approx(3 * scale, rel=1e-5)
     assert recorder.gradients["b"]["c"].item() == pytest.approx(-4 * scale, rel=1e-5)
 

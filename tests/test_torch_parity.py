@@ -3,6 +3,8 @@
 What is compared are the scripts' own stages, ppo_training.py against pytorch_ppo_training.py, in float32.
 """
 
+from typing import Any
+
 import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training as mlx_script
 import pytorch_ppo_training as torch_script
@@ -107,6 +109,7 @@ class Side:
         elif self.trainee.value_head is not None:
             self.trainee.value_head.load_state_dict({"weight": torch.tensor(head_weight)})
         settings = (1e-3, 100, "cosine", 2, 0.01)
+        self.optimizer: Any
         if self.is_mlx:
             self.optimizer = optimizer.make_optimizer(*settings)
             self.optimizer.init(self.trainee.module.trainable_parameters())

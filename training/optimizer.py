@@ -9,10 +9,55 @@ from data.errors import UserError
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import build_schedule
 
 SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Adam(optim.Adam):
+    """mlx's Adam, or AdamW, with bias correction, in two thirds of its time on CPU; equal to it but for rounding.
+
+    All that is equal for every weight is worked out once, and the moments lie in memory as the gradient does.
+    """
+
+    def __init__(self, learning_rate: float | Callable, weight_decay: float = 0.0):
+        super().__init__(learning_rate, bias_correction=True)
+        self.weight_decay = weight_decay
+        self.shrink = 1.0  # of the next step's gradients
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        """The parameters after one step; called by `Optimizer.update`."""
+        step, (b1, b2) = self.step + 1, self.betas
+        correction = mx.sqrt(1 - b2**step)
+        self._eps, self._per_rate = correction * self.eps, correction / (1 - b1**step)
+        self._rate: mx.array | None = None
+        return super().apply_gradients(gradients, parameters)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """One array's step. √v + ε·c, with √v's correction c in the rate, saves a pass over √v · 1/c + ε."""
+        if self._rate is None:
+            self._rate = self.learning_rate * self._per_rate  # only now has the schedule been asked
+        b1, b2 = self.betas
+        m, v = (_laid_as(gradient, state[name]) for name in ("m", "v"))
+        m = state["m"] = b1 * m + (1 - b1) * self.shrink * gradient
+        v = state["v"] = b2 * v + (1 - b2) * self.shrink**2 * mx.square(gradient)
+        if self.weight_decay:
+            parameter = parameter * (1 - self.learning_rate * self.weight_decay).astype(parameter.dtype)
+        rate, eps = self._rate.astype(gradient.dtype), self._eps.astype(gradient.dtype)
+        return parameter - rate * m / (mx.sqrt(v) + eps)
+
+
+def _laid_as(gradient: mx.array, moment: mx.array) -> mx.array:
+    """`moment`, by columns if the gradient is: on CPU mlx takes three times as long where the two differ.
+
+    The gradient of a linear layer's weight is, as mlx makes it transposed. The weights stay as they are, so that a
+    forward pass after a resume multiplies what it would have multiplied, bit for bit.
+    """
+    if moment.ndim != 2 or moment.dtype != mx.float32 or mx.default_device() == mx.Device(mx.gpu):
+        return moment
+    by_columns = memoryview(gradient).f_contiguous and not memoryview(moment).f_contiguous
+    return mx.contiguous(moment.T).T if by_columns else moment
 
 
 def make_optimizer(
@@ -21,7 +66,7 @@ def make_optimizer(
     schedule: str = "constant",
     warmup_updates: int = 0,
     weight_decay: float = 0.0,
-) -> optim.Optimizer:
+) -> Adam:
     """Adam with PyTorch's bias correction, whose rate rises over the warm-up and then keeps, or falls to 0.
 
     total_updates: optimizer steps of the whole run, at which linear and cosine schedules end.
@@ -37,14 +82,10 @@ def make_optimizer(
     }
     name, values = arguments[schedule]
     rate = build_schedule({"name": name, "arguments": values, "warmup": warmup_updates})
-    if weight_decay:
-        return optim.AdamW(rate, weight_decay=weight_decay, bias_correction=True)
-    return optim.Adam(rate, bias_correction=True)
+    return Adam(rate, weight_decay)
 
 
-def update(
-    module: nn.Module, optimizer: optim.Optimizer, loss: mx.array, gradients: dict, max_grad_norm: float | None
-) -> float:
+def update(module: nn.Module, optimizer: Adam, loss: mx.array, gradients: dict, max_grad_norm: float | None) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step on `module`.
 
     Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and the
@@ -55,18 +96,17 @@ def update(
     norm_value = norm.item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm_value)):
         return math.nan
-    if max_grad_norm and norm_value > max_grad_norm:
-        shrink = mx.array(max_grad_norm / (norm_value + 1e-6))
-        gradients = tree_map(lambda gradient: gradient * shrink, gradients)
+    optimizer.shrink = min(1.0, max_grad_norm / (norm_value + 1e-6)) if max_grad_norm else 1.0
     optimizer.update(module, gradients)
-    mx.eval(module.trainable_parameters(), optimizer.state)
+    mx.async_eval(module.trainable_parameters(), optimizer.state)  # the caller goes on to its next pass meanwhile
     return norm_value
 
 
 def gradient_norm(gradients: dict) -> mx.array:
     """The Euclidean norm of all gradients together, in float32."""
-    squares = [mx.sum(mx.square(g.astype(mx.float32))) for _, g in tree_flatten(gradients)]
-    return mx.sqrt(mx.sum(mx.stack(squares)))
+    squares = [mx.square(g.astype(mx.float32)) for _, g in tree_flatten(gradients)]
+    # Rows first: by columns, as most gradients lie, that is twice as fast as all at once.
+    return mx.sqrt(mx.sum(mx.stack([mx.sum(square.sum(axis=-1) if square.ndim > 1 else square) for square in squares])))
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
