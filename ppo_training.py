@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import in_order
@@ -19,7 +20,7 @@ from data.files import check_replaceable
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.generation import sample
 from models.loading import LoadedModel, load, twin
-from models.soft_prompt import soft_prompt_ids
+from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
 from models.value_head import Policy, new_value_head
 from rewards.build import build_reward
 from training import config, ppo, ppo_flags, ppo_step
@@ -35,6 +36,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
+
+SCORED_LOGITS = 2**22  # at most so many at once, where one mini batch has fewer: 16 MB in float32
 
 
 def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Trainee, nn.Module]:
@@ -67,7 +70,8 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
     )
     texts = completion_texts(tokenizer, prompt_ids, completions)
     ended = [has_eos(completion, tokenizer.eos_token_ids) for completion in completions]
-    raw_scores = np.asarray(reward(*texts), dtype=np.float32)
+    # The prompts as they were given, by which a reward knows them; decoding may change a space.
+    raw_scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float32)
     scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
 
     prefix = soft_prompt_ids(trainee.model)
@@ -76,7 +80,7 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
     )
     tokens, positions, completion_ids, mask = (mx.array(field) for field in packed)
     pieces = []
-    for rows in in_order(len(prompts), args.mini_batch_size):
+    for rows in in_order(len(prompts), rows_to_score(args, trainee.model, positions.shape[1])):
         piece = slice(rows.start, rows.stop)
         logits, values = trainee.module(tokens[piece], positions[piece])
         ref_logits = reference_logits(args, reference, tokens[piece], positions[piece], prefix)
@@ -91,6 +95,12 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
         tokens, positions, completion_ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=mx.array(scores)
     )
     return rollout, texts, ppo_step.rollout_figures(raw_scores, ended, rollout, entropy)
+
+
+def rows_to_score(args, model: nn.Module, completion_length: int) -> int:
+    """Completions per scoring pass: a mini batch, or more where their logits stay small."""
+    row = completion_length * num_embeddings(find_embedding(model)[1])
+    return max(args.mini_batch_size, SCORED_LOGITS // row)
 
 
 def reference_logits(args, reference: nn.Module, tokens: mx.array, positions: mx.array, prefix: list[int]) -> mx.array:
@@ -114,18 +124,16 @@ def accumulate(gradients_of, rollout: Rollout, advantages, returns, pieces, kl_c
     """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
     pieces = [mx.array(rows) for rows in pieces]
     denominator = sum(rollout.mask[rows].sum() for rows in pieces)
-    loss, gradients = mx.array(0.0), None
-    stats: dict[str, mx.array] = {}
+    whole: Any = None
     for rows in pieces:
-        (piece_loss, piece_stats), piece_gradients = gradients_of(
-            rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef
-        )
-        loss = loss + piece_loss
-        for name, value in piece_stats.items():
-            so_far = stats.get(name, mx.array(0.0))
-            stats[name] = mx.maximum(so_far, value) if name == "ratio_max" else so_far + value
-        gradients = piece_gradients if gradients is None else tree_map(mx.add, gradients, piece_gradients)
-        mx.eval(loss, stats, gradients)
+        piece = gradients_of(rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef)
+        if whole is not None:
+            largest = mx.maximum(whole[0][1]["ratio_max"], piece[0][1]["ratio_max"])
+            piece = tree_map(mx.add, whole, piece)
+            piece[0][1]["ratio_max"] = largest
+        whole = piece
+        mx.eval(whole)
+    (loss, stats), gradients = whole
     return loss, {name: float(value) for name, value in stats.items()}, gradients
 
 
@@ -143,6 +151,7 @@ def optimise(args, step: int, policy: Policy, optimizer, gradients_of, rollout: 
             skipped += 1
         else:
             history.append({**stats, "grad_norm": norm})
+    mx.synchronize()  # the last update is this step's time, too
     return ppo_step.mean_stats(history, skipped)
 
 
@@ -183,7 +192,7 @@ def train(
                 skipped = f"step {progress.step}: {stats['skipped_updates']} updates skipped"
                 log.say(f"{skipped} (not finite, or ratio past its limit)")
             if progress.step % args.save_every == 0 or progress.step == args.num_steps or stop.requested:
-                save_checkpoint(folder, progress.step, trainee, optimizer, progress.state())
+                save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
     if progress.step < args.num_steps:
         log.close()
         done = f"{progress.step} of {args.num_steps} steps are done"

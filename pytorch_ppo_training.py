@@ -16,12 +16,14 @@ from pathlib import Path
 from data.batching import in_order
 from data.decoding import completion_texts
 from data.files import check_replaceable
+from data.prompts import jsonl_answers
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
 from models.torch_adapters import attach_adapter, load_adapter, save_adapter
 from models.torch_generation import sample
 from models.torch_loading import DEVICES, LoadedModel, choose_device, load, twin
 from models.torch_policy import Policy, new_value_head
 from models.torch_soft_prompt import soft_prompt_ids
+from rewards.answer_reward import AnswerReward, answer_from_flag
 from rewards.function import load_reward_function
 from rewards.torch_reward_model import load_reward_model
 from training import config, ppo, ppo_flags, ppo_step
@@ -44,6 +46,8 @@ def build_reward(args: argparse.Namespace, base: LoadedModel):
         return ppo_step.digit_rule(args).reward
     if args.reward_model:
         return load_reward_model(args.reward_model, base.model.device, base).reward
+    if args.answer:
+        return AnswerReward(answer_from_flag(args.answer), jsonl_answers(args.prompts)).reward
     return load_reward_function(args.reward_function)
 
 
@@ -78,7 +82,8 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, 
     )
     texts = completion_texts(tokenizer, prompt_ids, completions)
     ended = [has_eos(completion, eos_token_ids) for completion in completions]
-    raw_scores = np.asarray(reward(*texts), dtype=np.float32)
+    # The prompts as they were given, by which a reward knows them; decoding may change a space.
+    raw_scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float32)
     scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
 
     prefix = soft_prompt_ids(trainee.model)
@@ -205,7 +210,7 @@ def train(
                 skipped = f"step {progress.step}: {stats['skipped_updates']} updates skipped"
                 log.say(f"{skipped} (not finite, or ratio past its limit)")
             if progress.step % args.save_every == 0 or progress.step == args.num_steps or stop.requested:
-                save_checkpoint(folder, progress.step, trainee, optimizer, progress.state())
+                save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
     if progress.step < args.num_steps:
         log.close()
         done = f"{progress.step} of {args.num_steps} steps are done"

@@ -132,7 +132,8 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
     window, window_started, window_step = mx.array(state["window"]), started, step
 
     def save() -> None:
-        save_checkpoint(folder, step, trainee, optimizer, {"window": window.tolist(), "skipped": skipped})
+        figures = {"window": window.tolist(), "skipped": skipped}
+        save_checkpoint(folder, step, trainee, optimizer, figures, args.keep_checkpoints)
 
     if not args.resume:
         loss, accuracy = evaluate(module, validation, args.val_batches)

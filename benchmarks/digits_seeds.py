@@ -3,6 +3,7 @@
     python benchmarks/digits_seeds.py                          MLX, LoRA on the ground truth, 10 seeds
     python benchmarks/digits_seeds.py --framework both         the same in MLX and in PyTorch
     python benchmarks/digits_seeds.py --variants lora learned soft_prompt full
+    python benchmarks/digits_seeds.py --seeds 3 --output-dir runs/knobs --flags "--ppo-epochs 4" --label "4 epochs"
 
 A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults, from an SFT model with a mean
 score of 0.5 to 0.7, in a folder of its own: finished cells are kept, cut ones resumed. Ends with a table, a
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from data.files import atomic_file, write_json  # noqa: E402
+from data.files import atomic_file, read_json, write_json  # noqa: E402
 from training import config  # noqa: E402
 from training.cli import run  # noqa: E402
 from training.metrics import read_metrics  # noqa: E402
@@ -43,6 +44,13 @@ VARIANTS = {
 }
 COMPLETIONS = 25_000
 GOAL = 0.9
+
+
+class Run(NamedTuple):
+    """A finished cell: a row of figures a step, and how many completions a step has."""
+
+    rows: list[dict]
+    batch_size: int
 
 
 class Result(NamedTuple):
@@ -67,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--output-dir", default="runs/digits_seeds", help="folder of all cells")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
+    parser.add_argument("--label", default="", help="what the table calls the runs with those flags")
     return parser.parse_args()
 
 
@@ -93,14 +102,14 @@ def prepare(folder: Path) -> None:
         )  # fmt: skip
 
 
-def cell_folder(folder: Path, framework: str, variant: str, seed: int) -> Path:
-    return folder / f"{framework}-{variant}-{seed}"
+def cell_folder(folder: Path, framework: str, variant: str, label: str, seed: int) -> Path:
+    return folder / f"{framework}-{variant}{f', {label}' if label else ''}-{seed}"
 
 
 def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) -> None:
     """Start a cell, go on with it, or leave it where it is finished."""
     folder = Path(args.output_dir).resolve()
-    cell = cell_folder(folder, framework, variant, seed)
+    cell = cell_folder(folder, framework, variant, args.label, seed)
     if (cell / "summary.json").exists():
         return
     log = folder / "logs" / f"{cell.name}.log"
@@ -115,15 +124,17 @@ def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) 
     )  # fmt: skip
 
 
-def finished(folder: Path) -> dict[tuple[str, str], list[list[dict]]]:
-    """The metrics of every finished cell of the folder, by framework and variant, in the order of the seeds."""
-    curves: dict[tuple[str, str], list[list[dict]]] = {}
-    for variant, framework in itertools.product(VARIANTS, SCRIPTS):
-        done = [path.parent for path in folder.glob(f"{framework}-{variant}-*/summary.json")]
-        if done:
-            done.sort(key=lambda cell: int(cell.name.rpartition("-")[2]))
-            curves[framework, variant] = [read_metrics(cell) for cell in done]
-    return curves
+def finished(folder: Path) -> dict[tuple[str, str], list[Run]]:
+    """Every finished cell of the folder, by framework and variant, in the order of the seeds."""
+    runs: dict[tuple[str, str], dict[int, Run]] = {}
+    for cell in (summary.parent for summary in folder.glob("*-*-*/summary.json")):
+        framework, _, rest = cell.name.partition("-")
+        variant, _, seed = rest.rpartition("-")
+        done = Run(read_metrics(cell), read_json(cell / "config.json")["batch_size"])
+        runs.setdefault((framework, variant), {})[int(seed)] = done
+    known = [key for key in itertools.product(SCRIPTS, VARIANTS) if key in runs]
+    keys = sorted(known, key=lambda key: list(VARIANTS).index(key[1])) + sorted(runs.keys() - known)
+    return {key: [runs[key][seed] for seed in sorted(runs[key])] for key in keys}
 
 
 def true_scores(rows: Sequence[dict]) -> np.ndarray:
@@ -132,7 +143,7 @@ def true_scores(rows: Sequence[dict]) -> np.ndarray:
 
 
 def measure(rows: Sequence[dict], batch_size: int) -> Result:
-    """The figures of one run, from its metrics."""
+    """The figures of one run."""
     scores = true_scores(rows)
     reached = np.flatnonzero(scores >= GOAL)
     first = int(reached[0]) if len(reached) else None
@@ -147,7 +158,7 @@ def measure(rows: Sequence[dict], batch_size: int) -> Result:
         seconds_to_goal=float("inf") if first is None else rows[first]["seconds"],
         last_fifth=float(scores[-max(len(scores) // 5, 1) :].mean()),
         lowest_10_steps=lowest(10),
-        lowest_1000=lowest(max(1000 // batch_size, 1)),
+        lowest_1000=lowest(max(round(1000 / batch_size), 1)),
         final_kl=float(np.mean([row["kl"] for row in rows[-10:]])),
         seconds=rows[-1]["seconds"],
     )
@@ -174,7 +185,7 @@ def table(results: dict[tuple[str, str], list[Result]]) -> str:
     return "\n".join(lines)
 
 
-def draw(path: Path, curves: dict[tuple[str, str], list[list[dict]]], batch_size: int) -> None:
+def draw(path: Path, runs: dict[tuple[str, str], list[Run]]) -> None:
     """All curves: one column per variant with the scores of every seed, and the learned reward's gap."""
     import matplotlib
 
@@ -182,13 +193,13 @@ def draw(path: Path, curves: dict[tuple[str, str], list[list[dict]]], batch_size
     import matplotlib.pyplot as plt
 
     colours = {"mlx": "tab:blue", "torch": "tab:orange"}
-    variants = list(dict.fromkeys(variant for _, variant in curves))
+    variants = list(dict.fromkeys(variant for _, variant in runs))
     figure, axes = plt.subplots(2, len(variants), figsize=(5 * len(variants), 6.4), squeeze=False, sharex=True)
     for column, variant in enumerate(variants):
         score_axis, kl_axis = axes[:, column]
         learned_axis = None
         for framework in colours:
-            for index, rows in enumerate(curves.get((framework, variant), [])):
+            for index, (rows, batch_size) in enumerate(runs.get((framework, variant), [])):
                 x = np.array([row["step"] for row in rows]) * batch_size
                 label = framework if index == 0 else None
                 score_axis.plot(x, true_scores(rows), color=colours[framework], alpha=0.5, linewidth=0.9, label=label)
@@ -219,8 +230,8 @@ def main() -> None:
     cells = [(f, v, seed) for seed in range(args.seeds) for v in args.variants for f in frameworks]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(tqdm(pool.map(lambda cell: run_cell(args, *cell), cells), total=len(cells), desc="runs", unit="run"))
-    curves = finished(folder)
-    results = {key: [measure(rows, args.batch_size) for rows in runs] for key, runs in curves.items()}
+    runs = finished(folder)
+    results = {key: [measure(*run) for run in same] for key, same in runs.items()}
     text = table(results)
     print(text)
     with atomic_file(folder / "table.md") as temporary:
@@ -230,7 +241,7 @@ def main() -> None:
         for (f, v), rows in results.items()
     }
     write_json(folder / "results.json", finite)
-    draw(folder / "curves.png", curves, args.batch_size)
+    draw(folder / "curves.png", runs)
     print(f"table, figures and picture: {folder}/table.md, results.json, curves.png")
 
 

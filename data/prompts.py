@@ -1,4 +1,7 @@
-"""Prompts for PPO: starts of the digit rule, or the rows of a `.jsonl`. Which come when depends on (seed, step)."""
+"""Prompts for PPO: starts of the digit rule, or the rows of a `.jsonl`, perhaps with answers.
+
+Which come when depends on (seed, step).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +40,15 @@ def digit_prompts(rule: DigitRule) -> list[str]:
 def jsonl_prompts(path: str | Path) -> list[str]:
     """The "prompt" of every row."""
     return [row["prompt"] for row in read_rows(path, [("prompt",)])]
+
+
+def jsonl_answers(path: str | Path) -> dict[str, str]:
+    """Prompt → answer of rows with "prompt" and "answer". Raises UserError where a prompt has two answers."""
+    answers: dict[str, str] = {}
+    for row in read_rows(path, [("prompt", "answer")]):
+        if answers.setdefault(row["prompt"], row["answer"]) != row["answer"]:
+            raise UserError(f"{path} gives the prompt {row['prompt']!r:.60} two answers; keep one of its rows")
+    return answers
 
 
 class PromptPlan:

@@ -5,7 +5,7 @@ A row is one of
     {"prompt", "completion"}              trained on the completion only
     {"text", "reward"}                    for a reward model: any two rows with unequal rewards make a pair
     {"chosen", "rejected"} or with "prompt"   preference pairs
-    {"prompt"}                            prompts for PPO
+    {"prompt"} or {"prompt", "answer"}    prompts for PPO
 """
 
 import json

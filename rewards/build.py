@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+from data.prompts import jsonl_answers
 from models.loading import LoadedModel
+from rewards.answer_reward import AnswerReward, answer_from_flag
 from rewards.digits import DigitRule
 from rewards.function import load_reward_function
 from rewards.reward_model import load_reward_model
@@ -17,4 +19,6 @@ def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
         return DigitRule(not args.decreasing, args.multiple_of).reward
     if args.reward_model:
         return load_reward_model(args.reward_model, base).reward
+    if args.answer:
+        return AnswerReward(answer_from_flag(args.answer), jsonl_answers(args.prompts)).reward
     return load_reward_function(args.reward_function)

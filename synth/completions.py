@@ -16,6 +16,10 @@ from synth.pace import Fault
 
 from pydantic import BaseModel
 
+# The index of one of several equal requests, sent along. Servers pass over headers they do not know; the offline
+# teacher answers by it, so that its answers do not depend on the order in which the requests arrive.
+SAMPLE_HEADER = "X-Sample"
+
 
 class Reply(NamedTuple):
     """One answer. parsed: set where a schema was given and status is "ok".
@@ -63,7 +67,7 @@ def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Sto
             content = "".join(part.get("text") or "" for part in content)
         usage = response.get("usage") or {}
         counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        text = safe(content)
+        text = safe(content).encode(errors="replace").decode()  # half of a surrogate pair could not be stored
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Fault("again", f"the response is no completion ({type(error).__name__}: {error})") from None
     guessed = (count_tokens(ask.messages), count_tokens([{"content": text}]))

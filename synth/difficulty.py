@@ -21,17 +21,17 @@ from synth import prompts
 from synth.cache import Cache
 from synth.completions import Ask
 from synth.generate import Asking, open_library, passage_texts, read_sample
-from synth.near_duplicates import THRESHOLD
 from synth.rollouts import BaseModel, Rollout, Sampler, draw
 from synth.stages import Asker, Row, ask_all, kept, load_rows, new_row, summary, write_rows
 from synth.task import Task, load_task
 from synth.teacher_flags import add_teacher_flags, open_teacher
-from synth.verify import Voting, add_voting_flags, verify, voting_from
+from synth.verify import Voting, add_voting_flags, verify, voting_from, with_threshold
 from training import config
 from training.cli import run
 
 # A new sample may fail the vote or miss the bins that are short, so more are asked for than are wanted.
 ASKED_PER_WANTED = 2
+DEFAULT_MODEL = "tiny-digits"
 HARDER, EASIER = "harder", "easier"
 
 
@@ -102,7 +102,6 @@ class Rewriting:
 
     asking: Asking = field(default_factory=Asking)
     voting: Voting = field(default_factory=Voting)
-    duplicates: float = THRESHOLD
 
 
 class Adapted(NamedTuple):
@@ -196,7 +195,7 @@ async def adapt(
             return Adapted(rows, "no sample is left to rewrite")
         made = await rewrite(parents, task, teacher, passages, rewriting.asking)
         pool = [row["input"] for row in kept(rows)]
-        voted = await verify(kept(made), task, teacher, rewriting.voting, rewriting.duplicates, pool, passages)
+        voted = await verify(kept(made), task, teacher, rewriting.voting, pool, passages)
         # A parent whose rewriting failed is known by its dropped row.
         rows += measure(voted) + [row for row in made if "dropped" in row]
         print(f"pass rates after round {number}: {spread.line(rows)}", flush=True)
@@ -207,7 +206,11 @@ async def adapt(
 def add_difficulty_flags(parser: config.Parser) -> None:
     """The base model, its rollouts, and the spread of pass rates."""
     group = parser.add_argument_group("difficulty")
-    group.add_argument("--base-model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    group.add_argument(
+        "--base-model",
+        "--base-model-path",
+        help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
+    )
     group.add_argument("--base-adapter", help="an adapter on it: a folder, or an .npz or .safetensors file")
     group.add_argument("--rollouts", type=int, default=Tries.first, help="completions of each sample")
     group.add_argument("--most-rollouts", type=int, default=Tries.most, help="of those solved never or always")
@@ -217,7 +220,9 @@ def add_difficulty_flags(parser: config.Parser) -> None:
     group.add_argument("--wanted", type=int, default=Spread.wanted, help="samples with a pass rate within the band")
     group.add_argument("--band", type=float, nargs="+", default=list(Spread.band), help="lowest, highest pass rate")
     group.add_argument("--bins", type=int, default=Spread.bins, help="parts of the band to be filled evenly")
-    group.add_argument("--rounds", type=int, default=Spread.rounds, help="of harder and easier samples; 0: none")
+    group.add_argument(
+        "--rounds", "--iterations", type=int, default=Spread.rounds, help="of harder and easier samples; 0: none"
+    )
 
 
 def spread_from(args) -> Spread:
@@ -232,13 +237,13 @@ def band_from(args) -> tuple[float, float]:
     return args.band[0], args.band[1]
 
 
-def base_model_from(args) -> BaseModel:
-    """The base model that `add_difficulty_flags` names, opened."""
+def base_model_from(args, task: Task) -> BaseModel:
+    """The base model that `add_difficulty_flags` or the task names, opened."""
     config.positive("max-completion-length", args.max_completion_length)
     config.positive("sampling-batch-size", args.sampling_batch_size)
     config.positive("temperature", args.temperature, zero=True)
     return BaseModel(
-        args.base_model,
+        args.base_model or task.base_model or DEFAULT_MODEL,
         args.base_adapter,
         args.max_completion_length,
         args.temperature,
@@ -259,12 +264,11 @@ def main() -> None:
     add_voting_flags(parser)
     add_teacher_flags(parser)
     args = parser.parse_args()
-    task, spread, tries = load_task(args.task), spread_from(args), Tries(args.rollouts, args.most_rollouts)
-    rewriting = Rewriting(
-        Asking(args.teacher_temperature, args.answer_tokens), voting_from(args), args.duplicate_threshold
-    )
+    task = with_threshold(load_task(args.task), args)
+    spread, tries = spread_from(args), Tries(args.rollouts, args.most_rollouts)
+    rewriting = Rewriting(Asking(args.teacher_temperature, args.answer_tokens), voting_from(args))
     rows = kept(load_rows(getattr(args, "in")))
-    model = base_model_from(args)
+    model = base_model_from(args, task)
     with Cache(args.rollout_store) as store:
 
         def measure(some: Sequence[Row]) -> list[Row]:

@@ -39,7 +39,7 @@ def count_tokens(messages: Iterable[Mapping]) -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper bounds for one process (None: no bound) and prices per million tokens."""
+    """Upper bounds (None: no bound) and prices per million tokens."""
 
     calls: int | None = None
     tokens: int | None = None
@@ -95,6 +95,12 @@ class Ledger:
         """For a JSON file: one row a stage, and "total"."""
         rows = {name: asdict(count) for name, count in self.stages.items()}
         return {**rows, "total": asdict(self.total)}
+
+    def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
+        """Go on from what `as_dict` gave, so that limits hold for a run and not for each of its processes."""
+        counts = {name: Count(**row) for name, row in saved.items()}  # type: ignore[arg-type]
+        self.total = counts.pop("total", Count())
+        self.stages = counts
 
     def reserve(self, stage: str, cost: Cost, retry: bool) -> LimitReached | None:
         """Count a call that is about to be sent, or return the error that says which limit it would pass."""

@@ -57,9 +57,7 @@ def find_duplicates(texts: Sequence[str], against: Sequence[str] = (), threshold
     threshold, `against` before texts. Exact: what is skipped cannot reach the threshold.
     Raises UserError unless 0 < threshold <= 1.
     """
-    if not 0 < threshold <= 1:
-        raise UserError(f"the ROUGE-L threshold {threshold} is not above 0 and at most 1; 0.7 is usual")
-    partners = _Partners([*against, *texts], threshold)
+    partners = _Partners([*against, *texts], checked_threshold(threshold))
     found = []
     for number in range(len(against) + len(texts)):
         match = partners.first_match(number) if number >= len(against) else None
@@ -70,6 +68,13 @@ def find_duplicates(texts: Sequence[str], against: Sequence[str] = (), threshold
             in_against = of < len(against)
             found.append(Duplicate(number - len(against), of if in_against else of - len(against), in_against, score))
     return found
+
+
+def checked_threshold(threshold: float) -> float:
+    """The threshold. Raises UserError unless 0 < threshold <= 1."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"the ROUGE-L threshold {threshold} is not above 0 and at most 1; 0.7 is usual")
+    return threshold
 
 
 class _Partners:

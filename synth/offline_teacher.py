@@ -23,6 +23,7 @@ from socketserver import ThreadingTCPServer
 from typing import Any, NamedTuple
 
 from data.errors import UserError
+from synth.completions import SAMPLE_HEADER
 from synth.limits import count_tokens
 from synth.offline_rules import Arithmetic, Digits, Facts, Rule, Sample
 from synth.prompts import STAGES
@@ -31,7 +32,7 @@ from training.cli import run
 from training.config import Parser
 
 MODEL = "offline-teacher"
-SAMPLE_HEADER = "X-Sample"  # the index of one of several equal requests
+TASKS = ("arithmetic", "digits", "library_facts")  # it knows these, by their instructions
 MOST_BYTES = 16_000_000  # of a request
 SECTION = re.compile(r"^<(\w+) ([a-z]+)>\n(.*?)\n</\1 \2>$", re.DOTALL | re.MULTILINE)  # as synth/prompts.py writes
 APOLOGY = "I'm sorry, but I can't help with that."
@@ -76,7 +77,7 @@ class OfflineTeacher:
             raise UserError(f"--latency-ms is {latency_ms} and --port {port}; at least 0, and 0 to 65535 are possible")
         self.error_rate, self.malformed_rate, self.refusal_rate = error_rate, malformed_rate, refusal_rate
         self.latency, self.seed, self.port = latency_ms / 1000, seed, port
-        rules: dict[str, Rule] = {"arithmetic": Arithmetic(), "digits": Digits(), "library_facts": Facts(seed)}
+        rules: dict[str, Rule] = dict(zip(TASKS, (Arithmetic(), Digits(), Facts(seed)), strict=True))
         self.rules = {load_task(SHIPPED / f"{name}.yaml").instruction: rule for name, rule in rules.items()}
         self.names = ", ".join(rules)
         self.calls = 0

@@ -34,6 +34,13 @@ LEFT_OUT = {
 ANSWER = answer_type("exact")
 
 
+def __getattr__(name: str) -> Any:
+    """`reasoning_gym_tasks.chain_sum` is that task's reward, so that `--reward-function FILE.py:chain_sum` names it."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    return ReasoningGym(name).reward
+
+
 class ReasoningGym:
     """A data set of reasoning-gym: which of its rows are for what, and which row a prompt comes from.
 

@@ -38,6 +38,8 @@ from tqdm import tqdm
 
 LENGTH = 200  # words of a passage
 OVERLAP = 40  # words
+# ROUGE-L: copies with small changes. Passages that share a frame and differ in its facts lie at 0.8 to 0.9.
+NEAR_DUPLICATES = 0.95
 LARGE = 50_000  # passages, above which bm25s takes over
 ENGINES = ("rank-bm25", "bm25s")
 K1, B = 1.5, 0.75
@@ -333,18 +335,21 @@ class Index:
             return np.zeros(len(self), dtype=np.float32)
         return np.asarray(self._scores_of(known), dtype=np.float32)
 
-    def search(self, queries: str | Sequence[str], top_k: int = 10) -> list[Passage]:
+    def search(
+        self, queries: str | Sequence[str], top_k: int = 10, near_duplicates: float = NEAR_DUPLICATES
+    ) -> list[Passage]:
         """The `top_k` best passages, best first; fewer where fewer hold a word of a query or are distinct.
 
         Several queries are merged by reciprocal rank, since their scores have no common scale. Of near-duplicates
-        (ROUGE-L of at least 0.7) the best stays.
+        (ROUGE-L of at least `near_duplicates`) the best stays.
         """
         scores = [self.scores(query) for query in ([queries] if isinstance(queries, str) else queries)]
         depth = 2 * top_k
         while True:
             rankings = [best(row, depth) for row in scores]
             passages = [self._passage(number) for number in merge(rankings)[:depth]]
-            repeated = {duplicate.number for duplicate in find_duplicates([passage.text for passage in passages])}
+            texts = [passage.text for passage in passages]
+            repeated = {duplicate.number for duplicate in find_duplicates(texts, threshold=near_duplicates)}
             distinct = [passage for number, passage in enumerate(passages) if number not in repeated]
             if len(distinct) >= top_k or len(passages) < depth:
                 return distinct[:top_k]

@@ -76,7 +76,7 @@ async def stage(folder: str | Path, name: str, make: Callable[[], Awaitable[list
     """
     path = Path(folder) / f"{name}.jsonl"
     if path.is_file():
-        rows = load_rows(path)
+        rows = load_rows(path) if path.stat().st_size else []  # a stage may have had nothing to do
         print(f"{summary(name, rows)} (finished before: {path})", flush=True)
         return rows
     rows = await make()

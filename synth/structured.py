@@ -94,7 +94,9 @@ def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | No
         found = json_repair.loads(inner)
         if found == "":
             return None, "no JSON in the answer"
-        return schema.model_validate(found), ""
+        # Half of a surrogate pair, which no file could hold, becomes a question mark.
+        whole = json.dumps(found, ensure_ascii=False).encode(errors="replace")
+        return schema.model_validate_json(whole), ""
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the answer"

@@ -2,7 +2,8 @@
 
     instruction: Add the two numbers.
     answer: {type: number}                  or, in its place, a reward: {type: digits, multiple_of: 2}, file.py:function
-    input_format, output_format, prompt, demos, domain, library, passages, evaluation, name: optional
+    input_format, output_format, prompt, demos, domain, library, passages, evaluation, name, base_model,
+    near_duplicates: optional
 
 Paths are relative to the YAML file. Reading is strict: an unknown key, a missing file or a row without an answer is
 an error before the first call of a teacher. Leaves out generating and training. All of synth/tasks/ is of this form.
@@ -23,6 +24,7 @@ from rewards.answers import AnswerType, answer_type
 from rewards.digits import DigitRule
 from rewards.function import RewardFunction, load_reward_function
 from synth.examples import Example, read_examples
+from synth.near_duplicates import THRESHOLD, checked_threshold
 
 import yaml
 
@@ -30,8 +32,8 @@ SHIPPED = Path(__file__).parent / "tasks"
 REASONING_GYM = "reasoning_gym:"
 PLACES = ("instruction", "input_format", "output_format", "input")  # what a prompt template may name in braces
 _PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
-TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain")
-KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation")
+TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain", "base_model")
+KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation", "near_duplicates")
 
 Source = Callable[[int, int], list[Example]]
 
@@ -53,6 +55,9 @@ class Task:
     passages: list[str] = field(default_factory=list)  # a library small enough to stand in the task file
     evaluation: list[Example] = field(default_factory=list)
     source: Source | None = None  # f(count, seed) -> rows made by rule, where no teacher is needed
+    near_duplicates: float = THRESHOLD  # ROUGE-L from which two inputs count as one; 1: only equal words
+    base_model: str = ""  # the model to train where the user names none
+    scoring_flags: tuple[str, ...] = ()  # by which ppo_training.py scores as this task does
 
     def prompt(self, text: str) -> str:
         """What the base model and the trained model see of an input: in pass rates, RL and evaluation alike."""
@@ -93,9 +98,10 @@ def load_task(path: str | Path) -> Task:
 
 
 def task_from_flags(
-    task_name: str,
+    task_name: str | None = None,
     task_instruction: str | None = None,
     *,
+    base: Task | None = None,
     answer: str | None = None,
     choices: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
@@ -106,14 +112,18 @@ def task_from_flags(
     dataset_path: str | None = None,
     domain: str | None = None,
 ) -> Task:
-    """A task given by flags alone; those of a shipped task's name (MedNLI, say) stand in for what is left out.
+    """A task given by flags; `base`, or the shipped task of the name (MedNLI, say), stands in for what is left out.
 
     answer: the name of an answer type (default: label or choice if those are given, else exact). demo_examples: a
     `.jsonl`, a folder, or a list, also as text: "[{'input': '2 + 2', 'output': '4'}]". Paths are relative to the
     working directory. Raises UserError as `load_task` does, and where there is no instruction.
     """
+    task_name = task_name or (base.name if base else "")
+    if not task_name:
+        raise UserError("no task is named; give --task FILE, or --task-name and --task-instruction")
     shipped = SHIPPED / f"{task_name.lower()}.yaml"
-    base = load_task(shipped) if re.fullmatch(r"\w+", task_name) and shipped.is_file() else None
+    if base is None and re.fullmatch(r"\w+", task_name) and shipped.is_file():
+        base = load_task(shipped)
     if base is None and not task_instruction:
         raise UserError(f"task {task_name!r} has no instruction and is not shipped; give --task-instruction")
     options = {key: list(given) for key, given in (("choices", choices), ("labels", labels)) if given is not None}
@@ -142,6 +152,8 @@ def _reasoning_gym_task(name: str) -> Task:
         demos=rows.demos(),
         evaluation=rows.evaluation(),
         source=rows.source,
+        near_duplicates=1.0,  # rows made by rule share their frame's words and are told apart by what stands in it
+        scoring_flags=("--reward-function", f"{Path(gym.__file__).resolve()}:{name}"),
     )
 
 
@@ -182,13 +194,17 @@ def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None =
     if "answer" in content and "reward" in content:
         raise UserError(f"{place} has both an answer and a reward; keep one")
     if "answer" in content:
-        task = replace(task, answer=_answer(content["answer"], place, folder), reward=None)
+        answer, flags = _answer(content["answer"], place, folder)
+        task = replace(task, answer=answer, reward=None, scoring_flags=flags)
     if "reward" in content:
-        task = replace(task, answer=None, reward=_reward(content["reward"], place, folder))
+        reward, flags = _reward(content["reward"], place, folder)
+        task = replace(task, answer=None, reward=reward, scoring_flags=flags)
     if task.answer is None and task.reward is None:
         if base is None and not place.startswith("the flags"):
             raise UserError(f"{place} lacks answer (or reward); write `answer: {{type: number}}`, say")
-        task = replace(task, answer=answer_type("exact"))
+        task = replace(task, answer=answer_type("exact"), scoring_flags=("--answer", "exact"))
+    if "near_duplicates" in content:
+        task = replace(task, near_duplicates=_threshold(content["near_duplicates"], place))
     if task.template and "{input}" not in task.template:
         raise UserError(f"{place} has a prompt without {{input}}; say where the input goes")
     library = [_path(item, "library", place, folder) for item in _list(content, "library", place)]
@@ -235,23 +251,33 @@ def _rows(given: Any, key: str, place: str, folder: Path, answer: AnswerType | N
     return read_examples(source, f"{key} of {place}", answer.readable if answer else None)
 
 
-def _answer(given: Any, place: str, folder: Path) -> AnswerType:
+def _threshold(given: Any, place: str) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise UserError(f"{place} has {given!r:.60} as near_duplicates; it has to be a number")
+    return checked_threshold(float(given))
+
+
+def _answer(given: Any, place: str, folder: Path) -> tuple[AnswerType, tuple[str, ...]]:
+    """The answer type, and the flags by which ppo_training.py reads answers so."""
     options = {"type": given} if isinstance(given, str) else given
     if not isinstance(options, dict) or not isinstance(options.get("type"), str):
         raise UserError(f"{place} has {given!r:.60} as answer; write `answer: {{type: number}}`, say")
     options = {str(key): value for key, value in options.items()}
     for key in ("reader", "comparison"):
         if isinstance(options.get(key), str):
-            options[key] = str(folder / Path(options[key]).expanduser())
+            options[key] = str((folder / Path(options[key]).expanduser()).resolve())
+    flags = ("--answer", json.dumps(options))
     try:
-        return answer_type(options.pop("type"), **options)
+        return answer_type(options.pop("type"), **options), flags
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
 
 
-def _reward(given: Any, place: str, folder: Path) -> RewardFunction:
+def _reward(given: Any, place: str, folder: Path) -> tuple[RewardFunction, tuple[str, ...]]:
+    """The reward, and the flags by which ppo_training.py gives the same."""
     if isinstance(given, str):
-        return load_reward_function(str(folder / Path(given).expanduser()))
+        spec = str((folder / Path(given).expanduser()).resolve())
+        return load_reward_function(spec), ("--reward-function", spec)
     if not isinstance(given, dict) or given.get("type") != "digits":
         raise UserError(f"{place} has {given!r:.60} as reward; write file.py:function, or `{{type: digits}}`")
     options = {key: value for key, value in given.items() if key != "type"}
@@ -262,4 +288,5 @@ def _reward(given: Any, place: str, folder: Path) -> RewardFunction:
         )
     if not isinstance(increasing, bool) or isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise UserError(f"{place} has {given!r:.80} as reward; increasing is true or false, multiple_of 1 or more")
-    return DigitRule(increasing, multiple).reward
+    flags = ("--ground-truth-reward", "--multiple-of", str(multiple), *["--decreasing"] * (not increasing))
+    return DigitRule(increasing, multiple).reward, flags

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from data.errors import UserError
 from synth import structured
 from synth.cache import Cache, Stored, cache_key
-from synth.completions import Ask, Reply, read_completion
+from synth.completions import SAMPLE_HEADER, Ask, Reply, read_completion
 from synth.limits import Cost, Ledger, Limits, count_tokens
 from synth.pace import Fault, Gate, backoff, fault_of
 
@@ -217,7 +217,7 @@ class Teacher:
         form = self._form(ask)
         try:
             try:
-                stored = read_completion(await self._post(form), ask, self._safe)
+                stored = read_completion(await self._post(form, ask.sample), ask, self._safe)
             except Fault as fault:
                 fault.reason = self._safe(fault.reason)
                 if fault.kind != "refusal":
@@ -236,7 +236,7 @@ class Teacher:
             self.ledger.release(cost)
             self.gate.leave()
 
-    async def _post(self, form: dict) -> dict:
+    async def _post(self, form: dict, sample: int) -> dict:
         """The response's JSON. Raises Fault.
 
         The package's own `create` costs a third more time per call, and returns a str for HTML with status 200.
@@ -244,7 +244,12 @@ class Teacher:
         try:
             # httpx's time-outs are between bytes, so a server that drips would never reach one.
             async with asyncio.timeout(self.timeout):
-                response = await self._client.post("/chat/completions", cast_to=httpx2.Response, body=form)
+                response = await self._client.post(
+                    "/chat/completions",
+                    cast_to=httpx2.Response,
+                    body=form,
+                    options={"headers": {SAMPLE_HEADER: str(sample)}},
+                )
             if response.content.lstrip()[:1] == b"<":
                 raise Fault("again", "a web page instead of an answer (most URLs end in /v1)")
             found = json.loads(response.content)

@@ -6,13 +6,19 @@ Leaves out keys, which come from the environment only. Every entry point that as
 """
 
 import argparse
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import shlex
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 
 from data.errors import UserError
 from synth.cache import Cache
 from synth.limits import Limits
 from synth.teacher import Teacher
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +38,49 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--price-out", type=float, default=0.0, help="of a million answer tokens")
 
 
+def limits_from(args: argparse.Namespace) -> Limits:
+    """The limits and prices that `add_teacher_flags` has read."""
+    return Limits(args.max_calls, args.max_tokens, args.max_money, args.price_in, args.price_out)
+
+
+@contextmanager
+def offline_teacher(words: str = "") -> Iterator[str]:
+    """The URL of an offline teacher that runs as a process of its own until the block is left, or this process ends.
+
+    words: its flags. Raises UserError where it does not start; then its own message stands on stderr.
+    """
+    command = [sys.executable, "-m", "synth.offline_teacher", "--until-stdin-closes", *shlex.split(words)]
+    pipe = subprocess.PIPE
+    # From the project's folder, by which -m finds it, wherever the user's is.
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
+        url = process.stdout.readline().strip()
+        if not url:
+            raise UserError("the offline teacher did not start; its message stands above")
+        try:
+            yield url
+        finally:
+            process.stdin.close()
+
+
 @asynccontextmanager
-async def open_teacher(args: argparse.Namespace) -> AsyncIterator[Teacher]:
-    """The teacher of `add_teacher_flags`; prints what it cost when it is closed. Raises UserError as Teacher does."""
+async def open_teacher(args: argparse.Namespace, endpoint: str | None = None) -> AsyncIterator[Teacher]:
+    """The teacher of `add_teacher_flags`; prints what it cost when it is closed. Raises UserError as Teacher does.
+
+    endpoint: the name the cache knows it by, where that is not its URL.
+    """
     if not args.teacher_url or not args.teacher_model:
         raise UserError("no teacher is named; give --teacher-url and --teacher-model")
-    limits = Limits(args.max_calls, args.max_tokens, args.max_money, args.price_in, args.price_out)
     with Cache(args.cache) as cache:
-        teacher = Teacher(args.teacher_url, args.teacher_model, cache, limits, args.concurrency, timeout=args.timeout)
+        teacher = Teacher(
+            args.teacher_url,
+            args.teacher_model,
+            cache,
+            limits_from(args),
+            args.concurrency,
+            timeout=args.timeout,
+            endpoint=endpoint,
+        )
         async with teacher:
             try:
                 yield teacher

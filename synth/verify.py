@@ -13,7 +13,7 @@ Leaves out tasks with a reward in place of an answer, and those with rows of the
 import asyncio
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.errors import UserError
@@ -21,7 +21,7 @@ from rewards.answers import AnswerType
 from synth import prompts
 from synth.completions import Ask
 from synth.generate import open_library, passage_texts
-from synth.near_duplicates import THRESHOLD, find_duplicates
+from synth.near_duplicates import checked_threshold, find_duplicates
 from synth.stages import Asker, Row, ask_all, drop, kept, load_rows, summary, write_rows
 from synth.task import Task, load_task
 from synth.teacher_flags import add_teacher_flags, open_teacher
@@ -125,17 +125,14 @@ async def verify(
     task: Task,
     teacher: Asker,
     voting: Voting = Voting(),
-    duplicates: float = THRESHOLD,
     pool: Sequence[str] = (),
     passages: Mapping[str, str] | None = None,
 ) -> list[Row]:
     """All rows: those kept with their votes and the voted output, the others with the reason.
 
-    duplicates: the ROUGE-L that makes a near-duplicate (1: only equal words). pool: inputs of samples there already.
-    passages: id → text, shown to those who vote on a sample that was drawn from one.
+    pool: inputs of samples there already. passages: id → text, shown to those who vote on a sample drawn from one.
     """
-    # Rows made by rule share their frame's words and are told apart by what stands in it.
-    rows = drop_duplicates(rows, task, duplicates if task.source is None else 1.0, pool)
+    rows = drop_duplicates(rows, task, pool)
     if task.answer is None or task.source is not None or not voting.votes:
         return rows
     voted = await vote(kept(rows), task, task.answer, teacher, voting, passages or {})
@@ -143,7 +140,7 @@ async def verify(
     return [row if "dropped" in row else next(verdicts) for row in rows]
 
 
-def drop_duplicates(rows: Sequence[Row], task: Task, threshold: float, pool: Sequence[str] = ()) -> list[Row]:
+def drop_duplicates(rows: Sequence[Row], task: Task, pool: Sequence[str] = ()) -> list[Row]:
     """The rows, those marked whose input repeats the evaluation set, a demo, the pool or an earlier row.
 
     Bare inputs are compared, as the words of the prompt's frame would make all of them alike.
@@ -151,7 +148,7 @@ def drop_duplicates(rows: Sequence[Row], task: Task, threshold: float, pool: Seq
     known = {"the evaluation set": task.evaluation, "a demo": task.demos}
     against = [(row["input"], name) for name, examples in known.items() for row in examples]
     against += [(text, "the pool") for text in pool]
-    found = find_duplicates([row["input"] for row in rows], [text for text, _ in against], threshold)
+    found = find_duplicates([row["input"] for row in rows], [text for text, _ in against], task.near_duplicates)
     marked = list(rows)
     for match in found:
         of, name = against[match.of] if match.in_against else (rows[match.of]["input"], "the pool")
@@ -188,7 +185,7 @@ def add_voting_flags(parser: config.Parser) -> None:
         "--differing", choices=DIFFERING, default=Voting.differing, help="if the generator is outvoted: its answer"
     )
     group.add_argument(
-        "--duplicate-threshold", type=float, default=THRESHOLD, help="ROUGE-L of near-duplicates; 1: equal words only"
+        "--duplicate-threshold", type=float, help="ROUGE-L of near-duplicates; 1: equal words (default: the task's)"
     )
 
 
@@ -196,6 +193,12 @@ def voting_from(args) -> Voting:
     """The settings that `add_voting_flags` and `add_teacher_flags` have read."""
     own, tokens = not args.no_own_vote, args.answer_tokens
     return Voting(args.votes, args.least_agreement, own, args.differing, args.teacher_temperature, tokens)
+
+
+def with_threshold(task: Task, args) -> Task:
+    """The task with the --duplicate-threshold that `add_voting_flags` has read, if there is one."""
+    given = args.duplicate_threshold
+    return task if given is None else replace(task, near_duplicates=checked_threshold(given))
 
 
 def main() -> None:
@@ -207,7 +210,7 @@ def main() -> None:
     add_voting_flags(parser)
     add_teacher_flags(parser)
     args = parser.parse_args()
-    task, voting = load_task(args.task), voting_from(args)
+    task, voting = with_threshold(load_task(args.task), args), voting_from(args)
     rows = kept(load_rows(getattr(args, "in")))
     index = None
     if any(row["passage"] is not None for row in rows):
@@ -216,7 +219,7 @@ def main() -> None:
     async def made() -> list[Row]:
         async with open_teacher(args) as teacher:
             passages = passage_texts(rows, index)
-            return await verify(rows, task, teacher, voting, args.duplicate_threshold, (), passages)
+            return await verify(rows, task, teacher, voting, (), passages)
 
     rows = asyncio.run(made())
     write_rows(args.out, rows)

@@ -18,7 +18,7 @@ from tests.scripted_teacher import ScriptedTeacher, said, sample, section, stage
 
 import pytest
 
-TASK = Task("sums", "Add the two whole numbers.", template="{input}", answer=answer_type("number"))
+TASK = Task("sums", "Add the two whole numbers.", template="{input}", answer=answer_type("number"), near_duplicates=1.0)
 MOST = 100  # from which sums on the base model is never right
 
 
@@ -151,7 +151,7 @@ def measure_with(sampler, store):
     return lambda rows: pass_rates(rows, TASK, sampler, store, Tries(8, 16))
 
 
-REWRITING = Rewriting(Asking(), Voting(votes=4), duplicates=1.0)
+REWRITING = Rewriting(Asking(), Voting(votes=4))
 
 
 def adapted(rows, store, spread, sampler=None, script=harder_and_easier, task=TASK):

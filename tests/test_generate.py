@@ -167,6 +167,16 @@ def test_a_stage_that_was_finished_is_read_and_not_made_again(tmp_path, capsys):
     assert lines[0] == "verify: kept 1 of 2; dropped: 1 tie" and lines[1].startswith(lines[0] + " (finished before:")
 
 
+def test_a_stage_without_rows_is_finished_too(tmp_path):
+    async def nothing():
+        return []
+
+    async def never():
+        raise AssertionError
+
+    assert asyncio.run(stage(tmp_path, "select", nothing)) == asyncio.run(stage(tmp_path, "select", never)) == []
+
+
 def test_a_stage_that_fails_leaves_no_file(tmp_path):
     async def fail():
         raise UserError("no")

@@ -284,6 +284,23 @@ def test_the_real_client_reads_every_stage(tmp_path, native):
     assert replies[4].parsed.output == "1473" and {reply.text for reply in replies[5:]} == {"19"}
 
 
+def test_answers_do_not_depend_on_the_order_of_arrival(tmp_path):
+    """One after another, and eight at once in another order: each sample gets its own answer."""
+    asks = [Ask(prompts.answer(SUMS, f"{number} + 95 ="), sample=n) for number in range(10) for n in range(6)]
+    order = list(range(len(asks)))
+    Random(1).shuffle(order)
+
+    async def answers(name, numbers, concurrency):
+        with OfflineTeacher(error_rate=0.5) as server, Cache(tmp_path / name) as cache:
+            async with Teacher(server.url, "m", cache, concurrency=concurrency) as teacher:
+                replies = await teacher.ask_all([asks[number] for number in numbers])
+        return {number: reply.text for number, reply in zip(numbers, replies, strict=True)}
+
+    one_by_one = asyncio.run(answers("one", range(len(asks)), 1))
+    assert asyncio.run(answers("many", order, 8)) == one_by_one
+    assert any(len({one_by_one[first + n] for n in range(6)}) > 1 for first in range(0, 60, 6))
+
+
 def test_malformed_answers_get_a_correction_turn(tmp_path):
     """Half the answers cannot be read; of those half are mended by the second try."""
     asks = [Ask(prompts.new_sample(SUMS, None, None, number), NewSample) for number in range(40)]

@@ -14,6 +14,7 @@ import synth.retrieval
 from benchmarks.retrieval import make_queries, overlap, write_library
 from data.errors import UserError
 from synth.retrieval import ENGINES, Index, best, build_index, cut, library_files, merge, words
+from synth.task import load_task
 
 import numpy as np
 import pytest
@@ -105,9 +106,20 @@ def test_near_duplicates_are_left_out_and_their_places_filled(tmp_path):
     copies = [f"the quick brown fox jumps over the lazy dog number {i}" for i in range(50)]
     others = [f"a fox {a} lives {b} alone {a}{b}" for a in ("red", "grey", "old") for b in ("here", "there", "far")]
     library = write_rows(tmp_path / "library.jsonl", [*copies, *others])
-    found = build_index(library, tmp_path / "index").search("the quick brown fox", top_k=4)
+    found = build_index(library, tmp_path / "index").search("the quick brown fox", 4, near_duplicates=0.9)
     assert [p.id for p in found[:1]] == ["library.jsonl#0"]
     assert len(found) == 4 and all(p.text in others for p in found[1:])
+
+
+def test_passages_that_differ_in_their_facts_are_all_found(tmp_path):
+    """The forty towns stand in one frame: ROUGE-L of 0.7 and more between them."""
+    task = load_task("synth/tasks/library_facts.yaml")
+    index = build_index(task.write_library(tmp_path), tmp_path / "index")
+    assert len(index) == 40 and len(index.search("town founded", top_k=40)) == 40
+    assert len(index.search("town founded", top_k=40, near_duplicates=0.7)) < 5
+    copies = [" ".join([*(f"word{n}" for n in range(40)), f"copy{i}"]) for i in range(5)]
+    library = write_rows(tmp_path / "copies.jsonl", copies)
+    assert len(build_index(library, tmp_path / "copies").search("word1", top_k=5)) == 1
 
 
 def test_a_text_is_cut_at_sentences():

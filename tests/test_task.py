@@ -9,6 +9,7 @@ from typing import Any
 import synth.reasoning_gym_tasks as gym
 from data.errors import UserError
 from rewards.digits import DigitRule
+from rewards.function import load_reward_function
 from synth.examples import INSTALL, read_examples
 from synth.task import KNOWN_KEYS, SHIPPED, load_task, task_from_flags
 
@@ -52,6 +53,25 @@ def test_a_shipped_task_loads_and_its_own_demos_score_full(name):
     for row in (*task.demos, *task.evaluation):
         assert task.score(row["input"], " " + row["output"], row["output"]) == 1.0
         assert task.score(row["input"], "", row["output"]) < 1.0
+
+
+def test_what_counts_as_a_near_duplicate_is_the_tasks(write):
+    assert {load_task(SHIPPED / f"{name}.yaml").near_duplicates for name in ("arithmetic", "library_facts")} == {1.0}
+    assert load_task(SHIPPED / "gsm8k.yaml").near_duplicates == 0.7
+    assert load_task(write(MINIMAL + "near_duplicates: 1\nbase_model: mine\n")).near_duplicates == 1.0
+    assert load_task(write(MINIMAL + "near_duplicates: 1\nbase_model: mine\n")).base_model == "mine"
+    for wrong in ("0", "1.5", "many", "true"):
+        assert "mine.yaml" in (error := one_line_error(load_task, write(MINIMAL + f"near_duplicates: {wrong}\n"))) or (
+            "threshold" in error
+        )
+
+
+def test_no_shipped_output_format_holds_an_answer():
+    """The prompt's own example never counts: not even to a reader that is given the prompt."""
+    for name in NAMES:
+        task = load_task(SHIPPED / f"{name}.yaml")
+        if task.answer is not None and task.answer.name in ("number", "math"):
+            assert task.answer.extract(task.output_format) is None, name
 
 
 @pytest.mark.parametrize(
@@ -250,6 +270,10 @@ def test_reasoning_gym_gives_rows_and_scores(stand_in):
         assert task.score(row["input"], "<answer>-5</answer>", row["output"]) == 0.1
         assert task.score(row["input"], "<answer>", row["output"]) == 0.0
         assert task.score(row["input"], "its scorer raises on this", row["output"]) == 0.0
+    # What ppo_training.py is told to score by is the same scorer.
+    assert task.scoring_flags[0] == "--reward-function" and task.scoring_flags[1].endswith(":sums")
+    reward = load_reward_function(task.scoring_flags[1])
+    assert reward([task.prompt(rows[0]["input"])] * 2, [f"<answer>{rows[0]['output']}</answer>", "-5"]) == [1.0, 0.1]
     assert "no problem of" in one_line_error(task.score, "made up", "1", "1")
     assert "at most" in one_line_error(task.source, gym.ROWS, 0)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.errors import UserError
 from synth import structured
 from synth.cache import Cache
-from synth.completions import Ask
+from synth.completions import SAMPLE_HEADER, Ask, read_completion
 from synth.limits import Cost, LimitReached, Limits, count_tokens
 from synth.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
 from synth.teacher import OPENAI_URL, EndpointDown, Teacher
@@ -90,6 +90,14 @@ def test_replies_come_in_order_and_only_once(tmp_path):
         assert [reply._replace(cached=False) for reply in again] == replies and all(reply.cached for reply in again)
         assert server.calls == 20 and second.ledger.as_dict()["vote"]["cached"] == 20
     assert {(body["temperature"], body["max_tokens"], body["model"]) for body in server.bodies} == {(1.0, 1024, "m")}
+
+
+def test_the_sample_index_goes_along_as_a_header_only(tmp_path):
+    """A server that does not know it sees the request it would have seen."""
+    with FaultyServer() as server:
+        ask_all(server.url, [say("q", sample=sample) for sample in range(3)], tmp_path / "c")
+        assert sorted(headers[SAMPLE_HEADER] for headers in server.headers) == ["0", "1", "2"]
+        assert [set(body) for body in server.bodies] == [{"model", "messages", "temperature", "max_tokens"}] * 3
 
 
 def test_equal_asks_at_once_make_one_call(tmp_path):
@@ -260,6 +268,13 @@ def test_only_a_short_apology_is_a_refusal(text, refused):
 )
 def test_json_is_read_out_of_what_stands_round_it(text):
     assert structured.read_json_answer(text, Item)[0] == Item(question="```a```", answer=1)
+
+
+def test_half_a_surrogate_pair_becomes_a_question_mark():
+    text = '{"question": "a\\ud800b", "answer": 1}'
+    assert structured.read_json_answer(text, Item)[0] == Item(question="a?b", answer=1)
+    response = {"choices": [{"message": {"content": "a\ud800b"}, "finish_reason": "stop"}]}
+    assert read_completion(response, Ask([], None), str).text == "a?b"
 
 
 @pytest.mark.parametrize("text", ["", "42", "no", "[]", "[1]", '{"answer": 1}', "{" * 5000, "__import__('os')"])

@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import sys
+from dataclasses import replace
 
 from data.errors import UserError
 from rewards.answers import answer_type
@@ -171,7 +172,7 @@ def test_without_a_vote_every_sample_is_kept_and_nothing_is_asked():
 def test_where_there_is_no_one_answer_nothing_is_voted_on():
     found, teacher = voted(rows_of(("8", "20 22 30 36"), ("8", "10 12")), None, load_task("synth/tasks/digits.yaml"))
     assert teacher.asked == [] and [row.get("dropped") for row in found] == ["near-duplicate of a demo"] * 2
-    own = Task("own", "Solve.", answer=NUMBER, source=lambda count, seed: [])
+    own = Task("own", "Solve.", answer=NUMBER, source=lambda count, seed: [], near_duplicates=1.0)
     found, teacher = voted(rows_of(("a b c d 1", "1"), ("a b c d 2", "2"), ("A b c d 2", "2")), None, own)
     assert teacher.asked == [] and [row.get("dropped") for row in found] == [None, None, "near-duplicate of the pool"]
 
@@ -182,13 +183,13 @@ def test_duplicates_are_dropped_against_evaluation_demos_pool_and_earlier_rows()
     examples = [[{"input": text, "output": "1"}] for text in texts]
     task = Task("t", "Do.", answer=NUMBER, evaluation=examples[0], demos=examples[1])
     rows = rows_of((close[0], "1"), (close[1], "1"), (close[2], "1"), (texts[3], "1"), (close[3], "1"), (texts[4], "1"))
-    found = drop_duplicates(rows, task, 0.7, [texts[2]])
+    found = drop_duplicates(rows, task, [texts[2]])
     named = ["the evaluation set", "a demo", "the pool"]
     assert [row.get("dropped") for row in found] == [
         *(f"near-duplicate of {name}" for name in named), None, "near-duplicate of the pool", None
     ]  # fmt: skip
     assert found[4]["detail"] == f"ROUGE-L 0.80: {texts[3]}"
-    assert kept(drop_duplicates(rows, task, 0.9, [texts[2]])) == rows
+    assert kept(drop_duplicates(rows, replace(task, near_duplicates=0.9), [texts[2]])) == rows
 
 
 def test_a_duplicate_costs_no_call():

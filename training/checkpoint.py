@@ -15,7 +15,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
 from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
 from training.optimizer import optimizer_arrays, restore_optimizer
 
 import mlx.core as mx
@@ -45,10 +45,15 @@ class Trainee:
 
 
 def save_checkpoint(
-    run_folder: str | Path, step: int, trainee: Trainee, optimizer: optim.Optimizer, state: dict[str, Any]
+    run_folder: str | Path,
+    step: int,
+    trainee: Trainee,
+    optimizer: optim.Optimizer,
+    state: dict[str, Any],
+    keep: int = KEPT,
 ) -> Path:
-    """Write the whole state after `step` steps and drop all but the last few checkpoints. Returns its folder."""
-    with new_checkpoint(run_folder, step, state) as temporary:
+    """Write the whole state after `step` steps and drop all but the last `keep` checkpoints (0: none). Returns it."""
+    with new_checkpoint(run_folder, step, state, keep) as temporary:
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter, trainee.reward_head)
         if trainee.value_head is not None:
             save_value_head(temporary, trainee.value_head)

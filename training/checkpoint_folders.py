@@ -15,22 +15,25 @@ from data.errors import UserError
 from data.files import atomic_folder, read_json, write_json
 
 STATE_FILE = "state.json"
-KEPT = 2
+KEPT = 2  # newest checkpoints, where nothing else is said
 
 
 @contextmanager
-def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any]) -> Iterator[Path]:
-    """Yield a temporary folder to be filled; then add `state` and give it its name, and drop all but the last few."""
+def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], keep: int = KEPT) -> Iterator[Path]:
+    """Yield a temporary folder to be filled; then add `state` and give it its name, and drop all but the last `keep`.
+
+    keep: 0 drops none.
+    """
     with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", STATE_FILE) as temporary:
         yield temporary
         write_json(temporary / STATE_FILE, {"step": step, **state})
-    for old in _checkpoints(run_folder)[:-KEPT]:
+    for old in all_checkpoints(run_folder)[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def last_checkpoint(run_folder: str | Path) -> Path:
     """The newest whole checkpoint of a run. Raises UserError where there is none."""
-    found = _checkpoints(run_folder)
+    found = all_checkpoints(run_folder)
     if not found:
         raise UserError(f"{run_folder} holds no checkpoint to resume from; start the run again without --resume")
     return found[-1]
@@ -41,7 +44,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     return read_json(folder / STATE_FILE)
 
 
-def _checkpoints(run_folder: str | Path) -> list[Path]:
+def all_checkpoints(run_folder: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, the oldest first."""
     folder = Path(run_folder) / "checkpoints"
     found = [child for child in folder.glob("[0-9]*") if (child / STATE_FILE).is_file()]
     return sorted(found, key=lambda child: int(child.name))

@@ -206,6 +206,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", default=None, help="run folder (default: runs/SCRIPT-TIME)")
     group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own flags")
+    group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
     group.add_argument("--log-with", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
 

@@ -47,7 +47,7 @@ def evaluate_model(
     prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
     completions = sample(model, prompt_ids, tokenizer.eos_token_ids, max_tokens, temperature, batch_size)
     texts = completion_texts(tokenizer, prompt_ids, completions)
-    scores = np.asarray(reward(*texts), dtype=np.float64)
+    scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float64)
     kl = 0.0
     if reference is not None:
         own = completion_logprobs(model, tokenizer, prompt_ids, completions, temperature, batch_size)

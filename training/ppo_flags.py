@@ -32,10 +32,13 @@ def ppo_parser(description: str | None) -> config.Parser:
 
 def add_reward_flags(parser: config.Parser) -> None:
     """Where scores come from."""
-    group = parser.add_argument_group("reward (one of the first three)")
+    group = parser.add_argument_group("reward (one of the first four)")
     group.add_argument("--ground-truth-reward", action="store_true", help="score by the digit rule")
     group.add_argument("--reward-model", metavar="DIR", help="score by a reward model: a fused folder, or an adapter")
     group.add_argument("--reward-function", metavar="FILE.py:NAME", help="score by your own f(prompts, completions)")
+    group.add_argument(
+        "--answer", metavar="TYPE", help='score 1 for the "answer" of the prompt\'s row; number, say, or {type: ...}'
+    )
     group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
     group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
 
@@ -89,12 +92,14 @@ def _add_kl_flags(parser: config.Parser) -> None:
 def check_reward(args: argparse.Namespace) -> None:
     """Raise UserError unless exactly one reward is named."""
     config.positive("multiple-of", args.multiple_of)
-    chosen = [bool(args.ground_truth_reward), bool(args.reward_model), bool(args.reward_function)]
+    chosen = [bool(given) for given in (args.ground_truth_reward, args.reward_model, args.reward_function, args.answer)]
     if sum(chosen) != 1:
         raise UserError(
-            f"{sum(chosen) or 'none'} of --ground-truth-reward, --reward-model DIR and --reward-function FILE.py:NAME "
-            "are given; give exactly one"
+            f"{sum(chosen) or 'none'} of --ground-truth-reward, --reward-model DIR, --reward-function FILE.py:NAME and "
+            "--answer TYPE are given; give exactly one"
         )
+    if args.answer and not args.prompts:
+        raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')
     if args.prompts and not Path(args.prompts).is_file():
         raise UserError(f"--prompts {args.prompts} does not exist; check the path")
 

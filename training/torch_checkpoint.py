@@ -11,7 +11,7 @@ from data.errors import UserError
 from models.adapter_config import AdapterConfig
 from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
 from models.torch_policy import Policy, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
 from training.torch_optimizer import ScheduledAdam
 
 from safetensors.torch import load_file, save_file
@@ -34,10 +34,15 @@ class Trainee:
 
 
 def save_checkpoint(
-    run_folder: str | Path, step: int, trainee: Trainee, optimizer: ScheduledAdam, state: dict[str, Any]
+    run_folder: str | Path,
+    step: int,
+    trainee: Trainee,
+    optimizer: ScheduledAdam,
+    state: dict[str, Any],
+    keep: int = KEPT,
 ) -> Path:
-    """Write the whole state after `step` steps and drop all but the last few checkpoints. Returns its folder."""
-    with new_checkpoint(run_folder, step, state) as temporary:
+    """Write the whole state after `step` steps and drop all but the last `keep` checkpoints (0: none). Returns it."""
+    with new_checkpoint(run_folder, step, state, keep) as temporary:
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter)
         if trainee.value_head is not None:
             save_value_head(temporary, trainee.value_head)

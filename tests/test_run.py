@@ -1,0 +1,279 @@
+"""A run from task to trained model; killed and resumed, it asks nothing again and ends as if it had never been."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import ppo_training
+import sft
+from benchmarks.synth_kills import PROGRAM, repeated, send_kill, tables
+from data.errors import UserError
+from data.files import read_json
+from synth import run as module
+from synth import run_flags, trainer
+from synth.offline_teacher import OfflineTeacher
+from synth.stages import kept, load_rows
+from tests.scripts import ROOT, call, fails, with_words
+from tests.test_difficulty import Adder
+from training.metrics import read_metrics
+
+import pytest
+
+SUMS = ["--task", "synth/tasks/arithmetic.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
+SUMS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 4]
+TINY = ["--rule", "random", "--max-completion-length", 3, "--num-steps", 2, "--batch-size", 4]
+SCRIPTS = {"ppo_training.py": ppo_training, "sft.py": sft}
+
+
+@pytest.fixture
+def teacher():
+    with OfflineTeacher() as server:
+        yield server
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    rows = [{"input": f"{n} + 1 =", "output": str(n + 1)} for n in range(3)]
+    path = tmp_path / "evaluation.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def asked_of(server):
+    return ["--teacher-url", server.url, "--teacher-model", "m"]
+
+
+def in_this_process(monkeypatch):
+    """Training scripts are called and not started, which would cost seconds each. Returns their command lines."""
+    started = []
+
+    def run_script(words, go_on, files=()):
+        started.append(list(words))
+        call(SCRIPTS[words[0]].main, *words[1:])
+
+    monkeypatch.setattr(trainer, "run_script", run_script)
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "plot_run", lambda folder: folder / "curves.png")
+    return started
+
+
+def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, monkeypatch, capsys):
+    started, folder = in_this_process(monkeypatch), tmp_path / "run"
+    words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", folder]
+    words += ["--dataset-path", evaluation, "--training-flags=--num-generations 2"]
+    call(module.main, *words)
+    rows = {name: load_rows(folder / f"{name}.jsonl") for name in ("generate", "verify", "difficulty", "select")}
+    assert len(rows["generate"]) == 12 and all(row["votes"] for row in kept(rows["verify"]))
+    assert {row["origin"] for row in rows["difficulty"]} == {"generated", "easier"}
+    # What is held out is trained on by none.
+    held_out, trained = load_rows(folder / "held_out.jsonl"), kept(rows["select"])
+    assert len(held_out) == round(0.2 * len(kept(rows["difficulty"])))
+    assert not {row["id"] for row in held_out} & {row["id"] for row in trained}
+    prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    assert prompts == [{"prompt": row["input"], "answer": row["output"]} for row in trained]
+    assert started[0][started[0].index("--answer") + 1] == '{"type": "number"}'
+    assert len(read_metrics(folder / "training")) == 2
+    checkpoints = read_json(folder / "checkpoints.json")
+    assert [row["step"] for row in checkpoints["checkpoints"]] == [0, 1, 2] and checkpoints["held_out"] == len(held_out)
+    assert (folder / "adapter" / "adapters.safetensors").is_file()
+    result = read_json(folder / "evaluation.json")
+    assert (
+        result["questions"] == 3 and result["base"]["mean"] == 0.0 and set(result["trained"]) == {"mean", "low", "high"}
+    )
+    assert read_json(folder / "ledger.json")["total"]["calls"] == teacher.calls
+    out = capsys.readouterr().out
+    for line in ("generate: kept 12 of 12", "verify: kept", "pass rates before:", "pass rates after:", "held out: ",
+                 "select: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
+        assert line in out
+
+    # Again: nothing is asked, drawn or trained.
+    calls = teacher.calls
+    monkeypatch.setattr(module, "base_model_from", None)
+    call(module.main, "--resume", folder)
+    assert teacher.calls == calls and len(started) == 1 and "(finished before:" in capsys.readouterr().out
+
+
+def test_sft_on_the_same_samples(tmp_path, tiny_folder, teacher, monkeypatch):
+    started, folder = in_this_process(monkeypatch), tmp_path / "run"
+    words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", folder, "--train-by", "sft"]
+    call(module.main, *words, "--rounds", 0)
+    assert started[0][0] == "sft.py" and (folder / "adapter" / "adapters.safetensors").is_file()
+    first = json.loads((folder / "sft" / "train.jsonl").read_text().splitlines()[0])
+    row = kept(load_rows(folder / "select.jsonl"))[0]
+    assert first == {"prompt": row["input"], "completion": " " + row["output"]}
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path, tiny_folder, teacher, monkeypatch):
+    started, folder = in_this_process(monkeypatch), tmp_path / "run"
+    words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", folder, "--rounds", 0]
+
+    def fail(*_):
+        raise UserError("full disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ppo_training, "save_adapter", fail)
+        with pytest.raises(UserError, match="full disk"):
+            call(module.main, *words, "--training-flags=--num-generations 2")
+    call(module.main, "--resume", folder)
+    assert started[1][:2] == ["ppo_training.py", "--resume"] and (folder / "training" / "summary.json").is_file()
+
+
+def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher, monkeypatch):
+    """A model's folder has a config.json too, which must outlive a mistaken --work-model-paths."""
+    words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", tmp_path / "run"]
+    words += ["--training-flags=--num-generations 2"]
+    with pytest.raises(UserError, match="holds a run or a model already"):
+        call(module.main, *words, "--work-model-paths", tiny_folder)
+    assert teacher.calls == 0
+    in_this_process(monkeypatch)
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    (tmp_path / "run" / "training" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="something else"):
+        call(module.main, *words)
+    assert (tmp_path / "run" / "training" / "config.json").read_text() == "{}"
+    # Its own training, killed before its first checkpoint, begins anew.
+    mine = {"save_file": str(tmp_path / "run" / "last_adapter")}
+    (tmp_path / "run" / "training" / "config.json").write_text(json.dumps(mine))
+    call(module.main, "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "training" / "summary.json").is_file()
+
+
+def test_killed_and_resumed_it_asks_nothing_again(tmp_path, monkeypatch):
+    """Two kills in the stages that ask; the last stretch and the undisturbed run are in this process."""
+    rng, cut = random.Random(0), tmp_path / "cut"
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
+    with OfflineTeacher(latency_ms=10) as server:
+        words = [*map(str, [*SUMS, *asked_of(server)])]
+        for _ in range(2):
+            given = ["--resume", cut] if (cut / "config.json").is_file() else [*words, "--output-dir", cut]
+            process = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, given)], cwd=ROOT)
+            assert send_kill(process, server, rng.randrange(5, 25)) == -signal.SIGKILL
+        with pytest.raises(SystemExit):
+            call(module.main, "--resume", cut)
+        assert repeated(server) <= 2 * 4
+        disturbed = server.asked.keys()
+    with OfflineTeacher() as server:
+        with pytest.raises(SystemExit):
+            call(module.main, *SUMS, *asked_of(server), "--output-dir", tmp_path / "whole")
+        assert repeated(server) == 0 and server.asked.keys() == disturbed
+    assert tables(cut) == tables(tmp_path / "whole") and len(tables(cut)) == 4
+
+
+def test_with_a_teacher_that_fails_often_the_run_ends_and_says_what_was_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
+    with OfflineTeacher(malformed_rate=0.3, refusal_rate=0.2) as server:
+        with pytest.raises(SystemExit):
+            call(module.main, *SUMS, "--count", 30, *asked_of(server), "--output-dir", tmp_path / "run")
+        assert read_json(tmp_path / "run" / "ledger.json")["total"]["calls"] == server.calls
+    rows = load_rows(tmp_path / "run" / "generate.jsonl")
+    assert [row["id"] for row in rows] == [f"g{n}" for n in range(1, 31)] and len(kept(rows)) > 10
+    reasons = {row["dropped"] for row in rows if "dropped" in row}
+    assert {"no sample: refusal", "no sample: malformed"} <= reasons
+    verdicts = load_rows(tmp_path / "run" / "verify.jsonl")
+    assert len(verdicts) == len(kept(rows)) and any("dropped" in row for row in verdicts)
+
+
+def test_a_dry_run_sends_nothing_and_bounds_what_a_run_costs(tmp_path, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
+    words = [*SUMS, *asked_of(teacher), "--output-dir", tmp_path / "run", "--price-in", 1, "--price-out", 2]
+    call(module.main, *words, "--dry-run")
+    assert teacher.calls == 0 and not (tmp_path / "run").exists()
+    lines = {line.split("  ")[0]: line.split()[-4:] for line in capsys.readouterr().out.splitlines()}
+    with pytest.raises(SystemExit):
+        call(module.main, *words)
+    ledger = read_json(tmp_path / "run" / "ledger.json")
+    pairs = {"total": "total", "generate": "generate", "verify": "verify", "pattern": "pattern"}
+    for name, stage in pairs.items():
+        calls, asked, told, money = (float(figure.replace(",", "")) for figure in lines[name])
+        spent = ledger[stage]
+        assert spent["calls"] <= calls and spent["prompt_tokens"] <= asked and spent["completion_tokens"] <= told
+        assert money == pytest.approx((asked + 2 * told) / 1e6, rel=1e-3) and spent["money"] <= money
+
+
+def test_a_limit_holds_for_the_run_and_can_be_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
+    folder = tmp_path / "run"
+    with OfflineTeacher() as server:
+        words = [*SUMS, *asked_of(server), "--output-dir", folder]
+        with pytest.raises(UserError, match="limit of 10 calls"):
+            call(module.main, *words, "--max-calls", 10)
+        with pytest.raises(UserError, match="limit of 10 calls"):
+            call(module.main, "--resume", folder)
+        assert server.calls == 10
+        with pytest.raises(SystemExit):
+            call(module.main, "--resume", folder, "--max-calls", 500)
+        assert repeated(server) == 0 and read_json(folder / "ledger.json")["total"]["calls"] == server.calls
+
+
+def test_a_base_model_that_is_missing_costs_no_call(tmp_path, teacher):
+    words = [*SUMS, *asked_of(teacher), "--output-dir", tmp_path / "run", "--base-model", tmp_path / "none"]
+    with pytest.raises(UserError, match="none"):
+        call(module.main, *words)
+    assert teacher.calls == 0
+
+
+def test_a_teacher_that_has_moved_is_asked_nothing_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
+    with OfflineTeacher() as first, OfflineTeacher() as second:
+        with pytest.raises(UserError, match="limit"):
+            call(module.main, *SUMS, *asked_of(first), "--output-dir", tmp_path / "run", "--max-calls", 10)
+        with pytest.raises(SystemExit):
+            call(module.main, "--resume", tmp_path / "run", "--teacher-url", second.url, "--max-calls", 500)
+        assert first.calls == 10 and not first.asked.keys() & second.asked.keys()
+
+
+def test_the_published_programs_own_flags(tmp_path, evaluation):
+    library = tmp_path / "library.txt"
+    library.write_text("Aspirin thins the blood.")
+    words = ["--experiment_name", "exp1", "--target_model_path", "out", "--model", "LLaMa", "--base_model_path", "base"]
+    words += ["--task_name", "MedNLI", "--task_instruction", "Classify.", "--domain", "Medical"]
+    words += ["--demo_examples", "[{'input': 'a', 'output': 'neutral'}]", "--passage_paths", str(library)]
+    words += ["--iterations", "5", "--work_model_paths", "work", "--teacher-url", "http://127.0.0.1:1/v1"]
+    args = with_words(lambda: run_flags.parse_run_args(None), *words)
+    task = run_flags.task_from(args)
+    assert (task.name, task.instruction, task.domain, task.library) == ("MedNLI", "Classify.", "Medical", [library])
+    assert task.demos == [{"input": "a", "output": "neutral"}] and getattr(task.answer, "name", None) == "label"
+    assert (args.rounds, args.model, args.target_model_path, args.work_model_paths) == (5, "LLaMa", "out", "work")
+    assert trainer.model_name(args, task) == "base" and args.experiment_name == "exp1"
+    words = ["--task", "synth/tasks/arithmetic.yaml", "--dataset_path", evaluation]
+    assert len(run_flags.task_from(with_words(lambda: run_flags.parse_run_args(None), *words)).evaluation) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no task is named"), (["--task", "synth/tasks/gsm8k.yaml"], "the offline teacher knows"),
+        (["--held-out", 1], "--held-out"), (["--select", 0], "--select"), (["--band", 0.5, 0.2], "--band"),
+        (["--resume", "nowhere"], "holds no run"), (["--max-money", 1], "prices"),
+        (["--batch-size", 10], "--num-generations"), (["--training-flags=--lora-dropout 0.1"], "--lora-dropout"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, words, message):
+    if words[:1] != ["--task"] and words:
+        words = ["--task", ROOT / "synth/tasks/arithmetic.yaml", *words]
+    words = [ROOT / word if word == "synth/tasks/gsm8k.yaml" else word for word in words]
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, module.main, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_process_at_a_time_in_a_run_folder(tmp_path):
+    code = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nimport fcntl\n"
+    code += (
+        f"lock = open({str(tmp_path / 'lock')!r}, 'w')\nfcntl.flock(lock, fcntl.LOCK_EX)\nprint('held', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code + "time.sleep(0.5)"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    started = time.monotonic()
+    with module.alone(tmp_path):
+        assert time.monotonic() - started > 0.3 and process.wait(5) == 0
