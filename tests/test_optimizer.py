@@ -121,8 +121,10 @@ def test_an_unknown_schedule_is_refused():
 # --- Adam ---
 
 
+@pytest.mark.parametrize("small", [0, training_optimizer.SMALL], ids=["one by one", "together"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_several_steps_equal_pytorch_s(weight_decay):
+def test_several_steps_equal_pytorch_s(weight_decay, small, monkeypatch):
+    monkeypatch.setattr(training_optimizer, "SMALL", small)
     net = Net()
     optimizer = make_optimizer(1e-2, 100, weight_decay=weight_decay)
     optimizer.init(net.trainable_parameters())
@@ -158,8 +160,10 @@ def gradients_of(seed, by_columns):
     return {"weight": weight, "bias": bias}
 
 
+@pytest.mark.parametrize("small", [0, training_optimizer.SMALL], ids=["one by one", "together"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(weight_decay):
+def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(weight_decay, small, monkeypatch):
+    monkeypatch.setattr(training_optimizer, "SMALL", small)
     nets, ours = [Square(), Square()], [make_optimizer(1e-2, 100, weight_decay=weight_decay) for _ in range(2)]
     theirs = optim.Adam(1e-2, bias_correction=True)
     if weight_decay:
