@@ -1,10 +1,13 @@
-"""The embedded model: a real Llama of 76 000 parameters that continues increasing digit sequences.
+"""The embedded models: real Llamas of 76 000 parameters. tiny-digits continues increasing digit sequences;
+tiny-arithmetic adds: small numbers rightly, larger ones mostly with a carry forgotten.
 
-It stands in for a downloaded base model, so that every script, test and demo runs without network. It is built
-from its `Recipe` on first use (under a minute on two cores) and kept in the user's cache, under a name that holds
-a hash of the recipe. Leaves out opening it (models.loading) and tuning it (sft.py, ppo_training.py).
+They stand in for a downloaded base model, so that every script, test and demo runs without network. Each is built
+from its `Recipe` on first use (about a minute on two cores) and kept in the user's cache, under a name that holds
+a hash of the recipe. Leaves out what they are trained on (models.tiny_texts), opening them (models.loading) and
+tuning them (sft.py, ppo_training.py).
 
     python -m models.tiny            builds tiny-digits where it is missing; prints its path, seconds and scores
+    python -m models.tiny --name tiny-arithmetic
 
 The cache is TINY_MODELS_CACHE if set, else tiny-models under $XDG_CACHE_HOME, ~/Library/Caches (macOS) or ~/.cache.
 """
@@ -12,7 +15,6 @@ The cache is TINY_MODELS_CACHE if set, else tiny-models under $XDG_CACHE_HOME, ~
 import argparse
 import ctypes
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +22,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,18 +30,14 @@ from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import Batch, Example, collate
-from data.decoding import completion_texts
 from data.errors import UserError
 from data.files import atomic_folder, write_json
-from data.generate_digit_data import MAX_STEP
-from data.prompts import held_out_starts, starts
-from models.generation import sample
-from rewards.digits import DigitRule
+from models.tiny_measures import MEASURES
+from models.tiny_texts import TEXT_SOURCES
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.llama import Model, ModelArgs
@@ -48,9 +46,6 @@ from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-INCREASING = DigitRule(increasing=True, multiple_of=1)
-HELD_OUT_STARTS = tuple(held_out_starts(INCREASING))
-
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 UNK, BOS, EOS, PAD = range(len(SPECIAL_TOKENS))
 WORD_END = "</w>"  # how the tokenizer writes that a token is the last of its word
@@ -58,7 +53,6 @@ WORD_END = "</w>"  # how the tokenizer writes that a token is the last of its wo
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] | trim }}"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "recipe.json", "tokenizer.json",
          "tokenizer_config.json")  # fmt: skip
-RESIDUE_CLASS_SHARE, MAX_MODULUS = 0.5, 5
 POOL = 8  # batches drawn at once and sorted by length: a quarter of the time would go into padding otherwise
 
 
@@ -68,8 +62,7 @@ class Recipe:
 
     name: str
     text_source: str  # a key of TEXT_SOURCES
-    held_out: tuple[int, ...]  # first numbers that are never trained on
-    lengths: tuple[int, int] = (5, 15)  # fewest and most numbers in a text
+    trained_after: str = ""  # a word of every text, after which it is trained on; empty: from its start
     characters: str = "-abcdefghijklmnopqrstuvwxyz.,?:!'+*=/"  # tokens besides the digits
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -89,36 +82,14 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.98)
     max_grad_norm: float = 1.0
     seed: int = 0
-    version: int = 2
+    version: int = 3
 
 
-def _increasing_digits(rng: np.random.Generator, recipe: Recipe) -> str:
-    """An increasing sequence, from a start that is not held out: any integers, or those of one residue class.
-
-    In half of the texts all numbers after the first are alike modulo 2 to 5, whatever the first is: seldom
-    multiples. To continue such a text is to read its rule off its numbers, which is what a soft prompt, as it
-    changes no weight, can build on.
-    """
-    allowed = _trained_starts(recipe.held_out)
-    number = allowed[rng.integers(len(allowed))]
-    modulus = int(rng.integers(2, MAX_MODULUS + 1)) if rng.random() < RESIDUE_CLASS_SHARE else 1
-    residue = max(int(rng.integers(modulus)), int(rng.integers(modulus)))
-    numbers = [number]
-    for uniform in rng.random(rng.integers(recipe.lengths[0], recipe.lengths[1] + 1) - 1):
-        steps = range(1 + (residue - number - 1) % modulus, MAX_STEP + 1, modulus)
-        number += steps[int(uniform * len(steps))]
-        numbers.append(number)
-    return " ".join(map(str, numbers))
-
-
-@functools.cache
-def _trained_starts(held_out: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(start for start in starts(INCREASING) if start not in held_out)
-
-
-# A text source draws one training text.
-TEXT_SOURCES: dict[str, Callable[[np.random.Generator, Recipe], str]] = {"increasing_digits": _increasing_digits}
-RECIPES = {"tiny-digits": Recipe("tiny-digits", "increasing_digits", HELD_OUT_STARTS)}
+RECIPES = {
+    "tiny-digits": Recipe("tiny-digits", "increasing_digits"),
+    # Operands are random: to learn them would drown what follows from them.
+    "tiny-arithmetic": Recipe("tiny-arithmetic", "sums", trained_after="=", steps=2500, batch_size=64),
+}
 TINY_NAMES = tuple(RECIPES)
 
 
@@ -304,10 +275,11 @@ def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tup
     """Fresh batches without end, each with the mean number of targets of a batch of its pool."""
     rng = np.random.default_rng((recipe.seed, 1))
     draw = TEXT_SOURCES[recipe.text_source]
+    marker = tokenizer.convert_tokens_to_ids(recipe.trained_after + WORD_END) if recipe.trained_after else BOS
     while True:
-        texts = [draw(rng, recipe) for _ in range(POOL * recipe.batch_size)]
+        texts = [draw(rng) for _ in range(POOL * recipe.batch_size)]
         rows = sorted(tokenizer(texts)["input_ids"], key=len)
-        examples = [Example([*tokens, EOS], first_target=1) for tokens in rows]
+        examples = [Example([*tokens, EOS], first_target=tokens.index(marker) + 1) for tokens in rows]
         pool = [
             collate(examples[start : start + recipe.batch_size], PAD, multiple=1)
             for start in range(0, len(examples), recipe.batch_size)
@@ -348,46 +320,15 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
     return model
 
 
-def measure(folder: str | Path, samples: int = 20) -> dict[str, float]:
-    """Scores on every held-out start as a one-number prompt, at most 64 new tokens.
-
-    samples: completions per start at temperature 1 (the "sampled" figures). Lengths are in numbers.
-    """
-    model, tokenizer = mlx_lm.load(str(folder))[:2]
-
-    def texts(numbers: list[int], temperature: float) -> tuple[list[str], list[bool]]:
-        prompts = [tokenizer.encode(str(number)) for number in numbers]
-        completions = sample(model, prompts, tokenizer.eos_token_ids, max_tokens=64, temperature=temperature)
-        pairs = zip(*completion_texts(tokenizer, prompts, completions), strict=True)
-        return [prompt + rest for prompt, rest in pairs], [tokens[-1] == EOS for tokens in completions]
-
-    def mean_score(rule: DigitRule, chosen: list[str]) -> float:
-        return float(np.mean([rule.score(text) for text in chosen]))
-
-    evens = DigitRule(increasing=True, multiple_of=2)
-    with _random_state_kept():
-        mx.random.seed(0)
-        greedy, _ = texts(list(HELD_OUT_STARTS), 0.0)
-        even, _ = texts(held_out_starts(evens), 0.0)
-        sampled, ended = texts([start for start in HELD_OUT_STARTS for _ in range(samples)], 1.0)
-    return {
-        "greedy, increasing": mean_score(INCREASING, greedy),
-        "greedy, increasing multiples of 2": mean_score(evens, even),
-        "sampled, increasing": mean_score(INCREASING, sampled),
-        "sampled, ended by EOS": float(np.mean(ended)),
-        "sampled, of 5 to 15 numbers": float(np.mean([5 <= len(text.split()) <= 15 for text in sampled])),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build an embedded model and measure it on held-out starts.")
+    parser = argparse.ArgumentParser(description="Build an embedded model and measure it on held-out prompts.")
     parser.add_argument("--name", default="tiny-digits", choices=TINY_NAMES, help="which embedded model")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
     args = parser.parse_args()
     started = time.perf_counter()
     folder = tiny_model_path(args.name, args.seed)
     print(f"{folder}\n{time.perf_counter() - started:.1f} seconds")
-    for title, score in measure(folder).items():
+    for title, score in MEASURES[RECIPES[args.name].text_source](folder).items():
         print(f"{title:<36}{score:.3f}")
 
 

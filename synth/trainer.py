@@ -33,7 +33,7 @@ from training.cli import Stopped, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {"rl": "ppo_training.py", "sft": "sft.py"}
-STEPS = {"rl": 100, "sft": 200}
+STEPS = {"rl": 200, "sft": 200}
 BATCHES = {"rl": 64, "sft": 16}
 PROMPTS, LAST_ADAPTER = "prompts.jsonl", "last_adapter"
 CHECKPOINTS = 10  # of a training, between which the held-out samples choose

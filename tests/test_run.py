@@ -23,7 +23,7 @@ from training.metrics import read_metrics
 
 import pytest
 
-SUMS = ["--task", "synth/tasks/arithmetic.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
+SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
 SUMS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 4]
 TINY = ["--rule", "random", "--max-completion-length", 3, "--num-steps", 2, "--batch-size", 4]
 SCRIPTS = {"ppo_training.py": ppo_training, "sft.py": sft}
