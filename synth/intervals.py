@@ -1,7 +1,7 @@
 """95 % confidence intervals of scores: of one model's mean, and of the difference of two on the same questions.
 
 Where every score is 0 or 1, Wilson's interval and Agresti and Min's, else the bootstrap over the questions.
-Leaves out several runs: how much a result varies from seed to seed is not in these.
+How much a result varies from seed to seed is not in these, but in `over_seeds`.
 
     python -m pytest tests/test_intervals.py
 """
@@ -14,6 +14,9 @@ import numpy as np
 
 Z = 1.959964  # of the normal distribution, two-sided 95 %
 RESAMPLES = 10_000
+# Of the t distribution, two-sided 95 %, by degrees of freedom from 1 to 19.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+STUDENT += (2.120, 2.110, 2.101, 2.093)
 
 
 class Interval(NamedTuple):
@@ -64,6 +67,18 @@ def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     means = [given[rng.integers(len(given), size=len(given))].mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(given.mean()), float(low), float(high))
+
+
+def over_seeds(values: Sequence[float]) -> Interval:
+    """The mean of one figure a run, or of one difference a seed, and Student's interval: 2 to 20 runs.
+
+    Raises ValueError for another number of runs.
+    """
+    if not 2 <= len(values) <= len(STUDENT) + 1:
+        raise ValueError(f"{len(values)} runs; an interval needs 2 to {len(STUDENT) + 1}")
+    mean = float(np.mean(values))
+    half = STUDENT[len(values) - 2] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return Interval(mean, mean - half, mean + half)
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> Difference:

@@ -4,6 +4,7 @@ import math
 import sys
 
 import models.fast_blas  # noqa: F401  (before mlx)
+from benchmarks import synth_ablation
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -86,3 +87,23 @@ def test_our_step_is_whole_and_trains(tmp_path, kind):
     assert all(not mx.array_equal(before[name], after[name]) for name in before)
     # q and v of one layer, rank 16: 16 × (16 + 16) + 16 × (16 + 8); the value head has no bias.
     assert stepper.trainee.sizes()[0] == {"lora": 896, "full": 2 * 64 * 16 + 768 + 768 + 3 * 16}[kind] + 16
+
+
+def test_the_ablations_figures_are_counted_by_hand(tmp_path):
+    right = {"input": "When was Gruvaby founded?", "output": "1473"}
+    wrong = [{**right, "output": "1474"}, {"input": "When was Elton founded?", "output": "1473"}]
+    dropped = {**right, "dropped": "tie"}
+    assert synth_ablation.measure_facts([right, *wrong, dropped]) == {"kept": 3, "correct": 1 / 3}
+    sums = [{"input": "12 + 7 =", "output": "19"}, {"input": "12 + 7 =", "output": "18"}]
+    assert [synth_ablation.is_right_sum(row) for row in sums] == [True, False]
+    cells = {
+        "full": {0: {"base": 0.5, "trained": 0.8}, 1: {"base": 0.5, "trained": 0.9}},
+        "no vote": {1: {"base": 0.5, "trained": 0.8}, 0: {"base": 0.5, "trained": 0.6}, 2: {"trained": 0.1}},
+    }
+    # Seed by seed: -0.2 and -0.1.
+    less = synth_ablation.against_full(cells, "no vote")
+    assert less is not None and less.mean == pytest.approx(-0.15)
+    assert less.high - less.mean == pytest.approx(12.706 * 0.05)
+    assert "| no vote | 3 |" in synth_ablation.table(cells)
+    synth_ablation.draw(tmp_path / "picture.png", cells)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

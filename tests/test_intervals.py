@@ -2,7 +2,7 @@
 
 import random
 
-from synth.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, wilson
+from synth.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, over_seeds, wilson
 
 import pytest
 
@@ -64,3 +64,19 @@ def test_no_scores_have_no_interval():
     for function in (bootstrap, mean_interval):
         with pytest.raises(ValueError, match="at least one"):
             function([])
+
+
+def test_runs_are_compared_by_students_t():
+    """Mean 2, standard deviation 1 (Bessel's), three runs: 2 ± 4.303 / √3."""
+    found = over_seeds([1.0, 2.0, 3.0])
+    assert found == pytest.approx((2.0, 2.0 - 4.303 / 3**0.5, 2.0 + 4.303 / 3**0.5))
+    assert over_seeds([0.5] * 20) == Interval(0.5, 0.5, 0.5)
+    for count in (1, 21):
+        with pytest.raises(ValueError, match=f"{count} runs"):
+            over_seeds([0.5] * count)
+
+
+def test_the_true_mean_lies_in_students_interval_in_19_of_20_cases():
+    rng = random.Random(0)
+    spreads = [over_seeds([rng.gauss(1.0, 2.0) for _ in range(5)]) for _ in range(4000)]
+    assert sum(low <= 1.0 <= high for _, low, high in spreads) / len(spreads) == pytest.approx(0.95, abs=0.012)
