@@ -15,8 +15,10 @@ import numpy as np
 Z = 1.959964  # of the normal distribution, two-sided 95 %
 RESAMPLES = 10_000
 # Of the t distribution, two-sided 95 %, by degrees of freedom from 1 to 19.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-STUDENT += (2.120, 2.110, 2.101, 2.093)
+STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093),
+)
 
 
 class Interval(NamedTuple):
