@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,23 +23,21 @@ from typing import Any
 
 from data.errors import UserError
 from data.files import atomic_file, read_json
+from synth.charts import Points, bar, bars, curve, intervals
 from synth.stages import Row, load_rows
 from training import config
 from training.cli import run
 from training.metrics import read_metrics
 
 STAGES = ("generate", "verify", "difficulty", "select")
-RECORDS = ("config", "ledger", "evaluation")
+RECORDS = ("config", "ledger", "checkpoints", "evaluation")
+HELD_OUT = "held_out.jsonl"
 TEMPLATE = Path(__file__).with_suffix(".html")
 NUMBER, ROW, COLUMN = ' class="number"', ' scope="row"', ' scope="col"'  # attributes of a cell
 NAMED = {"task": "Task", "base_model": "Base model", "teacher_model": "Teacher"}  # of the config, in the summary
 DONE = {"generate": "readable", "verify": "verified", "difficulty": "kept with a pass rate", "select": "selected"}
 LARGEST = 1e300
 MOST_BINS = 16  # of pass rates, between which a histogram stays readable
-Points = Sequence[tuple[float, float]]
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 42  # margins around the plot
-KINDS = ("open", "full")  # of a first and a second series: told apart without colour
 AMOUNTS = ("calls", "cached", "retries", "prompt_tokens", "completion_tokens", "money")
 
 
@@ -47,12 +45,13 @@ AMOUNTS = ("calls", "cached", "retries", "prompt_tokens", "completion_tokens", "
 class Run:
     """What a run folder holds. stages: rows of the finished ones; records: those of RECORDS that are there.
 
-    curves: training run → (step, mean score).
+    held_out: ids of the samples that chose the checkpoint; curves: training run → (step, mean score).
     """
 
     name: str
     stages: dict[str, list[Row]]
     records: dict[str, dict[str, Any]]
+    held_out: set[str]
     curves: dict[str, Points]
 
     @property
@@ -78,22 +77,31 @@ def write_report(folder: str | Path) -> Path:
 
 
 def read_run(folder: str | Path) -> Run:
-    """The run in a folder. Training runs are looked for in it and in the folders just below. Raises UserError."""
+    """The run in a folder. Raises UserError.
+
+    Training runs are looked for in it, in the folders just below, and where its --work-model-paths says.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the folder of a run of synth.run")
     stages = {name: _rows(folder / f"{name}.jsonl") for name in STAGES if (folder / f"{name}.jsonl").is_file()}
     records = {name: _record(folder / f"{name}.json") for name in RECORDS if (folder / f"{name}.json").is_file()}
-    curves: dict[str, Points] = {}
-    for path in [folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl"))]:
-        points = [(number(row.get("step")), number(row.get("mean_score"))) for row in read_metrics(path.parent)]
-        scored = [(step, score) for step, score in points if step is not None and score is not None]
-        if scored:
-            curves[path.parent.name] = scored
-    found = Run(folder.resolve().name, stages, records, curves)
+    held_out = _rows(folder / HELD_OUT) if (folder / HELD_OUT).is_file() else []
+    outside = _text(records.get("config", {}).get("work_model_paths"))
+    trainings = [folder, *sorted(path.parent for path in folder.glob("*/metrics.jsonl"))]
+    trainings += [Path(outside)] if outside and Path(outside) not in trainings else []
+    curves = {path.name: points for path in trainings if (points := _points(read_metrics(path)))}
+    found = Run(folder.resolve().name, stages, records, {row["id"] for row in held_out}, curves)
     if not (stages or records or curves):
         raise UserError(f"{folder} holds no run (none of {', '.join(found.missing)}); name the folder of a run")
     return found
+
+
+def _points(rows: Any) -> list[tuple[float, float]]:
+    """(step, mean score) of the rows that have both."""
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    points = [(number(row.get("step")), number(row.get("mean_score"))) for row in rows]
+    return [(step, score) for step, score in points if step is not None and score is not None]
 
 
 def _rows(path: Path) -> list[Row]:
@@ -124,22 +132,29 @@ def own_rows(stages: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
     return own
 
 
-def samples(stages: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+def samples(stages: Mapping[str, Sequence[Row]], held_out: Container[str] = ()) -> list[dict[str, Any]]:
     """Every sample once, as the last stage left it, in the order of their making, with the fields of the table."""
     found = {row["id"]: (name, row) for name, rows in own_rows(stages).items() for row in rows}
-    return [_sample(name, row) for name, row in found.values()]
+    return [_sample(row, _outcome(name, row, held_out)) for name, row in found.values()]
 
 
-def _sample(stage: str, row: Row) -> dict[str, Any]:
+def _outcome(stage: str, row: Row, held_out: Container[str]) -> str:
+    """What became of a sample, in words. stage: the last that had it."""
+    if "dropped" in row:
+        return f"{stage}: {row['dropped']}"
+    return "selected" if stage == "select" else "held out" if row["id"] in held_out else f"kept by {stage}"
+
+
+def _sample(row: Row, outcome: str) -> dict[str, Any]:
     votes = row["votes"] if isinstance(row["votes"], dict) else {}
     counted = [(str(answer), count) for answer, count in votes.items() if number(count) is not None]
     return {
         **{name: str(row[name]) for name in ("id", "input", "output", "origin")},
-        **{name: _text(row.get(name)) for name in ("parent", "passage", "dropped", "detail", "outvoted")},
+        **{name: _text(row.get(name)) for name in ("parent", "passage", "detail", "outvoted")},
         **{name: number(row.get(name)) for name in ("margin", "rollouts", "solved", "cast")},
         "rate": number(row["pass_rate"]),
         "votes": sorted(counted, key=lambda vote: -vote[1]),
-        "stage": stage,
+        "outcome": outcome,
     }
 
 
@@ -155,7 +170,7 @@ def render(found: Run) -> str:
         "policy": f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'",
         "title": escape(f"Synthetic data: {found.name}"),
         "body": "\n".join([_summary(found), _result(found), _stages(found), _spread(found)]),
-        "rows": as_script(samples(found.stages)),
+        "rows": as_script(samples(found.stages, found.held_out)),
         "end": "\n".join([_ledger(found), _config(found)]),
     }
     # In one pass, so that nothing which was put in is looked at again.
@@ -227,45 +242,54 @@ def _summary(found: Run) -> str:
     if isinstance(total, dict):
         tokens = (number(total.get("prompt_tokens")) or 0) + (number(total.get("completion_tokens")) or 0)
         said.append(f"The teacher was called {amount(total.get('calls'))} times, for {amount(tokens)} tokens.")
-    accuracy = {name: score for name, (score, *_) in _evaluated(found).items()}
-    if len(accuracy) == 2:
-        base, trained = accuracy.values()
-        said.append(f"Accuracy on the evaluation set: {base:.3f} before training, {trained:.3f} after.")
+    means = {name: values[0] for name, values in _evaluated(found).items()}
+    if {"base", "trained"} <= means.keys():
+        said.append(
+            f"Mean score on the evaluation set: {means['base']:.3f} before training, {means['trained']:.3f} after."
+        )
     text = f"<p>{escape(' '.join(said))}</p>" if said else ""
     missing = f"Not in the run folder (yet): {', '.join(found.missing)}."
     return text + (f'<p class="missing">{escape(missing)}</p>' if found.missing else "")
 
 
-def _evaluated(found: Run) -> dict[str, tuple[float, float, float, str]]:
-    """Model → accuracy, low, high, n, of those whose evaluation is whole."""
-    whole = {}
-    for key, name in (("base", "base model"), ("trained", "trained model")):
-        entry = found.records.get("evaluation", {}).get(key)
-        entry = entry if isinstance(entry, dict) else {}
-        values = [v for field in ("accuracy", "low", "high") if (v := number(entry.get(field))) is not None]
-        if len(values) == 3:
-            whole[name] = (values[0], values[1], values[2], amount(entry.get("n")))
+def _evaluated(found: Run) -> dict[str, tuple[float, float, float]]:
+    """Mean, low, high of the base model, the trained one and their difference, where all three are there."""
+    record, whole = found.records.get("evaluation", {}), {}
+    for key in ("base", "trained", "difference"):
+        entry = record[key] if isinstance(record.get(key), dict) else {}
+        mean, low, high = (number(entry.get(field)) for field in ("mean", "low", "high"))
+        if mean is not None and low is not None and high is not None:
+            whole[key] = (mean, low, high)
     return whole
 
 
 def _result(found: Run) -> str:
-    """Base against trained, and the learning curve."""
+    """Base against trained, the checkpoints, and the learning curve."""
     evaluated, figures = _evaluated(found), []
     if evaluated:
-        rows = [(name, f"{a:.3f}", f"{low:.3f}–{high:.3f}", n) for name, (a, low, high, n) in evaluated.items()]
+        asked = (
+            f"Mean score on the {amount(found.records['evaluation'].get('questions'))} questions of the evaluation set"
+        )
+        rows = [(name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}") for name, (mean, low, high) in evaluated.items()]
+        models = {f"{name} model": evaluated[name] for name in ("base", "trained") if name in evaluated}
         figures.append(
-            "<figure><figcaption>Accuracy on the evaluation set</figcaption>"
-            + intervals("Accuracy with its interval", {name: values[:3] for name, values in evaluated.items()})
-            + table(["model", "accuracy", "interval", "n"], rows)
+            f"<figure><figcaption>{asked}</figcaption>{intervals('Mean score with its interval', models)}"
+            + table(["model", "mean score", "95 % interval"], rows)
             + "</figure>"
         )
-    for name, points in found.curves.items():
-        caption = f"Mean score by step: {name}"
-        figures.append(f"<figure><figcaption>{escape(caption)}</figcaption>{curve(caption, points)}</figure>")
-    told = [] if evaluated else ["The evaluation set has not been read."]
-    told += [] if found.curves else ["There is no learning curve."]
+    checkpoints = found.records.get("checkpoints", {})
+    if points := _points(checkpoints.get("checkpoints")):
+        asked = f"Mean score on {amount(checkpoints.get('held_out'))} held-out samples by step"
+        figures.append(_curve(f"{asked}: step {amount(checkpoints.get('chosen'))} was chosen", points))
+    figures += [_curve(f"Mean score by step: {name}", points) for name, points in found.curves.items()]
+    told = [] if evaluated else ["There is no evaluation."]
+    told += [] if figures[bool(evaluated) :] else ["There is no learning curve."]
     body = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
     return "<h2>Result</h2>" + body + _absent(*told)
+
+
+def _curve(caption: str, points: Points) -> str:
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{curve(caption, points)}</figure>"
 
 
 def _stages(found: Run) -> str:
@@ -277,6 +301,8 @@ def _stages(found: Run) -> str:
         kept = "kept" if len(origins) < 2 else f"kept: {', '.join(f'{n:,} {origin}' for origin, n in origins.items())}"
         entries = [(kept, origins.total(), "full")]
         entries += [(reason, count, "dropped") for reason, count in reasons.most_common()]
+        if name == "difficulty" and found.held_out:
+            entries.insert(1, ("of these held out, to choose the checkpoint", len(found.held_out), "full"))
         for place, (label, count, kind) in enumerate(entries):
             head = f'<th scope="rowgroup" rowspan="{len(entries)}">{name}</th>' if not place else ""
             numbers = f"<td{NUMBER}>{count:,}</td><td{NUMBER}>{share(count, len(rows))}</td>"
@@ -371,139 +397,6 @@ def _config(found: Run) -> str:
     rows = [[key, value if isinstance(value, str) else json.dumps(value)] for key, value in settings.items()]
     flags = table(["flag", "value"], rows, numbers_from=2, label="Flags of the run")
     return f"<h2>Config</h2><details><summary>Flags of the run</summary>{flags}</details>"
-
-
-# The charts, as inline SVG: colours are classes of the template, because its policy admits no style attribute.
-
-
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most `most` + 1 round numbers (1, 2 or 5 times a power of ten apart) that enclose low and high."""
-    span = (high - low) or 1.0
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(factor * power for factor in (1, 2, 5, 10, 20) if _steps(low, high, factor * power) <= most)
-    first = math.floor(low / step + 1e-9)
-    return [round(n * step, 12) for n in range(first, first + max(_steps(low, high, step), 1) + 1)]
-
-
-def _steps(low: float, high: float, step: float) -> int:
-    return math.ceil(high / step - 1e-9) - math.floor(low / step + 1e-9)
-
-
-def bar(count: float, whole: float, kind: str) -> str:
-    """A bar that fills its cell by the share of count in whole; the figure stands beside it."""
-    width = 100 * count / whole if whole else 0
-    drawn = f'<rect width="{width:.2f}%" height="14" class="{kind}"/>'
-    return f'<svg width="100%" height="14" aria-hidden="true">{drawn}</svg>'
-
-
-def bars(title: str, axis: str, labels: Sequence[str], series: Mapping[str, Sequence[int]]) -> str:
-    """Counts of two series side by side over the same labels, with a legend."""
-    marks = ticks(0, max(1, *(max(counts) for counts in series.values())), 4)
-    marks = [mark for mark in marks if mark == int(mark)]
-    plot = _Plot((0.0, float(len(labels))), (0.0, marks[-1]))
-    drawn = [plot.grid(marks)]
-    wide = 0.8 / len(series)
-    for place, (name, counts) in enumerate(series.items()):
-        for n, count in enumerate(counts):
-            if count:
-                x, y = plot.x(n + 0.1 + place * wide), plot.y(count)
-                size = f'width="{plot.x(wide) - plot.x(0) - 1.5:.1f}" height="{plot.y(0) - y:.1f}"'
-                tip = escape(f"{name}: {count:,} at {labels[n]}")
-                drawn.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} class="{KINDS[place]}"><title>{tip}</title></rect>')
-    every = -(-len(labels) // 11)
-    drawn += [plot.below(n + 0.5, label) for n, label in enumerate(labels) if not n % every]
-    keys = "".join(
-        f'<li><svg width="12" height="12" aria-hidden="true"><rect x="1" y="1" width="10" height="10" class="{kind}"/>'
-        f"</svg>{escape(name)} ({sum(counts):,})</li>"
-        for (name, counts), kind in zip(series.items(), KINDS, strict=False)
-    )
-    return f'<ul class="legend">{keys}</ul>' + plot.svg(title, axis, drawn)
-
-
-def curve(title: str, points: Points, axis: str = "step") -> str:
-    """A line through the points (one point: a dot)."""
-    xs, ys = zip(*points, strict=True)
-    marks, steps = ticks(min(ys), max(ys)), ticks(min(xs), max(xs))
-    plot = _Plot((min(xs), max(xs)) if min(xs) < max(xs) else (min(xs) - 1, max(xs) + 1), (marks[0], marks[-1]))
-    drawn = [plot.grid(marks), *(plot.below(x, f"{x:g}") for x in steps if min(xs) <= x <= max(xs))]
-    if len(points) > 1:
-        line = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in points)
-        drawn.append(f'<polyline points="{line}" class="curve"/>')
-    for x, y in points if len(points) <= 40 else ():
-        drawn.append(
-            f'<circle cx="{plot.x(x):.1f}" cy="{plot.y(y):.1f}" r="2.5" class="full">'
-            f"<title>{y:.4g} at {escape(axis)} {x:g}</title></circle>"
-        )
-    ends = f"{title}, from {ys[0]:.3g} to {ys[-1]:.3g}"
-    return plot.svg(ends, axis, drawn)
-
-
-def intervals(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
-    """Value, low and high of each name as a dot with a line, on an axis from 0 to 1."""
-    height = 34 * len(values) + BOTTOM - 12
-    plot = _Plot((0.0, 1.0), (0.0, 1.0), left=112, right=16, height=height)
-    drawn = [
-        f'<line x1="{plot.x(tick):.1f}" x2="{plot.x(tick):.1f}" y1="4" y2="{height - BOTTOM + 16}" class="grid"/>'
-        f'<text x="{plot.x(tick):.1f}" y="{height - 8}" text-anchor="middle">{tick:g}</text>'
-        for tick in (0, 0.25, 0.5, 0.75, 1)
-    ]
-    for place, (name, (value, low, high)) in enumerate(values.items()):
-        y = 20 + 34 * place
-        ends = f"M{plot.x(low):.1f} {y}H{plot.x(high):.1f}" + "".join(
-            f"M{plot.x(x):.1f} {y - 6}v12" for x in (low, high)
-        )
-        tip = escape(f"{name}: {value:.3f}, from {low:.3f} to {high:.3f}")
-        drawn.append(
-            f'<text x="0" y="{y + 4}">{escape(name)}</text><path d="{ends}" class="interval"/>'
-            f'<circle cx="{plot.x(value):.1f}" cy="{y}" r="5" class="{KINDS[place % 2]}"><title>{tip}</title></circle>'
-        )
-    return _svg(title, drawn, height)
-
-
-def _svg(title: str, drawn: Sequence[str], height: int) -> str:
-    named = escape(title, quote=True)
-    return f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{named}">{"".join(drawn)}</svg>'
-
-
-class _Plot:
-    """Where a value lies in the picture."""
-
-    def __init__(
-        self,
-        xs: tuple[float, float],
-        ys: tuple[float, float],
-        left: int = LEFT,
-        right: int = RIGHT,
-        height: int = HEIGHT,
-    ):
-        self.xs, self.ys, self.left, self.right, self.height = xs, ys, left, right, height
-
-    def x(self, value: float) -> float:
-        low, high = self.xs
-        return self.left + (value - low) / (high - low) * (WIDTH - self.left - self.right)
-
-    def y(self, value: float) -> float:
-        low, high = self.ys
-        return TOP + (high - value) / (high - low) * (self.height - TOP - BOTTOM)
-
-    def grid(self, marks: Sequence[float]) -> str:
-        """Lines at the marks of the upright axis, with their numbers; the lowest is the axis."""
-        ends = f'x1="{self.left}" x2="{WIDTH - self.right}"'
-        drawn = []
-        for place, mark in enumerate(marks):
-            y, kind = self.y(mark), "grid" if place else "axis"
-            drawn.append(f'<line {ends} y1="{y:.1f}" y2="{y:.1f}" class="{kind}"/>')
-            drawn.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
-        return "".join(drawn)
-
-    def below(self, value: float, label: str) -> str:
-        y = self.height - BOTTOM + 16
-        return f'<text x="{self.x(value):.1f}" y="{y}" text-anchor="middle">{escape(label)}</text>'
-
-    def svg(self, title: str, axis: str, drawn: Sequence[str]) -> str:
-        middle = (self.left + WIDTH - self.right) / 2
-        name = f'<text x="{middle}" y="{self.height - 6}" text-anchor="middle">{escape(axis)}</text>'
-        return _svg(title, [*drawn, name], self.height)
 
 
 def main() -> None:

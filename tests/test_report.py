@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import synth.report
 from data.errors import UserError
-from synth.report import as_script, curve, margin_counts, rate_bins, rate_counts, read_run, samples, ticks, write_report
+from synth.charts import curve, intervals, ticks
+from synth.report import as_script, margin_counts, rate_bins, rate_counts, read_run, samples, write_report
 from synth.stages import drop, kept, new_row, write_rows
 
 import pytest
@@ -71,11 +72,18 @@ def stages():
 SPENT = {"cached": 5, "retries": 6, "prompt_tokens": 70, "completion_tokens": 8, "money": 0.25}
 LEDGER = {"generate": {"calls": 1234, **SPENT}, "total": {"calls": 4321, **SPENT}}
 EVALUATION = {
-    "base": {"accuracy": 0.25, "low": 0.2, "high": 0.31, "n": 400},
-    "trained": {"accuracy": 0.75, "low": 0.69, "high": 0.8, "n": 400},
+    "questions": 400,
+    "base": {"mean": 0.25, "low": 0.2, "high": 0.31},
+    "trained": {"mean": 0.75, "low": 0.69, "high": 0.8},
+    "difference": {"mean": 0.5, "low": 0.45, "high": 0.55, "gained": 210, "lost": 10},
+}
+CHECKPOINTS = {
+    "held_out": 7,
+    "chosen": 4,
+    "checkpoints": [{"step": 0, "mean_score": 0.25}, {"step": 4, "mean_score": 1}],
 }
 PARTS = ["generate.jsonl", "verify.jsonl", "difficulty.jsonl", "select.jsonl", "config.json", "ledger.json"]
-PARTS += ["evaluation.json", "rl/metrics.jsonl"]
+PARTS += ["checkpoints.json", "evaluation.json", "rl/metrics.jsonl"]
 
 
 @pytest.fixture
@@ -86,6 +94,7 @@ def folder(tmp_path):
     (folder / "config.json").write_text(json.dumps({"task": "sums.yaml", "base_model": "tiny", "count": 6}))
     (folder / "ledger.json").write_text(json.dumps(LEDGER))
     (folder / "evaluation.json").write_text(json.dumps(EVALUATION))
+    (folder / "checkpoints.json").write_text(json.dumps(CHECKPOINTS))
     (folder / "rl").mkdir()
     lines = [{"step": 1, "mean_score": 0.2}, {"step": 2, "kl": 0.1}, {"step": 3, "mean_score": None}]
     lines += [{"step": 4, "mean_score": 0.6}]
@@ -109,18 +118,20 @@ def test_what_was_kept_and_dropped_is_counted_by_hand(folder):
     assert "before: as generated (4)" in text and "after: with harder and easier ones (5)" in text
     assert "dropped by the vote (1)" in text and "kept (5)" in text  # selection is no vote
     assert "generate 1,234 5 6 70 8 0.2500 total 4,321 5 6 70 8 0.2500" in text
-    assert "base model 0.250 0.200–0.310 400 trained model 0.750 0.690–0.800 400" in text
+    assert "Mean score on the 400 questions of the evaluation set" in text
+    assert "base 0.250 0.200 to 0.310 trained 0.750 0.690 to 0.800 difference 0.500 0.450 to 0.550" in text
+    assert "Mean score on 7 held-out samples by step: step 4 was chosen" in text and "Mean score by step: rl" in text
     assert "Not in the run folder" not in text
 
 
 def test_every_sample_stands_in_the_table_once_as_its_last_stage_left_it(folder):
     rows = {row["id"]: row for row in Page(write_report(folder)).rows}
     assert list(rows) == ["g1", "g2", "g3", "g4", "g5", "g6", "g1h", "g1hh"]
-    ends = {row_id: (row["stage"], row["dropped"]) for row_id, row in rows.items()}
-    assert ends["g5"] == ("generate", "no sample: refusal") and ends["g6"] == ("verify", "tie")
-    assert ends["g1"] == ends["g4"] == ("select", "pass rate outside the band")
-    assert ends["g2"] == ends["g3"] == ends["g1h"] == ("select", None)
-    assert ends["g1hh"] == ("difficulty", "no sample: truncated")
+    ends = {row_id: row["outcome"] for row_id, row in rows.items()}
+    assert ends["g5"] == "generate: no sample: refusal" and ends["g6"] == "verify: tie"
+    assert ends["g1"] == ends["g4"] == "select: pass rate outside the band"
+    assert ends["g2"] == ends["g3"] == ends["g1h"] == "selected"
+    assert ends["g1hh"] == "difficulty: no sample: truncated"
     assert (rows["g1h"]["parent"], rows["g1h"]["passage"], rows["g1h"]["rate"]) == ("g1", "p1", 0.375)
     assert rows["g2"]["votes"] == [["4", 9], ["7", 1]] and rows["g2"]["margin"] == 0.8 and rows["g2"]["cast"] == 10
 
@@ -128,7 +139,33 @@ def test_every_sample_stands_in_the_table_once_as_its_last_stage_left_it(folder)
 def test_a_row_that_is_carried_along_is_counted_where_it_was_dropped():
     rows = [new_row("a", "1", "1", "generated"), drop(new_row("b", "2", "2", "generated"), "tie")]
     found = samples({"generate": rows, "verify": [rows[0], drop(rows[1], "another reason")]})
-    assert [(row["stage"], row["dropped"]) for row in found] == [("verify", None), ("generate", "tie")]
+    assert [row["outcome"] for row in found] == ["kept by verify", "generate: tie"]
+
+
+def test_held_out_samples_are_named_and_counted(folder):
+    rows = stages()
+    write_rows(folder / "held_out.jsonl", [row for row in rows["difficulty"] if row["id"] == "g2"])
+    write_rows(folder / "select.jsonl", [row for row in rows["select"] if row["id"] != "g2"])
+    path = write_report(folder)
+    ends = {row["id"]: row["outcome"] for row in Page(path).rows}
+    assert ends["g2"] == "held out" and ends["g3"] == "selected"
+    assert "1 harder 5 83.3 % of these held out, to choose the checkpoint 1 16.7 %" in plain(path)
+
+
+def test_a_training_outside_the_run_folder_has_its_curve(folder, tmp_path):
+    (folder / "rl" / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    (folder / "config.json").write_text(json.dumps({"work_model_paths": str(tmp_path)}))
+    assert read_run(folder).curves == {tmp_path.name: [(1, 0.2), (4, 0.6)]}
+    (folder / "config.json").write_text(json.dumps({"work_model_paths": str(folder / "rl")}))
+    (tmp_path / "metrics.jsonl").rename(folder / "rl" / "metrics.jsonl")
+    assert list(read_run(folder).curves) == ["rl"]
+
+
+def test_scores_beyond_one_have_an_axis_that_reaches_them():
+    labels = re.findall(r'text-anchor="middle">([^<]*)<', intervals("scores", {"base": (2.5, -0.5, 3.5)}))
+    assert labels == ["-1", "0", "1", "2", "3", "4"]
+    labels = re.findall(r'text-anchor="middle">([^<]*)<', intervals("scores", {"base": (0.5, 0.25, 0.75)}))
+    assert labels == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -155,9 +192,9 @@ def test_a_stage_that_was_given_nothing_has_an_empty_file(folder):
 
 
 def test_a_half_evaluation_is_shown_as_far_as_it_goes(folder):
-    (folder / "evaluation.json").write_text(json.dumps({"base": EVALUATION["base"], "trained": {"accuracy": None}}))
+    (folder / "evaluation.json").write_text(json.dumps({"base": EVALUATION["base"], "trained": {"mean": None}}))
     text = plain(write_report(folder))
-    assert "base model 0.250" in text and "trained model" not in text and "before training" not in text
+    assert "base 0.250" in text and "trained" not in text and "before training" not in text
 
 
 def test_a_teachers_text_stays_text(folder):
@@ -177,7 +214,8 @@ def test_a_teachers_text_stays_text(folder):
     raw = page.raw["script application/json"]
     assert not set("<>&\u2028\u2029") & set(raw) and raw.isascii()
     assert all(page.rows[0][name] == EVIL for name in ("id", "input", "output", "passage", "parent", "origin"))
-    assert page.rows[0]["votes"] == [[EVIL, 3]] and page.rows[1]["dropped"] == page.rows[1]["detail"] == EVIL
+    assert page.rows[1]["outcome"] == f"generate: {EVIL}"
+    assert page.rows[0]["votes"] == [[EVIL, 3]] and page.rows[1]["detail"] == EVIL
     shown = EVIL.replace("\ud800", "\ufffd")
     assert page.text.count(shown) == 6  # task (twice), origin, reason, ledger, flag; one value is JSON
     assert page.text.count("<img src=x") == 7
