@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import check_replaceable
 from data.records import split_path
-from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.loading import LoadedModel, load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head
@@ -27,49 +25,14 @@ from training.metrics import RunLog, resumed_config, start_run_folder
 from training.objectives import LanguageModelling, Objective, RewardModelling
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.plots import plot_run
+from training.sft_flags import check, sft_parser
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__)
-    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
-    parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
-    parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
-    parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
-    parser.add_argument("--data", default="data", help="folder of the .jsonl files")
-    parser.add_argument("--data-base", default="increasing_mult_2_", help="their name before train.jsonl")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
-    parser.add_argument("--iters", type=int, default=1000, help="training steps")
-    parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens a row is cut to")
-    parser.add_argument("--center-coef", type=float, default=0.01, help="holds a reward model's scores about 0")
-    parser.add_argument("--steps-per-report", type=int, default=10, help="steps between report lines")
-    parser.add_argument("--steps-per-eval", type=int, default=200, help="steps between validations")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
-    parser.add_argument("--resume-adapter-file", help="start from this adapter")
-    config.add_adapter_flags(parser, dropout=0.0)
-    config.add_optimizer_flags(parser, config.LEARNING_RATES, schedule="constant")
-    config.add_run_flags(parser)
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that cannot work, before anything is loaded."""
-    if not (args.train or args.test):
-        raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
-    for name in ("iters", "batch-size", "steps-per-report", "steps-per-eval", "save-every", "max-length"):
-        config.positive(name, getattr(args, name.replace("-", "_")))
-    if args.val_batches == 0 or args.val_batches < -1:
-        raise UserError(f"--val-batches is {args.val_batches}; give a number of batches, or -1 for all")
-    if args.learning_rate is not None:
-        config.positive("learning-rate", args.learning_rate)
-    for split in ("train", "valid") * args.train + ("test",) * args.test:
-        split_path(args.data, args.data_base, split)
-    if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
-        check_replaceable(args.save_file, CONFIG_FILE)
+    return sft_parser(__doc__).parse_args()
 
 
 def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
@@ -196,6 +159,8 @@ def main() -> None:
     if args.resume:
         args = config.resumed(args, resumed_config(args.resume))
     check(args)
+    for split in ("train", "valid") * args.train + ("test",) * args.test:
+        split_path(args.data, args.data_base, split)
     loaded = load(args.model)
     trainee = build(args, loaded)
     if args.train:

@@ -7,6 +7,7 @@ that the prompts come from, {"prompt", "answer"}, so the prompts have to be as t
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from data.errors import UserError
 from rewards.answers import AnswerType, answer_type
@@ -32,9 +33,15 @@ class AnswerReward:
 
 
 def answer_from_flag(spec: str) -> AnswerType:
-    """The answer type of `--answer`: a name, or a mapping as a task file has it: {type: label, labels: [a, b]}.
+    """The answer type of `--answer`. Raises UserError as `answer_options` and `answer_type` do."""
+    options = answer_options(spec)
+    return answer_type(options.pop("type"), **options)
 
-    Raises UserError as `answer_type` does.
+
+def answer_options(spec: str) -> dict[str, Any]:
+    """`--answer` as a mapping: of a name, or of the text of one, as a task file has it: {type: label, labels: [a, b]}.
+
+    Raises UserError where it is neither.
     """
     try:
         given = yaml.safe_load(spec)
@@ -43,5 +50,4 @@ def answer_from_flag(spec: str) -> AnswerType:
     options = {"type": given} if isinstance(given, str) else given
     if not isinstance(options, dict) or not isinstance(options.get("type"), str):
         raise UserError(f"--answer is {spec!r:.60}; write a type such as number, or {{type: label, labels: [a, b]}}")
-    options = {str(key): value for key, value in options.items()}
-    return answer_type(options.pop("type"), **options)
+    return {str(key): value for key, value in options.items()}

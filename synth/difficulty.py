@@ -203,20 +203,26 @@ async def adapt(
     return Adapted(rows, "the spread is filled" if filled else f"the limit of {spread.rounds} rounds is reached")
 
 
-def add_difficulty_flags(parser: config.Parser) -> None:
-    """The base model, its rollouts, and the spread of pass rates."""
-    group = parser.add_argument_group("difficulty")
+def add_base_model_flags(parser: config.Parser) -> None:
+    """The base model and how it is sampled."""
+    group = parser.add_argument_group("base model")
     group.add_argument(
         "--base-model",
         "--base-model-path",
         help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
     )
     group.add_argument("--base-adapter", help="an adapter on it: a folder, or an .npz or .safetensors file")
-    group.add_argument("--rollouts", type=int, default=Tries.first, help="completions of each sample")
-    group.add_argument("--most-rollouts", type=int, default=Tries.most, help="of those solved never or always")
     group.add_argument("--max-completion-length", type=int, default=256, help="tokens")
     group.add_argument("--temperature", type=float, default=1.0, help="of the base model's sampling")
     group.add_argument("--sampling-batch-size", type=int, default=64, help="completions in flight")
+
+
+def add_difficulty_flags(parser: config.Parser) -> None:
+    """The base model, its rollouts, and the spread of pass rates."""
+    add_base_model_flags(parser)
+    group = parser.add_argument_group("difficulty")
+    group.add_argument("--rollouts", type=int, default=Tries.first, help="completions of each sample")
+    group.add_argument("--most-rollouts", type=int, default=Tries.most, help="of those solved never or always")
     group.add_argument("--wanted", type=int, default=Spread.wanted, help="samples with a pass rate within the band")
     group.add_argument("--band", type=float, nargs="+", default=list(Spread.band), help="lowest, highest pass rate")
     group.add_argument("--bins", type=int, default=Spread.bins, help="parts of the band to be filled evenly")
@@ -237,13 +243,18 @@ def band_from(args) -> tuple[float, float]:
     return args.band[0], args.band[1]
 
 
+def model_name(args, task: Task) -> str:
+    """The base model: the user's, else the task's, else the embedded one."""
+    return args.base_model or task.base_model or DEFAULT_MODEL
+
+
 def base_model_from(args, task: Task) -> BaseModel:
     """The base model that `add_difficulty_flags` or the task names, opened."""
     config.positive("max-completion-length", args.max_completion_length)
     config.positive("sampling-batch-size", args.sampling_batch_size)
     config.positive("temperature", args.temperature, zero=True)
     return BaseModel(
-        args.base_model or task.base_model or DEFAULT_MODEL,
+        model_name(args, task),
         args.base_adapter,
         args.max_completion_length,
         args.temperature,

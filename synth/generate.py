@@ -5,6 +5,7 @@ reader cannot read is dropped, and so is every answer that is no sample. A task 
 rows from there. Leaves out whether the outputs are right (synth/verify.py).
 
     python -m synth.generate --task my_task.yaml --count 500 --teacher-url URL --teacher-model NAME --out new.jsonl
+    python -m synth.generate --only-passages ...                    stage 1 alone
 """
 
 import asyncio
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="samples to ask for")
     parser.add_argument("--library", nargs="+", default=[], metavar="PATH", help="more files or folders to search")
     parser.add_argument("--no-library", action="store_true", help="draw samples from no passages")
+    parser.add_argument("--only-passages", action="store_true", help="write the passages that would be drawn from")
     parser.add_argument("--seed", type=int, default=0, help="of a task's own source")
     add_teacher_flags(parser)
     args = parser.parse_args()
@@ -153,12 +155,17 @@ def main() -> None:
         if task.source is not None:
             return source_rows(task, args.count, args.seed)
         index = None if args.no_library else open_library(task, Path(args.out).parent, args.library)
+        if args.only_passages and index is None:
+            raise UserError("--only-passages needs a library; give --library, or a task that names one")
         async with open_teacher(args) as teacher:
+            if index is not None and args.only_passages:
+                keywords, passages = await find_passages(task, teacher, index, args.count, asking)
+                return [{**passage._asdict(), "keywords": keywords} for passage in passages]
             return await generate(task, teacher, args.count, index, asking)
 
     rows = asyncio.run(made())
     write_rows(args.out, rows)
-    print(f"{summary('generate', rows)}\n{args.out}")
+    print(f"{summary('passages' if args.only_passages else 'generate', rows)}\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def read_run(folder: str | Path) -> Run:
     outside = _text(records.get("config", {}).get("work_model_paths"))
     trainings = [folder, *sorted(path.parent for path in folder.glob("*/metrics.jsonl"))]
     trainings += [Path(outside)] if outside and Path(outside) not in trainings else []
-    curves = {path.name: points for path in trainings if (points := _points(read_metrics(path)))}
+    curves: dict[str, Points] = {path.name: points for path in trainings if (points := _points(read_metrics(path)))}
     found = Run(folder.resolve().name, stages, records, {row["id"] for row in held_out}, curves)
     if not (stages or records or curves):
         raise UserError(f"{folder} holds no run (none of {', '.join(found.missing)}); name the folder of a run")

@@ -10,10 +10,8 @@ the end. Leaves out the stages' own work: synth/generate, verify, difficulty, se
 
 import argparse
 import asyncio
-import fcntl
-import random
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import read_json, write_json
 from synth.cache import Cache
-from synth.difficulty import Rewriting, Tries, adapt, base_model_from, pass_rates, spread_from
+from synth.difficulty import Rewriting, Tries, adapt, base_model_from, model_name, pass_rates, spread_from
 from synth.estimate import table, upper_bounds
 from synth.generate import generate, open_library, passage_texts, source_rows
 from synth.offline_teacher import MODEL
@@ -31,11 +29,11 @@ from synth.retrieval import Index
 from synth.rollouts import BaseModel
 from synth.run_flags import asking_from, check, parse_run_args, selection_from, task_from
 from synth.selection import select
-from synth.stages import Row, kept, stage, summary, write_rows
+from synth.stages import Row, alone, kept, stage, summary, write_rows
 from synth.task import Task
 from synth.teacher import Teacher
 from synth.teacher_flags import limits_from, offline_teacher, open_teacher
-from synth.trainer import check_training, choose_checkpoint, evaluate, evaluation_line, model_name, run_script, train
+from synth.trainer import check_training, choose_checkpoint, draw_held_out, evaluate, evaluation_line, fuse, train
 from synth.verify import verify, voting_from
 from training import config
 from training.cli import run
@@ -45,31 +43,37 @@ from training.metrics import start_run_folder
 @asynccontextmanager
 async def teacher_of(args: argparse.Namespace, folder: Path) -> AsyncIterator[Teacher]:
     """The teacher, with the run's ledger so far, which is kept in the run folder second by second."""
-    if not args.teacher_url:
-        with offline_teacher(args.offline_teacher) as url:
-            flags = argparse.Namespace(**{**vars(args), "teacher_url": url, "teacher_model": MODEL})
-            async with teacher_of(flags, folder) as teacher:
-                yield teacher
-        return
-    args = argparse.Namespace(**{**vars(args), "cache": args.cache or str(folder / "cache.sqlite")})
-    # The offline teacher's port changes; its answers depend on its flags.
-    endpoint = f"offline teacher {args.offline_teacher}" if args.teacher_model == MODEL else args.endpoint
-    ledger = folder / "ledger.json"
-    async with open_teacher(args, endpoint) as teacher:
-        if ledger.is_file():
-            teacher.ledger.restore(read_json(ledger))
+    ledger, given, endpoint = folder / "ledger.json", vars(args), args.endpoint
+    with nullcontext() if args.teacher_url else offline_teacher(args.offline_teacher) as started:
+        if started:
+            given = {**given, "teacher_url": started, "teacher_model": MODEL}
+            endpoint = f"offline teacher {args.offline_teacher}"  # its port changes; its answers depend on its flags
+        given = {**given, "cache": args.cache or str(folder / "cache.sqlite")}
+        async with open_teacher(argparse.Namespace(**given), endpoint) as teacher:
+            if ledger.is_file():
+                teacher.ledger.restore(read_json(ledger))
 
-        async def keep_ledger() -> None:
-            while True:
-                await asyncio.sleep(1)
+            async def keep_ledger() -> None:
+                while True:
+                    await asyncio.sleep(1)
+                    write_json(ledger, teacher.ledger.as_dict())
+
+            keeping = asyncio.create_task(keep_ledger())
+            try:
+                yield teacher
+            finally:
+                keeping.cancel()
                 write_json(ledger, teacher.ledger.as_dict())
 
-        keeping = asyncio.create_task(keep_ledger())
-        try:
-            yield teacher
-        finally:
-            keeping.cancel()
-            write_json(ledger, teacher.ledger.as_dict())
+
+def keep_task(task: Task, folder: Path) -> None:
+    """Write what is asked to FOLDER/task.json. Raises UserError where a resumed run asks for something else."""
+    path, now = folder / "task.json", task.as_dict()
+    before = read_json(path) if path.is_file() else now
+    changed = ", ".join(name for name in now if before.get(name) != now[name])
+    if changed:
+        raise UserError(f"the task has another {changed} than when {folder} began; restore it ({path}), or begin anew")
+    write_json(path, now)
 
 
 def left(rows: Sequence[Row], path: Path) -> list[Row]:
@@ -124,26 +128,12 @@ async def make_samples(args: argparse.Namespace, task: Task, folder: Path, store
 
 def split(args: argparse.Namespace, rows: Sequence[Row], folder: Path) -> tuple[list[Row], list[Row]]:
     """Held-out samples, which choose the checkpoint, and the rest, the selected ones of which are trained on (6)."""
-    rest, path = kept(rows), folder / "held_out.jsonl"
-    drawn = random.Random(f"{args.seed} held out").sample(rest, round(args.held_out * len(rest)))
-    held_out = {row["id"] for row in drawn}
-    write_rows(path, drawn)
-    selected = select([row for row in rest if row["id"] not in held_out], selection_from(args))
+    drawn, rest = draw_held_out(kept(rows), args.held_out, args.seed)
+    write_rows(folder / "held_out.jsonl", drawn)
+    selected = select(rest, selection_from(args))
     write_rows(folder / "select.jsonl", selected)
-    print(f"held out: {len(drawn)} of {len(rest)}\n{summary('select', selected)}", flush=True)
+    print(f"held out: {len(drawn)} of {len(kept(rows))}\n{summary('select', selected)}", flush=True)
     return drawn, left(selected, folder / "select.jsonl")
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """One process at a time in a run folder: waits for another, even for a training whose starter was killed."""
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"another process is at work in {folder}: waiting for it to end", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield lock.fileno()
 
 
 def estimate(args: argparse.Namespace, task: Task) -> str:
@@ -163,19 +153,17 @@ def main() -> None:
     if args.dry_run:
         print(estimate(args, task))
         return
+    args.base_model = model_name(args, task)
     name = f"runs/{args.experiment_name}" if args.experiment_name else config.default_output_dir("synth")
     folder = Path(args.resume or start_run_folder(args.output_dir or name, vars(args)))
+    keep_task(task, folder)
     with alone(folder) as lock, Cache(folder / "rollouts.sqlite") as store:
         samples = asyncio.run(make_samples(args, task, folder, store))
         held_out, selected = split(args, samples, folder)
         training = train(args, task, selected, held_out, folder, lock)
         adapter = choose_checkpoint(args, task, training, held_out, folder, store)
         result = evaluate(args, task, adapter, folder, store)
-        if args.target_model_path:
-            words = ["fuse.py", "--model", model_name(args, task), "--adapter-file", adapter]
-            run_script(
-                [*map(str, words), "--save-path", args.target_model_path], f"python -m synth.run --resume {folder}"
-            )
+        fuse(args, task, adapter, folder)
     print(f"{evaluation_line(result)}\nadapter: {adapter}\nrun folder: {folder}\nreport: {write_report(folder)}")
 
 

@@ -7,7 +7,6 @@ import argparse
 from dataclasses import replace
 
 from data.errors import UserError
-from data.files import check_replaceable
 from synth.difficulty import Tries, add_difficulty_flags, band_from, spread_from
 from synth.generate import Asking
 from synth.offline_teacher import TASKS
@@ -41,7 +40,7 @@ def run_parser(description: str | None) -> config.Parser:
     group.add_argument(
         "--passage-paths", nargs="+", metavar="PATH", help="library: files and folders to draw samples from"
     )
-    group.add_argument("--answer", metavar="TYPE", help="answer type: number, math, exact, choice, json ... ")
+    group.add_argument("--answer", metavar="TYPE", help="answer type: number, or {type: choice, choices: [A, B]}")
     group.add_argument("--labels", nargs="+", metavar="LABEL", help="answer type label, of these")
     group.add_argument("--input-format", help="what an input looks like, in words")
     group.add_argument("--output-format", help="what an answer has to look like, in words")
@@ -104,6 +103,8 @@ def task_from(args: argparse.Namespace) -> Task:
     task = with_threshold(task, args)
     if args.no_library:
         task = replace(task, library=[], passages=[])
+    if args.teacher_model and not args.teacher_url:
+        raise UserError(f"--teacher-model {args.teacher_model} is at no URL; give --teacher-url, up to and with /v1")
     known = {load_task(SHIPPED / f"{name}.yaml").instruction for name in TASKS}
     if not args.teacher_url and task.source is None and task.instruction not in known:
         raise UserError(
@@ -117,14 +118,6 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for settings that cannot be, before anything is started."""
     for name in ("count", "select"):
         config.positive(name, getattr(args, name))
-    for name in ("num_steps", "batch_size", "learning_rate"):
-        if getattr(args, name) is not None:
-            config.positive(name.replace("_", "-"), getattr(args, name))
-    config.positive("eval-temperature", args.eval_temperature, zero=True)
-    if args.target_model_path:
-        check_replaceable(args.target_model_path, "config.json")
-    if not 0 <= args.held_out < 1:
-        raise UserError(f"--held-out is {args.held_out}; it is a share, from 0 to below 1")
     (
         spread_from(args),
         voting_from(args),

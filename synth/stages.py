@@ -7,9 +7,11 @@ can be counted) and "detail"; the next stage reads only the kept. Leaves out wha
     python -m pytest tests/test_generate.py -k "stage or row"
 """
 
+import fcntl
 import json
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -83,6 +85,18 @@ async def stage(folder: str | Path, name: str, make: Callable[[], Awaitable[list
     write_rows(path, rows)
     print(summary(name, rows), flush=True)
     return rows
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """One process at a time in a run folder: waits for another, even for a training whose starter was killed."""
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another process is at work in {folder}: waiting for it to end", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
 
 
 async def ask_all(teacher: Asker, asks: Sequence[Ask], label: str) -> list[Reply]:

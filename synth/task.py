@@ -14,12 +14,13 @@ an error before the first call of a teacher. Leaves out generating and training.
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
 from data.files import atomic_file
+from rewards.answer_reward import answer_options
 from rewards.answers import AnswerType, answer_type
 from rewards.digits import DigitRule
 from rewards.function import RewardFunction, load_reward_function
@@ -34,6 +35,7 @@ PLACES = ("instruction", "input_format", "output_format", "input")  # what a pro
 _PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
 TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain", "base_model")
 KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation", "near_duplicates")
+CODE = ("answer", "reward", "source")  # fields of a Task that no file can hold
 
 Source = Callable[[int, int], list[Example]]
 
@@ -75,6 +77,11 @@ class Task:
         assert self.answer is not None, "a task has an answer or a reward"
         return self.answer.score(completion, truth)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All that the task says, as JSON holds it; its code (a reward, a reader) only by the flags that name it."""
+        said = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in CODE}
+        return {**said, "library": list(map(str, self.library)), "scoring_flags": list(self.scoring_flags)}
+
     def write_library(self, folder: str | Path) -> list[Path]:
         """The paths to search for passages: `library`, and `passages` written to FOLDER/task_passages.jsonl."""
         if not self.passages:
@@ -103,7 +110,6 @@ def task_from_flags(
     *,
     base: Task | None = None,
     answer: str | None = None,
-    choices: Sequence[str] | None = None,
     labels: Sequence[str] | None = None,
     input_format: str | None = None,
     output_format: str | None = None,
@@ -114,9 +120,10 @@ def task_from_flags(
 ) -> Task:
     """A task given by flags; `base`, or the shipped task of the name (MedNLI, say), stands in for what is left out.
 
-    answer: the name of an answer type (default: label or choice if those are given, else exact). demo_examples: a
-    `.jsonl`, a folder, or a list, also as text: "[{'input': '2 + 2', 'output': '4'}]". Paths are relative to the
-    working directory. Raises UserError as `load_task` does, and where there is no instruction.
+    answer: an answer type's name, or with its options as a task file has it, "{type: choice, choices: [A, B]}"
+    (default: label if labels are given, else exact). demo_examples: a `.jsonl`, a folder, or a list, also as text:
+    "[{'input': '2 + 2', 'output': '4'}]". Paths are relative to the working directory.
+    Raises UserError as `load_task` does, and where there is no instruction.
     """
     task_name = task_name or (base.name if base else "")
     if not task_name:
@@ -126,12 +133,12 @@ def task_from_flags(
         base = load_task(shipped)
     if base is None and not task_instruction:
         raise UserError(f"task {task_name!r} has no instruction and is not shipped; give --task-instruction")
-    options = {key: list(given) for key, given in (("choices", choices), ("labels", labels)) if given is not None}
-    kind = answer or ("label" if labels is not None else "choice" if choices is not None else None)
+    kind = answer_options(answer) if answer else {"type": "label"} if labels else None
+    kind = {**kind, "labels": list(labels)} if kind and labels else kind
     content: dict[str, Any] = {
         "instruction": task_instruction, "input_format": input_format, "output_format": output_format,
         "domain": domain, "library": list(passage_paths) if passage_paths else None, "evaluation": dataset_path,
-        "demos": _demos(demo_examples), "answer": {"type": kind, **options} if kind else None,
+        "demos": _demos(demo_examples), "answer": kind,
     }  # fmt: skip
     content = {key: given for key, given in content.items() if given is not None}
     return _task({"name": task_name, **content}, f"the flags of task {task_name}", Path(), base)

@@ -9,6 +9,7 @@ completion is kept (synth/rollouts.py), so a restart draws none again. Leaves ou
 import argparse
 import json
 import math
+import random
 import shlex
 import shutil
 import subprocess
@@ -19,15 +20,15 @@ from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
-from data.files import atomic_file, atomic_folder, read_json, write_json
+from data.files import atomic_file, atomic_folder, check_replaceable, read_json, write_json
 from models.adapters import CONFIG_FILE
 from synth.cache import Cache
-from synth.difficulty import DEFAULT_MODEL
+from synth.difficulty import model_name
 from synth.intervals import difference, mean_interval
 from synth.rollouts import BaseModel, Rollout, draw
 from synth.stages import Row, write_rows
 from synth.task import Task
-from training import config, ppo_flags
+from training import config, ppo_flags, sft_flags
 from training.checkpoint_folders import all_checkpoints
 from training.cli import Stopped, StopSignal
 
@@ -35,6 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WAYS = {"rl": "ppo_training.py", "sft": "sft.py"}
 STEPS = {"rl": 200, "sft": 200}
 BATCHES = {"rl": 64, "sft": 16}
+OWN_FLAGS = {  # which --training-flags may not change
+    "rl": ("model", "output_dir", "save_file", "keep_checkpoints", "resume", "prompts"),
+    "sft": ("model", "output_dir", "save_file", "keep_checkpoints", "resume", "data", "data_base", "reward_model"),
+}
 PROMPTS, LAST_ADAPTER = "prompts.jsonl", "last_adapter"
 CHECKPOINTS = 10  # of a training, between which the held-out samples choose
 
@@ -61,17 +66,26 @@ def _listed(defaults: dict[str, int]) -> str:
     return ", ".join(f"{way} {value}" for way, value in defaults.items())
 
 
-def model_name(args: argparse.Namespace, task: Task) -> str:
-    """The base model: the user's, else the task's, else the embedded one."""
-    return args.base_model or task.base_model or DEFAULT_MODEL
+def draw_held_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """A share of the rows, which will choose the checkpoint, and the rest, in their order."""
+    drawn = random.Random(f"{seed} held out").sample(rows, round(share * len(rows)))
+    ids = {row["id"] for row in drawn}
+    return drawn, [row for row in rows if row["id"] not in ids]
 
 
 def train(
-    args: argparse.Namespace, task: Task, rows: Sequence[Row], held_out: Sequence[Row], folder: Path, lock: int
+    args: argparse.Namespace,
+    task: Task,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    folder: Path,
+    lock: int,
+    module: str = "synth.run",
 ) -> Path:
     """Train on the rows, from the last checkpoint if there is one; returns the training's run folder.
 
-    lock: an open file that the training keeps open as long as it runs, even if this process is killed.
+    lock: an open file that the training keeps open as long as it runs, even if this process is killed; module: the
+    entry point whose --resume goes on.
     Raises UserError where the script fails and Stopped where it was stopped; what it said stands above.
     """
     run_folder = training_folder(args, folder)
@@ -89,7 +103,7 @@ def train(
     write_rows(folder / PROMPTS, [_prompt_row(task, row) for row in rows])
     for split, some in (("train", rows), ("valid", held_out or rows)):
         write_rows(folder / "sft" / f"{split}.jsonl", [_sft_row(task, row) for row in some])
-    run_script(words, f"python -m synth.run --resume {folder}", [lock])
+    run_script(words, f"python -m {module} --resume {folder}", [lock])
     return run_folder
 
 
@@ -100,15 +114,36 @@ def training_folder(args: argparse.Namespace, folder: Path) -> Path:
 
 def check_training(args: argparse.Namespace, task: Task) -> None:
     """Raise UserError for flags that the training would refuse, before a teacher is paid for anything."""
+    for name in ("num_steps", "batch_size", "learning_rate"):
+        if getattr(args, name) is not None:
+            config.positive(name.replace("_", "-"), getattr(args, name))
+    config.positive("eval-temperature", args.eval_temperature, zero=True)
+    if not 0 <= args.held_out < 1:
+        raise UserError(f"--held-out is {args.held_out}; it is a share, from 0 to below 1")
+    if args.target_model_path:
+        check_replaceable(args.target_model_path, "config.json")
     if args.work_model_paths and not args.resume and (Path(args.work_model_paths) / "config.json").exists():
         raise UserError(
             f"--work-model-paths {args.work_model_paths} holds a run or a model already; name another folder"
         )
+    plain = argparse.Namespace(**{**vars(args), "training_flags": ""})
+    own, given = (_parsed(args.train_by, command(some, task, Path())) for some in (plain, args))
+    for name in OWN_FLAGS[args.train_by]:
+        if getattr(own, name) != getattr(given, name):
+            raise UserError(
+                f"--training-flags sets --{name.replace('_', '-')}, which synth.run sets itself; leave it out"
+            )
     if args.train_by == "rl":
-        words = command(args, task, Path())[1:]
-        ppo_flags.check(
-            argparse.Namespace(**{**vars(ppo_flags.ppo_parser(None).parse_args(words)), "prompts": __file__})
-        )
+        ppo_flags.check(argparse.Namespace(**{**vars(given), "prompts": __file__}))  # not written yet
+    else:
+        sft_flags.check(given)
+
+
+def _parsed(way: str, words: Sequence[str]) -> argparse.Namespace:
+    """The training script's own reading of its command line."""
+    parser = {"rl": ppo_flags.ppo_parser, "sft": sft_flags.sft_parser}[way](None)
+    parser.prog = words[0]
+    return parser.parse_args(words[1:])
 
 
 def command(args: argparse.Namespace, task: Task, folder: Path) -> list[str]:
@@ -162,6 +197,13 @@ def run_script(words: Sequence[str], go_on: str, files: Sequence[int] = ()) -> N
         raise Stopped(f"go on with: {go_on}")
     if process.returncode:
         raise UserError(f"{words[0]} failed; its message stands above. Then go on with: {go_on}")
+
+
+def fuse(args: argparse.Namespace, task: Task, adapter: Path, folder: Path, module: str = "synth.run") -> None:
+    """Write base model and adapter as one model to --target-model-path, if that is given."""
+    if args.target_model_path:
+        words = ["fuse.py", "--model", model_name(args, task), "--adapter-file", str(adapter)]
+        run_script([*words, "--save-path", args.target_model_path], f"python -m {module} --resume {folder}")
 
 
 def completions_of(

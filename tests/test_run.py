@@ -15,6 +15,7 @@ from data.errors import UserError
 from data.files import read_json
 from synth import run as module
 from synth import run_flags, trainer
+from synth.difficulty import model_name
 from synth.offline_teacher import OfflineTeacher
 from synth.stages import kept, load_rows
 from tests.scripts import ROOT, call, fails, with_words
@@ -244,7 +245,7 @@ def test_the_published_programs_own_flags(tmp_path, evaluation):
     assert (task.name, task.instruction, task.domain, task.library) == ("MedNLI", "Classify.", "Medical", [library])
     assert task.demos == [{"input": "a", "output": "neutral"}] and getattr(task.answer, "name", None) == "label"
     assert (args.rounds, args.model, args.target_model_path, args.work_model_paths) == (5, "LLaMa", "out", "work")
-    assert trainer.model_name(args, task) == "base" and args.experiment_name == "exp1"
+    assert model_name(args, task) == "base" and args.experiment_name == "exp1"
     words = ["--task", "synth/tasks/arithmetic.yaml", "--dataset_path", evaluation]
     assert len(run_flags.task_from(with_words(lambda: run_flags.parse_run_args(None), *words)).evaluation) == 3
 

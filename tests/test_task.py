@@ -190,7 +190,7 @@ def test_a_task_by_flags_alone(tmp_path, monkeypatch):
     assert task.answer is not None and task.answer.name == "label" and task.score("a", "Yes.", "yes") == 1.0
     assert task.evaluation == [{"input": "a", "output": "Yes"}] and task.demos == [{"input": "b", "output": "no"}]
     assert [path.name for path in task.library] == ["wiki.txt"]
-    flags: list[dict[str, Any]] = [{}, {"choices": ["A", "B"]}, {"answer": "math"}]
+    flags: list[dict[str, Any]] = [{}, {"answer": "{type: choice, choices: [A, B]}"}, {"answer": "math"}]
     kinds = [getattr(task_from_flags("x", "y", **given).answer, "name", None) for given in flags]
     assert kinds == ["exact", "choice", "math"]
     assert "no instruction" in one_line_error(task_from_flags, "unheard_of")

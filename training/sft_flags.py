@@ -1,0 +1,48 @@
+"""The flags of sft.py, and what can be checked before anything is loaded. Leaves out its data files."""
+
+import argparse
+from pathlib import Path
+
+from data.errors import UserError
+from data.files import check_replaceable
+from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
+from training import config
+
+
+def sft_parser(description: str | None) -> config.Parser:
+    """The parser of sft.py. The README says where a default differs from the walkthrough's, and why."""
+    parser = config.Parser(description)
+    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
+    parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
+    parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
+    parser.add_argument("--data", default="data", help="folder of the .jsonl files")
+    parser.add_argument("--data-base", default="increasing_mult_2_", help="their name before train.jsonl")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
+    parser.add_argument("--iters", type=int, default=1000, help="training steps")
+    parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens a row is cut to")
+    parser.add_argument("--center-coef", type=float, default=0.01, help="holds a reward model's scores about 0")
+    parser.add_argument("--steps-per-report", type=int, default=10, help="steps between report lines")
+    parser.add_argument("--steps-per-eval", type=int, default=200, help="steps between validations")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
+    parser.add_argument("--resume-adapter-file", help="start from this adapter")
+    config.add_adapter_flags(parser, dropout=0.0)
+    config.add_optimizer_flags(parser, config.LEARNING_RATES, schedule="constant")
+    config.add_run_flags(parser)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work, before anything is loaded."""
+    if not (args.train or args.test):
+        raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
+    for name in ("iters", "batch-size", "steps-per-report", "steps-per-eval", "save-every", "max-length"):
+        config.positive(name, getattr(args, name.replace("-", "_")))
+    if args.val_batches == 0 or args.val_batches < -1:
+        raise UserError(f"--val-batches is {args.val_batches}; give a number of batches, or -1 for all")
+    if args.learning_rate is not None:
+        config.positive("learning-rate", args.learning_rate)
+    if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
+        check_replaceable(args.save_file, CONFIG_FILE)
