@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import fuse
 import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
 import sft
@@ -18,8 +20,10 @@ from synth import run_flags, trainer
 from synth.difficulty import model_name
 from synth.offline_teacher import OfflineTeacher
 from synth.stages import kept, load_rows
+from synth.task import load_task
 from tests.scripts import ROOT, call, fails, with_words
 from tests.test_difficulty import Adder
+from tests.test_task import save
 from training.metrics import read_metrics
 
 import pytest
@@ -27,7 +31,7 @@ import pytest
 SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
 SUMS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 4]
 TINY = ["--rule", "random", "--max-completion-length", 3, "--num-steps", 2, "--batch-size", 4]
-SCRIPTS = {"ppo_training.py": ppo_training, "sft.py": sft}
+SCRIPTS = {"ppo_training.py": ppo_training, "sft.py": sft, "fuse.py": fuse}
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def in_this_process(monkeypatch):
         call(SCRIPTS[words[0]].main, *words[1:])
 
     monkeypatch.setattr(trainer, "run_script", run_script)
-    for script in SCRIPTS.values():
+    for script in (ppo_training, sft):
         monkeypatch.setattr(script, "plot_run", lambda folder: folder / "curves.png")
     return started
 
@@ -87,6 +91,10 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     )
     assert read_json(folder / "ledger.json")["total"]["calls"] == teacher.calls
     out = capsys.readouterr().out
+    page = (folder / "report.html").read_text()
+    assert f"Mean score on {len(held_out)} held-out samples by step" in page and "Mean score by step: training" in page
+    assert "Mean score on the 3 questions of the evaluation set" in page and "Not in the run folder" not in page
+    assert page.count('"outcome":"held out"') == len(held_out) and "Task: synth/tasks/arithmetic.yaml." in page
     for line in ("generate: kept 12 of 12", "verify: kept", "pass rates before:", "pass rates after:", "held out: ",
                  "select: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
         assert line in out
@@ -233,21 +241,50 @@ def test_a_teacher_that_has_moved_is_asked_nothing_again(tmp_path, monkeypatch):
         assert first.calls == 10 and not first.asked.keys() & second.asked.keys()
 
 
-def test_the_published_programs_own_flags(tmp_path, evaluation):
-    library = tmp_path / "library.txt"
-    library.write_text("Aspirin thins the blood.")
-    words = ["--experiment_name", "exp1", "--target_model_path", "out", "--model", "LLaMa", "--base_model_path", "base"]
-    words += ["--task_name", "MedNLI", "--task_instruction", "Classify.", "--domain", "Medical"]
-    words += ["--demo_examples", "[{'input': 'a', 'output': 'neutral'}]", "--passage_paths", str(library)]
-    words += ["--iterations", "5", "--work_model_paths", "work", "--teacher-url", "http://127.0.0.1:1/v1"]
-    args = with_words(lambda: run_flags.parse_run_args(None), *words)
-    task = run_flags.task_from(args)
-    assert (task.name, task.instruction, task.domain, task.library) == ("MedNLI", "Classify.", "Medical", [library])
-    assert task.demos == [{"input": "a", "output": "neutral"}] and getattr(task.answer, "name", None) == "label"
-    assert (args.rounds, args.model, args.target_model_path, args.work_model_paths) == (5, "LLaMa", "out", "work")
-    assert model_name(args, task) == "base" and args.experiment_name == "exp1"
+@pytest.mark.parametrize("hyphen", [False, True])
+def test_the_published_programs_own_flags_alone_make_a_run(tmp_path, tiny_folder, teacher, monkeypatch, hyphen):
+    """All of its flags, no YAML; shortened by flags of ours."""
+    started = in_this_process(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    arithmetic = load_task(ROOT / "synth/tasks/arithmetic.yaml")
+    Path("library.txt").write_text("Addition puts numbers together. The sum of 2 and 2 is 4.")
+    rows = [{"Input": "1 + 1 =", "Output": "2"}, {"Input": "2 + 5 =", "Output": "7"}]
+    if hyphen:
+        Path("data").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        save(tmp_path / "data", rows)
+    words = ["--experiment_name", "exp1", "--target_model_path", "out", "--model", "LLaMa", "--task_name", "sums"]
+    words += ["--base_model_path", tiny_folder, "--task_instruction", arithmetic.instruction, "--domain", "arithmetic"]
+    words += ["--dataset_path", "data", "--work_model_paths", "work", "--iterations", 1]
+    words += ["--passage_paths", "library.txt", "--demo_examples", "[{'input': '3 + 4 =', 'output': '7'}]"]
+    words = [word.replace("_", "-") if hyphen and str(word).startswith("--") else word for word in words]
+    own = [*SUMS[2:8], "--wanted", 8, "--rollouts", 2, "--most-rollouts", 2, *TINY, *asked_of(teacher)]
+    call(module.main, *words, *own, "--answer", "{type: number}", "--training-flags=--num-generations 2")
+    folder = tmp_path / "runs" / "exp1"
+    result = read_json(folder / "evaluation.json")
+    assert result["model"] == "LLaMa" and result["questions"] == 2
+    assert (
+        read_json(folder / "task.json")["domain"] == "arithmetic" and read_json(folder / "config.json")["rounds"] == 1
+    )
+    rows = load_rows(folder / "generate.jsonl")
+    assert {row["passage"] for row in rows} == {"library.txt#0"} and kept(load_rows(folder / "verify.jsonl"))
+    asked = "\n".join(teacher.asked)
+    assert "The sum of 2 and 2" in asked and "3 + 4 =" in asked and "Domain: arithmetic" in asked
+    assert (tmp_path / "work" / "summary.json").is_file() and (tmp_path / "out" / "config.json").is_file()
+    assert [words[0] for words in started] == ["ppo_training.py", "fuse.py"]
+    assert "Mean score by step: work" in (folder / "report.html").read_text()
+
+
+def test_the_published_programs_task_by_flags(tmp_path, evaluation):
+    words = ["--task_name", "MedNLI", "--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m"]
+    task = run_flags.task_from(with_words(lambda: run_flags.parse_run_args(None), *words))
+    assert (task.name, getattr(task.answer, "name", None)) == ("MedNLI", "label") and task.instruction
     words = ["--task", "synth/tasks/arithmetic.yaml", "--dataset_path", evaluation]
     assert len(run_flags.task_from(with_words(lambda: run_flags.parse_run_args(None), *words)).evaluation) == 3
+    words = [*words[:2], "--answer", "{type: choice, choices: ['0', '1']}", "--base-model", "base"]
+    args = with_words(lambda: run_flags.parse_run_args(None), *words)
+    assert getattr(run_flags.task_from(args).answer, "choices", None) == ("0", "1")
+    assert model_name(args, task) == "base"
 
 
 @pytest.mark.parametrize(
@@ -257,6 +294,12 @@ def test_the_published_programs_own_flags(tmp_path, evaluation):
         (["--held-out", 1], "--held-out"), (["--select", 0], "--select"), (["--band", 0.5, 0.2], "--band"),
         (["--resume", "nowhere"], "holds no run"), (["--max-money", 1], "prices"),
         (["--batch-size", 10], "--num-generations"), (["--training-flags=--lora-dropout 0.1"], "--lora-dropout"),
+        (["--train-by", "sft", "--training-flags=--max-length 0"], "--max-length is 0"),
+        (["--train-by", "sft", "--training-flags=--val-batches 0"], "--val-batches"),
+        (["--train-by", "sft", "--training-flags=--num-steps 3"], "see sft.py --help"),
+        (["--train-by", "sft", "--training-flags=--data elsewhere"], "--training-flags sets --data"),
+        (["--training-flags=--output_dir elsewhere"], "--training-flags sets --output-dir"),
+        (["--teacher-model", "gpt"], "--teacher-url"), (["--answer", "{type: regex}"], "lacks 'pattern'"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, words, message):
@@ -266,6 +309,20 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, module.main, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_was_changed_since_the_run_began_is_noticed(tmp_path, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    path, folder = tmp_path / "mine.yaml", tmp_path / "run"
+    text = (ROOT / "synth/tasks/arithmetic.yaml").read_text()
+    path.write_text(text)
+    words = ["--task", path, *SUMS[2:], *asked_of(teacher), "--output-dir", folder, "--max-calls", 5]
+    assert "limit of 5 calls" in fails(capsys, module.main, *words)
+    path.write_text(text.replace("45 + 38 =", "45 + 39 =").replace("{type: number}", "{type: math}"))
+    said = fails(capsys, module.main, "--resume", folder, "--max-calls", 500)
+    assert "another demos, scoring_flags than when" in said and str(folder / "task.json") in said and teacher.calls == 5
+    path.write_text(f"# a comment changes nothing\n{text}")
+    assert "limit of 6 calls" in fails(capsys, module.main, "--resume", folder, "--max-calls", 6)
 
 
 def test_one_process_at_a_time_in_a_run_folder(tmp_path):

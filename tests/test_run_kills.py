@@ -1,0 +1,123 @@
+"""A run killed again and again, as it writes one file or another, down to its evaluation: it ends as if undisturbed.
+
+Every process is a fork of one that has imported all, so a start costs no seconds; the kills are real ones. In it the
+training is a call and not a process of its own, so it dies along (tests/test_kill_resume.py kills the scripts).
+
+    python -m pytest tests/test_run_kills.py
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import ppo_training
+from benchmarks.synth_kills import repeated
+from data.files import read_json
+from synth import run as module
+from synth import trainer
+from synth.offline_teacher import OfflineTeacher
+from tests.scripts import with_words
+from training.metrics import read_metrics
+
+import pytest
+from tqdm import tqdm
+
+WORDS = [
+    "--task",
+    "synth/tasks/arithmetic.yaml",
+    "--count",
+    10,
+    "--votes",
+    2,
+    "--rounds",
+    1,
+    "--wanted",
+    4,
+    "--seed",
+    3,
+]
+WORDS += [
+    "--rollouts",
+    2,
+    "--most-rollouts",
+    2,
+    "--concurrency",
+    4,
+    "--teacher-model",
+    "m",
+    "--max-completion-length",
+    3,
+]
+WORDS += ["--rule", "random", "--num-steps", 3, "--batch-size", 4, "--training-flags=--num-generations 2"]
+TIMES = {"seconds", "rollout_seconds", "update_seconds"}
+
+
+def life(words, folder, moment):
+    """One process of the run, which ends at its `moment`-th writing of a file: before odd ones, after even ones."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    tqdm.set_lock(threading.RLock())  # its own one would outlive a kill
+    count, replace = 0, os.replace
+
+    def dying(source, target):
+        nonlocal count
+        count += 1
+        if count == moment and count % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+        if count == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = os.rename = dying
+    trainer.run_script = lambda words, go_on, files=(): with_words(ppo_training.main, *words[1:])
+    ppo_training.plot_run = lambda folder: folder / "curves.png"
+    begun = (Path(folder) / "config.json").is_file()
+    with_words(module.main, *(["--resume", folder] if begun else [*words, "--output-dir", folder]))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(words, folder, moment) -> the exit code of a life."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_run_kills", "transformers.models.llama.configuration_llama"])
+
+    def lived(*arguments):
+        process = context.Process(target=life, args=arguments)
+        process.start()
+        process.join(60)
+        return process.exitcode
+
+    return lived
+
+
+def left_by(folder):
+    """All that a run leaves but the times and what was counted, by file."""
+    names = ("generate", "verify", "pass_rates", "difficulty", "held_out", "select", "prompts", "evaluation")
+    found = {name: (folder / f"{name}.jsonl").read_bytes() for name in names}
+    found |= {name: read_json(folder / f"{name}.json") for name in ("task", "checkpoints", "evaluation")}
+    rows = read_metrics(folder / "training")
+    found["metrics"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    weights = {name: folder / name / "adapters.safetensors" for name in ("adapter", "last_adapter")}
+    return found | {name: path.read_bytes() for name, path in weights.items()}
+
+
+def test_killed_as_it_writes_it_ends_as_if_undisturbed(start, tmp_path, tiny_folder):
+    evaluation = tmp_path / "evaluation.jsonl"
+    evaluation.write_text("".join(json.dumps({"input": f"{n} + 1 =", "output": str(n + 1)}) + "\n" for n in range(4)))
+    words = [*WORDS, "--base-model", tiny_folder, "--dataset-path", evaluation]
+    with OfflineTeacher() as server:
+        assert start([*words, "--teacher-url", server.url], tmp_path / "whole", 0) == 0
+    rng, codes, late = random.Random(0), [-signal.SIGKILL], iter(range(1, 10))
+    with OfflineTeacher() as server:
+        while codes[-1] and len(codes) < 60:
+            trained = (tmp_path / "cut" / "training" / "summary.json").is_file()
+            moment = next(late, 0) if trained else rng.randrange(11, 17)
+            codes.append(start([*words, "--teacher-url", server.url], tmp_path / "cut", moment))
+        assert set(codes[:-1]) == {-signal.SIGKILL} and codes[-1] == 0 and next(late, 10) > 6
+        assert repeated(server) <= 4 * len(codes)
+    assert left_by(tmp_path / "cut") == left_by(tmp_path / "whole")
