@@ -296,7 +296,7 @@ def main() -> None:
         print(f"pass rates before: {spread.line(rows)}", flush=True)
         if spread.rounds and task.source is None:
             rows, ended = asyncio.run(made(rows))
-            print(f"rewriting ended: {ended}")
+            print(f"harder and easier: {ended}\npass rates after: {spread.line(rows)}")
     write_rows(args.out, rows)
     print(f"{summary('difficulty', rows)}\n{args.out}")
 
