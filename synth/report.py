@@ -233,6 +233,7 @@ def _summary(found: Run) -> str:
     """One paragraph of what was done, and what is not there."""
     settings, own = found.records.get("config", {}), own_rows(found.stages)
     said = [f"{label}: {settings[key]}." for key, label in NAMED.items() if settings.get(key)]
+    said += ["Teacher: the offline one."] if settings.get("teacher_url", "") is None else []
     for name, rows in own.items():
         left = sum("dropped" not in row for row in rows)
         made = sum(row["origin"] != "generated" for row in rows) if name == "difficulty" else 0

@@ -142,6 +142,14 @@ def test_a_row_that_is_carried_along_is_counted_where_it_was_dropped():
     assert [row["outcome"] for row in found] == ["kept by verify", "generate: tie"]
 
 
+def test_the_teacher_is_named(folder):
+    assert "Task: sums.yaml. Base model: tiny. 5 of 6" in plain(write_report(folder))
+    for given, said in ((None, "Teacher: the offline one."), ("http://a/v1", "Teacher: gpt.")):
+        settings = {"teacher_url": given, "teacher_model": given and "gpt"}
+        (folder / "config.json").write_text(json.dumps(settings))
+        assert said in plain(write_report(folder))
+
+
 def test_held_out_samples_are_named_and_counted(folder):
     rows = stages()
     write_rows(folder / "held_out.jsonl", [row for row in rows["difficulty"] if row["id"] == "g2"])
