@@ -1,17 +1,21 @@
 """A run of synth.run, killed at random moments and resumed: what is asked again, and whether the end is the same.
 
-The teacher is the offline one, over HTTP, in this process, so it sees what all the processes of the run ask. Leaves out
-training, whose own kills tests/test_kill_resume.py holds.
+The teacher is the offline one, over HTTP, in this process, so it sees what all the processes of the run ask. First the
+stages that ask, killed between calls; then whole runs, killed at any time: half the kills hit synth.run alone, so that
+its training goes on without it, and half the training as well.
 
     python -m benchmarks.synth_kills --kills 20
 """
 
+import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from synth.offline_teacher import OfflineTeacher
@@ -35,10 +39,16 @@ WORDS = ["--task", "synth/tasks/arithmetic.yaml", "--count", "60", "--votes", "8
 WORDS += ["--concurrency", str(CONCURRENCY), "--teacher-model", "m"]
 
 
-def start(*words: object) -> subprocess.Popen:
-    """A process of PROGRAM."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, words)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+WHOLE = [*WORDS, "--count", "30", "--rule", "random", "--max-completion-length", "4", "--num-steps", "60"]
+WHOLE += ["--batch-size", "16", "--training-flags=--num-generations 4", "--dataset-path", "evaluation.jsonl"]
+WHOLE[1] = str(ROOT / WHOLE[1])
+
+
+def start(*words: object, program: Sequence[str] = ("-c", PROGRAM), cwd: Path = ROOT) -> subprocess.Popen:
+    """A process of PROGRAM, or of another one."""
+    command = [sys.executable, *program, *map(str, words)]
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=cwd, env=paths, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def send_kill(process: subprocess.Popen, server: OfflineTeacher, calls: int) -> int:
@@ -61,30 +71,84 @@ def tables(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
 
+def left_by(folder: Path) -> dict[str, bytes]:
+    """All that a whole run leaves and that has no times in it, by file."""
+    names = ("held_out.jsonl", "select.jsonl", "prompts.jsonl", "checkpoints.json", "evaluation.json")
+    weights = (f"{name}/adapters.safetensors" for name in ("adapter", "last_adapter"))
+    return {**tables(folder), **{name: (folder / name).read_bytes() for name in (*names, *weights)}}
+
+
+def kill_whole(process: subprocess.Popen, seconds: float, training_too: bool) -> bool:
+    """Kill the process after so many seconds, perhaps with what it has started; whether it was still at work."""
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
+        process.kill()
+        for child in found.split() if training_too else []:
+            os.kill(int(child), signal.SIGKILL)
+        return process.wait() != 0
+
+
+def between_calls(rng: random.Random, most: int, temporary: Path) -> None:
+    """Kills in the stages that ask."""
+    cut, whole = temporary / "cut", temporary / "whole"
+    with OfflineTeacher(latency_ms=20) as server:
+        start(*WORDS, "--teacher-url", server.url, "--output-dir", whole).wait()
+        undisturbed = server.calls
+    kills = 0
+    with OfflineTeacher(latency_ms=20) as server:
+        while True:
+            begun = (cut / "config.json").is_file()
+            words = ["--resume", cut] if begun else [*WORDS, "--teacher-url", server.url, "--output-dir", cut]
+            process = start(*words)
+            if kills == most:
+                process.wait()
+                break
+            kills += send_kill(process, server, rng.randrange(undisturbed // most)) != 0
+        print(f"stages 1 to 5: calls: {undisturbed} undisturbed, {server.calls} with {kills} kills")
+        print(f"asked again: {repeated(server)}, at most in flight: {kills * CONCURRENCY}")
+    print(f"the same result: {tables(cut) == tables(whole) and len(tables(cut)) == len(STAGES)}", flush=True)
+
+
+def at_any_time(rng: random.Random, most: int, temporary: Path) -> None:
+    """Kills in whole runs, training, choice of the checkpoint and evaluation included."""
+    cut, whole = temporary / "whole_cut", temporary / "whole_whole"
+    rows = ({"input": f"{n} + {n} =", "output": str(2 * n)} for n in range(100))
+    (temporary / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def begin(folder: Path, server: OfflineTeacher) -> subprocess.Popen:
+        begun = (folder / "config.json").is_file()
+        words = ["--resume", folder] if begun else [*WHOLE, "--teacher-url", server.url, "--output-dir", folder]
+        return start(*words, program=("-m", "synth.run"), cwd=temporary)
+
+    with OfflineTeacher(latency_ms=20) as server:
+        started = time.perf_counter()
+        begin(whole, server).wait()
+        seconds, undisturbed = time.perf_counter() - started, server.calls
+    kills, reached = 0, []
+    with OfflineTeacher(latency_ms=20) as server:
+        while kills < most and kill_whole(begin(cut, server), rng.uniform(0.2, 0.6) * seconds, rng.random() < 0.5):
+            kills += 1
+            reached.append(sum(1 for _ in cut.rglob("*")))
+        begin(cut, server).wait()
+        print(
+            f"whole run: {seconds:.0f} s and {undisturbed} calls undisturbed, {server.calls} calls with {kills} kills"
+        )
+        print(f"asked again: {repeated(server)}; files there at each kill: {reached}")
+    print(f"the same result: {left_by(cut) == left_by(whole)}")
+
+
 def main() -> None:
     parser = config.Parser(__doc__, yaml_file=False)
-    parser.add_argument("--kills", type=int, default=20, help="at random moments")
+    parser.add_argument("--kills", type=int, default=20, help="at random moments, of each of the two")
     parser.add_argument("--seed", type=int, default=0, help="of those moments")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
-        cut, whole = Path(temporary, "cut"), Path(temporary, "whole")
-        with OfflineTeacher(latency_ms=20) as server:
-            start(*WORDS, "--teacher-url", server.url, "--output-dir", whole).wait()
-            undisturbed = server.calls
-        kills = 0
-        with OfflineTeacher(latency_ms=20) as server:
-            while True:
-                begun = (cut / "config.json").is_file()
-                words = ["--resume", cut] if begun else [*WORDS, "--teacher-url", server.url, "--output-dir", cut]
-                process = start(*words)
-                if kills == args.kills:
-                    process.wait()
-                    break
-                kills += send_kill(process, server, rng.randrange(undisturbed // args.kills)) != 0
-            print(f"calls: {undisturbed} undisturbed, {server.calls} with {kills} kills")
-            print(f"asked again: {repeated(server)}, at most in flight: {kills * CONCURRENCY}")
-        print(f"the same result: {tables(cut) == tables(whole) and len(tables(cut)) == len(STAGES)}")
+        between_calls(rng, args.kills, Path(temporary))
+        at_any_time(rng, args.kills, Path(temporary))
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def test_the_published_programs_own_flags_alone_make_a_run(tmp_path, tiny_folder
         save(tmp_path / "data", rows)
     words = ["--experiment_name", "exp1", "--target_model_path", "out", "--model", "LLaMa", "--task_name", "sums"]
     words += ["--base_model_path", tiny_folder, "--task_instruction", arithmetic.instruction, "--domain", "arithmetic"]
-    words += ["--dataset_path", "data", "--work_model_paths", "work", "--iterations", 1]
+    words += ["--dataset_path", "data", "--work_model_paths", "work", "--iterations", "1"]
     words += ["--passage_paths", "library.txt", "--demo_examples", "[{'input': '3 + 4 =', 'output': '7'}]"]
     words = [word.replace("_", "-") if hyphen and str(word).startswith("--") else word for word in words]
     own = [*SUMS[2:8], "--wanted", 8, "--rollouts", 2, "--most-rollouts", 2, *TINY, *asked_of(teacher)]

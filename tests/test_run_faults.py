@@ -6,7 +6,6 @@ The faults hang on the question alone, so the same run against a teacher without
 """
 
 import hashlib
-import json
 import sys
 from collections import Counter
 
@@ -26,8 +25,8 @@ from tests.test_difficulty import Adder
 
 import pytest
 
-PASSING = ("429", "429 seconds", "429 date", "500", "503", "drop", "slow", "html", "broken json", "half", "no choices")
-PASSING = (*PASSING, "null choice", "list")
+PASSING = ["429", "429 seconds", "429 date", "500", "503", "drop", "slow", "html", "broken json", "half", "no choices"]
+PASSING += ["null choice", "list"]  # these fail once
 LASTING = ("refusal", "apology", "filter", "truncated", "empty", "400", "400 filter")  # each the answer of its question
 SPOILED = ("fenced", "prose", "prose twice")  # the teacher's own answer, dressed up, or given at the second asking only
 REFUSED = ("refusal", "apology", "filter", "400 filter")

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
@@ -73,9 +74,9 @@ def life(words, folder, moment):
         if count == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    os.replace = os.rename = dying
-    trainer.run_script = lambda words, go_on, files=(): with_words(ppo_training.main, *words[1:])
-    ppo_training.plot_run = lambda folder: folder / "curves.png"
+    mock.patch.multiple(os, replace=dying, rename=dying).start()
+    mock.patch.object(trainer, "run_script", lambda words, *_: with_words(ppo_training.main, *words[1:])).start()
+    mock.patch.object(ppo_training, "plot_run", lambda folder: folder / "curves.png").start()
     begun = (Path(folder) / "config.json").is_file()
     with_words(module.main, *(["--resume", folder] if begun else [*words, "--output-dir", folder]))
 
@@ -116,7 +117,7 @@ def test_killed_as_it_writes_it_ends_as_if_undisturbed(start, tmp_path, tiny_fol
     with OfflineTeacher() as server:
         while codes[-1] and len(codes) < 60:
             trained = (tmp_path / "cut" / "training" / "summary.json").is_file()
-            moment = next(late, 0) if trained else rng.randrange(11, 17)
+            moment = next(late, 0) if trained else rng.randrange(13, 24)
             codes.append(start([*words, "--teacher-url", server.url], tmp_path / "cut", moment))
         assert set(codes[:-1]) == {-signal.SIGKILL} and codes[-1] == 0 and next(late, 10) > 6
         assert repeated(server) <= 4 * len(codes)
