@@ -129,7 +129,7 @@ def at_any_time(rng: random.Random, most: int, temporary: Path) -> None:
         seconds, undisturbed = time.perf_counter() - started, server.calls
     kills, reached = 0, []
     with OfflineTeacher(latency_ms=20) as server:
-        while kills < most and kill_whole(begin(cut, server), rng.uniform(0.2, 0.6) * seconds, rng.random() < 0.5):
+        while kills < most and kill_whole(begin(cut, server), rng.uniform(0.3, 0.8) * seconds, rng.random() < 0.5):
             kills += 1
             reached.append(sum(1 for _ in cut.rglob("*")))
         begin(cut, server).wait()
