@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.errors import UserError
 from synth.offline_teacher import OfflineTeacher
 from training import config
 from training.cli import run
@@ -125,7 +126,8 @@ def at_any_time(rng: random.Random, most: int, temporary: Path) -> None:
 
     with OfflineTeacher(latency_ms=20) as server:
         started = time.perf_counter()
-        begin(whole, server).wait()
+        if begin(whole, server).wait():
+            raise UserError("the undisturbed run failed; run it by hand to see why: synth.run with the words of WHOLE")
         seconds, undisturbed = time.perf_counter() - started, server.calls
     kills, reached = 0, []
     with OfflineTeacher(latency_ms=20) as server:

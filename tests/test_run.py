@@ -1,8 +1,6 @@
-"""A run from task to trained model; killed and resumed, it asks nothing again and ends as if it had never been."""
+"""A run from task to trained model, its flags, and what it says of mistakes before it begins."""
 
 import json
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +10,7 @@ import fuse
 import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
 import sft
-from benchmarks.synth_kills import PROGRAM, repeated, send_kill, tables
+from benchmarks.synth_kills import repeated
 from data.errors import UserError
 from data.files import read_json
 from synth import run as module
@@ -150,28 +148,6 @@ def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher
     (tmp_path / "run" / "training" / "config.json").write_text(json.dumps(mine))
     call(module.main, "--resume", tmp_path / "run")
     assert (tmp_path / "run" / "training" / "summary.json").is_file()
-
-
-def test_killed_and_resumed_it_asks_nothing_again(tmp_path, monkeypatch):
-    """Two kills in the stages that ask; the last stretch and the undisturbed run are in this process."""
-    rng, cut = random.Random(0), tmp_path / "cut"
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
-    monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
-    with OfflineTeacher(latency_ms=10) as server:
-        words = [*map(str, [*SUMS, *asked_of(server)])]
-        for _ in range(2):
-            given = ["--resume", cut] if (cut / "config.json").is_file() else [*words, "--output-dir", cut]
-            process = subprocess.Popen([sys.executable, "-c", PROGRAM, *map(str, given)], cwd=ROOT)
-            assert send_kill(process, server, rng.randrange(5, 25)) == -signal.SIGKILL
-        with pytest.raises(SystemExit):
-            call(module.main, "--resume", cut)
-        assert repeated(server) <= 2 * 4
-        disturbed = server.asked.keys()
-    with OfflineTeacher() as server:
-        with pytest.raises(SystemExit):
-            call(module.main, *SUMS, *asked_of(server), "--output-dir", tmp_path / "whole")
-        assert repeated(server) == 0 and server.asked.keys() == disturbed
-    assert tables(cut) == tables(tmp_path / "whole") and len(tables(cut)) == 4
 
 
 def test_with_a_teacher_that_fails_often_the_run_ends_and_says_what_was_lost(tmp_path, monkeypatch):
