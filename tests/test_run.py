@@ -92,7 +92,7 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     page = (folder / "report.html").read_text()
     assert f"Mean score on {len(held_out)} held-out samples by step" in page and "Mean score by step: training" in page
     assert "Mean score on the 3 questions of the evaluation set" in page and "Not in the run folder" not in page
-    assert page.count('"outcome":"held out"') == len(held_out) and "Task: synth/tasks/arithmetic.yaml." in page
+    assert page.count('"outcome":"held out"') == len(held_out) and "Task: tests/sums.yaml." in page
     for line in ("generate: kept 12 of 12", "verify: kept", "pass rates before:", "pass rates after:", "held out: ",
                  "select: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
         assert line in out
@@ -290,7 +290,7 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, ca
 def test_a_task_that_was_changed_since_the_run_began_is_noticed(tmp_path, teacher, monkeypatch, capsys):
     monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
     path, folder = tmp_path / "mine.yaml", tmp_path / "run"
-    text = (ROOT / "synth/tasks/arithmetic.yaml").read_text()
+    text = (ROOT / "tests/sums.yaml").read_text()
     path.write_text(text)
     words = ["--task", path, *SUMS[2:], *asked_of(teacher), "--output-dir", folder, "--max-calls", 5]
     assert "limit of 5 calls" in fails(capsys, module.main, *words)
