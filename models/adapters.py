@@ -41,7 +41,12 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> No
         use_dora = config.fine_tune_type == "dora"
         _check_lora(model, config)
         # The new layers' own weights come unfrozen, the weights they stand on stay frozen.
-        linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora=use_dora)
+        try:
+            linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora=use_dora)
+        except ValueError as error:  # DoRA of a layer of experts
+            raise UserError(
+                f"mlx-lm makes no {config.fine_tune_type} here ({error}); use --fine-tune-type lora"
+            ) from None
         if not tree_flatten(model.trainable_parameters()):
             raise UserError(f"no layer matches the LoRA keys {config.lora_parameters.get('keys')}; see `model.layers`")
     elif config.fine_tune_type == "full":

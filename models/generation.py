@@ -1,9 +1,10 @@
 """Sampling completions: many prompts at once for training and evaluation, or one as a stream for chat.
 
-Token ids in, token ids out. Prompts of unequal length share a batch (mlx-lm's batch cache pads left inside);
-neither batch mates nor padding change the distribution of a completion.
+Token ids in, token ids out. Prompts of unequal length share a batch where the family allows (mlx-lm's batch cache pads
+left inside); neither batch mates nor padding change the distribution of a completion.
 """
 
+import itertools
 from collections.abc import Callable, Generator, Sequence
 
 import models.fast_blas  # noqa: F401  (before mlx)
@@ -14,13 +15,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator, stream_generate
-from mlx_lm.models.cache import BatchKVCache, KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    BatchKVCache,
+    KVCache,
+    RotatingKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-# Families that mlx-lm 0.32 gets wrong in a batch: the mask does not fit gemma2's grouped heads, and the state of a
-# Mamba layer reads pads. They are sampled one prompt at a time.
-ONE_BY_ONE = ("gemma2", "phi3small", "jamba", "nemotron_h")
+# A batch of unequal prompts is padded. mlx-lm 0.32 hides the pads from attention, but for families whose mask does not
+# fit their heads; the state of a recurrent layer reads them (up to 1.3 nats off for mamba and jamba, float32), but for
+# families that tests/test_families.py holds to single prompts. All others share a batch with prompts of their length.
+ATTENTION_CACHES = (KVCache, RotatingKVCache)
+MASK_MISFITS = ("gemma2", "phi3small", "gpt_bigcode")
+PADS_HIDDEN = ("mamba2", "qwen3_5", "qwen3_next", "falcon_h1", "granitemoehybrid", "lfm2", "plamo2")
 
 CACHE_STEP = 256  # places by which a cache grows at a time; fewer where fewer will do
 PREFILL = 2048  # tokens of every prompt that are read in one pass
@@ -56,17 +67,45 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        one_by_one = type(model).__module__.rpartition(".")[2] in ONE_BY_ONE
-        width = 1 if one_by_one else min(batch_size, len(prompts)) or 1
-        plain = all(type(layer) is KVCache for layer in make_prompt_cache(model))
-        decode = _decode if plain and len(prompts) == width else _decode_by_mlx_lm
-        return decode(model, prompts, set(eos_token_ids), max_tokens, temperature_sampler(temperature), width, on_token)
+        caches = make_prompt_cache(model)
+        plain = all(type(cache) is KVCache for cache in caches)
+        if not _takes_unequal_prompts(model, caches):
+            decode = _decode_by_length
+        else:
+            decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
+        return decode(
+            model, prompts, set(eos_token_ids), max_tokens, temperature_sampler(temperature), batch_size, on_token
+        )
     finally:
         model.train(was_training)
 
 
-def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token) -> list[list[int]]:
-    """By mlx-lm's BatchGenerator: any kind of cache, and a new prompt wherever one of `width` has ended."""
+def _takes_unequal_prompts(model: nn.Module, caches: list) -> bool:
+    """Whether mlx-lm's padding leaves each completion of this family what its prompt alone would have given."""
+    family = type(model).__module__.rpartition(".")[2]
+    if family in PADS_HIDDEN:
+        return True
+    return family not in MASK_MISFITS and all(type(cache) in ATTENTION_CACHES for cache in caches)
+
+
+def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+    """Prompts of one length at a time, which need no padding, over the model's own caches of any kind."""
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    for _, group in itertools.groupby(order, key=lambda row: len(prompts[row])):
+        alike = list(group)
+        for start in range(0, len(alike), batch_size):
+            rows = alike[start : start + batch_size]
+            batch = [prompts[row] for row in rows]
+            decoded = _decode(model, batch, eos_token_ids, max_tokens, sampler, batch_size, on_token)
+            for row, completion in zip(rows, decoded, strict=True):
+                completions[row] = completion
+    return completions
+
+
+def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+    """By mlx-lm's BatchGenerator: a new prompt wherever one of those in flight has ended."""
+    width = min(batch_size, len(prompts))
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
@@ -88,11 +127,14 @@ def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, width,
     return [completions[uid] for uid in ids]
 
 
-def _decode(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token) -> list[list[int]]:
-    """All prompts at once over key-value caches, without the work that BatchGenerator does per row and token.
+def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+    """All prompts at once, without the work that BatchGenerator does per row and token; unequal ones over key-value
+    caches alone.
 
     What ends is left out of the later passes once it is an eighth of the rows, since that copies the caches.
     """
+    if not prompts:
+        return []
     caches = _read_prompts(model, prompts, max_tokens)
 
     def draw(tokens: mx.array) -> mx.array:
@@ -114,7 +156,7 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token)
         going &= ~np.isin(completions[rows, count], ends)
         if not going.any():
             break
-        if 8 * (~going).sum() >= len(rows):
+        if 8 * (~going).sum() >= len(rows) and _can_drop_rows(caches):
             kept = np.flatnonzero(going)
             _keep_rows(caches, kept)
             following, rows, going = following[mx.array(kept)], rows[kept], going[kept]
@@ -122,14 +164,17 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, width, on_token)
     return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
 
 
-def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list[KVCache] | list[BatchKVCache]:
+def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list:
     """Caches that hold all prompts but for their last tokens; shorter ones are padded on the left within."""
     lengths = [len(prompt) - 1 for prompt in prompts]
     padding = [max(lengths) - length for length in lengths]
     ragged = any(padding)
-    caches = [BatchKVCache([0] * len(prompts)) if ragged else KVCache() for _ in make_prompt_cache(model)]
+    caches: list = make_prompt_cache(model)
+    if ragged:
+        caches = [BatchKVCache([0] * len(prompts)) for _ in caches]
     for cache in caches:
-        cache.step = min(max(lengths) + max_tokens, CACHE_STEP)
+        if isinstance(cache, KVCache | BatchKVCache):
+            cache.step = min(max(lengths) + max_tokens, CACHE_STEP)
         if ragged:
             cache.prepare(right_padding=padding)
     tokens = mx.array([prompt[:-1] + [0] * pads for prompt, pads in zip(prompts, padding, strict=True)], mx.int32)
@@ -142,7 +187,11 @@ def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list[KVCa
     return caches
 
 
-def _keep_rows(caches: list[KVCache] | list[BatchKVCache], rows: np.ndarray) -> None:
+def _can_drop_rows(caches: list) -> bool:
+    return all(type(cache) in (KVCache, BatchKVCache) for cache in caches)
+
+
+def _keep_rows(caches: list, rows: np.ndarray) -> None:
     """Leave all rows but these out of the caches."""
     index = mx.array(rows)
     for cache in caches:

@@ -35,6 +35,11 @@ class SoftPromptEmbedding(nn.Module):
         """The tied output layer: only the vocabulary has logits, the soft prompt has none."""
         return self.embedding.as_linear(hidden)
 
+    @property
+    def weight(self) -> mx.array:
+        """The table (V, H), for families that multiply by it themselves, such as a tied seed_oss."""
+        return self.embedding.weight
+
 
 POSITION_TABLE = "wpe"  # GPT-2's: it may have more rows than the vocabulary
 TABLES = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding, DoRAEmbedding, SoftPromptEmbedding)

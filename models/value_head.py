@@ -3,10 +3,11 @@
 The families name and post-process their output layer differently, so nothing here calls a body or a head
 by hand: the output layer is replaced, during the model's own call, by a tap that records its input (the
 state after the last norm) and goes on with the positions that are asked for, so that logits are computed
-nowhere else.
+nowhere else. Where a model multiplies by its table itself, without calling it, the last norm is tapped instead.
 """
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output")
+LAST_NORMS = ("norm",)
 
 
 class _Tap:
@@ -53,14 +55,33 @@ class _EmbeddingTap(_Tap):
         return self.layer.as_linear(self._record(hidden))
 
 
-def _output_layer(model: nn.Module) -> tuple[nn.Module, str, type[_Tap]]:
-    """The module that holds the output layer, its key there, and the tap that fits: decided by presence."""
+class _NormTap(_Tap):
+    def __call__(self, hidden: mx.array) -> mx.array:
+        return self._record(self.layer(hidden))
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[_Tap]]]:
+    """Where to tap, the best first: the module that holds a layer, the layer's key there, and the tap that fits.
+
+    The output layer is decided by presence; if it is not called, the norm before it serves.
+    """
+    place = _outside_the_layers(model, OUTPUT_LAYERS)
+    if place is not None:
+        yield *place, _LinearTap
+    else:
+        parent, _, key = find_embedding(model)[0].rpartition(".")
+        yield _module_at(model, parent), key, _EmbeddingTap
+    place = _outside_the_layers(model, LAST_NORMS)
+    if place is not None:
+        yield *place, _NormTap
+
+
+def _outside_the_layers(model: nn.Module, keys: tuple[str, ...]) -> tuple[nn.Module, str] | None:
     for name, _ in model.named_modules():
         parent, _, key = name.rpartition(".")
-        if key in OUTPUT_LAYERS and not any(part.isdigit() for part in name.split(".")):
-            return _module_at(model, parent), key, _LinearTap
-    parent, _, key = find_embedding(model)[0].rpartition(".")
-    return _module_at(model, parent), key, _EmbeddingTap
+        if key in keys and not any(part.isdigit() for part in name.split(".")):
+            return _module_at(model, parent), key
+    return None
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module:
@@ -76,17 +97,17 @@ def forward(model: nn.Module, tokens: mx.array, positions: mx.array | None = Non
     (B, C, H); without positions C is L. What is not used costs nothing: mlx evaluates lazily. Raises UserError
     where the model's output layer is not found.
     """
-    parent, key, tap_type = _output_layer(model)
-    layer = parent[key]
-    tap = tap_type(layer, positions)
-    dict.__setitem__(parent, key, tap)  # keeps the order of the parameters, which attribute assignment does not
-    try:
-        logits = model(tokens)
-    finally:
-        dict.__setitem__(parent, key, layer)
-    if tap.hidden is None:
-        raise UserError(f"{type(model).__module__} hides its output layer, so no value head fits it; use another model")
-    return logits, tap.hidden
+    for parent, key, tap_type in _places(model):
+        layer = parent[key]
+        tap = tap_type(layer, positions)
+        dict.__setitem__(parent, key, tap)  # keeps the order of the parameters, which attribute assignment does not
+        try:
+            logits = model(tokens)
+        finally:
+            dict.__setitem__(parent, key, layer)
+        if tap.hidden is not None:
+            return logits, tap.hidden
+    raise UserError(f"{type(model).__module__} hides its output layer, so no value head fits it; use another model")
 
 
 class ValueHead(nn.Module):

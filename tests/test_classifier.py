@@ -53,9 +53,9 @@ def model_folder(folder, name, tokenizer):
     config = {**architectures.COMMON, **own, **ids, "model_type": family, "vocab_size": len(tokenizer)}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    module = architectures.importlib.import_module(f"mlx_lm.models.{'llama' if family == 'mistral' else family}")
+    model_class, arguments = mlx_lm.utils._get_classes(config)
     mx.random.seed(1)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = model_class(arguments.from_dict(config))
     # Moved off the start, where norms are 1 and biases 0, so that leaving one out shows.
     weights = {key: array + 0.1 * mx.random.normal(array.shape) for key, array in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
