@@ -19,6 +19,7 @@ from data.decoding import completion_texts
 from data.files import check_replaceable
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.generation import sample
+from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load, twin
 from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
 from models.value_head import Policy, new_value_head
@@ -52,6 +53,8 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
         attach_adapter(model, adapter, args.seed)
     reference = base if args.use_peft else twin(model)
     reference.freeze()
+    if args.grad_checkpoint:
+        checkpoint_layers(model)
     head = new_value_head(model) if args.advantage == "gae" else None
     policy = Policy(model, head)
     policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled

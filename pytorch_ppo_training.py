@@ -20,6 +20,7 @@ from data.prompts import jsonl_answers
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
 from models.torch_adapters import attach_adapter, load_adapter, save_adapter
 from models.torch_generation import sample
+from models.torch_grad_checkpoint import checkpoint_layers
 from models.torch_loading import DEVICES, LoadedModel, choose_device, load, twin
 from models.torch_policy import Policy, new_value_head
 from models.torch_soft_prompt import soft_prompt_ids
@@ -62,6 +63,8 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
         adapter = AdapterConfig(**config.adapter_settings(args))
         attach_adapter(model, adapter, args.seed)
     reference = base if args.use_peft else twin(model)
+    if args.grad_checkpoint:
+        checkpoint_layers(model)
     head = new_value_head(model) if args.advantage == "gae" else None
     policy = Policy(model, head)
     policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled

@@ -14,6 +14,7 @@ from typing import Any
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.records import split_path
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head
@@ -46,6 +47,8 @@ def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
         settings, head = saved.config, saved.value_head
     elif args.train:
         attach_adapter(model, settings, args.seed)
+    if args.train and args.grad_checkpoint:
+        checkpoint_layers(model, settings.lora_parameters["dropout"])
     if not args.reward_model:
         return Trainee(model, settings, model)
     head = head or new_value_head(model, std=None)

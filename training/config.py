@@ -168,6 +168,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
         default=None,
         help="module names within a layer, such as self_attn.q_proj (default: all)",
     )
+    group.add_argument("--grad-checkpoint", action="store_true", help="work layers out twice to hold less in memory")
 
 
 def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
