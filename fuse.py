@@ -21,6 +21,7 @@ from training import config
 from training.cli import run
 
 import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_map_with_path
 
 MARKER = "config.json"
 
@@ -41,10 +42,15 @@ def parse_args() -> argparse.Namespace:
 
 def fuse(loaded: LoadedModel, adapter_file: str, de_quantize: bool) -> ValueHead | None:
     """Put the adapter into the weights of `loaded`, in place; returns the adapter's value head, if it has one."""
+    dtypes = {name: array.dtype for name, array in tree_flatten(loaded.model.parameters())}
     saved = load_adapter(loaded.model, adapter_file)
     if saved.config.fine_tune_type == "soft_prompt":
         raise UserError(f"{adapter_file} is a soft prompt, which has no weight to fuse into; use --resume-file instead")
     fuse_adapter(loaded.model, de_quantize)
+    if saved.config.fine_tune_type == "full":  # trained in float32
+        loaded.model.update(
+            tree_map_with_path(lambda name, array: array.astype(dtypes[name]), loaded.model.parameters())
+        )
     if de_quantize:
         mlx_lm.utils.dequantize_model(loaded.model)
         loaded.config.pop("quantization", None)

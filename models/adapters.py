@@ -52,6 +52,7 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> No
     elif config.fine_tune_type == "full":
         if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
             raise UserError("a quantized model cannot be trained in full; use LoRA, or fuse.py --de-quantize first")
+        model.set_dtype(mx.float32)  # a bfloat16 would round most updates away
         model.unfreeze()
     elif config.fine_tune_type == "soft_prompt":
         add_soft_prompt(model, config.num_prompt_tokens, seed)
@@ -64,6 +65,10 @@ def _check_lora(model: nn.Module, config: AdapterConfig) -> None:
     if any(name.endswith(".lora_a") for name, _ in tree_flatten(model.parameters())):
         raise ValueError("the model has a LoRA already; a second one would nest in it")
     config.check_lora()
+    quantized = [module.bits for module in model.modules() if isinstance(module, nn.QuantizedLinear)]
+    odd = [bits for bits in quantized if 32 % bits]
+    if config.fine_tune_type == "dora" and odd:
+        raise UserError(f"mlx-lm makes no DoRA of a base of {odd[0]} bits, only of 4 or 8; use --fine-tune-type lora")
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -153,7 +158,13 @@ def set_adapter_weights(model: nn.Module, weights: dict[str, mx.array], source: 
 
 def fuse_adapter(model: nn.Module, de_quantize: bool = False) -> None:
     """Fold every LoRA and DoRA layer into the weights it stands on, at the scale it was trained with."""
-    fused = [
-        (name, module.fuse(dequantize=de_quantize)) for name, module in model.named_modules() if hasattr(module, "fuse")
-    ]
+    fused = [(name, _fused(module, de_quantize)) for name, module in model.named_modules() if hasattr(module, "fuse")]
     model.update_modules(tree_unflatten(fused))
+
+
+def _fused(module: nn.Module, de_quantize: bool) -> nn.Module:
+    """The layer that stands alone, in the precision of its base: mlx-lm's DoRA makes float32 of a bfloat16."""
+    base = module["linear"] if "linear" in module else module["embedding"]
+    fused = module.fuse(dequantize=de_quantize)
+    fused.set_dtype(base["scales" if "scales" in base else "weight"].dtype)
+    return fused

@@ -26,7 +26,7 @@ COMMON = {
 }
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 HEADS = {"head_dim": 8, "query_pre_attn_scalar": 8}
-EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True, "decoder_sparse_step": 1}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True, "decoder_sparse_step": 1}
 GRANITE = {
     "logits_scaling": 8.0,
     "attention_multiplier": 0.1,
@@ -161,7 +161,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
             **EXPERTS,
             **LINEAR_ATTENTION,
             "num_experts": 4,
-            "shared_expert_intermediate_size": 16,
+            "shared_expert_intermediate_size": 32,
             "mlp_only_layers": [],
             "head_dim": 8,
             "partial_rotary_factor": 0.5,
