@@ -67,9 +67,8 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        caches = make_prompt_cache(model)
-        plain = all(type(cache) is KVCache for cache in caches)
-        if not _takes_unequal_prompts(model, caches):
+        plain = all(type(cache) is KVCache for cache in make_prompt_cache(model))
+        if not takes_unequal_prompts(model):
             decode = _decode_by_length
         else:
             decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
@@ -80,12 +79,12 @@ def sample(
         model.train(was_training)
 
 
-def _takes_unequal_prompts(model: nn.Module, caches: list) -> bool:
+def takes_unequal_prompts(model: nn.Module) -> bool:
     """Whether mlx-lm's padding leaves each completion of this family what its prompt alone would have given."""
     family = type(model).__module__.rpartition(".")[2]
     if family in PADS_HIDDEN:
         return True
-    return family not in MASK_MISFITS and all(type(cache) in ATTENTION_CACHES for cache in caches)
+    return family not in MASK_MISFITS and all(type(cache) in ATTENTION_CACHES for cache in make_prompt_cache(model))
 
 
 def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:

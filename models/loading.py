@@ -43,7 +43,7 @@ def resolve(name: str) -> Path:
     """
     if name in TINY_NAMES:
         return tiny_model_path(name)
-    return model_folder(name, mlx_lm.utils._download)
+    return model_folder(name)
 
 
 def load(name: str) -> LoadedModel:

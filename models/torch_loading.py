@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from models.adapter_config import HEAD_FILE
 from models.folders import OPENING_ERRORS, model_folder, reason
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
-HUB_FILES = ["*.json", "model*.safetensors", HEAD_FILE, "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # models.tiny imports mlx, so it runs in a process of its own.
 TINY_PROGRAM = """
@@ -74,7 +71,7 @@ def resolve(name: str) -> Path:
     """
     if name.startswith("tiny-") and not Path(name).exists():
         return _tiny_folder(name)
-    return model_folder(name, lambda name: snapshot_download(name, allow_patterns=HUB_FILES))
+    return model_folder(name)
 
 
 def _tiny_folder(name: str) -> Path:
@@ -96,14 +93,25 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     dtype = "auto" if device.type == "cuda" else torch.float32
     try:
-        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True)
+        model, report = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
         opened = AutoTokenizer.from_pretrained(tokenizer_path)
     except OPENING_ERRORS as error:
         raise UserError(f"{name} cannot be opened by transformers ({reason(error)}); check that it is whole") from None
+    _check_whole(name, report)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer and len(opened) > rows:
         raise UserError(f"--tokenizer {tokenizer} has {len(opened)} tokens, {name} only {rows}; use the model's own")
     return LoadedModel(model.to(device).eval().requires_grad_(False), opened, name)
+
+
+def _check_whole(name: str, report: dict[str, Any]) -> None:
+    """Raise UserError where the folder lacks weights, which transformers would draw at random."""
+    absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
+    if absent:
+        raise UserError(
+            f"{name} lacks {len(absent)} of the model's tensors, or has them in another shape "
+            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); check that it is whole"
+        )
 
 
 def twin(model: nn.Module) -> nn.Module:

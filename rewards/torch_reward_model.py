@@ -18,7 +18,6 @@ from models.torch_policy import ScoringModel, ValueHead, head_from, load_value_h
 from models.torch_soft_prompt import soft_prompt_ids
 
 import torch
-from safetensors import safe_open
 
 
 class RewardModel:
@@ -65,16 +64,14 @@ def load_reward_model(path: str, device: torch.device, base: LoadedModel | None 
         loaded = load(path, device, classifier=classifier)
         model = loaded.model
         if classifier:
-            head = _classifier_head(path, resolved, model)
+            head = _classifier_head(path, model)
     if head is None:
         raise UserError(f"{path} has no value head, so it is no reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head.to(device)), loaded.tokenizer)
 
 
-def _classifier_head(path: str, folder: Path, model: Any) -> ValueHead:
+def _classifier_head(path: str, model: Any) -> ValueHead:
     layer = getattr(model, "score", None)
-    # Where the weights lack a head, transformers makes one up.
-    saved = set().union(*(safe_open(file, "pt").keys() for file in folder.glob("model*.safetensors")))
-    if layer is None or "score.weight" not in saved or layer.weight.shape[0] != 1 or layer.bias is not None:
+    if layer is None or layer.weight.shape[0] != 1 or layer.bias is not None:
         raise UserError(f"{path} is a classifier, but not with one score and no bias; use a model with num_labels 1")
     return head_from(layer.weight)

@@ -20,7 +20,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.decoding import completion_texts
 from data.errors import UserError
 from models.adapters import load_adapter
-from models.generation import ONE_BY_ONE
+from models.generation import takes_unequal_prompts
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from synth.cache import Cache, Stored, cache_key
@@ -129,11 +129,14 @@ def sample_shared(
     """Draw a completion of every prompt, reading equal prompts that stand together once.
 
     prompts: token ids, at least one each; samplers: one each. Calls done(index, token ids) as each ends: by its EOS,
-    which is kept, or at max_tokens. The model has to be in eval mode. Raises UserError for an empty prompt.
+    which is kept, or at max_tokens. The model has to be in eval mode. Raises UserError for an empty prompt
+    and for a model whose caches mlx-lm cannot copy.
     """
     if not all(prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every input some text")
-    width = 1 if type(model).__module__.rpartition(".")[2] in ONE_BY_ONE else batch_size
+    if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
+        raise UserError(f"{type(model).__module__} has caches that mlx-lm cannot copy or batch; use another base model")
+    width = batch_size if takes_unequal_prompts(model) else 1
     for first in range(0, len(prompts), BATCHES * batch_size):
         chunk = [tuple(prompt) for prompt in prompts[first : first + BATCHES * batch_size]]
         caches = {prompt: _read(model, prompt[:-1]) for prompt in dict.fromkeys(chunk)}

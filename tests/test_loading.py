@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import models.fast_blas
+import models.folders
 import models.loading
 from data.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter
@@ -18,7 +19,7 @@ import huggingface_hub.constants
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm.utils
+import mlx_lm
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from mlx.utils import tree_flatten
@@ -66,7 +67,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/too", "~/missing-folder", "missing/", "../missing"])
 def test_a_missing_folder_is_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(mlx_lm.utils, "_download", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(models.folders, "snapshot_download", lambda name, **_: pytest.fail("asked the hub"))
     assert f"{name} is no model folder" in error_of(resolve, name)
 
 
@@ -87,16 +88,18 @@ def test_what_is_no_name_at_all_is_one_line(offline, name):
 
 @pytest.mark.parametrize("error", [OSError("proxy\nrefused"), LocalEntryNotFoundError("gone\nindeed"), OSError()])
 def test_a_failing_download_is_one_line(monkeypatch, error):
-    def fail(name):
+    def fail(name, **_):
         raise error
 
-    monkeypatch.setattr(mlx_lm.utils, "_download", fail)
+    monkeypatch.setattr(models.folders, "snapshot_download", fail)
     assert "the Hugging Face hub did not give it" in error_of(resolve, "some/model")
     assert issubclass(HfHubHTTPError, OSError)  # so that every answer of the hub but 200 is caught
 
 
 def test_a_downloaded_model_is_where_the_hub_put_it(monkeypatch, tiny_folder):
-    monkeypatch.setattr(mlx_lm.utils, "_download", lambda name: tiny_folder if name == "some/model" else None)
+    monkeypatch.setattr(
+        models.folders, "snapshot_download", lambda name, **_: tiny_folder if name == "some/model" else None
+    )
     assert resolve("some/model") == tiny_folder
 
 

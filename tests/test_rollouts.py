@@ -12,6 +12,7 @@ from tests.architectures import build
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import ChunkedKVCache
 
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
 
@@ -35,7 +36,7 @@ def greedy(logprobs):
     return mx.argmax(logprobs, axis=-1)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gemma3", "gpt_neox", "jamba"])
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gemma3", "gpt_neox", "mamba", "qwen3_next"])
 def test_a_shared_cache_gives_what_each_prompt_gives_alone(name):
     model = build(name)
     model.eval()
@@ -45,6 +46,15 @@ def test_a_shared_cache_gives_what_each_prompt_gives_alone(name):
     alone = [sample(model, [prompt], [], 20, temperature=0)[0] for prompt in PROMPTS]
     assert [found[n] for n in range(len(prompts))] == [tokens for tokens in alone for _ in range(3)]
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
+
+
+def test_a_cache_that_cannot_be_copied_is_refused():
+    model = build("llama-tied")
+    model.make_cache = lambda: [ChunkedKVCache(64) for _ in model.layers]  # llama4's
+    with pytest.raises(UserError, match="cannot copy"):
+        sample_shared(model, [[1, 2]], [greedy], [], 5, 5, lambda index, tokens: None)
+    # By itself such a model is sampled all the same: prompts of one length at a time.
+    assert sample(model, PROMPTS, [], 5, temperature=0) == sample(build("llama-tied"), PROMPTS, [], 5, temperature=0)
 
 
 def test_an_eos_ends_a_rollout_and_is_kept():
