@@ -17,7 +17,15 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import in_order
 from data.decoding import completion_texts
 from data.files import check_replaceable
-from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.adapters import (
+    CONFIG_FILE,
+    SINGLE_FILE_SUFFIXES,
+    AdapterConfig,
+    attach_adapter,
+    load_adapter,
+    save_adapter,
+    turn_dropout_off,
+)
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load, twin
@@ -48,6 +56,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
     if args.resume_file:
         adapter = load_adapter(model, args.resume_file).config
         adapter.lora_parameters["dropout"] = 0.0
+        turn_dropout_off(model)
     else:
         adapter = AdapterConfig(**config.adapter_settings(args))
         attach_adapter(model, adapter, args.seed)
@@ -57,7 +66,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
         checkpoint_layers(model)
     head = new_value_head(model) if args.advantage == "gae" else None
     policy = Policy(model, head)
-    policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled
+    policy.train()  # it has no dropout; some families of mlx-lm have a gradient in this mode only
     reference.eval()
     return Trainee(model, adapter, policy, head), reference
 

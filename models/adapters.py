@@ -36,7 +36,10 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> No
     matches the keys.
     """
     mx.random.seed(seed)
-    model.freeze()
+    try:
+        model.freeze()
+    except AttributeError as error:  # recurrent_gemma, of mlx-lm 0.32, is made without its base class
+        raise UserError(f"{type(model).__module__} cannot be trained ({error}); use another model") from None
     if config.fine_tune_type in ("lora", "dora"):
         use_dora = config.fine_tune_type == "dora"
         _check_lora(model, config)
@@ -69,6 +72,13 @@ def _check_lora(model: nn.Module, config: AdapterConfig) -> None:
     odd = [bits for bits in quantized if 32 % bits]
     if config.fine_tune_type == "dora" and odd:
         raise UserError(f"mlx-lm makes no DoRA of a base of {odd[0]} bits, only of 4 or 8; use --fine-tune-type lora")
+
+
+def turn_dropout_off(model: nn.Module) -> None:
+    """Take the dropout out of every adapter: PPO trains the policy that sampled."""
+    layers = [(name, nn.Dropout(0.0)) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    model.update_modules(tree_unflatten(layers))
+    model.train(model.training)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:

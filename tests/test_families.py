@@ -4,6 +4,7 @@ That hidden states give the model's own logits, that pads and batch mates leave 
 is read, stand in test_value_head.py and test_soft_prompt.py, over the same families.
 """
 
+import importlib
 import json
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from models.generation import sample
 from models.loading import LoadedModel
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import Policy, ScoringModel, new_value_head
-from tests.architectures import ARCHITECTURES, build, settings_of
+from tests.architectures import ARCHITECTURES, COMMON, build, settings_of
 from training import ppo, ppo_flags, ppo_step
 from training.losses import pairwise_reward_loss, sft_loss
 from training.optimizer import loss_and_gradients, make_optimizer, update
@@ -171,9 +172,8 @@ def scores_of(prompts, completions):
     return [len(completion) % 7 / 7 for completion in completions]
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_ppo_step_runs(name):
-    """The rollout's logprobs are those at the first mini batch, so that the ratio is 1; the update moves the policy."""
+def policy_and_step(name):
+    """A policy, the figures of its rollout, and what makes one update of it."""
     words = ["--ground-truth-reward", "--batch-size", "6", "--mini-batch-size", "6", "--max-completion-length", "5"]
     args = ppo_flags.ppo_parser("PPO.").parse_args([*words, "--lora-layers", "-1", "--ppo-epochs", "1"])
     loaded = LoadedModel(build(name), Digits(), {}, Path(), name)
@@ -183,15 +183,54 @@ def test_a_ppo_step_runs(name):
     rollout, _, figures = ppo_training.roll_out(
         args, trainee, reference, loaded.tokenizer, prompts, scores_of, ppo.RunningMoments()
     )
-    assert figures["kl"] == pytest.approx(0, abs=1e-5) and figures["entropy"] > 0
     advantages, returns = ppo_step.advantages_and_returns(args, rollout, 0.0)
     optimizer = make_optimizer(1e-3, 1)
-    before = arrays(trainee.module)
     gradients_of = loss_and_gradients(trainee.module, ppo_training.make_loss(args))
-    stats = ppo_training.optimise(args, 0, trainee.module, optimizer, gradients_of, rollout, advantages, returns, 0.0)
+
+    def step():
+        return ppo_training.optimise(
+            args, 0, trainee.module, optimizer, gradients_of, rollout, advantages, returns, 0.0
+        )
+
+    return trainee, step, figures
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_ppo_step_runs(name):
+    """The rollout's logprobs are those at the first mini batch, so that the ratio is 1; the update moves the policy."""
+    trainee, step, figures = policy_and_step(name)
+    assert figures["kl"] == pytest.approx(0, abs=1e-5) and figures["entropy"] > 0
+    before = arrays(trainee.module)
+    stats = step()
     assert stats["ratio_mean"] == pytest.approx(1, abs=1e-4) and stats["updates"] == 1
     moved = {key for key, array in arrays(trainee.module).items() if not np.array_equal(array, before[key])}
     assert "value_head.weight" in moved and any(key.endswith("lora_b") for key in moved)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
+def test_the_gradient_of_ppo_is_taken_in_training_mode(name, monkeypatch):
+    """On Metal, linear attention has a kernel of its own, without a gradient, unless the layer is in training mode."""
+    family = importlib.import_module(f"mlx_lm.models.{name}")
+    with_kernel, update = [], family.gated_delta_update
+
+    def recording(*args, use_kernel=True, **kwargs):
+        with_kernel.append(use_kernel)
+        return update(*args, use_kernel=use_kernel, **kwargs)
+
+    monkeypatch.setattr(family, "gated_delta_update", recording)
+    _, step, _ = policy_and_step(name)
+    with_kernel.clear()
+    step()
+    assert with_kernel and not any(with_kernel)
+
+
+def test_a_model_that_cannot_be_frozen_is_refused():
+    config = {"model_type": "recurrent_gemma", "attention_bias": False, "conv1d_width": 4, "lru_width": 32}
+    config |= {"attention_window_size": 8, "embeddings_scale_by_sqrt_dim": True, "logits_soft_cap": 30.0}
+    config |= {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2, **COMMON}
+    model_class, arguments = mlx_lm.utils._get_classes(config)
+    with pytest.raises(UserError, match="recurrent_gemma cannot be trained"):
+        attach_adapter(model_class(arguments.from_dict(config)), config_of("lora"))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -656,6 +656,7 @@ def test_dropout_is_off_though_the_resumed_adapter_has_one(setting, trained_adap
     rollout = run.roll_out()
     first, second = (run.policy(rollout.tokens, rollout.positions)[0] for _ in range(2))
     assert mx.array_equal(first, second)
+    assert run.policy.training  # in which mode a dropout would act
     assert run.trainee.adapter.lora_parameters["dropout"] == 0
 
 

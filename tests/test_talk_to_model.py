@@ -156,7 +156,7 @@ def test_a_reply_is_not_read_again_where_its_text_is_encoded_as_it_was_sampled(t
     assert read == [len(session_ids(loaded, "2")), len(loaded.tokenizer.encode("4\nuser: 7\nassistant:")[2:])]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mamba", "jamba"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mamba", "jamba", "qwen3_5", "mixtral"])
 def test_any_kind_of_cache_is_reused_or_made_anew(folder, name, read):
     """gemma3's window of 16 rolls over, mamba's state cannot be cut back."""
     tokenizer = load(str(folder)).tokenizer
