@@ -32,8 +32,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
     """Freeze `model` and put a fresh adapter on it, which alone is trainable.
 
-    A fresh LoRA or DoRA leaves the model's output as it was, and every type the mode. Raises UserError where no layer
-    matches the keys.
+    What is trained is float32, whatever the base. A fresh LoRA or DoRA leaves the model's output as it was, and every
+    type the mode. Raises UserError where no layer matches the keys, and where mlx-lm cannot train it so.
     """
     mx.random.seed(seed)
     try:
