@@ -1,7 +1,8 @@
 """What an adapter is on disk, the same for MLX and PyTorch: its description, its files, and when it fits a model.
 
-Imports neither framework, so that pytorch_ppo_training.py reads what models.adapters wrote, and the other way round.
-Leaves out the weights: models.adapters and models.torch_adapters.
+A folder of peft's is described as one of ours (models.peft_format). Imports neither framework, so that
+pytorch_ppo_training.py reads what models.adapters wrote, and the other way round. Leaves out the weights:
+models.adapters and models.torch_adapters.
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 
 from data.errors import UserError
 from data.files import read_json
+from models import peft_format
+
+from safetensors import SafetensorError, safe_open
 
 FINE_TUNE_TYPES = ("lora", "dora", "full", "soft_prompt", "none")
 CONFIG_FILE = "adapter_config.json"
@@ -27,6 +31,7 @@ class AdapterConfig:
     lora_parameters: dict[str, Any] = field(default_factory=lambda: {"rank": 8, "scale": 10.0, "dropout": 0.0})
     num_prompt_tokens: int = 10
     model: str = ""
+    provenance: list[dict[str, Any]] = field(default_factory=list)  # the runs that made it (training.metrics)
 
     def __post_init__(self):
         if self.fine_tune_type not in FINE_TUNE_TYPES:
@@ -43,24 +48,34 @@ class AdapterConfig:
 
 
 class AdapterFiles(NamedTuple):
-    """Where an adapter's parts lie. single: one file holds the weights, and the value head if there is one."""
+    """Where an adapter's parts lie. single: one file holds the weights, and the value head if there is one.
+
+    peft: the tensors have peft's names and layout.
+    """
 
     path: Path
     config: AdapterConfig
     weights: Path
     single: bool
+    peft: bool = False
 
 
 def find_adapter(path: str | Path) -> AdapterFiles:
-    """The parts of an adapter in either form. Raises UserError where one is missing or malformed."""
+    """The parts of an adapter: a folder of mlx-lm's or of peft's, or a single file.
+
+    Raises UserError where a part is missing or malformed.
+    """
     path = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"{path} does not exist; name an adapter folder, or an .npz or .safetensors file")
     single = path.suffix in SINGLE_FILE_SUFFIXES
-    weights = path if single else path / "adapters.safetensors"
     description = read_json(path.with_suffix(".json") if single else path / CONFIG_FILE)
+    peft = peft_format.is_peft(description)
+    weights = path if single else path / (peft_format.WEIGHTS_FILE if peft else "adapters.safetensors")
     if not weights.is_file():
         raise UserError(f"{weights} does not exist, so {path} is no whole adapter; train it again")
+    if peft:
+        return AdapterFiles(path, _read_peft(description, weights), weights, single=False, peft=True)
     return AdapterFiles(path, _read_config(description, path), weights, single)
 
 
@@ -73,6 +88,15 @@ def _read_config(description: Any, path: Path) -> AdapterConfig:
     if not isinstance(lora, dict) or not {"rank", "scale", "dropout"} <= lora.keys():
         raise UserError(f"{path} has the lora_parameters {lora!r}; they have to name rank, scale and dropout")
     return config
+
+
+def _read_peft(description: dict[str, Any], weights: Path) -> AdapterConfig:
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            names = list(file.keys())
+        return AdapterConfig(**peft_format.our_settings(description, names, weights.parent))
+    except (KeyError, SafetensorError) as error:
+        raise UserError(f"{weights.parent} is no whole peft adapter ({error}); save it again") from None
 
 
 def check_fit(expected: Mapping[str, Any], given: Mapping[str, Any], source: object) -> None:

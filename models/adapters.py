@@ -12,6 +12,7 @@ from pathlib import Path
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import atomic_file, atomic_folder, write_json
+from models import peft_format
 from models.adapter_config import (
     CONFIG_FILE,
     SINGLE_FILE_SUFFIXES,
@@ -86,16 +87,20 @@ def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.trainable_parameters()))
 
 
-def save_adapter(
-    path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None, extra: dict | None = None
-) -> None:
+def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None) -> None:
     """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
 
-    path: a folder, or a file that ends in .npz or .safetensors. extra: further entries for the JSON.
+    path: a folder, or a file that ends in .npz or .safetensors.
     """
+    write_adapter(path, adapter_weights(model), config, head)
+
+
+def write_adapter(
+    path: str | Path, weights: dict[str, mx.array], config: AdapterConfig, head: ValueHead | None = None
+) -> None:
+    """Write an adapter of these weights, as `save_adapter` does."""
     path = Path(path)
-    description = {**vars(config), **(extra or {})}
-    weights = adapter_weights(model)
+    description = dict(vars(config))
     if path.suffix not in SINGLE_FILE_SUFFIXES:
         with atomic_folder(path, CONFIG_FILE) as folder:
             mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
@@ -125,13 +130,40 @@ class SavedAdapter:
 
 
 def read_adapter(path: str | Path) -> SavedAdapter:
-    """Read an adapter in either form. Raises UserError where a part is missing or malformed."""
+    """Read an adapter in any form. Raises UserError where a part is missing or malformed."""
     files = find_adapter(path)
     try:
         weights = mx.load(str(files.weights))
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    if files.peft:
+        named = {peft_format.our_name(name): weight.astype(mx.float32) for name, weight in weights.items()}
+        weights = {name: _turned(name, weight) for name, weight in named.items()}
     return SavedAdapter(files.path, files.config, weights, _value_head(files.path, weights, files.single))
+
+
+def _turned(name: str, weight: mx.array) -> mx.array:
+    """A LoRA's matrix as peft has it from ours, or the other way round; anything else as it is."""
+    return mx.contiguous(weight.T) if name.endswith(peft_format.TRANSPOSED) else weight
+
+
+def write_peft(path: str | Path, saved: SavedAdapter, model: str) -> None:
+    """Write a LoRA or DoRA as a folder of peft's, on the base that peft knows as `model`.
+
+    Raises UserError for other adapters, and for those of layers that peft has no linear layer for.
+    """
+    kind = saved.config.fine_tune_type
+    if kind not in ("lora", "dora"):
+        raise UserError(f"{saved.path} is of type {kind}, which peft's format does not hold; fuse it instead")
+    if saved.value_head is not None:
+        raise UserError(f"{saved.path} is a reward model, which peft's format does not hold; fuse it instead")
+    weights = {peft_format.peft_name(name): _turned(name, weight) for name, weight in saved.weights.items()}
+    if any(weight.ndim > 2 for weight in weights.values()):
+        raise UserError(f"{saved.path} adapts the experts of a mixture, which peft knows otherwise; fuse it instead")
+    with atomic_folder(path, CONFIG_FILE) as folder:
+        mx.save_safetensors(str(folder / peft_format.WEIGHTS_FILE), weights, metadata={"format": "pt"})
+        description = peft_format.peft_settings(kind, saved.config.lora_parameters, model, saved.weights)
+        write_json(folder / CONFIG_FILE, description)
 
 
 def _value_head(path: Path, weights: dict[str, mx.array], single: bool) -> ValueHead | None:

@@ -1,7 +1,7 @@
 """Adapters in PyTorch: LoRA and DoRA by peft, soft prompts, every weight; in the files of models.adapters.
 
 The twin of models.adapters: a folder that one of them wrote is read by the other, wherever transformers and mlx-lm
-give a layer the same name (Llama and its kin). Names and layouts on disk are mlx-lm's; peft's own format is not read.
+give a layer the same name (Llama and its kin). Names and layouts on disk are mlx-lm's; a folder of peft's is read, too.
 Leaves out fusing (fuse.py).
 """
 
@@ -13,6 +13,7 @@ from zipfile import BadZipFile
 
 from data.errors import UserError
 from data.files import atomic_file, atomic_folder, write_json
+from models import peft_format
 from models.adapter_config import (
     CONFIG_FILE,
     SINGLE_FILE_SUFFIXES,
@@ -127,15 +128,13 @@ def mlx_layout(name: str, weight: Tensor) -> Tensor:
     return weight.T if ".lora_A." in name or ".lora_B." in name else weight
 
 
-def save_adapter(
-    path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None, extra: dict | None = None
-) -> None:
+def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None) -> None:
     """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
 
-    path: a folder, or a file that ends in .npz or .safetensors. extra: further entries for the JSON.
+    path: a folder, or a file that ends in .npz or .safetensors.
     """
     path = Path(path)
-    description = {**vars(config), **(extra or {})}
+    description = dict(vars(config))
     weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
     if path.suffix not in SINGLE_FILE_SUFFIXES:
         with atomic_folder(path, CONFIG_FILE) as folder:
@@ -166,7 +165,7 @@ class SavedAdapter:
 
 
 def read_adapter(path: str | Path) -> SavedAdapter:
-    """Read an adapter in either form. Raises UserError where a part is missing or malformed."""
+    """Read an adapter in any form. Raises UserError where a part is missing or malformed."""
     files = find_adapter(path)
     try:
         if files.weights.suffix == ".npz":
@@ -176,6 +175,10 @@ def read_adapter(path: str | Path) -> SavedAdapter:
             weights = load_file(files.weights)
     except (SafetensorError, BadZipFile, ValueError, TypeError) as error:
         raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    if files.peft:
+        named = {peft_format.our_name(name): weight.float() for name, weight in weights.items()}
+        turned = peft_format.TRANSPOSED
+        weights = {name: weight.T if name.endswith(turned) else weight for name, weight in named.items()}
     if not files.single:
         return SavedAdapter(files.path, files.config, weights, load_value_head(files.path))
     head = weights.pop("value_head.weight", None)

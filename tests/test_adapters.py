@@ -217,14 +217,16 @@ def test_an_adapter_on_a_quantized_base_goes_and_comes(tmp_path, kind):
     assert same(loaded(TOKENS), model(TOKENS))
 
 
-def test_the_description_holds_what_is_needed_and_what_is_added(tmp_path):
+def test_the_description_holds_what_is_needed(tmp_path):
     config = config_of("lora", keys=["self_attn.q_proj"])
+    config.provenance.append({"script": "sft.py", "flags": {"iters": 5}, "figures": {"steps": 5}})
     model = fresh("lora", keys=["self_attn.q_proj"])
     for form in FORMS:
-        save_adapter(tmp_path / form, model, config, extra={"iters": 5})
+        save_adapter(tmp_path / form, model, config)
         file = tmp_path / ("adapters/adapter_config.json" if form == "adapters" else "adapters.json")
         content = json.loads(file.read_text())
-        assert content["iters"] == 5 and content["fine_tune_type"] == "lora" and content["model"] == "base"
+        assert content["provenance"][0]["flags"] == {"iters": 5}
+        assert content["fine_tune_type"] == "lora" and content["model"] == "base"
         assert content["lora_parameters"] == {**PARAMETERS, "keys": ["self_attn.q_proj"]}
         assert read_adapter(tmp_path / form).config == config
 

@@ -1,0 +1,108 @@
+"""LoRA and DoRA adapters in peft's format, the same for MLX and PyTorch: names, settings, and what has no counterpart.
+
+    python fuse.py --adapter-file adapters --export-peft ./peft_adapters/        to peft
+    python fuse.py --adapter-file ./peft_adapters/ --export-adapter ./adapters/  to mlx-lm's folder
+
+A peft folder also serves as an adapter as it is (`models.adapter_config.find_adapter`). The two formats lay the
+matrices transposed to each other; peft multiplies by alpha / r (with rslora by alpha / sqrt r), mlx-lm by `scale`.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from data.errors import UserError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SUFFIXES = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight", ".m": ".lora_magnitude_vector"}
+TRANSPOSED = (".lora_a", ".lora_b")
+BLOCK = re.compile(r"^(?P<layers>.*\blayers)\.(?P<index>\d+)\.(?P<within>.+)$")
+# Settings of peft that change what an adapter does, and have no counterpart in mlx-lm's.
+FOREIGN = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "lora_bias", "fan_in_fan_out",
+           "target_parameters", "trainable_token_indices", "megatron_config", "alora_invocation_tokens")  # fmt: skip
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # ways to begin that change the base as well
+
+
+def is_peft(description: Any) -> bool:
+    """Whether an adapter_config.json is peft's."""
+    return isinstance(description, dict) and "peft_type" in description
+
+
+def module_names(tensors: Iterable[str]) -> list[str]:
+    """The modules that tensors of ours or of peft's adapt, each once, in order."""
+    ours = (our_name(name) for name in tensors)
+    return sorted({name.removesuffix(end) for name in ours for end in SUFFIXES if name.endswith(end)})
+
+
+def our_name(name: str) -> str:
+    """mlx-lm's name of a tensor of peft's; any other as it is."""
+    for ours, theirs in SUFFIXES.items():
+        if name.startswith(PREFIX) and name.endswith(theirs):
+            return name.removeprefix(PREFIX).removesuffix(theirs) + ours
+    return name
+
+
+def peft_name(name: str) -> str:
+    """peft's name of a tensor. Raises UserError for one that it has no name for."""
+    for ours, theirs in SUFFIXES.items():
+        if name.endswith(ours):
+            return PREFIX + name.removesuffix(ours) + theirs
+    raise UserError(f"{name} is no LoRA of a linear layer, so peft's format does not hold it; fuse the adapter instead")
+
+
+def our_settings(description: dict[str, Any], tensors: Iterable[str], source: object) -> dict[str, Any]:
+    """The fields of AdapterConfig for a peft folder: every adapted module by its whole name.
+
+    tensors: names in its file. Raises UserError for what mlx-lm cannot do.
+    """
+    kind = description["peft_type"]
+    if kind != "LORA":
+        raise UserError(f"{source} is a peft adapter of type {kind}; only LORA (DoRA included) is read")
+    foreign = [name for name in FOREIGN if description.get(name)]
+    foreign += ["bias"] if description.get("bias", "none") != "none" else []
+    start = description.get("init_lora_weights")
+    foreign += ["init_lora_weights"] if isinstance(start, str) and start.startswith(BASE_CHANGING) else []
+    if foreign:
+        shown = ", ".join(f"{name} {description[name]!r}" for name in foreign)
+        raise UserError(f"{source} sets {shown}, which mlx-lm's adapters do not have; merge it with peft instead")
+    rank = description["r"]
+    divisor = math.sqrt(rank) if description.get("use_rslora") else rank
+    lora = {
+        "rank": rank,
+        "scale": description["lora_alpha"] / divisor,
+        "dropout": description.get("lora_dropout", 0.0),
+        "keys": module_names(tensors),
+    }
+    return {
+        "fine_tune_type": "dora" if description.get("use_dora") else "lora",
+        "num_layers": -1,
+        "lora_parameters": lora,
+        "model": description.get("base_model_name_or_path") or "",
+    }
+
+
+def peft_settings(fine_tune_type: str, lora: dict[str, Any], model: str, tensors: Iterable[str]) -> dict[str, Any]:
+    """peft's adapter_config.json for a LoRA or DoRA whose file holds `tensors`, on the base `model`."""
+    modules = module_names(tensors)
+    found = [BLOCK.match(name) for name in modules]
+    blocks: dict[int, set[str]] = {}
+    for match in found:
+        if match:
+            blocks.setdefault(int(match["index"]), set()).add(match["within"])
+    targets: dict[str, Any] = {"target_modules": modules, "layers_to_transform": None}
+    if all(found) and len({frozenset(within) for within in blocks.values()}) == 1:
+        targets = {"target_modules": sorted(next(iter(blocks.values()))), "layers_to_transform": sorted(blocks)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": model,
+        "r": lora["rank"],
+        "lora_alpha": lora["scale"] * lora["rank"],
+        "lora_dropout": lora.get("dropout", 0.0),
+        **targets,
+        "use_dora": fine_tune_type == "dora",
+        "bias": "none",
+        "inference_mode": True,
+    }
