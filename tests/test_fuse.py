@@ -184,13 +184,6 @@ def test_the_fused_model_takes_another_adapter(tiny_folder, tmp_path):
     close(logits_of(model), logits_of(adapted), 1e-6)
 
 
-def test_a_soft_prompt_is_refused(tiny_folder, tmp_path, capsys):
-    save_trained(tmp_path / "soft", tiny_folder, "soft_prompt")
-    words = ("--model", tiny_folder, "--adapter-file", tmp_path / "soft", "--save-path", tmp_path / "out")
-    assert "is a soft prompt" in fails(capsys, fuse.main, *words)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../base", "{}/./"])
 def test_the_base_is_never_overwritten(tiny_folder, tmp_path, capsys, spelling):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
