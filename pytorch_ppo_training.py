@@ -30,7 +30,7 @@ from rewards.torch_reward_model import load_reward_model
 from training import config, ppo, ppo_flags, ppo_step
 from training.checkpoint_folders import last_checkpoint
 from training.cli import Stopped, StopSignal, run
-from training.metrics import RunLog, resumed_config, start_run_folder
+from training.metrics import RunLog, provenance, resumed_config, start_run_folder
 from training.plots import plot_run
 from training.rollout import Rollout, has_eos, pack
 from training.torch_checkpoint import Trainee, restore_checkpoint, save_checkpoint
@@ -218,8 +218,10 @@ def train(
         log.close()
         done = f"{progress.step} of {args.num_steps} steps are done"
         raise Stopped(f"{done}; go on with: python pytorch_ppo_training.py --resume {folder}")
+    summary = ppo_step.summary(args, progress, figures, plot_run(folder))
+    trainee.adapter.provenance.append(provenance("pytorch_ppo_training.py", vars(args), summary))
     save_adapter(args.save_file, trainee.model, trainee.adapter)
-    log.close(ppo_step.summary(args, progress, figures, plot_run(folder)))
+    log.close(summary)
 
 
 def rate_of(args: argparse.Namespace, trainee: Trainee) -> float:

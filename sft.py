@@ -22,7 +22,7 @@ from training import config
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
 from training.cli import Stopped, StopSignal, run
-from training.metrics import RunLog, resumed_config, start_run_folder
+from training.metrics import RunLog, provenance, resumed_config, start_run_folder
 from training.objectives import LanguageModelling, Objective, RewardModelling
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.plots import plot_run
@@ -143,18 +143,12 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
     if step < args.iters:
         log.close()
         raise Stopped(f"{step} of {args.iters} steps are done; go on with: python sft.py --resume {folder}")
-    save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
     loss, accuracy = evaluate(module, validation)
-    log.close(
-        {
-            "steps": step,
-            "seconds": round(time.perf_counter() - started, 1),
-            "valid_loss": loss,
-            "valid_accuracy": accuracy,
-            "adapter": args.save_file,
-            "picture": str(plot_run(folder)),
-        }
-    )
+    seconds = round(time.perf_counter() - started, 1)
+    figures = {"steps": step, "seconds": seconds, "valid_loss": loss, "valid_accuracy": accuracy}
+    trainee.adapter.provenance.append(provenance("sft.py", vars(args), figures))
+    save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
+    log.close({**figures, "adapter": args.save_file, "picture": str(plot_run(folder))})
 
 
 def main() -> None:

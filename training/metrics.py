@@ -93,6 +93,12 @@ class RunLog:
             print(f"  {'run folder':<24}{self.folder}")
 
 
+def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter keeps of the run that made it: script, flags, and its last figures (models.model_card)."""
+    numbers = {name: _finite(value) for name, value in figures.items() if isinstance(value, int | float)}
+    return {"script": script, "flags": dict(flags), "figures": numbers}
+
+
 def _finite(value: Any) -> Any:
     """`value`, or None where it is a float that JSON cannot hold."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
