@@ -10,6 +10,7 @@ which transformers' AutoModelForSequenceClassification opens as well.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import models.fast_blas  # noqa: F401  (before mlx)
@@ -131,6 +132,9 @@ def send(args: argparse.Namespace) -> None:
     """Upload the folder that was written. Ctrl-C says how to go on, as a failure does."""
     try:
         print(f"uploaded: {upload(args.save_path, args.upload_name, args.public)}")
+    except UserError:
+        print(file=sys.stderr)  # ends the line of the hub's progress bar
+        raise
     except KeyboardInterrupt:
         again = upload_command(args.save_path, args.upload_name, args.public)
         raise Stopped(f"{args.save_path} is whole; go on with: {again}") from None

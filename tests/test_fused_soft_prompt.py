@@ -3,7 +3,6 @@
 import json
 
 import fuse
-import models.fast_blas
 from data.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.fused_soft_prompt import MOST_PROBABILITY, fuse_soft_prompt
