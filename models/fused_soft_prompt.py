@@ -11,7 +11,8 @@ and of all output rows only the new ones read it, with a negative sign. With RMS
 within attention (Qwen 3, OLMo 2), whose epsilon becomes smaller, too, by as much as the states are wider; bfloat16
 rounds the norms' weights anew. Every result is compared with what it was made from.
 
-Leaves out layer norms (they take the mean off) and quantized weights. The tokenizer: models.prompting_tokenizer.
+Leaves out layer norms (they take the mean off), quantized weights, and what a tied model says behind its soft prompt
+alone: a text or a BOS has to follow. The tokenizer: models.prompting_tokenizer.
 """
 
 import math

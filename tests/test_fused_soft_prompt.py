@@ -110,6 +110,15 @@ def test_it_says_what_adapter_and_base_say(name, tokenizer, tmp_path):
         close(theirs(text), expected, 5e-3 if name in OTHER_BODIES else 1e-4 if name == "olmo2" else 2e-5)
 
 
+def test_what_follows_a_soft_prompt_alone_is_a_word(tokenizer, tmp_path):
+    """Behind it, before any text, where the output layer is one of its own."""
+    folder = model_folder(tmp_path / "base", "llama-untied", tokenizer)
+    model = save_soft_prompt(tmp_path / "soft", folder)
+    expected, words = np.array(model(mx.array([soft_prompt_ids(model)]))[0, -1:]), len(tokenizer)
+    after, _ = mlx_lm.load(str(fused(folder, tmp_path)))
+    close(np.array(after(mx.array([[words, words + 1, words + 2]]))[0, -1:]), expected, 1e-5)
+
+
 def test_a_large_soft_prompt_and_states_far_from_the_probes(tokenizer, tmp_path):
     """Rows of fifty times the usual size, which no logit of a word comes near to."""
     folder = model_folder(tmp_path / "base", "llama-tied", tokenizer)
