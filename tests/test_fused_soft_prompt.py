@@ -1,5 +1,6 @@
 """A fused soft prompt: the folder says what adapter and base say, whoever opens it, and never a token of the prompt."""
 
+import importlib
 import json
 
 import fuse
@@ -142,7 +143,7 @@ def test_bfloat16_keeps_its_type(tokenizer, tmp_path):
 def test_a_bias_of_the_output_layer_does_it_alone():
     """Phi's layer norms take no constant, and need none."""
     settings = {**architectures.COMMON, "model_type": "phi", "partial_rotary_factor": 0.5}
-    module = architectures.importlib.import_module("mlx_lm.models.phi")
+    module = importlib.import_module("mlx_lm.models.phi")
     mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(settings))
     attach_adapter(model, AdapterConfig("soft_prompt", num_prompt_tokens=ROWS))

@@ -1,5 +1,6 @@
 """GGUF: the file says what the folder says, read back by transformers; what would be wrong in it is refused."""
 
+import importlib
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +51,7 @@ def model_folder(folder, family, tokenizer, **settings):
     config |= {"architectures": [f"{family.title()}ForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, **settings}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    module = architectures.importlib.import_module(f"mlx_lm.models.{'mixtral' if family == 'mixtral' else 'llama'}")
+    module = importlib.import_module(f"mlx_lm.models.{'mixtral' if family == 'mixtral' else 'llama'}")
     mx.random.seed(1)
     model = module.Model(module.ModelArgs.from_dict(config))
     weights = {key: array + 0.1 * mx.random.normal(array.shape) for key, array in tree_flatten(model.parameters())}

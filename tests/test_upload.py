@@ -12,8 +12,8 @@ import sft
 from data.files import read_json, write_json
 from models.model_card import PROVENANCE_FILE, provenance_of, write_card
 from tests.flag_tables import parser_of
-from tests.upload_server import HubServer
 from tests.scripts import call, fails, with_words
+from tests.upload_server import HubServer
 from training.cli import run
 
 import huggingface_hub.utils._http
