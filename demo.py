@@ -45,7 +45,7 @@ FULL, SHORT = Scale(sft_iters=16, reward_iters=800, ppo_steps=60), Scale(sft_ite
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("--short", action="store_true", help="a few steps of everything")
     parser.add_argument("--stages", choices=("all", "models"), default="all", help="models: without PPO")
     parser.add_argument("--output-dir", default="demo", help="folder for all that the demo makes; emptied first")

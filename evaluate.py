@@ -14,7 +14,7 @@ from pathlib import Path
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import atomic_file
-from data.prompts import digit_prompts, held_out_starts, jsonl_prompts
+from data.prompts import held_out_starts
 from models.adapters import load_adapter
 from models.loading import load
 from rewards.build import build_reward
@@ -26,27 +26,27 @@ from training.evaluation import Evaluation, evaluate_model
 def parse_args() -> argparse.Namespace:
     parser = config.Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
-    parser.add_argument("--resume-file", help="adapter or soft prompt: a folder, or an .npz or .safetensors file")
+    parser.add_argument(
+        "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
+    )
     parser.add_argument("--reference", metavar="MODEL", help="report the KL from this model, which has the same tokens")
     ppo_flags.add_reward_flags(parser)
-    parser.add_argument(
-        "--prompts", metavar="FILE.jsonl", help='rows with "prompt" (default: starts of the digit rule)'
-    )
+    ppo_flags.add_prompt_source(parser)
     parser.add_argument("--held-out", action="store_true", help="digit rule: the starts that no training uses")
     parser.add_argument("--num-samples", type=int, default=250, help="completions, spread evenly over the prompts")
-    parser.add_argument("--max-completion-length", type=int, default=64, help="tokens")
+    parser.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=64, help="tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: the most likely token")
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows of "text" and "reward"')
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args()
 
 
-def choose_prompts(args: argparse.Namespace) -> list[str]:
+def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
     """--num-samples prompts: every one as often as the others, but for the remainder."""
     if args.held_out and not args.prompts:
         prompts = [str(start) for start in held_out_starts(ppo_step.digit_rule(args))]
     else:
-        prompts = jsonl_prompts(args.prompts) if args.prompts else digit_prompts(ppo_step.digit_rule(args))
+        prompts = ppo_step.choose_prompts(args, tokenizer)
     if not prompts:
         raise UserError(f"no held-out start is a multiple of {args.multiple_of}; leave --held-out out")
     return [prompts[i % len(prompts)] for i in range(args.num_samples)]
@@ -73,7 +73,7 @@ def main() -> None:
     result = evaluate_model(
         loaded.model,
         loaded.tokenizer,
-        choose_prompts(args),
+        choose_prompts(args, loaded.tokenizer),
         reward,
         args.max_completion_length,
         args.temperature,

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from data.batching import in_order
+from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
+from data.errors import UserError
 from data.files import check_replaceable
 from models.adapters import (
     CONFIG_FILE,
@@ -26,13 +27,14 @@ from models.adapters import (
     save_adapter,
     turn_dropout_off,
 )
+from models.fused import check_free, save_fused
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load, twin
 from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
 from models.value_head import Policy, new_value_head
 from rewards.build import build_reward
-from training import config, ppo, ppo_flags, ppo_step
+from training import config, ppo, ppo_flags, ppo_step, transformer_lab
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
 from training.cli import Stopped, StopSignal, run
@@ -76,7 +78,7 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
 
     Returns the Rollout, the texts of prompts and completions, and figures for the report.
     """
-    prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(
         trainee.model, prompt_ids, tokenizer.eos_token_ids, args.max_completion_length, args.temperature, len(prompts)
     )
@@ -199,6 +201,8 @@ def train(
             figures |= {"kl_coef": kl_coef, **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
+            if args.custom_hf_dataset:
+                log.say(transformer_lab.reader_line(progress.step, figures, rollout.scores.tolist()))
             log.advance(score=figures["mean_score"], kl=figures["kl"])
             if stats["skipped_updates"]:
                 skipped = f"step {progress.step}: {stats['skipped_updates']} updates skipped"
@@ -212,6 +216,9 @@ def train(
     summary = ppo_step.summary(args, progress, figures, plot_run(folder))
     trainee.adapter.provenance.append(provenance("ppo_training.py", vars(args), summary))
     save_adapter(args.save_file, trainee.model, trainee.adapter)
+    if args.fused_model:
+        save_fused(loaded, args.fused_model)
+        log.say(f"the fused model is in {args.fused_model}")
     log.close(summary)
 
 
@@ -220,16 +227,31 @@ def rate_of(args: argparse.Namespace, trainee: Trainee) -> float:
     return args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
 
 
+def parse_args() -> argparse.Namespace:
+    """The flags of PPO, and those that serve Transformer Lab."""
+    parser = ppo_flags.ppo_parser(__doc__)
+    transformer_lab.add_flags(parser)
+    return parser.parse_args()
+
+
+def check_fused_model(args: argparse.Namespace, adapter: AdapterConfig) -> None:
+    """Raise UserError where the model could not be written to --fused-model after training."""
+    if args.fused_model:
+        check_free(args.fused_model, again=bool(args.resume))
+        if adapter.fine_tune_type == "soft_prompt":
+            raise UserError("--fused-model has no weight to put a soft prompt into; train a LoRA, or leave it out")
+
+
 def main() -> None:
-    args = ppo_flags.ppo_parser(__doc__).parse_args()
-    if args.resume:
-        args = config.resumed(args, resumed_config(args.resume))
+    args = parse_args()
+    args = config.resumed(args, resumed_config(args.resume)) if args.resume else transformer_lab.own_flags(args)
     ppo_flags.check(args)
     if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
     loaded = load(args.model)
-    prompts, reward = ppo_step.Prompts(args), build_reward(args, loaded)
+    prompts, reward = ppo_step.Prompts(args, loaded.tokenizer), build_reward(args, loaded)
     trainee, reference = build_policies(args, loaded)
+    check_fused_model(args, trainee.adapter)
     schedule = (ppo_step.total_updates(args), args.lr_schedule, args.warmup_steps, args.weight_decay)
     optimizer = make_optimizer(rate_of(args, trainee), *schedule)
     progress = ppo_step.Progress(ppo_step.make_controller(args))

@@ -13,10 +13,11 @@ import math
 import time
 from pathlib import Path
 
-from data.batching import in_order
+from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
 from data.files import check_replaceable
-from data.prompts import jsonl_answers
+from data.prompts import read_answers
+from data.records import feature_names
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
 from models.torch_adapters import attach_adapter, load_adapter, save_adapter
 from models.torch_generation import sample
@@ -48,7 +49,8 @@ def build_reward(args: argparse.Namespace, base: LoadedModel):
     if args.reward_model:
         return load_reward_model(args.reward_model, base.model.device, base).reward
     if args.answer:
-        return AnswerReward(answer_from_flag(args.answer), jsonl_answers(args.prompts)).reward
+        answers = read_answers(args.prompts, base.tokenizer, feature_names(args))
+        return AnswerReward(answer_from_flag(args.answer), answers).reward
     return load_reward_function(args.reward_function)
 
 
@@ -79,7 +81,7 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, 
     Returns the Rollout, the texts of prompts and completions, and figures for the report.
     """
     tokenizer, eos_token_ids, device = loaded.tokenizer, loaded.eos_token_ids, loaded.model.device
-    prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(
         trainee.model, prompt_ids, eos_token_ids, args.max_completion_length, args.temperature, len(prompts)
     )
@@ -237,7 +239,7 @@ def main() -> None:
     if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
-    prompts, reward = ppo_step.Prompts(args), build_reward(args, loaded)
+    prompts, reward = ppo_step.Prompts(args, loaded.tokenizer), build_reward(args, loaded)
     trainee, reference = build_policies(args, loaded)
     schedule = (ppo_step.total_updates(args), args.lr_schedule, args.warmup_steps, args.weight_decay)
     optimizer = make_optimizer(trainee.module, rate_of(args, trainee), *schedule)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from data.records import split_path
+from data.records import feature_names
+from data.sources import Split, find_split
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load
@@ -56,10 +57,21 @@ def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
 
 
 def build_objective(args: argparse.Namespace, loaded: LoadedModel) -> Objective:
-    prefix = soft_prompt_ids(loaded.model)
+    prefix, features = soft_prompt_ids(loaded.model), feature_names(args)
+    shared = (loaded.tokenizer, prefix, args.batch_size, args.max_length, args.seed)
     if args.reward_model:
-        return RewardModelling(loaded.tokenizer, prefix, args.batch_size, args.max_length, args.seed, args.center_coef)
-    return LanguageModelling(loaded.tokenizer, prefix, args.batch_size, args.max_length, args.seed)
+        return RewardModelling(*shared, args.center_coef, features)
+    return LanguageModelling(*shared, features, args.mask_prompt)
+
+
+def read(args: argparse.Namespace, objective: Objective, split: str) -> None:
+    """Read the rows of a split and say how many there are and how many were cut."""
+    source = find_split(args.data, args.data_base, split)
+    count = objective.read(source)
+    of = f" of {source}" if isinstance(source, Split) else ""
+    cut = f", {objective.truncated} cut to {args.max_length} tokens" if objective.truncated else ""
+    empty = f", {objective.untrained} of them with nothing left to train" if objective.untrained else ""
+    print(f"{split}: {count} {'pairs' if args.reward_model else 'rows'}{of}{cut}{empty}")
 
 
 def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1) -> tuple[float, float]:
@@ -146,6 +158,7 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
     loss, accuracy = evaluate(module, validation)
     seconds = round(time.perf_counter() - started, 1)
     figures = {"steps": step, "seconds": seconds, "valid_loss": loss, "valid_accuracy": accuracy}
+    figures |= {"truncated_rows": objective.truncated, "truncated_valid_rows": validation.truncated}
     trainee.adapter.provenance.append(provenance("sft.py", vars(args), figures))
     save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
     log.close({**figures, "adapter": args.save_file, "picture": str(plot_run(folder))})
@@ -157,19 +170,17 @@ def main() -> None:
         args = config.resumed(args, resumed_config(args.resume))
     check(args)
     for split in ("train", "valid") * args.train + ("test",) * args.test:
-        split_path(args.data, args.data_base, split)
+        find_split(args.data, args.data_base, split)
     loaded = load(args.model)
     trainee = build(args, loaded)
     if args.train:
         training, validation = build_objective(args, loaded), build_objective(args, loaded)
         for split, objective in (("train", training), ("valid", validation)):
-            count = objective.read(split_path(args.data, args.data_base, split))
-            cut = f", {objective.truncated} cut to {args.max_length} tokens" if objective.truncated else ""
-            print(f"{split}: {count} {'pairs' if args.reward_model else 'rows'}{cut}")
+            read(args, objective, split)
         train(args, trainee, training, validation)
     if args.test:
         objective = build_objective(args, loaded)
-        objective.read(split_path(args.data, args.data_base, "test"))
+        read(args, objective, "test")
         loss, accuracy = evaluate(trainee.module, objective)
         print(f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}")
 

@@ -24,7 +24,9 @@ import mlx.core as mx
 def parse_args() -> argparse.Namespace:
     parser = config.Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
-    parser.add_argument("--resume-file", help="adapter or soft prompt: a folder, or an .npz or .safetensors file")
+    parser.add_argument(
+        "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
+    )
     parser.add_argument("--max-tokens", type=int, default=100, help="longest reply, tokens")
     parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0: the most likely token")
     parser.add_argument("--system-prompt", help="what the model is told before the conversation")

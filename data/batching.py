@@ -12,10 +12,11 @@ import numpy as np
 
 
 class Example(NamedTuple):
-    """One text: its token ids, and from which position on its tokens are trained."""
+    """One text: its token ids, and from which position on its tokens are trained, but for those in the gaps."""
 
     tokens: list[int]
     first_target: int
+    gaps: tuple[tuple[int, int], ...] = ()  # [start, end) of what is not trained after all
 
 
 class Batch(NamedTuple):
@@ -43,8 +44,22 @@ def encode_pair(tokenizer, prompt: str, completion: str, prefix: Sequence[int] =
     return Example([*prefix, *tokens, tokenizer.eos_token_id], max(len(prefix) + shared, 1))
 
 
+class Rendered(str):
+    """A text that a chat template wrote: its special tokens stand in it, and none is added when it is encoded."""
+
+    def __add__(self, other: str) -> "Rendered":
+        return Rendered(str.__add__(self, other))
+
+
+def encode_prompt(tokenizer, prompt: str) -> list[int]:
+    """The ids of a prompt that a completion is to follow."""
+    return list(
+        tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, Rendered) else tokenizer.encode(prompt)
+    )
+
+
 def _encode(tokenizer, text: str) -> list[int]:
-    tokens = list(tokenizer.encode(text))
+    tokens = encode_prompt(tokenizer, text)
     # Some tokenizers append an EOS of their own; ours is added once, by the caller.
     while tokens and tokens[-1] == tokenizer.eos_token_id:
         tokens.pop()
@@ -55,9 +70,16 @@ def _num_special(tokenizer, tokens: Sequence[int]) -> int:
     return int(bool(tokens) and tokens[0] == tokenizer.bos_token_id)
 
 
+def num_targets(example: Example) -> int:
+    """How many tokens of an example are trained."""
+    length = len(example.tokens)
+    gaps = sum(min(end, length) - min(start, length) for start, end in example.gaps)
+    return max(length - example.first_target, 0) - gaps
+
+
 def truncate(example: Example, max_length: int) -> Example:
     """Cut an example to `max_length` tokens (the EOS goes first)."""
-    return Example(example.tokens[:max_length], example.first_target)
+    return example._replace(tokens=example.tokens[:max_length])
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, multiple: int = 8) -> Batch:
@@ -69,6 +91,8 @@ def collate(examples: Sequence[Example], pad_token_id: int, multiple: int = 8) -
     for row, example in enumerate(examples):
         tokens[row, : len(example.tokens)] = example.tokens
         targets[row, example.first_target - 1 : len(example.tokens) - 1] = 1
+        for start, end in example.gaps:
+            targets[row, start - 1 : end - 1] = 0
     lengths = np.array([len(example.tokens) for example in examples], dtype=np.int32)
     return Batch(tokens, lengths, targets)
 

@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     # Only the script needs the flags: who imports the functions above imports nothing of training.
     from training import config
 
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = config.Parser(__doc__)
     parser.add_argument("--num-samples", type=int, default=100, help="rows in each of the three files")
     parser.add_argument("--min-length", type=int, default=5, help="fewest numbers in a row (below 5 none scores 1)")
     parser.add_argument("--max-length", type=int, default=15, help="most numbers in a row")

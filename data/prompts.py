@@ -1,14 +1,17 @@
-"""Prompts for PPO: starts of the digit rule, or the rows of a `.jsonl`, perhaps with answers.
+"""Prompts for PPO: starts of the digit rule, or the rows of a file or data set, perhaps with answers.
 
 Which come when depends on (seed, step).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+from data.examples import PROMPT_ROWS, row_prompt
 from data.generate_digit_data import DECREASING_STARTS, INCREASING_STARTS
-from data.records import read_rows
+from data.records import Row, located, located_rows
+from data.sources import whole
 from rewards.digits import DigitRule
 
 import numpy as np
@@ -37,18 +40,27 @@ def digit_prompts(rule: DigitRule) -> list[str]:
     return prompts
 
 
-def jsonl_prompts(path: str | Path) -> list[str]:
-    """The "prompt" of every row."""
-    return [row["prompt"] for row in read_rows(path, [("prompt",)])]
+def read_prompts(source: str | Path, tokenizer: Any = None, features: Mapping[str, str] | None = None) -> list[str]:
+    """The prompt of every row; where rows hold messages, rendered by the tokenizer's chat template."""
+    return [prompt for prompt, _ in _prompt_rows(source, tokenizer, features)]
 
 
-def jsonl_answers(path: str | Path) -> dict[str, str]:
-    """Prompt → answer of rows with "prompt" and "answer". Raises UserError where a prompt has two answers."""
+def read_answers(
+    source: str | Path, tokenizer: Any = None, features: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Prompt → answer of rows that have both. Raises UserError where a row has none, or a prompt has two."""
     answers: dict[str, str] = {}
-    for row in read_rows(path, [("prompt", "answer")]):
-        if answers.setdefault(row["prompt"], row["answer"]) != row["answer"]:
-            raise UserError(f"{path} gives the prompt {row['prompt']!r:.60} two answers; keep one of its rows")
+    for prompt, row in _prompt_rows(source, tokenizer, features, PROMPT_ROWS[:2]):
+        if answers.setdefault(prompt, row["answer"]) != row["answer"]:
+            raise UserError(f"{source} gives the prompt {prompt!r:.60} two answers; keep one of its rows")
     return answers
+
+
+def _prompt_rows(
+    source: str | Path, tokenizer: Any, features: Mapping[str, str] | None, kinds: Sequence[Sequence[str]] = PROMPT_ROWS
+) -> list[tuple[str, Row]]:
+    rows = located_rows(whole(source), kinds, features, chat=True)
+    return [(located(place, row_prompt, tokenizer, row), row) for place, row in rows]
 
 
 class PromptPlan:

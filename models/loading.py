@@ -13,6 +13,7 @@ from typing import Any
 import models.fast_blas  # before mlx
 import models.fast_swiglu  # noqa: F401  (where there is no GPU)
 from data.errors import UserError
+from data.files import read_json
 from models.folders import OPENING_ERRORS, model_folder, reason
 from models.tiny import TINY_NAMES, tiny_model_path
 
@@ -55,6 +56,15 @@ def load(name: str) -> LoadedModel:
     except OPENING_ERRORS as error:
         raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is whole") from None
     return LoadedModel(model, tokenizer, config, path, name)
+
+
+def load_tokenizer(name: str) -> TokenizerWrapper:
+    """The tokenizer of the model `name`, without its weights. Raises UserError as `load` does."""
+    path = resolve(name)
+    try:
+        return mlx_lm.utils.load_tokenizer(path, eos_token_ids=read_json(path / "config.json").get("eos_token_id"))
+    except OPENING_ERRORS as error:
+        raise UserError(f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is whole") from None
 
 
 def twin(model: nn.Module) -> nn.Module:

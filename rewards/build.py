@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from data.prompts import jsonl_answers
+from data.prompts import read_answers
+from data.records import feature_names
 from models.loading import LoadedModel
 from rewards.answer_reward import AnswerReward, answer_from_flag
 from rewards.digits import DigitRule
@@ -20,5 +21,6 @@ def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
     if args.reward_model:
         return load_reward_model(args.reward_model, base).reward
     if args.answer:
-        return AnswerReward(answer_from_flag(args.answer), jsonl_answers(args.prompts)).reward
+        answers = read_answers(args.prompts, base.tokenizer, feature_names(args))
+        return AnswerReward(answer_from_flag(args.answer), answers).reward
     return load_reward_function(args.reward_function)

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.files import read_json
-from data.records import read_rows
+from data.records import located_rows
+from data.sources import Split, contents, saved_splits
 
 Example = dict[str, str]
 
 KEYS = (("input", "output"), ("Input", "Output"), ("prompt", "answer"))
 SPLITS = ("test", "validation", "train")  # of a folder with several, the first of these that is there
-INSTALL = "pip install pyarrow"
 
 
 def read_examples(
@@ -34,18 +33,11 @@ def read_examples(
     elif Path(source).is_dir():
         rows = _folder_rows(Path(source))
     else:
-        rows = _jsonl_rows(Path(source))
+        rows = iter(located_rows(source, [()]))
     examples = [_example(row, where, check) for where, row in rows]
     if not examples:
         raise UserError(f"{place} holds no rows; each has an input and an output")
     return examples
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(file:line, row). Not every line is a row: blank ones are skipped, as in `read_rows`, which checks the file."""
-    rows = iter(read_rows(path, [()]))
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return ((f"{path}:{n}", next(rows)) for n, line in enumerate(lines, 1) if line.strip())
 
 
 def _example(row: Any, place: str, check: Callable[[str], bool] | None) -> Example:
@@ -68,28 +60,9 @@ def _text(content: Any, key: str, place: str) -> str:
 def _folder_rows(folder: Path) -> Iterator[tuple[str, Any]]:
     """(folder, row n) of a saved Dataset, or of one split of a saved DatasetDict."""
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json").get("splits", [])
+        splits = saved_splits(folder)
         split = next((split for split in SPLITS if split in splits), None)
         if split is None:
-            raise UserError(f"{folder} has the splits {splits}; name one of its folders, {folder}/SPLIT")
-        folder = folder / split
-    if not (folder / "state.json").is_file():
-        raise UserError(f"{folder} was not written by datasets' save_to_disk (no state.json); name such a folder")
-    state = read_json(folder / "state.json")
-    files = [folder / Path(file["filename"]).name for file in state.get("_data_files", [])]
-    columns = [_arrow_rows(file) for file in files]
-    return ((f"{folder}, row {n}", row) for n, row in enumerate((row for rows in columns for row in rows), 1))
-
-
-def _arrow_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow as arrow  # optional
-    except ImportError:
-        raise UserError(f"{file.parent} is an Arrow folder, and pyarrow is not installed; {INSTALL}") from None
-    try:
-        with arrow.memory_map(str(file)) as mapped:
-            return arrow.ipc.open_stream(mapped).read_all().to_pylist()
-    except (OSError, arrow.ArrowException) as error:
-        raise UserError(
-            f"{file} cannot be read as Arrow ({' '.join(str(error).split())[:100]}); save it anew"
-        ) from None
+            raise UserError(f"{folder} has the splits {list(splits)}; name one of its folders, {folder}/SPLIT")
+        return contents(Split(str(folder), split, splits[split]))
+    return contents(Split(str(folder), "train", saved_splits(folder)["train"]))

@@ -11,10 +11,11 @@ from unittest import mock
 
 import evaluate
 import fuse
+import ppo_training
 import sft
 import talk_to_model
-from data import generate_digit_data
-from training import config, ppo_flags
+from data import check, generate_digit_data
+from training import config
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COMMON = {"help", "config"}
@@ -70,8 +71,9 @@ def pytorch_only() -> argparse.ArgumentParser:
 
 PARSERS = {
     "data/generate_digit_data.py": lambda: parser_of(generate_digit_data.parse_args),
+    "data/check.py": lambda: parser_of(check.parse_args),
     "sft.py": lambda: parser_of(sft.parse_args),
-    "ppo_training.py": lambda: ppo_flags.ppo_parser("PPO"),
+    "ppo_training.py": lambda: parser_of(ppo_training.parse_args),
     "pytorch_ppo_training.py": pytorch_only,
     "evaluate.py": lambda: parser_of(evaluate.parse_args),
     "fuse.py": lambda: parser_of(fuse.parse_args),

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from training.cli import run
@@ -23,7 +24,7 @@ def call(main: Callable[[], None], *words: object) -> None:
     with_words(main, *words)
 
 
-def fails(capsys: pytest.CaptureFixture, main: Callable[[], None], *words: object) -> str:
+def fails(capsys: pytest.CaptureFixture, main: Callable[[], Any], *words: object) -> str:
     """Run a script's main as the script does; it has to exit with code 2 and one line on stderr, which is returned."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

@@ -7,7 +7,8 @@ from typing import Any
 import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
 from data.errors import UserError
-from data.prompts import jsonl_answers
+from data.prompts import read_answers
+from models.loading import load_tokenizer
 from rewards.answer_reward import AnswerReward, answer_from_flag
 from rewards.answers import answer_type
 from rewards.build import build_reward
@@ -18,7 +19,7 @@ from training.metrics import read_metrics
 
 import pytest
 
-NO_MODEL: Any = None  # none of these rewards needs one
+NO_MODEL: Any = Namespace(tokenizer=None)  # none of these rewards needs one
 
 
 @pytest.fixture
@@ -56,9 +57,9 @@ def test_a_flag_that_is_neither_is_refused(spec):
 
 
 def test_a_prompt_with_two_answers_is_refused(rows):
-    assert jsonl_answers(rows(("a", "1"), ("b", "2"), ("a", "1"))) == {"a": "1", "b": "2"}
+    assert read_answers(rows(("a", "1"), ("b", "2"), ("a", "1"))) == {"a": "1", "b": "2"}
     with pytest.raises(UserError, match="'a' two answers"):
-        jsonl_answers(rows(("a", "1"), ("a", "2")))
+        read_answers(rows(("a", "1"), ("a", "2")))
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "mednli", "math", "gpqa", "digits"])
@@ -86,7 +87,8 @@ def test_a_custom_readers_flags_hold_wherever_they_are_used(tmp_path, monkeypatc
     assert task_from_flags("other", "Do.").scoring_flags == ("--answer", "exact")
 
 
-def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypatch, capsys):
+@pytest.mark.parametrize("form", ["text", "messages"])
+def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypatch, capsys, form):
     monkeypatch.setattr(ppo_training, "plot_run", lambda folder: folder / "curves.png")
     seen = []
 
@@ -99,7 +101,21 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
     words += ["--num-steps", 2, "--max-completion-length", 2, "--advantage", "group", "--num-generations", 2]
     words += ["--save-every", 1, "--save-file", tmp_path / "adapter", "--output-dir", tmp_path / "run"]
     assert "--prompts FILE.jsonl" in fails(capsys, ppo_training.main, *words)
-    call(ppo_training.main, *words, "--prompts", rows(("2 + 2 =", "4"), ("3 + 3 =", "6")), "--keep-checkpoints", 0)
+    asked = ["2 + 2 =", "3 + 3 ="]
+    written = asked if form == "text" else [[{"role": "user", "content": text}] for text in asked]
+    path = rows(*zip(written, ("4", "6"), strict=True))
+    given: list[list[int]] = []
+    sample = ppo_training.sample
+
+    def watched(model, prompt_ids, *more):
+        given.extend(prompt_ids)
+        return sample(model, prompt_ids, *more)
+
+    monkeypatch.setattr(ppo_training, "sample", watched)
+    call(ppo_training.main, *words, "--prompts", path, "--keep-checkpoints", 0)
+    # The model is given the same tokens in either form: one BOS, and what was asked.
+    ids = map(load_tokenizer(str(tiny_folder)).encode, asked)
+    assert {tuple(prompt) for prompt in given} == set(map(tuple, ids)) and len(given) == 8
     assert sorted(seen) == ["4"] * 4 + ["6"] * 4
     assert [row["mean_score"] for row in read_metrics(tmp_path / "run")] == [0.5, 0.5]
     # All checkpoints are kept where that is asked for, two otherwise.

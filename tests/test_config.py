@@ -2,14 +2,20 @@
 
 import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import demo
+import evaluate
 import fuse
 import models.fast_blas  # noqa: F401  (before mlx)
+import ppo_training
 import sft
 import talk_to_model
-from data import generate_digit_data
+from data import check, generate_digit_data
 from data.errors import UserError
+from synth.run_flags import run_parser
 from tests.scripts import fails, with_words
 from training import config, ppo_flags
 from training.ppo_step import make_controller
@@ -188,6 +194,88 @@ def test_a_false_word_does_not_switch_a_flag_on(yaml_file):
 
 def test_a_missing_yaml_file_is_one_line(capsys):
     assert "nowhere.yaml" in fails(capsys, parser().parse_args, "-c", "nowhere.yaml")
+
+
+def test_a_key_may_be_any_spelling_of_its_flag_but_only_once(yaml_file, capsys):
+    args = with_words(sft.parse_args, "-c", yaml_file("num_layers: 4\nreport-to: wandb\n"))
+    assert (args.lora_layers, args.log_with) == (4, "wandb")
+    line = fails(capsys, parser().parse_args, "-c", yaml_file("num_layers: 4\nlora-layers: 5\n"))
+    assert "num_layers and lora-layers" in line
+    nested = yaml_file("lora_rank: 4\nlora_parameters: {rank: 8}\n")
+    assert "lora_rank and lora_rank" in fails(capsys, parser().parse_args, "-c", nested)
+
+
+def test_a_flag_with_a_no_is_set_by_its_own_name_alone(yaml_file, capsys):
+    assert with_words(sft.parse_args, "-c", yaml_file("mask_prompt: false")).mask_prompt is False
+    assert with_words(sft.parse_args, "-c", yaml_file("mask_prompt: false"), "--mask-prompt").mask_prompt is True
+    assert with_words(sft.parse_args, "--no_mask_prompt").mask_prompt is False
+    assert "no_mask_prompt" in fails(capsys, sft.parse_args, "-c", yaml_file("no_mask_prompt: true"))
+    # A flag whose own name begins so is no such spelling.
+    assert ppo("-c", yaml_file("no_group_scale: true")).no_group_scale is True
+
+
+# One flag of every script, its default, and two other values of it.
+EVERY_SCRIPT: dict[str, tuple[Callable, str, Any, Any, Any]] = {
+    "sft": (sft.parse_args, "iters", 1000, 5, 6),
+    "ppo_training": (ppo_training.parse_args, "num_steps", 200, 5, 6),
+    "pytorch_ppo_training": (lambda: pytorch().parse_args(), "device", "auto", "cpu", "cuda"),
+    "evaluate": (evaluate.parse_args, "num_samples", 250, 5, 6),
+    "fuse": (fuse.parse_args, "save_path", "fused_model", "a", "b"),
+    "talk_to_model": (talk_to_model.parse_args, "max_tokens", 100, 5, 6),
+    "data.check": (check.parse_args, "rows", 3, 5, 6),
+    "generate_digit_data": (generate_digit_data.parse_args, "num_samples", 100, 5, 6),
+    "synth.run": (lambda: run_parser("").parse_args(), "count", 500, 5, 6),
+    "demo": (demo.parse_args, "output_dir", "demo", "a", "b"),
+}
+
+
+def pytorch():
+    return pytest.importorskip("pytorch_ppo_training")
+
+
+@pytest.mark.parametrize("script", EVERY_SCRIPT)
+def test_every_script_takes_a_yaml_file_over_defaults_and_under_flags(script, yaml_file, capsys):
+    parse, name, default, in_file, in_flag = EVERY_SCRIPT[script]
+    path = yaml_file(f"{name}: {in_file}")
+
+    def value(*words):
+        return getattr(with_words(parse, *words), name)
+
+    assert str(value()) == str(default)
+    assert str(value("-c", path)) == str(in_file)
+    assert str(value("-c", path, f"--{name}", in_flag)) == str(in_flag) == str(value(f"--{name}", in_flag, "-c", path))
+    assert "unknown key 'nonsense'" in fails(capsys, parse, "-c", yaml_file("nonsense: 1"))
+
+
+# --- names from mlx-lm and TRL ---
+
+SAVES, LOADS = {"--adapter-path": "save_file"}, {"--adapter-path": "resume_file"}
+ADAPTERS = {"--num-layers": "lora_layers", "--report-to": "log_with", "--fine-tune-type": "fine_tune_type"}
+FROM_TRL = {
+    "--cliprange": "clip_range", "--cliprange-value": "value_clip_range", "--lam": "gae_lambda", "--target": "target",
+    "--horizon": "horizon", "--ppo-epochs": "ppo_epochs", "--num-ppo-epochs": "ppo_epochs",
+    "--use-score-scaling": "scale_scores", "--use-score-norm": "normalize_scores", "--score-clip": "score_clip",
+    "--init-kl-coef": "init_kl_coef", "--vf-coef": "vf_coef", "--ratio-threshold": "ratio_threshold",
+    "--max-new-tokens": "max_completion_length", "--kl-penalty": "kl_penalty",
+}  # fmt: skip
+ALIASES = {
+    "sft": (sft.parse_args, {**SAVES, **ADAPTERS, "--max-seq-length": "max_length", "--mask-prompt": "mask_prompt"}),
+    "ppo": (ppo_training.parse_args, {**SAVES, **ADAPTERS, **FROM_TRL}),
+    "evaluate": (evaluate.parse_args, {**LOADS, "--max-new-tokens": "max_completion_length"}),
+    "talk": (talk_to_model.parse_args, LOADS),
+    "check": (check.parse_args, {"--max-seq-length": "max_length", "--mask-prompt": "mask_prompt"}),
+}
+
+
+@pytest.mark.parametrize(("script", "flag"), [(script, flag) for script, (_, f) in ALIASES.items() for flag in f])
+def test_names_from_mlx_lm_and_trl_set_what_they_name(script, flag):
+    parse, names = ALIASES[script]
+    switch = flag in ("--use-score-scaling", "--use-score-norm", "--mask-prompt")
+    value = {"--report-to": "wandb", "--fine-tune-type": "dora", "--kl-penalty": "k3"}.get(flag, "7")
+    args = with_words(parse, flag) if switch else with_words(parse, f"{flag}={value}")
+    read = getattr(args, names[flag])
+    assert read is True if switch else str(read) in (value, f"{value}.0")
+    assert switch or getattr(with_words(parse), names[flag]) != read  # it did set it
 
 
 # --- the walkthrough's flags ---

@@ -13,11 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"data": 0, "models": 0, "rewards": 0, "training": 1, "synth": 1}  # package → its layer
 SCRIPT_LAYER = 2
 FREE = {"tests", "benchmarks"}  # may import anything
-ENTRY_POINT = "data/generate_digit_data.py"  # a script within a package: it needs the flags
+ENTRY_POINTS = ("data/generate_digit_data.py", "data/check.py")  # scripts within a package: they need the flags
 # The PyTorch script uses these, and it never imports mlx.
 NEUTRAL = [
-    *("data.batching", "data.decoding", "data.errors", "data.files", "data.generate_digit_data", "data.prompts"),
-    *("data.records", "models.adapter_config", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
+    *("data.batching", "data.chat", "data.check", "data.decoding", "data.errors", "data.examples", "data.files"),
+    *("data.generate_digit_data", "data.prompts", "data.records", "data.sources"),
+    *("models.adapter_config", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
     *("training.cli", "training.config", "training.losses", "training.metrics", "training.plots", "training.ppo"),
     *("training.ppo_flags", "training.ppo_step", "training.rollout"),
 ]
@@ -66,7 +67,7 @@ def faults(path):
             yield f"{name_of(path)}:{line} imports the script {top}"
         elif top in FREE:
             yield f"{name_of(path)}:{line} imports {top}"
-        elif PACKAGES.get(top, -1) > layer_of(path) and name_of(path) != ENTRY_POINT:
+        elif PACKAGES.get(top, -1) > layer_of(path) and name_of(path) not in ENTRY_POINTS:
             yield f"{name_of(path)}:{line} imports {module}, which lies above it"
 
 
@@ -82,9 +83,10 @@ def test_imports_go_downward_only():
     assert [fault for path in held for fault in faults(path)] == []
 
 
-def test_the_entry_point_in_data_imports_upward_as_a_script_only():
-    """Who imports its functions imports nothing of training."""
-    path = ROOT / ENTRY_POINT
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_the_entry_points_in_data_import_upward_as_scripts_only(script):
+    """Who imports their functions imports nothing of training."""
+    path = ROOT / script
     top_level = {
         str(node.module) if isinstance(node, ast.ImportFrom) else node.names[0].name
         for node in tree_of(path).body
@@ -96,7 +98,7 @@ def test_the_entry_point_in_data_imports_upward_as_a_script_only():
 def test_packages_of_one_layer_import_each_other_without_cycles():
     edges = {}
     for path in FILES:
-        if path.relative_to(ROOT).parts[0] not in PACKAGES or name_of(path) == ENTRY_POINT:
+        if path.relative_to(ROOT).parts[0] not in PACKAGES or name_of(path) in ENTRY_POINTS:
             continue
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         edges[module] = {imported for _, imported in imports(path) if _is_file(imported)}

@@ -40,7 +40,7 @@ def test_a_report_is_one_row_and_one_line_in_the_order_given(folder, capsys):
         '{"step": 10, "zeta": 1.0, "alpha": 2.0}',
     ]
     assert capsys.readouterr().out.splitlines() == [
-        "Step - 5 | mean_score: 0.1235 | kl: 1.235e+04 | updates: 8",
+        "Step - 5 | mean_score: 0.1235 | kl: 12350 | updates: 8",
         "Step - 10 | zeta: 1 | alpha: 2",
     ]
 
@@ -77,7 +77,18 @@ def test_the_bar_counts_from_where_the_run_goes_on(folder):
     log.close()
 
 
-@pytest.mark.parametrize(("value", "text"), [(3, "3"), (0.000123456, "0.0001235"), (1.0, "1"), (math.nan, "nan")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (3, "3"),
+        (0.000123456, "0.0001235"),
+        (1.0, "1"),
+        (math.nan, "nan"),
+        (-2.134567e-5, "-0.00002135"),
+        (123456.0, "123500"),
+        (-math.inf, "-inf"),
+    ],
+)
 def test_figures_have_four_digits(value, text):
     assert figure(value) == text
 

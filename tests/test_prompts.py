@@ -5,7 +5,7 @@ import json
 from collections import Counter
 
 from data.errors import UserError
-from data.prompts import PromptPlan, digit_prompts, held_out_starts, jsonl_prompts, starts
+from data.prompts import PromptPlan, digit_prompts, held_out_starts, read_prompts, starts
 from rewards.digits import DigitRule
 from training.ppo_step import Prompts
 
@@ -49,10 +49,10 @@ def test_a_rule_without_starts_is_refused():
 def test_the_prompts_of_a_file(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": text, "id": 1}) + "\n" for text in ("a b", "c\nd", "é")))
-    assert jsonl_prompts(path) == ["a b", "c\nd", "é"]
+    assert read_prompts(path) == ["a b", "c\nd", "é"]
     path.write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match="prompt"):
-        jsonl_prompts(path)
+        read_prompts(path)
 
 
 def test_all_prompts_come_once_before_any_comes_again():

@@ -4,7 +4,8 @@ import json
 
 from data.batching import draw_pairs
 from data.errors import UserError
-from data.records import read_rows, split_path
+from data.records import read_rows
+from data.sources import find_split
 
 import numpy as np
 import pytest
@@ -147,10 +148,10 @@ def test_a_file_that_cannot_be_read_is_named(write, tmp_path):
 def test_the_file_of_a_split_is_found_or_the_bases_that_are_there_are_listed(write, tmp_path):
     path = write("", "increasing_mult_2_train.jsonl")
     write("", "mine_train.jsonl")
-    assert split_path(tmp_path, "increasing_mult_2_", "train") == path
+    assert find_split(tmp_path, "increasing_mult_2_", "train") == path
     with pytest.raises(UserError, match="'increasing_mult_2_', 'mine_'"):
-        split_path(tmp_path, "decreasing_", "train")
+        find_split(tmp_path, "decreasing_", "train")
     with pytest.raises(UserError, match="none for any base"):
-        split_path(tmp_path, "increasing_mult_2_", "valid")
+        find_split(tmp_path, "increasing_mult_2_", "valid")
     with pytest.raises(UserError, match="is no folder"):
-        split_path(tmp_path / "missing", "a_", "train")
+        find_split(tmp_path / "missing", "a_", "train")

@@ -11,6 +11,8 @@ from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 import sft
+from data.batching import encode_text
+from data.chat import render
 from data.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
 from models.loading import load
@@ -187,6 +189,54 @@ def test_a_batch_depends_on_seed_and_step_alone(loaded, data):
         return np.array(objective.batch(step)[0]).tolist()
 
     assert tokens(9) == tokens(9, steps_before=(0, 3, 12)) != tokens(8)
+
+
+def conversation(*contents):
+    """A row of messages that begins with the user."""
+    roles = ("user", "assistant") * len(contents)
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]}
+
+
+def test_a_conversation_trains_what_its_prompts_and_completions_would(loaded, tmp_path):
+    """The embedded model's template goes on from the last message, so each turn is an example of its own."""
+    talk = write_rows(tmp_path / "a.jsonl", [conversation("2 4", "6 8", "10", "12 14")])
+    pairs = [{"prompt": "2 4", "completion": " 6 8"}, {"prompt": "10", "completion": " 12 14"}]
+    objectives = [language_modelling(loaded, path) for path in (talk, write_rows(tmp_path / "b.jsonl", pairs))]
+    assert objectives[0].examples == objectives[1].examples
+    with pytest.raises(UserError, match=r"c\.jsonl:2: no message has the role"):
+        language_modelling(loaded, write_rows(tmp_path / "c.jsonl", [{"text": "2"}, conversation("2")]))
+
+
+def test_what_was_cut_is_said_and_in_the_summary_and_keys_have_other_names(flags, tmp_path, capsys):
+    rows = [
+        {"question": "2 4 6", "reply": " 8"},
+        {"question": "2", "reply": " 4 6 8 10"},
+        {"question": "2", "reply": " 4"},
+    ]
+    for split in ("train", "valid"):
+        write_rows(tmp_path / f"asked_{split}.jsonl", rows[: 3 if split == "train" else 2])
+    words = ["--train", "--max-length", 4, "--prompt-feature", "question", "--completion-feature", "reply"]
+    call(sft.main, *flags(*words, base="asked_", data=tmp_path, iters=1))
+    assert "train: 3 rows, 2 cut to 4 tokens, 1 of them with nothing left to train\n" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert (summary["truncated_rows"], summary["truncated_valid_rows"]) == (2, 2)
+
+
+def test_without_the_mask_prompts_are_trained_too(flags, tmp_path):
+    for split in ("train", "valid"):
+        write_rows(tmp_path / f"pairs_{split}.jsonl", [{"prompt": "2 4 6 8 10 12", "completion": " 5"}] * 4)
+    for name, words in {"masked": ["--mask-prompt"], "whole": ["--no-mask-prompt"]}.items():
+        call(sft.main, *flags("--train", *words, base="pairs_", data=tmp_path, run=name, iters=1))
+    assert curve("masked", "valid_loss") != curve("whole", "valid_loss")
+
+
+def test_a_saved_data_set_trains_and_names_what_it_holds_out(flags, tmp_path, capsys):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"Input": "2 4", "Output": f" {n}"} for n in range(20)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    call(sft.main, *flags("--train", data=tmp_path / "saved", iters=1))
+    said = capsys.readouterr().out
+    assert "train: 18 rows of" in said and "valid: 2 rows of" in said and "last 10 %" in said
 
 
 def test_rows_past_the_limit_are_cut_and_counted(loaded, tmp_path):
@@ -397,6 +447,16 @@ def test_given_pairs_are_read_with_their_prompt(loaded, tmp_path, prompt):
     start = "" if prompt is None else prompt
     pairs = {tuple(text.strip() for text in pair) for pair in texts_of(loaded, objective, objective.batch(0))}
     assert pairs == {(f"{start} 6".strip(), f"{start} 5".strip()), (f"{start} 8".strip(), f"{start} 7 x".strip())}
+
+
+def test_pairs_of_messages_are_read_as_ppo_will_score_them(loaded, tmp_path):
+    """A reward model reads prompt, completion and EOS: the same tokens in its training and in PPO."""
+    asked = [{"role": "user", "content": "2 4"}]
+    row = {"prompt": asked, "chosen": [{"role": "assistant", "content": "6"}], "rejected": "5"}
+    objective = reward_modelling(loaded, write_rows(tmp_path / "a.jsonl", [row, row]))
+    prompt = render(loaded.tokenizer, asked, reply=True)
+    scored = [encode_text(loaded.tokenizer, prompt + completion).tokens for completion in (" 6", " 5")]
+    assert [example.tokens for example in objective.examples] == scored * 2
 
 
 def test_the_pairwise_loss_is_blind_to_pads_and_batch_mates(loaded, data):

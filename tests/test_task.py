@@ -8,9 +8,10 @@ from typing import Any
 
 import synth.reasoning_gym_tasks as gym
 from data.errors import UserError
+from data.sources import INSTALL_ARROW
 from rewards.digits import DigitRule
 from rewards.function import load_reward_function
-from synth.examples import INSTALL, read_examples
+from synth.examples import read_examples
 from synth.task import KNOWN_KEYS, SHIPPED, load_task, task_from_flags
 
 import pytest
@@ -209,7 +210,7 @@ def test_the_seeds_example_takes_the_shipped_reader():
 def test_a_folder_without_pyarrow_and_foreign_folders_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
-    assert INSTALL in one_line_error(read_examples, tmp_path, "evaluation")
+    assert INSTALL_ARROW in one_line_error(read_examples, tmp_path, "evaluation")
     (tmp_path / "foreign").mkdir()
     assert "save_to_disk" in one_line_error(read_examples, tmp_path / "foreign", "evaluation")
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["other"]}')

@@ -8,11 +8,12 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data.errors import UserError
+from data.records import FEATURE_FLAGS
 
 import yaml
 
@@ -63,19 +64,33 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def _set_defaults_from(self, path: str) -> None:
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            # --no-mask-prompt is a spelling of false, not a key of its own.
+            words = [word for word in action.option_strings if not word.startswith("--no-") or action.nargs != 0]
+            if action.dest not in ("help", "config"):
+                actions |= dict.fromkeys(map(_key, [action.dest, *words]), action)
         content = read_yaml(path)
         # mlx-lm's files nest the LoRA settings; here each is a flag of its own.
         nested = content.pop("lora_parameters", None) or {}
         if not isinstance(nested, dict):
             raise UserError(f"{path} sets lora_parameters to {nested!r}; write rank, scale, dropout, keys below it")
-        content.update({f"lora_{key}": value for key, value in nested.items()})
-        for key, value in content.items():
-            action = actions.get(str(key).replace("-", "_"))
-            if action is None:
-                raise UserError(f"{path} has the unknown key {key!r}; known are {', '.join(sorted(actions))}")
+        seen: dict[str, str] = {}
+        for key, value in [*content.items(), *((f"lora_{key}", value) for key, value in nested.items())]:
+            if _key(str(key)) not in actions:
+                known = sorted({action.dest for action in actions.values()})
+                raise UserError(f"{path} has the unknown key {key!r}; known are {', '.join(known)}")
+            action = actions[_key(str(key))]
+            if action.dest in seen:
+                raise UserError(f"{path} sets {seen[action.dest]} and {key}, which are the same; keep one of them")
+            seen[action.dest] = str(key)
             action.default = _from_yaml(action, value, f"{path} sets {key} to {value!r}")
             action.required = False
+
+
+def _key(word: str) -> str:
+    """A flag as a key in YAML: --lora-layers, lora-layers → lora_layers."""
+    return word.lstrip("-").replace("-", "_")
 
 
 def _from_yaml(action: argparse.Action, value: Any, fact: str) -> Any:
@@ -150,6 +165,24 @@ def default_output_dir(script: str) -> str:
     return next(free for free in numbered if not Path(free).exists())
 
 
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Where rows are, what their keys are called, and which tokens are trained. Also of data.check."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", default="data", help="folder of .jsonl files or of save_to_disk, or OWNER/NAME on the hub"
+    )
+    group.add_argument("--data-base", default="increasing_mult_2_", help="name of the .jsonl files before train.jsonl")
+    group.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
+                       help="train completions and the assistant's turns only")  # fmt: skip
+    add_feature_flags(group, (kind for kind in FEATURE_FLAGS if kind != "answer"))
+
+
+def add_feature_flags(group: argparse._ActionsContainer, kinds: Iterable[str]) -> None:
+    """What the data calls its keys, for each of `kinds` (of FEATURE_FLAGS)."""
+    for kind in kinds:
+        group.add_argument(f"--{kind}-feature", metavar="KEY", help=f'what the rows call "{FEATURE_FLAGS[kind]}"')
+
+
 def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
     """Which weights are trained, and how an adapter is made. dropout: PPO wants 0, so that the ratio starts at 1."""
     group = parser.add_argument_group("adapter")
@@ -158,7 +191,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
     group.add_argument(
         "--fine-tune-type", choices=("lora", "dora", "full"), default="lora", help="which weights to train"
     )
-    group.add_argument("--lora-layers", type=int, default=16, help="last layers to adapt; -1: all")
+    group.add_argument("--lora-layers", "--num-layers", type=int, default=16, help="last layers to adapt; -1: all")
     group.add_argument("--lora-rank", type=int, default=8, help="LoRA rank")
     group.add_argument("--lora-scale", type=float, default=10.0, help="multiplier of the LoRA update")
     group.add_argument("--lora-dropout", type=float, default=dropout, help="dropout before the LoRA, probability")
@@ -208,7 +241,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output-dir", default=None, help="run folder (default: runs/SCRIPT-TIME)")
     group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own flags")
     group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
-    group.add_argument("--log-with", choices=("none", "wandb", "tensorboard"), default="none", help="tracker")
+    group.add_argument(
+        "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of everything random")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import encode_prompt
 from data.decoding import completion_texts
 from models.generation import sample
 from models.soft_prompt import soft_prompt_ids
@@ -44,7 +45,7 @@ def evaluate_model(
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
     """
     mx.random.seed(seed)
-    prompt_ids = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(model, prompt_ids, tokenizer.eos_token_ids, max_tokens, temperature, batch_size)
     texts = completion_texts(tokenizer, prompt_ids, completions)
     scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float64)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and 
 
 
 def figure(value: float) -> str:
-    """A number as the report line shows it: four significant digits."""
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    """A number as the report line shows it: four significant digits, and no exponent, which some readers miss."""
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    return f"{Decimal(f'{value:.4g}'):f}"
 
 
 def start_run_folder(folder: str | Path, config: Mapping[str, Any]) -> Path:
@@ -79,7 +82,7 @@ class RunLog:
             self.tracker(step, {name: value for name, value in finite.items() if value is not None})
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar."""
+        """Print a line without breaking the progress bar, whose redrawing sends it off at once, also into a pipe."""
         tqdm.write(line)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:

@@ -4,14 +4,15 @@ Both answer the same four questions, so that one loop trains either: what the ro
 comes at a step, what its loss is, and which batches evaluate it.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from data.batching import BatchPlan, Example, collate, draw_pairs, encode_pair, encode_text, in_order, truncate
+from data.batching import BatchPlan, collate, draw_pairs, in_order, num_targets, truncate
 from data.errors import UserError
-from data.records import Row, read_rows
+from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
+from data.records import located, located_rows
+from data.sources import Source
 from training.losses import pairwise_reward_loss, sft_loss
 
 import mlx.core as mx
@@ -33,37 +34,49 @@ Arrays = tuple[mx.array, ...]
 class Objective(Protocol):
     """What the loop asks for. Arrays are what `loss` takes after the module."""
 
-    truncated: int
+    truncated: int  # rows that were cut
+    untrained: int  # rows of which that left nothing to train
 
-    def read(self, path: Path) -> int: ...
+    def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
     def batches(self) -> Iterator[Arrays]: ...
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
 
 
 class LanguageModelling:
-    """Next-token prediction on `{"text"}` or `{"prompt", "completion"}` rows, the EOS included, pads not."""
+    """Next-token prediction on the rows of LANGUAGE_ROWS, the EOS included, pads not.
 
-    def __init__(self, tokenizer, prefix: list[int], batch_size: int, max_length: int, seed: int):
+    features: what the data calls a key, where it has another name. mask_prompt: train completions and replies only.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        prefix: list[int],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        features: Mapping[str, str] | None = None,
+        mask_prompt: bool = True,
+    ):
         self.tokenizer, self.prefix = tokenizer, prefix
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.truncated = 0
+        self.features, self.mask_prompt = features, mask_prompt
+        self.truncated = self.untrained = 0
 
-    def read(self, path: Path) -> int:
-        """Encode the rows of a file; returns how many there are."""
-        rows = read_rows(path, [("text",), ("prompt", "completion")])
-        examples = [self._encode(row) for row in rows]
-        self.truncated = sum(len(example.tokens) > self.max_length for example in examples)
-        self.examples = [truncate(example, self.max_length) for example in examples]
-        if not any(example.first_target < len(example.tokens) for example in self.examples):
-            raise UserError(f"no row of {path} has a token to train within --max-length {self.max_length}; raise it")
+    def read(self, source: Source) -> int:
+        """Encode the rows of a split; returns how many there are."""
+        rows = located_rows(source, LANGUAGE_ROWS, self.features, chat=True)
+        arguments = (self.prefix, self.mask_prompt)
+        of_rows = [located(place, language_examples, self.tokenizer, row, *arguments) for place, row in rows]
+        self.truncated = sum(any(len(e.tokens) > self.max_length for e in examples) for examples in of_rows)
+        of_rows = [[truncate(example, self.max_length) for example in examples] for examples in of_rows]
+        self.untrained = sum(not any(map(num_targets, examples)) for examples in of_rows)
+        self.examples = [example for examples in of_rows for example in examples]
+        if self.untrained == len(of_rows):
+            raise UserError(f"no row of {source} has a token to train within --max-length {self.max_length}; raise it")
         self.plan = BatchPlan([len(example.tokens) for example in self.examples], self.batch_size, self.seed)
         return len(rows)
-
-    def _encode(self, row: Row) -> Example:
-        if "text" in row:
-            return encode_text(self.tokenizer, row["text"], self.prefix)
-        return encode_pair(self.tokenizer, row["prompt"], row["completion"], self.prefix)
 
     def batch(self, step: int) -> Arrays:
         """tokens (B, L) and targets (B, L - 1) of the batch at `step`."""
@@ -94,28 +107,34 @@ class RewardModelling:
     were drawn: more to learn from at the cost of the same forward pass (arXiv:2203.02155, section 3.5).
     """
 
-    def __init__(self, tokenizer, prefix: list[int], batch_size: int, max_length: int, seed: int, center_coef: float):
+    def __init__(
+        self,
+        tokenizer,
+        prefix: list[int],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        center_coef: float,
+        features: Mapping[str, str] | None = None,
+    ):
         self.tokenizer, self.prefix = tokenizer, prefix
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.center_coef = center_coef
-        self.truncated = 0
+        self.center_coef, self.features = center_coef, features
+        self.truncated = self.untrained = 0
 
-    def read(self, path: Path) -> int:
-        """Encode the rows of a file; returns how many pairs an epoch has."""
-        rows = read_rows(path, [("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("text", "reward")])
-        given = ["chosen" in row and "rejected" in row for row in rows]
-        self.rewards: list[float] | None = None
-        if not any(given):
-            texts = [row["text"] for row in rows]
-            self.rewards = [row["reward"] for row in rows]
-        elif all(given):
-            # Row i becomes texts 2i (chosen) and 2i + 1 (rejected).
-            texts = [row.get("prompt", "") + row[key] for row in rows for key in ("chosen", "rejected")]
-        else:
-            raise UserError(f"{path} mixes rows with 'reward' and rows with 'chosen'; put them into files of their own")
-        examples = [encode_text(self.tokenizer, text, self.prefix) for text in texts]
-        self.truncated = sum(len(example.tokens) > self.max_length for example in examples)
-        self.examples = [truncate(example, self.max_length) for example in examples]
+    def read(self, source: Source) -> int:
+        """Encode the rows of a split; returns how many pairs an epoch has."""
+        rows = located_rows(source, PREFERENCE_ROWS, self.features, chat=True)
+        given = ["chosen" in row for _, row in rows]
+        if any(given) and not all(given):
+            raise UserError(
+                f"{source} mixes rows with 'reward' and rows with 'chosen'; put each into a file of its own"
+            )
+        self.rewards = None if any(given) else [row["reward"] for _, row in rows]
+        # Of given pairs, row i becomes examples 2i (chosen) and 2i + 1 (rejected).
+        of_rows = [located(place, preference_examples, self.tokenizer, row, self.prefix) for place, row in rows]
+        self.truncated = sum(any(len(e.tokens) > self.max_length for e in examples) for examples in of_rows)
+        self.examples = [truncate(example, self.max_length) for examples in of_rows for example in examples]
         self._epoch = -1
         self._draw(epoch=0)
         return len(self._pairs)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from data.errors import UserError
+from data.sources import is_hub_name
 from training import config
 from training.ppo import KL_KINDS
 
@@ -21,7 +22,12 @@ def ppo_parser(description: str | None) -> config.Parser:
     _add_kl_flags(parser)
     config.add_adapter_flags(parser, dropout=0.0)
     group = parser.add_argument_group("weights")
-    group.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
+    group.add_argument(
+        "--save-file",
+        "--adapter-path",
+        default="adapters",
+        help="folder for the adapter, or .npz or .safetensors file",
+    )
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
@@ -47,15 +53,29 @@ def _add_score_flags(parser: config.Parser) -> None:
     group = parser.add_argument_group("score")
     group.add_argument("--missing-eos-penalty", type=float, default=0.0, help="taken off a score without an EOS")
     group.add_argument("--score-clip", type=float, default=0.0, help="hold scores within ± this; 0: don't")
-    group.add_argument("--scale-scores", action="store_true", help="divide scores by their running std")
-    group.add_argument("--normalize-scores", action="store_true", help="take their running mean off them as well")
+    group.add_argument(
+        "--scale-scores", "--use-score-scaling", action="store_true", help="divide scores by their running std"
+    )
+    group.add_argument(
+        "--normalize-scores", "--use-score-norm", action="store_true", help="take their running mean off them as well"
+    )
+
+
+def add_prompt_source(group: argparse._ActionsContainer) -> None:
+    """Where prompts come from. Also of evaluate.py."""
+    group.add_argument(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='rows with "prompt" or "messages", or a data set (default: starts of the digit rule)',
+    )
+    config.add_feature_flags(group, ("prompt", "chat", "answer"))
 
 
 def _add_prompt_flags(parser: config.Parser) -> None:
     group = parser.add_argument_group("rollout")
-    group.add_argument("--prompts", metavar="FILE.jsonl", help='rows with "prompt" (default: starts of the digit rule)')
+    add_prompt_source(group)
     group.add_argument("--batch-size", type=int, default=128, help="completions a step")
-    group.add_argument("--max-completion-length", type=int, default=48, help="tokens")
+    group.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=48, help="tokens")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every logprob")
     group.add_argument("--num-steps", type=int, default=200, help="rollouts, each with its update")
 
@@ -67,11 +87,15 @@ def _add_ppo_flags(parser: config.Parser) -> None:
     group.add_argument("--no-group-scale", action="store_true", help="group: don't divide by the group's std")
     group.add_argument("--mini-batch-size", type=int, default=64, help="completions an optimizer step")
     group.add_argument("--gradient-accumulation-steps", type=int, default=1, help="pieces a mini batch is cut into")
-    group.add_argument("--ppo-epochs", "--ppo-epoch", type=int, default=2, help="passes over a rollout")
+    group.add_argument(
+        "--ppo-epochs", "--ppo-epoch", "--num-ppo-epochs", type=int, default=2, help="passes over a rollout"
+    )
     group.add_argument("--gamma", type=float, default=1.0, help="discount per token")
-    group.add_argument("--gae-lambda", type=float, default=1.0, help="GAE's λ")
-    group.add_argument("--clip-range", type=float, default=0.2, help="of the ratio")
-    group.add_argument("--value-clip-range", type=float, default=0.2, help="of the value, in score units")
+    group.add_argument("--gae-lambda", "--lam", type=float, default=1.0, help="GAE's λ")
+    group.add_argument("--clip-range", "--cliprange", type=float, default=0.2, help="of the ratio")
+    group.add_argument(
+        "--value-clip-range", "--cliprange-value", type=float, default=0.2, help="of the value, in score units"
+    )
     group.add_argument("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     group.add_argument("--entropy-coef", type=float, default=0.0, help="entropy bonus")
     group.add_argument("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
@@ -100,7 +124,7 @@ def check_reward(args: argparse.Namespace) -> None:
         )
     if args.answer and not args.prompts:
         raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')
-    if args.prompts and not Path(args.prompts).is_file():
+    if args.prompts and not Path(args.prompts).exists() and not is_hub_name(str(args.prompts)):
         raise UserError(f"--prompts {args.prompts} does not exist; check the path")
 
 

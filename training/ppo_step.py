@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.prompts import PromptPlan, digit_prompts, jsonl_prompts
+from data.prompts import PromptPlan, digit_prompts, read_prompts
+from data.records import feature_names
 from rewards.digits import DigitRule
 from training import ppo
 from training.rollout import Rollout
@@ -23,11 +24,19 @@ def digit_rule(args: argparse.Namespace) -> DigitRule:
     return DigitRule(not args.decreasing, args.multiple_of)
 
 
+def choose_prompts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
+    """The prompts that --prompts names, or else starts of the digit rule."""
+    if args.prompts:
+        return read_prompts(args.prompts, tokenizer, feature_names(args))
+    return digit_prompts(digit_rule(args))
+
+
 class Prompts:
     """The prompts of every step: those of --prompts, or starts of the digit rule, each as often as a group needs."""
 
-    def __init__(self, args: argparse.Namespace):
-        prompts = jsonl_prompts(args.prompts) if args.prompts else digit_prompts(digit_rule(args))
+    def __init__(self, args: argparse.Namespace, tokenizer: Any = None):
+        """tokenizer: renders prompts that are messages."""
+        prompts = choose_prompts(args, tokenizer)
         self.repeats = 1 if args.advantage == "gae" else args.num_generations
         self.count = args.batch_size // self.repeats
         self.plan = PromptPlan(prompts, args.seed)

@@ -16,17 +16,21 @@ def sft_parser(description: str | None) -> config.Parser:
     parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
     parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
-    parser.add_argument("--data", default="data", help="folder of the .jsonl files")
-    parser.add_argument("--data-base", default="increasing_mult_2_", help="their name before train.jsonl")
+    config.add_data_flags(parser)
     parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
     parser.add_argument("--iters", type=int, default=1000, help="training steps")
     parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens a row is cut to")
+    parser.add_argument("--max-length", "--max-seq-length", type=int, default=2048, help="tokens a row is cut to")
     parser.add_argument("--center-coef", type=float, default=0.01, help="holds a reward model's scores about 0")
     parser.add_argument("--steps-per-report", type=int, default=10, help="steps between report lines")
     parser.add_argument("--steps-per-eval", type=int, default=200, help="steps between validations")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--save-file", default="adapters", help="folder for the adapter, or .npz or .safetensors file")
+    parser.add_argument(
+        "--save-file",
+        "--adapter-path",
+        default="adapters",
+        help="folder for the adapter, or .npz or .safetensors file",
+    )
     parser.add_argument("--resume-adapter-file", help="start from this adapter")
     config.add_adapter_flags(parser, dropout=0.0)
     config.add_optimizer_flags(parser, config.LEARNING_RATES, schedule="constant")

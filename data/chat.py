@@ -1,0 +1,119 @@
+"""Conversations to token ids: rendered by the model's own chat template, trained where the assistant speaks.
+
+Every turn of the assistant is trained, with the token that ends it; what the template, the system, the user and the
+tools say is not. The tokens are those that the model is given when it talks. A template that renders an earlier turn
+otherwise than when it was the last (some drop what was thought) would make that impossible in one text: such a
+conversation becomes one example per turn, each as the model would have met it.
+
+    python -m pytest tests/test_chat.py
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from data.batching import Example, Rendered, encode_prompt
+from data.errors import UserError
+
+Message = dict[str, Any]
+Tools = list[Any] | None
+
+
+def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, reply: bool = False) -> Rendered:
+    """The text of a conversation. reply: ready for the assistant's next turn.
+
+    Raises UserError where the tokenizer has no chat template, or its template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "has_chat_template", None) and not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the model's tokenizer has no chat template, so messages cannot be rendered; use a chat model, or rows of "
+            '"prompt" and "completion" as text'
+        )
+    try:
+        return Rendered(
+            tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=reply, tokenize=False)
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+        cause = " ".join(str(error).split())[:120]
+        raise UserError(f"the model's chat template cannot render the messages ({cause}); mend them") from None
+
+
+def encode_messages(
+    tokenizer: Any, messages: Sequence[Message], tools: Tools = None, prefix: Sequence[int] = (), first_turn: int = 0
+) -> list[Example]:
+    """Examples that train the assistant's turns of a conversation: one, or one per turn where it has to be.
+
+    first_turn: index of the message from which on turns are trained. Raises UserError as `render` does, and where the
+    assistant has no turn.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
+    if not turns:
+        raise UserError('no message has the role "assistant", so there is nothing to train; add the reply')
+    whole = render(tokenizer, messages[: turns[-1] + 1], tools)
+    prompts = [render(tokenizer, messages[:turn], tools, reply=True) for turn in turns]
+    if all(whole.startswith(prompt) for prompt in prompts):
+        return [_all_turns(tokenizer, whole, prompts, messages, turns, tools, prefix)]
+    return [
+        _one_turn(tokenizer, prompt, messages[: turn + 1], tools, prefix)
+        for turn, prompt in zip(turns, prompts, strict=True)
+    ]
+
+
+def _one_turn(tokenizer, prompt: Rendered, messages: Sequence[Message], tools: Tools, prefix) -> Example:
+    """The last message after its prompt, as the template renders it, or else by its content."""
+    whole = render(tokenizer, messages, tools)
+    if not whole.startswith(prompt):
+        if not messages[-1].get("content") or messages[-1].get("tool_calls"):
+            raise UserError(
+                "the model's chat template does not go on from its own prompt, so no tool call can be shown"
+            )
+        whole = prompt + _spaced(prompt, str(messages[-1]["content"]))
+    turn = len(messages) - 1
+    return _all_turns(tokenizer, whole, [prompt], messages, [turn], tools, prefix)
+
+
+def _spaced(prompt: str, content: str) -> str:
+    """What a reply adds to a prompt that nothing separates it from."""
+    return content if not prompt or prompt[-1].isspace() or content[:1].isspace() else f" {content}"
+
+
+def _all_turns(
+    tokenizer: Any,
+    whole: Rendered,
+    prompts: Sequence[Rendered],
+    messages: Sequence[Message],
+    turns: Sequence[int],
+    tools: Tools,
+    prefix: Sequence[int],
+) -> Example:
+    """One example of the whole text, trained from where a turn goes on from its prompt to the token that ends it."""
+    tokens = encode_prompt(tokenizer, whole)
+    named = getattr(
+        tokenizer, "eos_token_ids", None
+    )  # mlx-lm's set of them; transformers' tokenizers have one id there
+    eos = {tokenizer.eos_token_id} | (named if isinstance(named, set) else set())
+    starts = [_shared(encode_prompt(tokenizer, prompt), tokens) for prompt in prompts]
+    spans = []
+    for turn, start, following in zip(turns, starts, [*starts[1:], len(tokens)], strict=True):
+        limit = following
+        if turn != turns[-1]:
+            # Where the template rendered the turn otherwise when it was the last, only the next prompt bounds it.
+            alone = encode_prompt(tokenizer, render(tokenizer, messages[: turn + 1], tools))
+            limit = _shared(alone, tokens)
+            limit = limit if limit > start else following
+        spans.append((start, next((i + 1 for i in range(start, limit) if tokens[i] in eos), limit)))
+    # What a template puts after the last end, a newline say, is never written by the model.
+    tokens = tokens[: spans[-1][1]]
+    if tokens[-1] not in eos:
+        tokens.append(tokenizer.eos_token_id)
+    shift = len(prefix)
+    gaps = tuple((shift + end, shift + start) for (_, end), (start, _) in pairwise(spans) if end < start)
+    return Example([*prefix, *tokens], max(shift + spans[0][0], 1), gaps)
+
+
+def _shared(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike; a merge over the seam ends the count before it."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

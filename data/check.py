@@ -1,0 +1,279 @@
+"""What a folder of data holds, before anything is trained on it: rows, lengths, labels, duplicates, and every bad line.
+
+    python -m data.check --data data --data-base increasing_mult_2_
+    python -m data.check --data my_rows.jsonl --model mlx-community/Qwen3-0.6B-4bit --max-length 512
+
+Lengths are in tokens of --model's tokenizer; its weights are not opened. The first rows are shown as the model will see
+them, what is trained in ⟦ ⟧. Exit code 2 if there is a bad line. Leaves out mending: it writes nothing.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from data.batching import Example, collate, encode_prompt, num_targets, truncate
+from data.errors import UserError
+from data.examples import (
+    LANGUAGE_ROWS,
+    PREFERENCE_ROWS,
+    PROMPT_ROWS,
+    language_examples,
+    preference_examples,
+    row_prompt,
+)
+from data.records import Row, checked_rows, feature_names
+from data.sources import SPLIT_NAMES, Source, find_split, whole
+
+import numpy as np
+
+KINDS = [*PREFERENCE_ROWS, ("messages", "answer"), *LANGUAGE_ROWS, *PROMPT_ROWS]
+KEYS = {key for keys in KINDS for key in keys} - {"reward"}  # what makes two rows the same
+WHOLE = ("preference pairs", "texts with rewards", "prompts", "prompts with answers")  # in which nothing is masked
+BINS = 8  # of a histogram
+LABELS = 12  # so many different labels are counted one by one, and so many duplicates named
+SHOWN = 1200  # characters of a row
+
+
+@dataclass
+class Report:
+    """What one split holds. lengths: tokens per row; targets: how many of them are trained, after the cut."""
+
+    name: str
+    source: Source
+    kinds: Counter = field(default_factory=Counter)
+    lengths: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    untrained: int = 0
+    rewards: list[float] = field(default_factory=list)
+    answers: Counter = field(default_factory=Counter)
+    places: dict[Any, list[str]] = field(default_factory=lambda: defaultdict(list))  # of every different row
+    first: list[tuple[str, list[Example]]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+
+
+def parse_args() -> argparse.Namespace:
+    # Only the script needs the flags: who imports the functions below imports nothing of training.
+    from training import config
+
+    parser = config.Parser(__doc__)
+    config.add_data_flags(parser)
+    config.add_feature_flags(parser, ("answer",))
+    parser.add_argument("--model", default="tiny-digits", help="whose tokenizer counts: a folder or Hugging Face name")
+    parser.add_argument("--max-length", "--max-seq-length", type=int, default=2048, help="tokens a row is cut to")
+    parser.add_argument("--rows", type=int, default=3, help="first rows of each split to show")
+    args = parser.parse_args()
+    config.positive("max-length", args.max_length)
+    config.positive("rows", args.rows, zero=True)
+    return args
+
+
+def sources(data: str, base: str) -> list[tuple[str, Source]]:
+    """The splits that there are, by name; for one file, that file. Raises UserError where there is none."""
+    if Path(data).is_file():
+        return [(Path(data).name, whole(data))]
+    found: list[tuple[str, Source]] = []
+    missing: UserError | None = None
+    for split in SPLIT_NAMES:
+        try:
+            found.append((split, find_split(data, base, split)))
+        except UserError as error:
+            missing = missing or error
+    if not found and missing is not None:
+        raise missing
+    return found
+
+
+def read(name: str, source: Source, tokenizer: Any, args: argparse.Namespace) -> Report:
+    """Look at every row of a split; a row that does not fit is counted as a bad line and left out of the rest."""
+    report = Report(name, source)
+    for place, row in progress(checked_rows(source, KINDS, feature_names(args), chat=True), name):
+        try:
+            if isinstance(row, UserError):
+                raise row
+            kind, examples = encode(tokenizer, row, args.mask_prompt)
+        except UserError as error:
+            text = str(error).removeprefix(place).lstrip(": ").partition("; write")[0]
+            report.bad.append(f"{place}: {text}")
+            continue
+        report.kinds[kind] += 1
+        report.lengths.append(max(len(example.tokens) for example in examples))
+        cut = [truncate(example, args.max_length) for example in examples]
+        report.targets.append(sum(map(num_targets, cut)))
+        report.untrained += kind not in WHOLE and not any(map(num_targets, cut))
+        if "reward" in row:
+            report.rewards.append(row["reward"])
+        if "answer" in row:
+            report.answers[row["answer"]] += 1
+        report.places[repr(sorted((key, row[key]) for key in KEYS & row.keys()))].append(place)
+        if len(report.first) < args.rows:
+            report.first.append((place, examples))
+    return report
+
+
+def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Example]]:
+    """What kind of row this is, and its examples: as sft.py encodes it, or for a prompt as PPO does."""
+    if "chosen" in row:
+        return "preference pairs", preference_examples(tokenizer, row)
+    if "reward" in row:
+        return "texts with rewards", preference_examples(tokenizer, row)
+    if "text" in row or "completion" in row:
+        kind = "texts" if "text" in row else "prompts with completions"
+        return kind, language_examples(tokenizer, row, mask_prompt=mask_prompt)
+    if "answer" not in row and any(message["role"] == "assistant" for message in row.get("messages", [])):
+        return "conversations", language_examples(tokenizer, row, mask_prompt=mask_prompt)
+    tokens = encode_prompt(tokenizer, row_prompt(tokenizer, row))
+    return "prompts with answers" if "answer" in row else "prompts", [Example(tokens, len(tokens))]
+
+
+def progress(rows, name: str):
+    """The rows, with a bar where someone is watching."""
+    from tqdm import tqdm
+
+    return tqdm(rows, desc=name, unit="row", leave=False, disable=None)
+
+
+# --- what is printed ---
+
+
+def show(report: Report, tokenizer: Any, max_length: int) -> None:
+    """Print what one split holds, but for its bad lines."""
+    count = len(report.lengths)
+    print(bold(f"{report.name}: {report.source}"))
+    kinds = ", ".join(f"{kind}: {number:,}" for kind, number in report.kinds.most_common()) or "no good row"
+    print(f"  {kinds}" + (f", bad lines: {len(report.bad):,}" if report.bad else ""))
+    if not count:
+        return
+    cut = sum(length > max_length for length in report.lengths)
+    lost = f"; with nothing left to train: {report.untrained:,}" if report.untrained else ""
+    print(f"  longer than {max_length:,} tokens, so to be cut: {cut:,}{lost}")
+    lengths = np.array(report.lengths)
+    print(
+        f"  tokens a row: shortest {lengths.min():,}, median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}, "
+        f"95 % up to {np.percentile(lengths, 95):,.0f}, longest {lengths.max():,}"
+    )
+    trained = f", {sum(report.targets):,} of them trained" if any(report.targets) else ""
+    print(f"  tokens in all: {lengths.sum():,}{trained}")
+    bars(binned(report.lengths))
+    if report.rewards:
+        few = len(set(report.rewards)) <= LABELS
+        print(f"  rewards: mean {np.mean(report.rewards):.4g}, {len(set(report.rewards)):,} different")
+        counted = Counter(report.rewards)
+        bars([(f"{value:g}", counted[value]) for value in sorted(counted)] if few else binned(report.rewards))
+    if report.answers:
+        more = f", the {LABELS} most frequent" if len(report.answers) > LABELS else ""
+        print(f"  answers: {len(report.answers):,} different{more}")
+        bars([(" ".join(answer.split())[:24], number) for answer, number in report.answers.most_common(LABELS)])
+    show_repeated("rows that come again", [places for places in report.places.values() if len(places) > 1])
+    for place, examples in report.first:
+        for example in examples:
+            text = marked(tokenizer, truncate(example, max_length))
+            print(f"  {place}, {len(example.tokens):,} tokens")
+            print("\n".join(f"    {line}" for line in text.split("\n")))
+
+
+def show_repeated(what: str, groups: Sequence[Sequence[str]]) -> None:
+    """Print how often something comes again, and the first places."""
+    if not groups:
+        return
+    print(f"  {what}: {sum(len(places) - 1 for places in groups):,}")
+    for places in groups[:LABELS]:
+        more = f" and {len(places) - 2:,} more" if len(places) > 2 else ""
+        print(f"    {places[1]} repeats {places[0]}{more}")
+    if len(groups) > LABELS:
+        print(f"    and {len(groups) - LABELS:,} other rows")
+
+
+def across(reports: Sequence[Report]) -> list[list[str]]:
+    """For every row that is in several splits: its first place in each."""
+    seen: dict[Any, list[str]] = defaultdict(list)
+    for report in reports:
+        for content, places in report.places.items():
+            seen[content].append(places[0])
+    return [places for places in seen.values() if len(places) > 1]
+
+
+def binned(values: Sequence[float]) -> list[tuple[str, int]]:
+    """A histogram as (range, count), with whole bounds for whole values."""
+    low, high = min(values), max(values)
+    if all(isinstance(value, int) for value in values):
+        width = max(-(-(high - low + 1) // BINS), 1)
+        edges = list(range(int(low), int(high) + 1, int(width)))
+        counted = Counter((int(value) - int(low)) // int(width) for value in values)
+        return [(f"{edge:,}" + f" to {edge + width - 1:,}" * (width > 1), counted[i]) for i, edge in enumerate(edges)]
+    counts, bounds = np.histogram(values, bins=BINS)
+    return [(f"{bounds[i]:.3g} to {bounds[i + 1]:.3g}", int(count)) for i, count in enumerate(counts)]
+
+
+def bars(rows: Sequence[tuple[str, int]]) -> None:
+    """Print a bar per row, the longest as wide as the terminal allows."""
+    label = max(len(name) for name, _ in rows)
+    number = max(len(f"{count:,}") for _, count in rows)
+    room = max(min(shutil.get_terminal_size().columns - label - number - 8, 60), 10)
+    most = max(count for _, count in rows) or 1
+    for name, count in rows:
+        length = -(-count * room // most)
+        print(f"    {name:>{label}}  {count:>{number},}  {'█' * length}".rstrip())
+
+
+def marked(tokenizer: Any, example: Example) -> str:
+    """The text of an example as its tokens say it, what is trained in ⟦ ⟧; cut after SHOWN characters."""
+    targets = [0, *collate([example], 0, multiple=1).targets[0]]
+    before, shown, start = "", "", 0
+    for target, group in groupby(targets):
+        end = start + len(list(group))
+        text = tokenizer.decode(example.tokens[:end])
+        # What the tokens add to the text before them: by themselves they might lose a space.
+        piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(example.tokens[start:end])
+        before, start = text, end
+        shown += green(f"⟦{piece}⟧") if target else piece
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]} … and {len(shown) - SHOWN:,} characters more"
+
+
+def _styled(code: str, text: str) -> str:
+    return f"\x1b[{code}m{text}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def bold(text: str) -> str:
+    """`text` in bold, where a terminal shows it."""
+    return _styled("1", text)
+
+
+def green(text: str) -> str:
+    """`text` in green, where a terminal shows it."""
+    return _styled("32", text)
+
+
+def main() -> None:
+    from models.loading import load_tokenizer
+
+    args = parse_args()
+    splits = sources(args.data, args.data_base)
+    tokenizer = load_tokenizer(args.model)
+    reports = []
+    for name, source in splits:
+        reports.append(read(name, source, tokenizer, args))
+        show(reports[-1], tokenizer, args.max_length)
+        print()
+    shared, bad = across(reports), [line for report in reports for line in report.bad]
+    if shared:
+        print(bold("across the splits"))
+        show_repeated("rows that are in several splits", shared)
+        print()
+    if bad:
+        print(bold("bad lines"))
+        print("\n".join(f"  {line}" for line in bad))
+        sys.exit(2)
+    print(f"no bad line in {sum(len(report.lengths) for report in reports):,} rows")
+
+
+if __name__ == "__main__":
+    from training.cli import run
+
+    run(main)

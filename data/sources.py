@@ -1,0 +1,204 @@
+"""Where rows come from: a `.jsonl`, a folder that datasets' `save_to_disk` wrote, or a data set of Hugging Face's hub.
+
+pyarrow, which reads such folders, and datasets, which downloads, are optional and imported only then. Leaves out what
+a row has to hold: data.records.
+
+    python -m pytest tests/test_sources.py
+"""
+
+import functools
+import json
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import UserError
+from data.files import read_json
+
+INSTALL_ARROW = "pip install pyarrow"
+INSTALL_HUB = "pip install datasets"
+SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+HELD_OUT = 0.1  # share of the training rows that validates where a data set has no split for that
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, perhaps with :CONFIGURATION
+
+
+class Split(NamedTuple):
+    """A split of a data set, or the share of its rows between `start` and `end` (0..1). folder: a saved one."""
+
+    data: str
+    split: str
+    folder: Path | None = None
+    start: float = 0.0
+    end: float = 1.0
+
+    def __str__(self) -> str:
+        shares = {(0.0, 1.0): "", (0.0, 1 - HELD_OUT): ", first 90 %", (1 - HELD_OUT, 1.0): ", last 10 %"}
+        return f"{self.data} ({self.split}{shares[self.start, self.end]})"
+
+
+Source = str | Path | Split
+
+
+def find_split(data: str | Path, base: str, split: str) -> Path | Split:
+    """Where the rows of `split` (train, valid or test) are: `DATA/BASEsplit.jsonl`, or a split of a data set.
+
+    data: a folder of .jsonl files, a folder of `save_to_disk`, or OWNER/NAME[:CONFIGURATION] on the hub. Where a data
+    set has no split to validate on, that is the last tenth of its training rows. Raises UserError that lists what is
+    there instead.
+    """
+    folder = Path(data)
+    if is_saved(folder):
+        return _choose(str(data), split, saved_splits(folder))
+    if not folder.exists() and is_hub_name(str(data)):
+        return _choose(str(data), split, dict.fromkeys(_downloaded(str(data))))
+    return _jsonl_split(folder, base, split)
+
+
+def whole(data: str | Path) -> Path | Split:
+    """The one file, or the training split, that `data` names: a .jsonl, a folder of `save_to_disk`, a hub name."""
+    path = Path(data)
+    if is_saved(path):
+        splits = saved_splits(path)
+        split = "train" if "train" in splits else next(iter(splits))
+        return Split(str(data), split, splits[split])
+    if not path.exists() and is_hub_name(str(data)):
+        return Split(str(data), "train")
+    return path
+
+
+def _jsonl_split(folder: Path, base: str, split: str) -> Path:
+    path = folder / f"{base}{split}.jsonl"
+    if path.is_file():
+        return path
+    if not folder.is_dir():
+        raise UserError(f"--data {folder} is no folder; name the one that holds {base}{split}.jsonl")
+    bases = sorted(p.name.removesuffix(f"{split}.jsonl") for p in folder.glob(f"*{split}.jsonl"))
+    found = f"there are the bases {', '.join(map(repr, bases))}" if bases else "there is none for any base"
+    raise UserError(f"{path} does not exist; {found}: set --data and --data-base")
+
+
+def _choose(data: str, split: str, folders: Mapping[str, Path | None]) -> Split:
+    def named(kind: str) -> str | None:
+        return next((name for name in SPLIT_NAMES[kind] if name in folders), None)
+
+    name, held_out = named(split), named("valid") is None
+    if name is None and split == "valid" and "train" in folders:
+        return Split(data, "train", folders["train"], 1 - HELD_OUT, 1.0)
+    if name is None:
+        raise UserError(f"{data} has the splits {', '.join(folders)}, none of which is for {split}; name other --data")
+    return Split(data, name, folders[name], 0.0, 1 - HELD_OUT if split == "train" and held_out else 1.0)
+
+
+def is_hub_name(data: str) -> bool:
+    """Whether `data` could be a data set on the hub: OWNER/NAME, perhaps with :CONFIGURATION, and no .jsonl."""
+    return bool(HUB_NAME.fullmatch(data)) and not data.endswith((".json", ".jsonl"))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether datasets' save_to_disk wrote `folder`: a data set with splits, or a single one."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def saved_splits(folder: Path) -> dict[str, Path]:
+    """The folders of a saved data set by the names of their splits; one without splits is "train"."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = {str(name): folder / str(name) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
+        if splits:
+            return splits
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder} was not written by datasets' save_to_disk (no state.json); name such a folder")
+    return {"train": folder}
+
+
+def contents(source: Source) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row of `source`, unchecked; a line that is no JSON comes as the UserError that says so.
+
+    place is FILE:LINE, or NAME, row N. Raises UserError where nothing can be read at all.
+    """
+    if isinstance(source, Split):
+        rows = arrow_rows(source.folder) if source.folder else _downloaded(source.data)[source.split]
+        # At least one row is held out of two or more.
+        bounds = [min(round(share * len(rows)), len(rows) - (0 < share < 1)) for share in (source.start, source.end)]
+        name = source.folder or f"{source.data} ({source.split})"
+        return ((f"{name}, row {n + 1}", rows[n]) for n in range(*bounds))
+    path = Path(source)
+    if is_saved(path):
+        return contents(whole(path))
+    return _lines(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        # Not splitlines(), which also breaks at U+2028 and others that a JSON string may hold as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return ((f"{path}:{n}", _parsed(line, f"{path}:{n}")) for n, line in enumerate(lines, 1) if line.strip())
+
+
+def _parsed(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"{place} is not valid JSON ({error}); write one object a line")
+
+
+def arrow_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of one saved split. Raises UserError where pyarrow is missing or a file cannot be read."""
+    state = read_json(folder / "state.json")
+    return [row for file in state.get("_data_files", []) for row in _arrow_file(folder / Path(file["filename"]).name)]
+
+
+def _arrow_file(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow as arrow  # optional
+    except ImportError:
+        raise UserError(f"{file.parent} is an Arrow folder, and pyarrow is not installed; {INSTALL_ARROW}") from None
+    try:
+        with arrow.memory_map(str(file)) as mapped:
+            return arrow.ipc.open_stream(mapped).read_all().to_pylist()
+    except (OSError, arrow.ArrowException) as error:
+        raise UserError(
+            f"{file} cannot be read as Arrow ({' '.join(str(error).split())[:100]}); save it anew"
+        ) from None
+
+
+@functools.cache
+def _downloaded(data: str) -> Any:
+    """The splits of the hub's data set OWNER/NAME[:CONFIGURATION], by name. Downloads once; then from its cache."""
+    try:
+        import datasets  # optional
+        import huggingface_hub
+    except ImportError:
+        raise UserError(f"{data} is no folder here; to read it from the Hugging Face hub: {INSTALL_HUB}") from None
+    name, _, configuration = data.partition(":")
+    if not _hub_answers():
+        # Its retries would take a minute; so it looks into its cache at once, or says that it may not ask.
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, configuration or None)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(
+            f"{data} is no folder here, and the Hugging Face hub did not give it ({cause}); check name and network"
+        ) from None
+
+
+def _hub_answers() -> bool:
+    """Whether there is a way to the hub. Behind a proxy that cannot be told beforehand, and is taken for granted."""
+    import huggingface_hub
+
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
+    except OSError:
+        return False
+    return True
