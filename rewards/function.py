@@ -70,7 +70,7 @@ def checked(function: Callable[[list[str], list[str]], Any], name: str | None = 
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward function {label} failed: {_summary(error)}; mend it") from error
+            raise UserError(f"reward function {label} failed: {error_summary(error)}; mend it") from error
         if values is None:
             raise UserError(f"reward function {label} returned {_shown(result)}; return a list of {count} numbers")
         if len(values) != count:
@@ -93,7 +93,7 @@ def _import(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(name, None)
-        raise UserError(f"{path} cannot be imported: {_summary(error)}; mend it") from error
+        raise UserError(f"{path} cannot be imported: {error_summary(error)}; mend it") from error
     return module
 
 
@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
     return " ".join(repr(value).split())[:80]
 
 
-def _summary(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """Type, message and place of an exception, in one line."""
     traced = traceback.extract_tb(error.__traceback__)
     # Ours and the import machinery's would point at the wrong file; a SyntaxError names its line itself.

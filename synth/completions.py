@@ -41,7 +41,7 @@ class Reply(NamedTuple):
 class Ask:
     """One question. sample: index among separate calls with the same rest; stage: the ledger's row.
 
-    temperature and max_tokens are always sent, because servers differ in their defaults.
+    temperature and max_tokens are always sent, because servers differ in their defaults; top_p where it is given.
     """
 
     messages: list[dict]
@@ -50,6 +50,7 @@ class Ask:
     max_tokens: int = 1024
     sample: int = 0
     stage: str = ""
+    top_p: float | None = None
 
 
 def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Stored:

@@ -3,7 +3,8 @@
 It serves the demo and the tests, over real HTTP, without network and without a model. Its one output is its URL, on
 one line. What is random in an answer (whether it is wrong, and how) follows from the seed, the messages and the
 sample index alone, so that a run that was killed and started again gets the answers it would have got.
-Leaves out streaming, tools, and every task that has no rule (synth/offline_rules.py).
+Leaves out streaming, tools, and every task that has no rule (synth/offline_rules.py). What temperature, top_p and the
+template change stands in synth/offline_sampling.py.
 
     python -m synth.offline_teacher --port 8080 --error-rate 0.2      with OfflineTeacher() as server: server.url
 """
@@ -25,14 +26,17 @@ from typing import Any, NamedTuple
 from data.errors import UserError
 from synth.completions import SAMPLE_HEADER
 from synth.limits import count_tokens
+from synth.offline_reviews import Reviews
 from synth.offline_rules import Arithmetic, Digits, Facts, Rule, Sample
+from synth.offline_sampling import favourite, sampling_of
 from synth.prompts import STAGES
 from synth.task import SHIPPED, load_task
 from training.cli import run
 from training.config import Parser
 
 MODEL = "offline-teacher"
-TASKS = ("arithmetic", "digits", "library_facts")  # it knows these, by their instructions
+TASKS = ("arithmetic", "digits", "library_facts", "reviews")  # it knows these, by their instructions
+NEW = ("new_sample", "harder", "easier")  # stages whose answer is a sample
 MOST_BYTES = 16_000_000  # of a request
 SECTION = re.compile(r"^<(\w+) ([a-z]+)>\n(.*?)\n</\1 \2>$", re.DOTALL | re.MULTILINE)  # as synth/prompts.py writes
 APOLOGY = "I'm sorry, but I can't help with that."
@@ -50,6 +54,7 @@ class Request(NamedTuple):
     stage: str
     rule: Rule
     sections: dict[str, str]
+    prompt: str
 
 
 class OfflineTeacher:
@@ -77,7 +82,7 @@ class OfflineTeacher:
             raise UserError(f"--latency-ms is {latency_ms} and --port {port}; at least 0, and 0 to 65535 are possible")
         self.error_rate, self.malformed_rate, self.refusal_rate = error_rate, malformed_rate, refusal_rate
         self.latency, self.seed, self.port = latency_ms / 1000, seed, port
-        rules: dict[str, Rule] = dict(zip(TASKS, (Arithmetic(), Digits(), Facts(seed)), strict=True))
+        rules: dict[str, Rule] = dict(zip(TASKS, (Arithmetic(), Digits(), Facts(seed), Reviews()), strict=True))
         self.rules = {load_task(SHIPPED / f"{name}.yaml").instruction: rule for name, rule in rules.items()}
         self.names = ", ".join(rules)
         self.calls = 0
@@ -108,7 +113,8 @@ class OfflineTeacher:
     def complete(self, body: dict[str, Any], sample: str | None = None) -> dict[str, Any]:
         """The chat completion for a request's body. sample: the index the client sent, if any. Raises BadRequest."""
         messages = _checked_messages(body)
-        rng = Random(self._identity(body, messages, sample))
+        identity = self._identity(body, messages, sample)
+        rng = Random(identity)
         schema = _schema(body)
         request = self._read(messages, schema)
         if request is None:
@@ -117,7 +123,9 @@ class OfflineTeacher:
         refused, malformed, wrong = (rng.random() for _ in range(3))
         if refused < self.refusal_rate:
             return _completion(body, None if schema else APOLOGY, APOLOGY if schema else None)
-        content = _content(request, rng, wrong < self.error_rate)
+        sampling = sampling_of(body, request.prompt, self.error_rate)
+        source = favourite(identity, sampling.repeats, self.seed, type(request.rule).__name__) or rng
+        content = _content(request, source if request.stage in NEW else rng, wrong < sampling.error_rate)
         if malformed < self.malformed_rate:
             return _completion(body, _spoiled(rng, content))
         if isinstance(content, dict):
@@ -144,7 +152,7 @@ class OfflineTeacher:
         prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
         rule = next((rule for text, rule in self.rules.items() if prompt.startswith(f"Task: {text}\n")), None)
         if stage is not None and rule is not None:
-            return Request(stage, rule, {name: text for name, _, text in SECTION.findall(prompt)})
+            return Request(stage, rule, {name: text for name, _, text in SECTION.findall(prompt)}, prompt)
         if schema is not None and stage is None:
             return None
         raise BadRequest(f"the offline teacher knows the prompts of the tasks {self.names} only; name another teacher")

@@ -188,3 +188,17 @@ def _code(text: str) -> str:
     digests = (hashlib.sha256(f"{n} {text}".encode("utf-8", "replace")).hexdigest() for n in itertools.count())
     codes = (digest[:CODE_LENGTH].translate(LETTERS) for digest in digests)
     return next(code for code in codes if code not in text)
+
+
+# What the tuner may choose between (synth/sampler.py); {request} is the request as it would be without a template.
+TEMPLATES = {
+    "plain": "{request}",
+    "varied": "{request}\n\nChoose a subject, numbers and words that few others would choose.",
+    "careful": "{request}\n\nWork the output out twice, in two ways, before you write it down.",
+}
+
+
+def with_template(messages: list[dict], template: str) -> list[dict]:
+    """The messages of a stage with the text of a template about the request, which is the last of them."""
+    request = messages[-1]
+    return [*messages[:-1], {**request, "content": template.replace("{request}", request["content"])}]

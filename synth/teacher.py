@@ -263,6 +263,7 @@ class Teacher:
         """The request's body, in the form the endpoint takes."""
         form = {"model": self.model, "messages": ask.messages, "temperature": ask.temperature}
         form[self._tokens_name] = ask.max_tokens
+        form |= {"top_p": ask.top_p} if ask.top_p is not None else {}
         native = self._native and ask.schema not in self._not_native
         if ask.schema and (native or ask.schema is structured.Probe):
             form["response_format"] = structured.response_format(ask.schema)
@@ -323,6 +324,7 @@ class Teacher:
 
     def _key_of(self, ask: Ask) -> str:
         parameters = {"temperature": ask.temperature, "max_tokens": ask.max_tokens}
+        parameters |= {"top_p": ask.top_p} if ask.top_p is not None else {}  # where it is not sent, as ever
         schema = structured.schema_of(ask.schema) if ask.schema else None
         return cache_key(self.endpoint, self.model, ask.messages, parameters, schema, ask.sample)
 

@@ -1,0 +1,121 @@
+"""Tune how data is generated for a target model (docs/tuner.md).
+
+    python -m synth.tune --config synth/tuner_examples/reviews.yaml      offline: a scikit-learn classifier as target
+    python -m synth.tune --config synth/tuner_examples/digits.yaml       offline: tiny-digits as target
+    python -m synth.tune --resume RUN_FOLDER                             after a stop or a kill
+
+Leaves out the search itself (synth/tuner.py).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from data.records import read_rows
+from synth.examples import read_examples
+from synth.intervals import difference
+from synth.run import alone
+from synth.targets import SftTarget, TargetModel, load_target, takes_validation
+from synth.task import load_task
+from synth.tuner import RLTuner
+from synth.tuner_config import Config, config_from, load_config
+from training import config as flags
+from training.cli import run
+from training.metrics import resumed_config, start_run_folder
+
+
+def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = flags.Parser(__doc__, yaml_file=False)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; its keys stand in synth/tuner_config.py")
+    parser.add_argument("--output-dir", help="run folder (default: the file's, or runs/tune-TIME)")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own configuration")
+    parser.add_argument(
+        "--confirm", type=int, default=0, help="then compare with the start's settings, on so many fresh batches each"
+    )
+    return parser.parse_args(args)
+
+
+def configuration(args: argparse.Namespace) -> Config:
+    """The configuration of --config, or of the run that --resume names, with its run folder.
+
+    With both, the file's: it may name another port of the teacher, or more iterations.
+    """
+    if not args.config and not args.resume:
+        raise UserError("neither --config nor --resume is given; name a YAML file such as docs/tuner.md shows")
+    if args.config:
+        config, place = load_config(args.config), args.config
+    else:
+        place = f"{args.resume}/config.json"
+        config = config_from(resumed_config(args.resume), place)
+    if not config.rl_tuning.enable_rl_tuning:
+        raise UserError(f"{place} sets rl_tuning.enable_rl_tuning to false; set it to true to tune")
+    folder = args.resume or args.output_dir or config.output_dir or flags.default_output_dir("tune")
+    return replace(config, output_dir=str(folder))
+
+
+def target_of(config: Config, lock: int) -> tuple[TargetModel, list[dict[str, Any]]]:
+    """The target and its validation rows: the user's function and file, or the built-in target and the task's rows."""
+    tuning = config.rl_tuning
+    if tuning.target_model_path:
+        function = load_target(tuning.target_model_path)
+        rows = read_rows(tuning.validation_data_path, [()]) if tuning.validation_data_path else []
+        if takes_validation(function) and not rows:
+            raise UserError(
+                f"{tuning.target_model_path} takes a validation set, and there is none; give validation_data_path"
+            )
+        return function, rows
+    if not config.task:
+        raise UserError("neither a target nor a task is named; write target_model_path: file.py:function, or `task:`")
+    task = load_task(config.task)
+    rows = task.evaluation
+    if tuning.validation_data_path:
+        check = task.answer.readable if task.answer else None
+        rows = read_examples(tuning.validation_data_path, tuning.validation_data_path, check)
+    if not rows:
+        raise UserError(f"the task {task.name} has no evaluation rows to validate on; give validation_data_path")
+    assert config.output_dir is not None, "synth.tune always has a run folder"
+    go_on = f"python -m synth.tune --resume {config.output_dir}"
+    target = SftTarget(
+        task, config.output_dir, config.sft_model, config.sft_iters, config.sft_flags, config.seed, go_on, (lock,)
+    )
+    return target, [dict(row) for row in rows]
+
+
+def confirmation(found: dict[str, list[float]], metric: str) -> str:
+    """The comparison on fresh batches, as a line."""
+    interval = difference(found["start"], found["best"]).interval
+    means = {name: sum(some) / len(some) for name, some in found.items()}
+    return (
+        f"on {len(found['best'])} fresh batches each: {metric} {means['best']:.3f} by the best settings, "
+        f"{means['start']:.3f} by those of the start; difference {interval} (95 %, bootstrap over batches)"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.confirm < 0:
+        raise UserError(f"--confirm is {args.confirm}; it has to be at least 0")
+    config = configuration(args)
+    folder = Path(str(config.output_dir))
+    if not args.resume:
+        start_run_folder(folder, config.as_dict())
+    with alone(folder) as lock:
+        target, validation = target_of(config, lock)
+        with RLTuner(config, target, validation) as tuner:
+            if (folder / "tuner").is_dir():
+                tuner.load(folder / "tuner")
+            tuner.train()
+            best = tuner.best
+            print(f"best of {len(tuner.history)} target calls: iteration {best.number} ({best.settings})")
+            if args.confirm:
+                print(confirmation(tuner.confirm(args.confirm), config.rl_tuning.reward_metric))
+            else:
+                print("its metric is the best of several, so it promises too much; --confirm 5 measures it anew")
+
+
+if __name__ == "__main__":
+    run(main)
