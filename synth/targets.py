@@ -100,9 +100,9 @@ class SftTarget:
 
     Metrics: accuracy (the mean of the task's scores), also as mean_score; valid_loss, of the validation rows. What it
     does for a set of rows is kept in a folder named by their digest: a call that was cut goes on from its last
-    checkpoint, and one that was finished is not made again. flags: further ones of sft.py, as one text; go_on: the
-    command by which to go on; files: open files that the script keeps open as long as it runs, even if this process is
-    killed. Raises UserError where the script fails, Stopped where it was stopped.
+    checkpoint, and one that was finished is not made again. flags: further ones of sft.py, as one text; temperature: of
+    the completions; go_on: the command by which to go on; files: open files that the script keeps open as long as it
+    runs, even if this process is killed. Raises UserError where the script fails, Stopped where it was stopped.
     """
 
     def __init__(
@@ -112,12 +112,14 @@ class SftTarget:
         model: str = "tiny-digits",
         iters: int = 100,
         flags: str = "",
+        temperature: float = 0.0,
         seed: int = 0,
         go_on: str = "",
         files: Sequence[int] = (),
     ):
         self.task, self.folder, self.model = task, Path(folder) / "target", model
-        self.iters, self.flags, self.seed, self.go_on, self.files = iters, flags, seed, go_on, files
+        self.iters, self.flags, self.temperature, self.seed = iters, flags, temperature, seed
+        self.go_on, self.files = go_on, files
 
     def __call__(self, rows: Sequence[Row], validation: Sequence[Row]) -> Metrics:
         made_of = json.dumps([rows, validation, self.model, self.iters, self.flags, self.seed], sort_keys=True)
@@ -126,7 +128,7 @@ class SftTarget:
         if not (training / "summary.json").is_file():
             self._train(folder, training, rows, validation)
         with Cache(folder / "completions.sqlite") as store:
-            model = BaseModel(self.model, folder / "adapter", COMPLETION_TOKENS, 0.0, self.seed, BATCH)
+            model = BaseModel(self.model, folder / "adapter", COMPLETION_TOKENS, self.temperature, self.seed, BATCH)
             prompts = [Rollout(self.task.prompt(row["input"]), 0) for row in validation]
             scores = scores_of(self.task, validation, draw(prompts, model, store))
         score = sum(scores) / len(scores)

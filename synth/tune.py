@@ -78,9 +78,16 @@ def target_of(config: Config, lock: int) -> tuple[TargetModel, list[dict[str, An
     if not rows:
         raise UserError(f"the task {task.name} has no evaluation rows to validate on; give validation_data_path")
     assert config.output_dir is not None, "synth.tune always has a run folder"
-    go_on = f"python -m synth.tune --resume {config.output_dir}"
     target = SftTarget(
-        task, config.output_dir, config.sft_model, config.sft_iters, config.sft_flags, config.seed, go_on, (lock,)
+        task,
+        config.output_dir,
+        config.sft_model,
+        config.sft_iters,
+        config.sft_flags,
+        config.eval_temperature,
+        config.seed,
+        go_on=f"python -m synth.tune --resume {config.output_dir}",
+        files=(lock,),
     )
     return target, [dict(row) for row in rows]
 

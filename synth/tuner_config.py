@@ -77,7 +77,8 @@ class RLTuningConfig:
 class Config:
     """What generates, by which settings at first, and within which the agent may choose.
 
-    templates: name → text with {request}, or a list of shipped names; sft_*: of the built-in target.
+    templates: name → text with {request}, or a list of shipped names; sft_* and eval_temperature: of the built-in
+    target, whose completions are the most likely ones at 0.
     """
 
     task: str = ""
@@ -96,6 +97,7 @@ class Config:
     sft_model: str = "tiny-digits"
     sft_iters: Positive = 100
     sft_flags: str = ""
+    eval_temperature: Annotated[float, Field(ge=0)] = 0.0
     output_dir: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     rl_tuning: RLTuningConfig = field(default_factory=RLTuningConfig)

@@ -1,0 +1,281 @@
+"""The tuner's agents against each other, against no search, and where nothing matters: what is found, on fresh data.
+
+    python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 15 minutes of one core
+    python benchmarks/tuner_controls.py --environments simulated "simulated, null" --seeds 3
+
+Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
+classifier of reviews that the offline teacher writes, as in synth/tuner_examples (needs scikit-learn; tpe needs
+optuna). Of each a null twin, whose metric varies as much and does not depend on the settings.
+
+Every cell, one agent on one environment by one seed, makes equally many target calls; then the settings that it calls
+best and those of the start are evaluated on fresh batches and, for reviews, on fresh test rows. Two questions: is that
+better than the start's, and better than what the same search finds without learning? A cell is a file in the output
+folder; those that are there are not run again. Ends with a table, also as a file.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
+from data.files import atomic_file, read_json, write_json  # noqa: E402
+from synth import structured  # noqa: E402
+from synth.completions import Ask, Reply, read_completion  # noqa: E402
+from synth.intervals import difference  # noqa: E402
+from synth.limits import Cost  # noqa: E402
+from synth.offline_reviews import Reviews  # noqa: E402
+from synth.offline_teacher import OfflineTeacher  # noqa: E402
+from synth.prompts import TEMPLATES  # noqa: E402
+from synth.sampler import Results, Sampler, Settings, Space  # noqa: E402
+from synth.task import SHIPPED, load_task  # noqa: E402
+from synth.task_generator import TaskGenerator  # noqa: E402
+from synth.tuner import RLTuner  # noqa: E402
+from synth.tuner_agents import Agent, Defaults, Outcome  # noqa: E402
+from synth.tuner_config import Config, config_from  # noqa: E402
+from synth.tuner_examples.classifier import accuracy  # noqa: E402
+from training import config as flags  # noqa: E402
+from training.cli import run  # noqa: E402
+
+from tqdm import tqdm  # noqa: E402
+
+Rows = list[dict[str, Any]]
+FAST: dict[str, Any] = {"step_size": 0.2, "learning_rate": 0.03}  # than the defaults, 0.05 and 0.001
+VARIANTS: dict[str, dict[str, Any]] = {
+    "defaults": {"rl_algorithm": "defaults"},
+    "uniform draws": {"rl_algorithm": "defaults"},  # takes the place of the agent
+    "random search": {"rl_algorithm": "random_search"},
+    "random search, fast": {"rl_algorithm": "random_search", "step_size": 0.2},
+    "policy, never updated, fast": {"rl_algorithm": "reinforce", **FAST, "update_every": 10**9},
+    "REINFORCE": {"rl_algorithm": "reinforce"},
+    "REINFORCE, fast": {"rl_algorithm": "reinforce", **FAST},
+    "PPO, fast": {"rl_algorithm": "ppo", **FAST},
+    "TPE": {"rl_algorithm": "tpe"},
+}
+# What an agent has to beat to have learned anything: the same without learning.
+CONTROLS = {
+    "random search": "uniform draws",
+    "random search, fast": "uniform draws",
+    "REINFORCE": "policy, never updated, fast",
+    "REINFORCE, fast": "policy, never updated, fast",
+    "PPO, fast": "policy, never updated, fast",
+    "TPE": "uniform draws",
+}
+ENVIRONMENTS = ("simulated", "simulated, null", "reviews", "reviews, null")
+NOISE = 0.02  # of the simulated metric, one standard deviation
+BATCH = 100  # rows
+VALIDATION, TEST, CLEAN = 200, 1000, 80  # rows of reviews; CLEAN: that the null twin trains on
+LEVEL = 0.05
+
+
+class UniformDraws(Defaults):
+    """Settings drawn evenly from the whole space, whatever came of the last."""
+
+    def __init__(self, space: Space, seed: int):
+        self.space, self.rng = space, Random(seed)
+
+    def propose(self, last: Outcome) -> Settings:
+        numbers = (self.rng.uniform(*limits) for limits in (self.space.temperature, self.space.top_p))
+        return Settings(*numbers, self.rng.choice(self.space.templates), self.rng.choice(self.space.methods))
+
+
+class Simulated:
+    """A generator whose rows hold nothing but the settings and a number, for `simulated_target`."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def generate_from_seed(self, count: int, first: int = 1) -> Results:
+        return Results([{"settings": vars(self.sampler.get()), "number": first}])
+
+    evolve_instructions = generate_from_seed
+
+
+def quality(settings: Settings) -> float:
+    """The simulated metric without noise: best, 0.8, at temperature 0.5 and top_p 0.8 with the template careful."""
+    missed = 0.25 * (settings.temperature - 0.5) ** 2 + 0.1 * (settings.top_p - 0.8) ** 2
+    return 0.8 - missed - 0.05 * (settings.template != "careful")
+
+
+def digest(rows: Rows) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def simulated_target(seed: int, null: bool) -> Callable[[Rows], dict[str, float]]:
+    def target(rows: Rows) -> dict[str, float]:
+        noise = Random(f"{seed} {digest(rows)}").gauss(0, NOISE)
+        return {"accuracy": quality(Settings() if null else Settings(**rows[0]["settings"])) + noise}
+
+    return target
+
+
+def reviews(identity: str, count: int) -> Rows:
+    """Reviews with the right labels, by rule."""
+    rng, rule = Random(identity), Reviews()
+    return [rule.sample(rng, None)._asdict() for _ in range(count)]
+
+
+def null_reviews_target(rows: Rows, validation: Rows) -> dict[str, float]:
+    """As `accuracy`, but trained on right rows that have nothing to do with the given ones, and vary with them."""
+    return accuracy(reviews(digest(rows), CLEAN), validation)
+
+
+def direct(teacher: OfflineTeacher) -> Callable[[Sequence[Ask]], list[Reply]]:
+    """Ask an offline teacher without HTTP, ten times as fast."""
+
+    def reply(ask: Ask) -> Reply:
+        assert ask.schema is not None, "samples are asked for by a schema"
+        body = {"messages": ask.messages, "temperature": ask.temperature, "top_p": ask.top_p}
+        body["response_format"] = structured.response_format(ask.schema)
+        stored = read_completion(teacher.complete(body, str(ask.sample)), ask, str)
+        parsed, reason = structured.read_json_answer(stored.text, ask.schema)
+        return Reply(stored.text, parsed, "ok" if parsed else "malformed", Cost(0, 0), False, reason)
+
+    return lambda asks: [reply(ask) for ask in asks]
+
+
+def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RLTuner:
+    """The tuner of a cell. agent: in place of the configuration's."""
+    sampler, seed, null = Sampler(config.space, config.settings, config.templates), config.seed, "null" in environment
+    if environment.startswith("simulated"):
+        return RLTuner(config, simulated_target(seed, null), [], Simulated(sampler), agent)
+    task = load_task(SHIPPED / "reviews.yaml")
+    generator = TaskGenerator(task, sampler, direct(OfflineTeacher(seed=seed)))
+    target = null_reviews_target if null else accuracy
+    return RLTuner(config, target, reviews(f"validation {seed}", VALIDATION), generator, agent)
+
+
+def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:
+    """Search, then evaluate start and best on `fresh` batches each, on rows that the search has never seen."""
+    tuning = {"num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
+    config = config_from({"templates": list(TEMPLATES), "seed": seed, "rl_tuning": tuning}, variant)
+    agent = UniformDraws(config.space, seed) if variant == "uniform draws" else None
+    tuner = tuner_of(environment, config, agent)
+    tuner.train()
+    tuner.validation_dataset = reviews(f"test {seed}", TEST)
+    found = {name: sum(some) / len(some) for name, some in tuner.confirm(fresh).items()}
+    promised = tuner.best.metric - tuner.history[0].metric
+    late = [one.metric for one in tuner.history[-max(1, iterations // 4) :]]
+    more = {"settings": str(tuner.best.settings), "calls": len(tuner.history)}
+    return {**found, "promised": promised, "late": sum(late) / len(late), **more}
+
+
+def cell_path(folder: Path, environment: str, variant: str, seed: int) -> Path:
+    return folder / "cells" / f"{environment} - {variant} - {seed}.json"
+
+
+def sign_flip(deltas: Sequence[float]) -> float:
+    """Exact two-sided p-value of paired differences: the share of all sign patterns with a mean as far from 0."""
+    seen = abs(sum(deltas))
+    sums = (
+        abs(sum(s * d for s, d in zip(signs, deltas, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(deltas))
+    )
+    return sum(value >= seen - 1e-12 for value in sums) / 2 ** len(deltas)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several questions, adjusted so that one false claim among all is as rare (Holm, 1979)."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def table(folder: Path, environments: Sequence[str], variants: Sequence[str], seeds: int) -> str:
+    """One line an agent, environment by environment; p-values are adjusted over the agents of an environment."""
+    lines = []
+    for environment in environments:
+        cells = {name: read_cells(folder, environment, name, seeds) for name in variants}
+        best = {name: [cell["best"] for cell in some] for name, some in cells.items()}
+        start = {name: [cell["start"] for cell in some] for name, some in cells.items()}
+        gains = compared({name: (start[name], best[name]) for name in variants if name != "defaults"})
+        against = {
+            name: (best[control], best[name]) for name, control in CONTROLS.items() if {name, control} <= {*best}
+        }
+        over = compared(against)
+        lines += [
+            f"**{environment}**, {seeds} seeds",
+            "",
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" * len(COLUMNS) + "|",
+        ]
+        for name, some in cells.items():
+            shown = [f"{mean(cell[key] for cell in some):.3f}" for key in ("best", "late", "promised")]
+            words = [name, shown[0], gains.get(name, ""), over.get(name, ""), *shown[1:]]
+            lines.append("| " + " | ".join(words) + " |")
+        lines += [
+            "",
+            f"The settings of the start have {mean(map(mean, start.values())):.3f} on the same fresh data.",
+            "",
+        ]
+    return "\n".join(lines).rstrip()
+
+
+COLUMNS = (
+    "agent",
+    "best settings, fresh data",
+    "gain on the start [95 %], p",
+    "gain on its control [95 %], p",
+    "last quarter of the search",
+    "gain that the search promised",
+)
+
+
+def read_cells(folder: Path, environment: str, variant: str, seeds: int) -> list[dict[str, Any]]:
+    return [read_json(cell_path(folder, environment, variant, seed)) for seed in range(seeds)]
+
+
+def compared(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, str]:
+    """Second less first, paired by seed: the interval by bootstrap, the p-value exact and adjusted; * where p < 0.05."""
+    p_values = holm([sign_flip([b - a for a, b in zip(*pair, strict=True)]) for pair in pairs.values()])
+    return {
+        name: f"{difference(*pair).interval}, {p_value:.3f}{' *' if p_value < LEVEL else ''}"
+        for (name, pair), p_value in zip(pairs.items(), p_values, strict=True)
+    }
+
+
+def parse_args() -> argparse.Namespace:
+    parser = flags.Parser(__doc__, yaml_file=False)
+    parser.add_argument("--environments", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=20, help="target calls of a search, beside the baseline's")
+    parser.add_argument("--fresh", type=int, default=10, help="fresh batches, of the start and of the best each")
+    parser.add_argument("--output-dir", default="runs/tuner_controls", help="folder of all cells")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    for name in ("seeds", "iterations", "fresh"):
+        flags.positive(name, getattr(args, name))
+    folder = Path(args.output_dir)
+    budget, settings = folder / "settings.json", {"iterations": args.iterations, "fresh": args.fresh}
+    if budget.is_file() and read_json(budget) != settings:
+        raise UserError(f"{folder} holds cells of {read_json(budget)}; name another --output-dir")
+    write_json(budget, settings)
+    cells = [(e, v, seed) for seed in range(args.seeds) for e in args.environments for v in args.variants]
+    for cell in tqdm(cells, desc="cells", unit="cell"):
+        path = cell_path(folder, *cell)
+        if not path.is_file():
+            write_json(path, run_cell(*cell, args.iterations, args.fresh))
+    text = table(folder, args.environments, args.variants, args.seeds)
+    with atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n\n{folder}/table.md")
+
+
+if __name__ == "__main__":
+    run(main)
