@@ -1,7 +1,7 @@
 """The tuner's agents against each other, against no search, and where nothing matters: what is found, on fresh data.
 
     python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 15 minutes of one core
-    python benchmarks/tuner_controls.py --environments simulated "simulated, null" --seeds 3
+    python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir runs/long
 
 Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
 classifier of reviews that the offline teacher writes, as in synth/tuner_examples (needs scikit-learn; tpe needs
@@ -84,8 +84,8 @@ class UniformDraws(Defaults):
         self.space, self.rng = space, Random(seed)
 
     def propose(self, last: Outcome) -> Settings:
-        numbers = (self.rng.uniform(*limits) for limits in (self.space.temperature, self.space.top_p))
-        return Settings(*numbers, self.rng.choice(self.space.templates), self.rng.choice(self.space.methods))
+        temperature, top_p = (self.rng.uniform(*limits) for limits in (self.space.temperature, self.space.top_p))
+        return Settings(temperature, top_p, self.rng.choice(self.space.templates), self.rng.choice(self.space.methods))
 
 
 class Simulated:
@@ -195,41 +195,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def table(folder: Path, environments: Sequence[str], variants: Sequence[str], seeds: int) -> str:
     """One line an agent, environment by environment; p-values are adjusted over the agents of an environment."""
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
+    controls = {name: control for name, control in CONTROLS.items() if {name, control} <= {*variants}}
     lines = []
     for environment in environments:
         cells = {name: read_cells(folder, environment, name, seeds) for name in variants}
-        best = {name: [cell["best"] for cell in some] for name, some in cells.items()}
-        start = {name: [cell["start"] for cell in some] for name, some in cells.items()}
-        gains = compared({name: (start[name], best[name]) for name in variants if name != "defaults"})
-        against = {
-            name: (best[control], best[name]) for name, control in CONTROLS.items() if {name, control} <= {*best}
-        }
-        over = compared(against)
-        lines += [
-            f"**{environment}**, {seeds} seeds",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---" * len(COLUMNS) + "|",
-        ]
-        for name, some in cells.items():
-            shown = [f"{mean(cell[key] for cell in some):.3f}" for key in ("best", "late", "promised")]
-            words = [name, shown[0], gains.get(name, ""), over.get(name, ""), *shown[1:]]
+        means = {(name, key): [cell[key] for cell in some] for name, some in cells.items() for key in KEYS}
+        gains = compared({name: (means[name, "start"], means[name, "best"]) for name in variants if name != "defaults"})
+        over, later = (
+            compared({name: (means[control, key], means[name, key]) for name, control in controls.items()})
+            for key in ("best", "late")
+        )
+        lines += [f"**{environment}**, {seeds} seeds; at the start {mean(means[variants[0], 'start']):.3f}", "", *head]
+        for name in variants:
+            best, promised, late = (f"{mean(means[name, key]):.3f}" for key in ("best", "promised", "late"))
+            words = [name, best, gains.get(name, ""), over.get(name, ""), promised, late, later.get(name, "")]
             lines.append("| " + " | ".join(words) + " |")
-        lines += [
-            "",
-            f"The settings of the start have {mean(map(mean, start.values())):.3f} on the same fresh data.",
-            "",
-        ]
+        lines.append("")
     return "\n".join(lines).rstrip()
 
 
+KEYS = ("start", "best", "promised", "late")
 COLUMNS = (
     "agent",
     "best settings, fresh data",
     "gain on the start [95 %], p",
     "gain on its control [95 %], p",
-    "last quarter of the search",
     "gain that the search promised",
+    "last quarter of the search",
+    "gain there on its control [95 %], p",
 )
 
 
@@ -238,7 +232,7 @@ def read_cells(folder: Path, environment: str, variant: str, seeds: int) -> list
 
 
 def compared(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, str]:
-    """Second less first, paired by seed: the interval by bootstrap, the p-value exact and adjusted; * where p < 0.05."""
+    """Second less first, paired by seed: interval by bootstrap, p-value exact and adjusted, * where it is below 0.05."""
     p_values = holm([sign_flip([b - a for a, b in zip(*pair, strict=True)]) for pair in pairs.values()])
     return {
         name: f"{difference(*pair).interval}, {p_value:.3f}{' *' if p_value < LEVEL else ''}"
