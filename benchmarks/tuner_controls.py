@@ -1,7 +1,7 @@
 """The tuner's agents against each other, against no search, and where nothing matters: what is found, on fresh data.
 
     python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 15 minutes of one core
-    python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir runs/long
+    python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir DIR
 
 Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
 classifier of reviews that the offline teacher writes, as in synth/tuner_examples (needs scikit-learn; tpe needs
@@ -65,7 +65,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 CONTROLS = {
     "random search": "uniform draws",
     "random search, fast": "uniform draws",
-    "REINFORCE": "policy, never updated, fast",
     "REINFORCE, fast": "policy, never updated, fast",
     "PPO, fast": "policy, never updated, fast",
     "TPE": "uniform draws",
@@ -232,7 +231,7 @@ def read_cells(folder: Path, environment: str, variant: str, seeds: int) -> list
 
 
 def compared(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, str]:
-    """Second less first, paired by seed: interval by bootstrap, p-value exact and adjusted, * where it is below 0.05."""
+    """Second less first, paired by seed: interval by bootstrap; p-value exact, adjusted, * where it is below 0.05."""
     p_values = holm([sign_flip([b - a for a, b in zip(*pair, strict=True)]) for pair in pairs.values()])
     return {
         name: f"{difference(*pair).interval}, {p_value:.3f}{' *' if p_value < LEVEL else ''}"

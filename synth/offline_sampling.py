@@ -36,7 +36,7 @@ def sampling_of(body: Mapping[str, Any], prompt: str, error_rate: float) -> Samp
     """What a request's parameters and template make of the teacher's error rate. prompt: what the user is told."""
     temperature, top_p = (_number(body.get(name)) for name in ("temperature", "top_p"))
     spread = temperature * top_p
-    template = next((name for name, text in TEMPLATES.items() if _demand(text) and prompt.endswith(_demand(text))), "")
+    template = next((name for name, text in TEMPLATES.items() if _demand(text) and _demand(text) in prompt), "")
     odds = {"varied": VARIED_ODDS, "careful": CAREFUL_ODDS}.get(template, 1.0) * math.exp(STEEPNESS * (spread - 1))
     repeats = max(0.0, 1 - spread) * (VARIED_REPEATS if template == "varied" else 1.0)
     return Sampling(error_rate * odds / (1 - error_rate + error_rate * odds), repeats)

@@ -347,7 +347,7 @@ def test_what_has_no_rule_is_declined_in_words():
     teacher = OfflineTeacher()
     other = Task("t", "Translate into French.", answer=NUMBER)
     for messages in ([{"role": "user", "content": "Hello"}], prompts.answer(other, "Hello"), prompts.keywords(other)):
-        with pytest.raises(BadRequest, match="arithmetic, digits, library_facts only"):
+        with pytest.raises(BadRequest, match="arithmetic, digits, library_facts, reviews only"):
             teacher.complete(body(messages))
     assert NUMBER.extract(text(teacher, prompts.answer(SUMS, "What is love?"))) is None
 
