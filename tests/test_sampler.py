@@ -57,7 +57,7 @@ def test_impossible_spaces_are_refused(wrong):
 
 
 def test_a_template_needs_a_place_for_the_request():
-    with pytest.raises(UserError, match="'mine' has no text with {request}"):
+    with pytest.raises(UserError, match=r"'mine' has no text with \{request\}"):
         Sampler(Space(templates=("mine",)), Settings(template="mine"), {"mine": "Be brief."})
 
 

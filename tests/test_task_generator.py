@@ -1,4 +1,4 @@
-"""The generator of samples: the settings in the request that a server gets, rows that are dropped, limits, the cache."""
+"""The generator of samples: the settings in the request a server gets, what is dropped, limits, the cache."""
 
 import json
 from argparse import Namespace
@@ -78,7 +78,8 @@ def test_limits_hold_for_all_batches_together(tmp_path):
 
 def test_rows_that_are_of_no_use_are_counted_by_reason():
     def script(ask):
-        return [sample("1 + 1 =", "2"), sample("1 + 1 =", "2"), sample("a", "many"), said("", "refusal")][ask.sample - 1]
+        two = sample("1 + 1 =", "2")
+        return [two, two, sample("a", "many"), said("", "refusal")][ask.sample - 1]
 
     results = scripted(script)[0].generate_from_seed(4)
     assert results.data == [{"input": "1 + 1 =", "output": "2"}]

@@ -19,8 +19,9 @@ def quality(settings):
     return -((settings.temperature - 0.6) ** 2) - (settings.top_p - 0.7) ** 2 + 0.1 * (settings.template == "careful")
 
 
-def search(agent, count, start=Settings()):
+def search(agent, count, start=None):
     """The settings that an agent proposes where the metric is `quality`."""
+    start = start or Settings()
     last, found = Outcome(start, quality(start)), []
     for _ in range(count):
         settings = agent.propose(last)
@@ -32,7 +33,7 @@ def search(agent, count, start=Settings()):
 
 def test_random_search_steps_by_a_twentieth_up_or_down():
     agent, start = RandomSearch(PLAIN, seed=1), Settings(0.5, 0.5)
-    steps = Counter()
+    steps: Counter[tuple[float, float]] = Counter()
     for _ in range(200):
         found = agent.propose(Outcome(start, 1.0))
         steps[round(found.temperature - 0.5, 9), round(found.top_p - 0.5, 9)] += 1
@@ -47,7 +48,7 @@ def test_random_search_keeps_what_is_better_and_undoes_the_rest():
     second = agent.propose(Outcome(first, 0.5, -0.2))
     assert abs(second.temperature - 0.5) == pytest.approx(0.05)
     agent.learn(Outcome(second, 0.6, 0.1))  # better than the last, not than what is kept
-    assert agent.kept.settings == Settings(0.5, 0.5)
+    assert agent.kept is not None and agent.kept.settings == Settings(0.5, 0.5)
     third = agent.propose(Outcome(second, 0.6, 0.1))
     agent.learn(Outcome(third, 0.7))  # as good is not better
     assert agent.kept.settings == Settings(0.5, 0.5)

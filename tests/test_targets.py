@@ -1,0 +1,158 @@
+"""Target models: what they are called with, what they may return, and sft.py as one of them."""
+
+import json
+import math
+import shutil
+from functools import partial
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import sft
+from data.errors import UserError
+from synth import targets
+from synth.targets import SftTarget, call_target, load_target, sft_row, takes_validation
+from synth.task import SHIPPED, load_task
+from tests.scripts import call
+
+import numpy as np
+import pytest
+
+DIGITS = load_task(SHIPPED / "digits.yaml")
+ROWS = [{"input": "8", "output": "20 22 30 36"}, {"input": "14", "output": "18 24 40 52"}]
+VALID = [{"input": "2", "output": "4 6 8 10"}, {"input": "40", "output": "42 44 46 48"}]
+
+
+class Taking:
+    def __call__(self, rows, valid_rows):
+        return {}
+
+
+def keyworded(rows, *, validation_dataset=None):
+    return {}
+
+
+def quick(rows, epochs=3):
+    return {}
+
+
+def both(rows, validation_dataset=None):
+    return {}
+
+
+def one_of_many(rows, valid, epochs=3):
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda rows: {}, False),
+        (lambda rows, other: {}, True),
+        (quick, False),
+        (both, True),
+        (one_of_many, True),
+        (keyworded, False),
+        (lambda *rows: {}, True),
+        (Taking(), True),
+        (partial(both, validation_dataset=[]), False),
+        (SftTarget(DIGITS, "x"), True),
+        (dict, False),
+    ],
+)
+def test_the_validation_set_goes_to_those_who_take_it(function, expected):
+    assert takes_validation(function) == expected
+
+
+def test_a_target_gets_copies_and_its_metrics_become_floats():
+    given = []
+
+    def target(rows, validation):
+        given.append((json.loads(json.dumps(rows)), validation))
+        rows[0]["input"] = "spoiled"
+        rows.clear()
+        return {"accuracy": np.float32(0.5), "seconds": 3, "loss": math.nan, "name": "x"}
+
+    rows = [{"input": "a", "output": "b"}]
+    assert call_target(target, rows, [{"input": "v"}], "accuracy") == {"accuracy": 0.5, "seconds": 3.0}
+    assert rows == [{"input": "a", "output": "b"}] and given == [(rows, [{"input": "v"}])]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"f1": 0.5, "loss": 1.0}, "returned the metrics f1, loss, but reward_metric is 'accuracy'"),
+        ({}, "returned the metrics none, but"),
+        ({"accuracy": math.nan}, "returned nan as accuracy, which is no finite number"),
+        ({"accuracy": math.inf}, "returned inf as accuracy"),
+        ({"accuracy": None}, "returned None as accuracy"),
+        ({"accuracy": "0.9"}, "returned '0.9' as accuracy"),
+        (0.8, r"returned 0.8; return a dict of metrics such as \{'accuracy': 0.8\}"),
+        (None, "returned None; return a dict"),
+    ],
+)
+def test_a_metric_that_is_missing_or_no_number_is_never_a_zero(result, message):
+    def target(rows):
+        return result
+
+    with pytest.raises(UserError, match=f"target model target {message}"):
+        call_target(target, [], [], "accuracy")
+
+
+def test_a_target_that_fails_says_where(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def target(rows):\n    return {'accuracy': 1 / len(rows)}\n")
+    with pytest.raises(UserError, match=r"target model target failed: ZeroDivisionError.*mine.py, line 2"):
+        call_target(load_target(f"{path}:target"), [], [], "accuracy")
+    with pytest.raises(UserError, match=r"target model .* defines no 'other'"):
+        load_target(f"{path}:other")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines of sft.py, which is called in this process."""
+    words = []
+
+    def run_script(line, go_on, files=()):
+        words.append(list(line))
+        call(sft.main, *line[1:])
+
+    monkeypatch.setattr(targets, "run_script", run_script)
+    monkeypatch.setattr(sft, "plot_run", lambda folder: folder / "curves.png")
+    return words
+
+
+def test_sft_is_run_on_the_rows_and_its_model_scored_on_the_others(tmp_path, tiny_folder, started):
+    target = SftTarget(DIGITS, tmp_path, str(tiny_folder), iters=2, flags="--batch-size 2 --save-every 1", seed=3)
+    metrics = call_target(target, ROWS, VALID, "accuracy")
+    assert set(metrics) == {"accuracy", "mean_score", "valid_loss"}
+    # The prompts' own numbers keep the rule, so an untrained model has about 1/5 of the score, or less.
+    assert 0 <= metrics["accuracy"] == metrics["mean_score"] < 0.8 and metrics["valid_loss"] > 2
+    (folder,) = (tmp_path / "target").iterdir()
+    rows = (folder / "train.jsonl").read_text().splitlines()
+    assert [json.loads(row) for row in rows] == [sft_row(DIGITS, row) for row in ROWS]
+    assert json.loads((folder / "valid.jsonl").read_text().splitlines()[1]) == {
+        "prompt": "40", "completion": " 42 44 46 48",
+    }  # fmt: skip
+    (line,) = started
+    assert line[:2] == ["sft.py", "--train"] and line[line.index("--iters") + 1] == "2" and "--save-every" in line
+    assert call_target(target, ROWS, VALID, "accuracy") == metrics and len(started) == 1  # not trained again
+    call_target(target, ROWS[:1], VALID, "accuracy")
+    assert len(started) == 2 and len(list((tmp_path / "target").iterdir())) == 2
+
+
+def test_a_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path, tiny_folder, started):
+    flags = "--batch-size 2 --save-every 1 --keep-checkpoints 0"
+    whole = SftTarget(DIGITS, tmp_path / "whole", str(tiny_folder), 3, flags)(ROWS, VALID)
+    cut = SftTarget(DIGITS, tmp_path / "cut", str(tiny_folder), 3, flags)
+    cut(ROWS, VALID)
+    (folder,) = (tmp_path / "cut" / "target").iterdir()
+    (folder / "training" / "summary.json").unlink()
+    (folder / "completions.sqlite").unlink()
+    for step in (2, 3):
+        shutil.rmtree(folder / "training" / "checkpoints" / f"{step:06d}")
+    assert cut(ROWS, VALID) == whole
+    assert started[-1] == ["sft.py", "--resume", str(folder / "training")]
+
+
+def test_rows_for_sft_are_the_pipelines():
+    task = load_task(SHIPPED / "arithmetic.yaml")
+    assert sft_row(task, {"input": "1 + 2 =", "output": "3"}) == {"prompt": "1 + 2 =", "completion": " 3"}

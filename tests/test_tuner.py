@@ -1,0 +1,304 @@
+"""The tuner's loop: rewards by hand, settings that reach the generation, a state that is exact, and what is logged."""
+
+import json
+import os
+import signal
+from dataclasses import asdict
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from data.errors import UserError
+from data.files import read_json
+from synth import tuner_log
+from synth.policy_agents import PolicyAgent
+from synth.prompts import TEMPLATES
+from synth.sampler import METHODS, Results, Sampler, Settings
+from synth.tuner import FRESH, RLTuner, make_agent
+from synth.tuner_agents import Outcome
+from synth.tuner_config import config_from
+from synth.tuner_log import Iteration, batch_features, panels
+from tests.faulty_server import FaultyServer
+from tests.test_task_generator import new_sums
+from training.cli import Stopped
+from training.metrics import read_metrics
+
+import pytest
+from safetensors.numpy import load_file
+
+CHOICES = {"templates": ["plain", "careful"], "methods": list(METHODS)}
+
+
+def config_of(**changes):
+    tuning = {"num_iterations": 3, "batch_size": 4, **changes.pop("rl_tuning", {})}
+    return config_from({**CHOICES, **changes, "rl_tuning": tuning}, "the test")
+
+
+class Recorder:
+    """A generator whose rows say how they came about."""
+
+    def __init__(self, config):
+        self.sampler = Sampler(config.space, config.settings, config.templates)
+        self.calls = []
+
+    def generate_from_seed(self, count, first=1, method="generate_from_seed"):
+        self.calls.append((method, self.sampler.get(), count, first))
+        rows = [{"input": str(first + n), "output": f"{self.sampler.temperature:g}"} for n in range(count)]
+        return Results(rows, {"repeated input": 1})
+
+    def evolve_instructions(self, count, first=1):
+        return self.generate_from_seed(count, first, "evolve_instructions")
+
+
+class Scripted:
+    """An agent that proposes given settings, and remembers what it was told."""
+
+    def __init__(self, *proposals):
+        self.proposals, self.seen, self.learned = list(proposals), [], []
+
+    def propose(self, last):
+        self.seen.append(last)
+        return self.proposals[len(self.seen) - 1]
+
+    def learn(self, outcome):
+        self.learned.append(outcome)
+
+    def state(self):
+        return {}
+
+    def arrays(self):
+        return {}
+
+    def restore(self, state, arrays):
+        pass
+
+
+def returning(*values):
+    """A target whose metric takes these values, one after another."""
+    left = list(values)
+    return lambda rows: {"accuracy": left.pop(0), "rows": len(rows)}
+
+
+def quality(rows):
+    """A target that likes a temperature of 0.3."""
+    return {"accuracy": 1 - abs(float(rows[0]["output"]) - 0.3)}
+
+
+def tuner_of(config, target, *proposals):
+    return RLTuner(config, target, [], Recorder(config), Scripted(*proposals) if proposals else None)
+
+
+MOVES = (Settings(0.5, 0.9), Settings(0.6, 1.0, "careful", "evolve_instructions"), Settings(0.7))
+
+
+def test_a_reward_is_the_improvement_over_the_iteration_before():
+    tuner = tuner_of(config_of(), returning(0.5, 0.7, 0.6, 0.6), *MOVES)
+    history = tuner.train()
+    assert [one.metric for one in history] == [0.5, 0.7, 0.6, 0.6]
+    assert [one.reward for one in history] == pytest.approx([0.0, 0.2, -0.1, 0.0])
+    assert [one.number for one in history] == [0, 1, 2, 3] and history[1].metrics == {"accuracy": 0.7, "rows": 4.0}
+    assert tuner.agent.seen[0] == Outcome(Settings(), 0.5) and tuner.agent.learned == [o.outcome for o in history[1:]]
+
+
+def test_a_baseline_that_is_given_costs_no_call():
+    config = config_of(rl_tuning={"baseline": 0.4, "num_iterations": 1})
+    tuner = tuner_of(config, returning(0.7), *MOVES)
+    history = tuner.train()
+    assert [one.metric for one in history] == [0.4, 0.7] and history[1].reward == pytest.approx(0.3)
+    assert len(tuner.generator.calls) == 1 and tuner.best.number == 1
+
+
+def test_settings_reach_the_generation_that_follows():
+    tuner = tuner_of(config_of(), returning(0.5, 0.7, 0.6, 0.6), *MOVES)
+    tuner.train(3, 4)
+    methods = ["generate_from_seed", "generate_from_seed", "evolve_instructions", "generate_from_seed"]
+    assert [call[0] for call in tuner.generator.calls] == methods
+    assert [call[1] for call in tuner.generator.calls] == [Settings(), *MOVES]
+    assert [call[2:] for call in tuner.generator.calls] == [(4, 1), (4, 5), (4, 9), (4, 13)]  # no row twice
+    assert tuner.best.number == 1 and tuner.generator.sampler.get() == MOVES[0]  # the best ones, at the end
+
+
+def test_learned_settings_are_in_the_teachers_requests(tmp_path, no_picture):
+    task = tmp_path / "sums.yaml"
+    task.write_text("instruction: Add the two whole numbers.\nanswer: {type: number}\n")
+    with FaultyServer(new_sums) as server:
+        teacher = {"teacher_url": server.url, "teacher_model": "m"}
+        config = config_of(task=str(task), teacher=teacher, output_dir=str(tmp_path / "run"), methods=METHODS[:1])
+        agent = Scripted(Settings(0.35, 0.7, "careful"), Settings(0.1, 0.2))
+        with RLTuner(config, returning(0.5, 0.6, 0.7), [], rl_agent=agent) as tuner:
+            tuner.train(2)
+            bodies = [body for body in server.bodies if "sample number" in body["messages"][-1]["content"]]
+            assert [(body["temperature"], body["top_p"]) for body in bodies] == (
+                [(1.0, 1.0)] * 4 + [(0.35, 0.7)] * 4 + [(0.1, 0.2)] * 4
+            )
+            careful = TEMPLATES["careful"].removeprefix("{request}")
+            assert [careful in body["messages"][-1]["content"] for body in bodies] == [False] * 4 + [True] * 4 + [
+                False
+            ] * 4
+            tuner.generator.generate_from_seed(1, first=99)
+        assert (server.bodies[-1]["temperature"], server.bodies[-1]["top_p"]) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize("metrics", [{"loss": 0.1}, {"accuracy": float("nan")}])
+def test_a_missing_metric_ends_the_run_and_nothing_is_learned(metrics):
+    tuner = tuner_of(config_of(), lambda rows: metrics, *MOVES)
+    with pytest.raises(UserError, match="accuracy"):
+        tuner.train()
+    assert tuner.history == [] and tuner.agent.learned == []
+
+
+def test_a_batch_without_rows_is_an_error():
+    config = config_of()
+    tuner = tuner_of(config, quality, *MOVES)
+    tuner.generator.generate_from_seed = lambda count, first: Results([], {"repeated input": 4})
+    with pytest.raises(UserError, match=r"no row of 4 is left \(4 repeated input\)"):
+        tuner.train()
+
+
+def test_a_name_for_every_agent():
+    for name in ("random_search", "reinforce", "ppo", "defaults"):
+        agent = make_agent(config_of(rl_tuning={"rl_algorithm": name, "batch_features": True}))
+        assert agent.propose(Outcome(Settings(), 0.5, 0.0, (0.1,) * 4)).temperature <= 2
+    for name, (epochs, value_head) in {"ppo": (4, True), "reinforce": (1, False)}.items():
+        agent = make_agent(config_of(rl_tuning={"rl_algorithm": name}))
+        assert isinstance(agent, PolicyAgent) and agent.learning.epochs == epochs
+        assert agent.learning.value_head is value_head
+
+
+def saved_in(folder):
+    """The state's text, and the arrays' bytes by name: a restored optimizer may write them in another order."""
+    arrays = load_file(folder / "agent.safetensors") if (folder / "agent.safetensors").is_file() else {}
+    return {"state": (folder / "tuner.json").read_text(), **{name: one.tobytes() for name, one in arrays.items()}}
+
+
+@pytest.mark.parametrize("name", ["random_search", "reinforce", "ppo", "tpe"])
+def test_a_loaded_tuner_goes_on_to_the_bit(tmp_path, name):
+    if name == "tpe":
+        pytest.importorskip("optuna", reason="optuna, which is optional, is not installed")
+    config = config_of(rl_tuning={"rl_algorithm": name, "update_every": 2, "batch_features": True, "step_size": 0.1})
+    whole = tuner_of(config, quality)
+    whole.train(9)
+    whole.save(tmp_path / "whole")
+    begun = tuner_of(config, quality)
+    begun.train(4)
+    begun.save(tmp_path / "cut")
+    other = tuner_of(config, quality)
+    other.load(tmp_path / "cut")
+    assert other.history == begun.history and other.generator.sampler.get() == begun.best.settings
+    other.train(9)
+    other.save(tmp_path / "cut")
+    assert other.history == whole.history
+    assert saved_in(tmp_path / "cut") == saved_in(tmp_path / "whole")
+    assert (len(saved_in(tmp_path / "whole")) > 10) == (name in ("reinforce", "ppo"))
+
+
+def test_what_was_saved_by_another_configuration_is_not_loaded(tmp_path):
+    tuner_of(config_of(), quality).save(tmp_path / "t")
+    for changes, key in (
+        ({"rl_tuning": {"rl_algorithm": "ppo"}}, "rl_tuning.rl_algorithm 'random_search', and now it is 'ppo'"),
+        ({"seed": 1}, "seed 0, and now it is 1"),
+        ({"temperature_range": [0, 1.5]}, r"temperature_range \[0.0, 2.0\]"),
+    ):
+        with pytest.raises(UserError, match=key):
+            tuner_of(config_of(**changes), quality).load(tmp_path / "t")
+    tuner_of(config_of(rl_tuning={"num_iterations": 99}, task="elsewhere.yaml"), quality).load(tmp_path / "t")
+    with pytest.raises(UserError, match="does not exist"):
+        tuner_of(config_of(), quality).load(tmp_path / "nothing")
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tuner_log, "plot_panels", lambda *given: drawn.append(given))
+    return drawn
+
+
+def test_every_iteration_is_logged_with_some_of_its_rows(tmp_path, no_picture, capsys):
+    tuner = tuner_of(config_of(output_dir=str(tmp_path)), returning(0.5, 0.7, 0.6, 0.6), *MOVES)
+    tuner.train()
+    rows = [json.loads(line) for line in (tmp_path / "iterations.jsonl").read_text().splitlines()]
+    assert [row["settings"] for row in rows] == [asdict(one) for one in (Settings(), *MOVES)]
+    assert rows[1]["metrics"] == {"accuracy": 0.7, "rows": 4.0} and rows[1]["reward"] == pytest.approx(0.2)
+    assert rows[1]["sample"] == [{"input": str(n), "output": "0.5"} for n in (5, 6, 7)]
+    assert rows[1]["dropped"] == {"repeated input": 1}
+    data = (tmp_path / "data" / "000001.jsonl").read_text().splitlines()
+    assert [json.loads(line)["input"] for line in data] == ["5", "6", "7", "8"]
+    figures = read_metrics(tmp_path)
+    assert [row["step"] for row in figures] == [0, 1, 2, 3] and [row["best"] for row in figures] == [0.5] + [0.7] * 3
+    summary = read_json(tmp_path / "summary.json")
+    assert summary["best_iteration"] == 1 and summary["temperature"] == 0.5 and summary["baseline_accuracy"] == 0.5
+    said = capsys.readouterr().out
+    assert "Iteration 1: temperature 0.5, top_p 0.9, template plain, generate_from_seed; 4 rows" in said
+    assert "{'input': '5', 'output': '0.5'}" in said and "reward: 0.2" in said
+    assert len(no_picture) == 1
+
+
+def test_the_picture_shows_metric_reward_and_settings(tmp_path):
+    tuner = tuner_of(config_of(output_dir=str(tmp_path)), returning(0.5, 0.7, 0.6, 0.6), *MOVES)
+    tuner.train()
+    found = panels(tuner.history, tuner.config.space, "accuracy")
+    assert found["accuracy"]["best so far"] == [(0, 0.5), (1, 0.7), (2, 0.7), (3, 0.7)]
+    assert found["temperature"]["temperature"] == [(0, 1.0), (1, 0.5), (2, 0.6), (3, 0.7)]
+    assert found["0 plain, 1 careful"]["template"] == [(0, 0), (1, 0), (2, 1), (3, 0)]
+    assert found["0 generate_from_seed, 1 evolve_instructions"]["method"][2] == (2, 1)
+    assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_stop_ends_after_its_iteration_and_goes_on(tmp_path, no_picture):
+    config = config_of(output_dir=str(tmp_path), rl_tuning={"num_iterations": 5})
+    calls = []
+
+    def target(rows):
+        calls.append(rows[0]["input"])
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return quality(rows)
+
+    with pytest.raises(
+        Stopped, match=f"2 of 5 iterations are done; go on with: python -m synth.tune --resume {tmp_path}"
+    ):
+        tuner_of(config, target).train()
+    assert not (tmp_path / "summary.json").exists() and len(no_picture) == 1
+    # A kill after the state was saved and before it was reported:
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    other = tuner_of(config, target)
+    other.load(tmp_path / "tuner")
+    other.train()
+    whole = tuner_of(config_of(rl_tuning={"num_iterations": 5}), quality)
+    assert other.history == whole.train() and len(calls) == 6
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
+    assert other.train() == whole.history and len(calls) == 6  # nothing is left to do
+
+
+def test_best_and_start_are_compared_on_fresh_rows_once(tmp_path, no_picture):
+    config = config_of(output_dir=str(tmp_path))
+    tuner = tuner_of(config, quality, *MOVES)
+    with pytest.raises(UserError, match="has not been trained"):
+        tuner.confirm(1)
+    tuner.train()
+    before = len(tuner.generator.calls)
+    found = tuner.confirm(2)
+    assert found == {"start": pytest.approx([0.3, 0.3]), "best": pytest.approx([0.8, 0.8])}
+    numbers = [(call[1], call[3]) for call in tuner.generator.calls[before:]]
+    start, best = Settings(), MOVES[0]
+    assert numbers == [(start, FRESH), (best, FRESH), (start, FRESH + 4), (best, FRESH + 4)]
+    assert tuner.confirm(2) == found and len(tuner.generator.calls) == before + 4
+    tuner.confirm(3)
+    assert len(tuner.generator.calls) == before + 6
+    assert tuner.generator.sampler.get() == MOVES[0]
+
+
+def test_features_of_a_batch_by_hand():
+    rows = [{"input": "a b", "output": "c"}, {"input": "a b", "output": "d"}]
+    words, pairs = 4 / 6, 3 / 4  # a b c d of six; ab bc bd of four
+    assert batch_features(rows) == pytest.approx((0.60206 / 4, 0.30103 / 4, words, pairs), abs=1e-5)
+    assert batch_features([]) == (0, 0, 0, 0)
+
+
+def test_an_iteration_survives_json():
+    one = Iteration(3, MOVES[1], {"accuracy": 1 / 3}, 1 / 3, 0.1 + 0.2, 4, 3, {"x": 1}, (0.1, 0.2), [{"input": "é"}])
+    assert Iteration.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+
+
+def test_without_a_generator_a_task_is_needed():
+    with pytest.raises(UserError, match="no task is named"):
+        RLTuner(config_of(), quality, [])

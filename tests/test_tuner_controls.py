@@ -1,0 +1,77 @@
+"""The arithmetic of the tuner's benchmark, and a cell of each kind."""
+
+import models.fast_blas  # noqa: F401  (before mlx)
+from benchmarks import tuner_controls as module
+from benchmarks.tuner_controls import cell_path, compared, holm, quality, run_cell, sign_flip, table
+from data.files import read_json, write_json
+from synth import intervals
+from synth.sampler import Settings
+from tests.scripts import call, fails
+
+import pytest
+
+
+def test_the_exact_test_by_hand():
+    assert sign_flip([1.0, 1.0, 1.0]) == pytest.approx(2 / 8)
+    assert sign_flip([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
+    assert sign_flip([1.0, -1.0]) == 1.0 and sign_flip([0.0, 0.0]) == 1.0
+    assert sign_flip([3.0, -1.0]) == pytest.approx(1.0) and sign_flip([0.1] * 10) == pytest.approx(2 / 1024)
+
+
+def test_holms_adjustment_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.5]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_a_star_only_where_it_is_earned():
+    found = compared({"a": ([0.0] * 10, [0.1 + n / 100 for n in range(10)]), "b": ([0.0] * 10, [0.1, -0.1] * 5)})
+    assert found["a"].endswith("0.004 *") and found["b"].endswith("1.000")
+
+
+def test_the_simulated_metric_is_best_where_it_says():
+    best = Settings(0.5, 0.8, "careful")
+    assert quality(best) == pytest.approx(0.8) and quality(Settings()) == pytest.approx(0.8 - 0.0625 - 0.004 - 0.05)
+    assert all(quality(Settings(t, p)) < 0.8 for t in (0, 0.5, 1) for p in (0.5, 0.8, 1))
+
+
+@pytest.mark.parametrize("environment", ["simulated", "simulated, null"])
+def test_a_cell_makes_its_calls_and_the_null_twin_has_nothing_to_find(environment):
+    cell = run_cell(environment, "uniform draws", 0, 30, 20)
+    assert cell["calls"] == 31 and cell["promised"] > 0
+    assert (cell["best"] - cell["start"] > 0.05) == (environment == "simulated")
+    assert cell == run_cell(environment, "uniform draws", 0, 30, 20)
+    still = run_cell(environment, "defaults", 0, 5, 3)
+    assert still["best"] == still["start"] and still["promised"] > 0  # the luck of six
+
+
+def test_a_cell_of_reviews():
+    pytest.importorskip("sklearn", reason="scikit-learn, which is optional, is not installed")
+    cell = run_cell("reviews", "random search", 0, 1, 1)
+    assert 0.6 < cell["start"] < 0.9 and cell["calls"] == 2
+    assert 0.7 < run_cell("reviews, null", "random search", 0, 1, 1)["best"] < 0.95
+
+
+def test_cells_are_kept_and_tabled(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def cell(environment, variant, seed, iterations, fresh):
+        made.append((environment, variant, seed))
+        best = 0.6 + 0.01 * seed if variant == "TPE" else 0.5
+        return {"start": 0.5, "best": best, "promised": 0.2, "late": 0.4}
+
+    monkeypatch.setattr(module, "run_cell", cell)
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
+    words = ["--environments", "simulated", "--seeds", 8, "--output-dir", tmp_path]
+    write_json(cell_path(tmp_path, "simulated", "TPE", 0), cell("simulated", "TPE", 0, 20, 10))
+    call(module.main, *words)
+    assert len(made) == len(set(made)) == 8 * len(module.VARIANTS)
+    call(module.main, *words)
+    assert len(made) == 8 * len(module.VARIANTS)
+    text = (tmp_path / "table.md").read_text()
+    assert text.strip() == table(tmp_path, ["simulated"], list(module.VARIANTS), 8) and text.strip() in (
+        capsys.readouterr().out
+    )
+    (line,) = (line for line in text.splitlines() if line.startswith("| TPE"))
+    assert line.startswith("| TPE | 0.635 | 0.135 [") and line.count("*") == 1 and "| 0.200 | 0.400 |" in line
+    assert read_json(tmp_path / "settings.json") == {"iterations": 20, "fresh": 10}
+    assert "name another --output-dir" in fails(capsys, module.main, *words, "--iterations", 5)
