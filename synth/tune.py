@@ -15,6 +15,7 @@ from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
+from data.files import write_json
 from data.records import read_rows
 from synth.examples import read_examples
 from synth.intervals import difference
@@ -26,6 +27,8 @@ from synth.tuner_config import Config, config_from, load_config
 from training import config as flags
 from training.cli import run
 from training.metrics import resumed_config, start_run_folder
+
+FEW = 5  # batches, below which an interval says nothing
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,7 +60,7 @@ def configuration(args: argparse.Namespace) -> Config:
     return replace(config, output_dir=str(folder))
 
 
-def target_of(config: Config, lock: int) -> tuple[TargetModel, list[dict[str, Any]]]:
+def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
     """The target and its validation rows: the user's function and file, or the built-in target and the task's rows."""
     tuning = config.rl_tuning
     if tuning.target_model_path:
@@ -87,19 +90,18 @@ def target_of(config: Config, lock: int) -> tuple[TargetModel, list[dict[str, An
         config.eval_temperature,
         config.seed,
         go_on=f"python -m synth.tune --resume {config.output_dir}",
-        files=(lock,),
     )
     return target, [dict(row) for row in rows]
 
 
 def confirmation(found: dict[str, list[float]], metric: str) -> str:
-    """The comparison on fresh batches, as a line."""
-    interval = difference(found["start"], found["best"]).interval
-    means = {name: sum(some) / len(some) for name, some in found.items()}
-    return (
-        f"on {len(found['best'])} fresh batches each: {metric} {means['best']:.3f} by the best settings, "
-        f"{means['start']:.3f} by those of the start; difference {interval} (95 %, bootstrap over batches)"
-    )
+    """The comparison on fresh batches, as a line; with an interval where there are batches enough for one."""
+    best, start = (sum(found[name]) / len(found[name]) for name in ("best", "start"))
+    means = f"{metric} {best:.3f} by the best settings, {start:.3f} by those of the start"
+    line = f"on {len(found['best'])} fresh batches each: {means}"
+    if len(found["best"]) < FEW:
+        return f"{line}; for an interval take {FEW} batches or more"
+    return f"{line}; difference {difference(found['start'], found['best']).interval} (95 %, bootstrap over batches)"
 
 
 def main() -> None:
@@ -108,20 +110,23 @@ def main() -> None:
         raise UserError(f"--confirm is {args.confirm}; it has to be at least 0")
     config = configuration(args)
     folder = Path(str(config.output_dir))
-    if not args.resume:
-        start_run_folder(folder, config.as_dict())
-    with alone(folder) as lock:
-        target, validation = target_of(config, lock)
-        with RLTuner(config, target, validation) as tuner:
+    target, validation = target_of(config)
+    with RLTuner(config, target, validation) as tuner:
+        if not args.resume:
+            start_run_folder(folder, config.as_dict())
+        with alone(folder) as lock:
+            if isinstance(target, SftTarget):
+                target.files = (lock,)
             if (folder / "tuner").is_dir():
                 tuner.load(folder / "tuner")
+                write_json(folder / "config.json", config.as_dict())
             tuner.train()
             best = tuner.best
-            print(f"best of {len(tuner.history)} target calls: iteration {best.number} ({best.settings})")
+            print(f"best of {len(tuner.history)} iterations: number {best.number} ({best.settings})")
             if args.confirm:
                 print(confirmation(tuner.confirm(args.confirm), config.rl_tuning.reward_metric))
             else:
-                print("its metric is the best of several, so it promises too much; --confirm 5 measures it anew")
+                print(f"its metric is the best of several, so it promises too much; --confirm {FEW} measures it anew")
 
 
 if __name__ == "__main__":

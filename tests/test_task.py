@@ -16,7 +16,10 @@ from synth.task import KNOWN_KEYS, SHIPPED, load_task, task_from_flags
 
 import pytest
 
-NAMES = ("arithmetic", "cfa", "cqa", "digits", "gpqa", "gsm8k", "library_facts", "logiqa", "math", "mednli", "medqa")
+NAMES = (
+    *("arithmetic", "cfa", "cqa", "digits", "gpqa", "gsm8k", "library_facts", "logiqa", "math", "mednli", "medqa"),
+    "reviews",
+)
 MINIMAL = "instruction: Add.\nanswer: {type: number}\n"
 
 

@@ -51,6 +51,10 @@ def write_config(folder, **content):
     return path
 
 
+def history_of(folder):
+    return read_json(folder / "tuner" / "tuner.json")["history"]
+
+
 @pytest.fixture
 def no_picture(monkeypatch):
     monkeypatch.setattr(tuner_log, "plot_panels", lambda path, *_: None)
@@ -87,6 +91,16 @@ def test_a_target_or_its_rows_that_are_missing_are_one_line(tmp_path, capsys, ch
     (tmp_path / "t.py").write_text("def both(rows, validation): ...\ndef rows(rows): ...\n")
     path = write_config(tmp_path, **changes)
     assert message in fails(capsys, tune.main, "-c", path, "--output-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interval_needs_five_batches():
+    found = {"start": [0.5] * 5, "best": [0.6, 0.7, 0.6, 0.7, 0.65]}
+    line = tune.confirmation(found, "f1")
+    assert line.startswith("on 5 fresh batches each: f1 0.650 by the best settings, 0.500 by those of the start; diff")
+    assert "difference 0.150 [0.1" in line
+    few = tune.confirmation({name: some[:4] for name, some in found.items()}, "f1")
+    assert few.endswith("; for an interval take 5 batches or more")
 
 
 def test_the_reviews_example(tmp_path, no_picture, capsys):
@@ -98,12 +112,16 @@ def test_the_reviews_example(tmp_path, no_picture, capsys):
     path = write_config(tmp_path, **{**content, "task": str(EXAMPLES / content["task"])})
     call(tune.main, "-c", path, "--output-dir", tmp_path / "run", "--confirm", 2)
     said = capsys.readouterr().out
-    assert "best of 4 target calls" in said and "on 2 fresh batches each: accuracy 0." in said
+    assert "best of 4 iterations" in said and "on 2 fresh batches each: accuracy 0." in said
     history = [json.loads(line) for line in (tmp_path / "run" / "iterations.jsonl").read_text().splitlines()]
     assert len(history) == 4 and all(0.4 < row["metric"] < 1 for row in history)
     before = (tmp_path / "run" / "tuner" / "tuner.json").read_bytes()
     call(tune.main, "--resume", tmp_path / "run")  # finished: nothing is done again
     assert (tmp_path / "run" / "tuner" / "tuner.json").read_bytes() == before
+    path.write_text(path.read_text().replace("num_iterations: 3", "num_iterations: 4"))
+    for words in (["--resume", tmp_path / "run", "-c", path], ["--resume", tmp_path / "run"]):  # a longer search
+        call(tune.main, *words)
+        assert len(history_of(tmp_path / "run")) == 5
     assert "run holds a run already" in fails(capsys, tune.main, "-c", path, "--output-dir", tmp_path / "run")
 
 
@@ -124,10 +142,6 @@ def test_the_digits_example_on_an_untrained_model(tmp_path, tiny_folder, monkeyp
     history = [json.loads(line) for line in (tmp_path / "run" / "iterations.jsonl").read_text().splitlines()]
     assert len(history) == 2 and set(history[1]["metrics"]) == {"accuracy", "mean_score", "valid_loss"}
     assert len(list((tmp_path / "run" / "target").iterdir())) == 2
-
-
-def history_of(folder):
-    return read_json(folder / "tuner" / "tuner.json")["history"]
 
 
 def test_a_killed_run_goes_on_without_calling_the_target_again(tmp_path, no_picture):
