@@ -1,6 +1,6 @@
 """The tuner's agents against each other, against no search, and where nothing matters: what is found, on fresh data.
 
-    python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 15 minutes of one core
+    python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 4 minutes of one core
     python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir DIR
 
 Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
@@ -37,12 +37,12 @@ from synth.offline_reviews import Reviews  # noqa: E402
 from synth.offline_teacher import OfflineTeacher  # noqa: E402
 from synth.prompts import TEMPLATES  # noqa: E402
 from synth.sampler import Results, Sampler, Settings, Space  # noqa: E402
+from synth.targets import TargetModel, load_target  # noqa: E402
 from synth.task import SHIPPED, load_task  # noqa: E402
 from synth.task_generator import TaskGenerator  # noqa: E402
 from synth.tuner import RLTuner  # noqa: E402
 from synth.tuner_agents import Agent, Defaults, Outcome  # noqa: E402
 from synth.tuner_config import Config, config_from  # noqa: E402
-from synth.tuner_examples.classifier import accuracy  # noqa: E402
 from training import config as flags  # noqa: E402
 from training.cli import run  # noqa: E402
 
@@ -123,9 +123,12 @@ def reviews(identity: str, count: int) -> Rows:
     return [rule.sample(rng, None)._asdict() for _ in range(count)]
 
 
-def null_reviews_target(rows: Rows, validation: Rows) -> dict[str, float]:
-    """As `accuracy`, but trained on right rows that have nothing to do with the given ones, and vary with them."""
-    return accuracy(reviews(digest(rows), CLEAN), validation)
+def reviews_target(null: bool) -> TargetModel:
+    """The example's classifier; for the null twin trained on right rows that vary with the given ones and no more."""
+    accuracy = load_target(str(ROOT / "synth" / "tuner_examples" / "classifier.py:accuracy"))
+    if not null:
+        return accuracy
+    return lambda rows, validation: accuracy(reviews(digest(rows), CLEAN), validation)
 
 
 def direct(teacher: OfflineTeacher) -> Callable[[Sequence[Ask]], list[Reply]]:
@@ -149,8 +152,7 @@ def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RL
         return RLTuner(config, simulated_target(seed, null), [], Simulated(sampler), agent)
     task = load_task(SHIPPED / "reviews.yaml")
     generator = TaskGenerator(task, sampler, direct(OfflineTeacher(seed=seed)))
-    target = null_reviews_target if null else accuracy
-    return RLTuner(config, target, reviews(f"validation {seed}", VALIDATION), generator, agent)
+    return RLTuner(config, reviews_target(null), reviews(f"validation {seed}", VALIDATION), generator, agent)
 
 
 def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:

@@ -94,6 +94,14 @@ def test_a_target_or_its_rows_that_are_missing_are_one_line(tmp_path, capsys, ch
     assert not (tmp_path / "run").exists()
 
 
+def test_an_example_whose_package_is_missing_says_so_before_a_teacher_is_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.pipeline", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    said = fails(capsys, tune.main, "-c", EXAMPLES / "reviews.yaml", "--output-dir", tmp_path / "run")
+    assert "classifier.py cannot be imported: ModuleNotFoundError: " in said and "sklearn" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interval_needs_five_batches():
     found = {"start": [0.5] * 5, "best": [0.6, 0.7, 0.6, 0.7, 0.65]}
     line = tune.confirmation(found, "f1")
