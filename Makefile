@@ -50,9 +50,9 @@ $(VENV)/.stamp-setup: requirements.txt $(VENV)/.stamp-venv
 	@touch $@
 
 # torch first and alone: installed together with what depends on it, pip may settle on another version.
-$(VENV)/.stamp-torch: requirements-torch.txt $(VENV)/.stamp-setup
+$(VENV)/.stamp-torch: requirements-torch.txt requirements-optional.txt $(VENV)/.stamp-setup
 	$(PIP) install "$$(grep '^torch==' requirements-torch.txt)"
-	$(PIP) install -r requirements-torch.txt
+	$(PIP) install -r requirements-torch.txt -r requirements-optional.txt
 	@touch $@
 
 $(VENV)/.stamp-dev: requirements-dev.txt $(VENV)/.stamp-setup

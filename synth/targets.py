@@ -24,11 +24,10 @@ from data.errors import UserError
 from data.files import read_json
 from rewards.function import error_summary, load_function
 from synth.cache import Cache
-from synth.examples import Example
 from synth.rollouts import BaseModel, Rollout, draw
 from synth.stages import write_rows
 from synth.task import Task
-from synth.trainer import run_script, scores_of
+from synth.trainer import run_script, scores_of, sft_row
 from training.checkpoint_folders import all_checkpoints
 from training.cli import Stopped
 
@@ -146,9 +145,3 @@ class SftTarget:
             for split, some in (("train", rows), ("valid", validation)):
                 write_rows(folder / f"{split}.jsonl", [sft_row(self.task, row) for row in some])
         run_script([*map(str, words)], self.go_on, self.files)
-
-
-def sft_row(task: Task, row: Example) -> dict[str, str]:
-    """A row as sft.py takes it: the task's prompt, and the output after a space."""
-    prompt = task.prompt(row["input"])
-    return {"prompt": prompt, "completion": ("" if prompt[-1:].isspace() else " ") + row["output"]}

@@ -122,16 +122,16 @@ def task_generator(
 
     folder: where the cache and the ledger are kept; limits hold for all that is ever asked from it.
     """
-    args = Namespace(**{**vars(args), "endpoint": None})
+    given = {**vars(args), "endpoint": None}
     if args.teacher_url:
-        yield TaskGenerator(task, sampler, asker(args, Path(folder)), seed_rows, args.answer_tokens)
+        yield TaskGenerator(task, sampler, asker(Namespace(**given), Path(folder)), seed_rows, args.answer_tokens)
         return
     flags = dict(vars(offline_flags(shlex.split(args.offline_teacher))))
     flags.pop("until_stdin_closes")
     with OfflineTeacher(**flags) as server:
-        # By this name the cache knows the offline teacher, whose port changes.
-        args = Namespace(**{**vars(args), "teacher_url": server.url, "teacher_model": MODEL})
-        yield TaskGenerator(task, sampler, asker(args, Path(folder)), seed_rows, args.answer_tokens)
+        # The cache knows it by this endpoint, as its port changes.
+        given |= {"teacher_url": server.url, "teacher_model": MODEL, "endpoint": f"offline {args.offline_teacher}"}
+        yield TaskGenerator(task, sampler, asker(Namespace(**given), Path(folder)), seed_rows, args.answer_tokens)
 
 
 def asker(args: Namespace, folder: Path) -> Asking:

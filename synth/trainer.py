@@ -102,7 +102,7 @@ def train(
         (run_folder / "config.json").unlink()  # ended before its first checkpoint
     write_rows(folder / PROMPTS, [_prompt_row(task, row) for row in rows])
     for split, some in (("train", rows), ("valid", held_out or rows)):
-        write_rows(folder / "sft" / f"{split}.jsonl", [_sft_row(task, row) for row in some])
+        write_rows(folder / "sft" / f"{split}.jsonl", [sft_row(task, row) for row in some])
     run_script(words, f"python -m {module} --resume {folder}", [lock])
     return run_folder
 
@@ -171,7 +171,7 @@ def _prompt_row(task: Task, row: Row) -> dict[str, str]:
     return {"prompt": task.prompt(row["input"]), "answer": row["output"]}
 
 
-def _sft_row(task: Task, row: Row) -> dict[str, str]:
+def sft_row(task: Task, row: Row) -> dict[str, str]:
     prompt = task.prompt(row["input"])
     space = "" if prompt[-1:].isspace() else " "
     return {"prompt": prompt, "completion": space + row["output"]}

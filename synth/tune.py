@@ -19,7 +19,7 @@ from data.files import write_json
 from data.records import read_rows
 from synth.examples import read_examples
 from synth.intervals import difference
-from synth.run import alone
+from synth.stages import alone
 from synth.targets import SftTarget, TargetModel, load_target, takes_validation
 from synth.task import load_task
 from synth.tuner import RLTuner

@@ -45,7 +45,7 @@ def target(rows):
 
 def write_config(folder, **content):
     tuning = {"enable_rl_tuning": True, "num_iterations": 4, "batch_size": 6, **content.pop("rl_tuning", {})}
-    task = str(ROOT / "synth" / "tasks" / "arithmetic.yaml")
+    task = str(ROOT / "tests" / "sums.yaml")
     path = folder / "tuner.yaml"
     path.write_text(yaml.safe_dump({"task": task, **content, "rl_tuning": tuning}), encoding="utf-8")
     return path
