@@ -7,11 +7,12 @@ one can foresee and which the limits do count.
     python -m synth.run --task synth/tasks/arithmetic.yaml --dry-run
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from synth import prompts
 from synth.difficulty import ASKED_PER_WANTED, Spread
+from synth.evolution_reward import REVIEW_TOKENS
 from synth.limits import CHARACTERS_PER_TOKEN, Cost, Limits, count_tokens
 from synth.structured import PROBE_MESSAGES
 from synth.task import Task
@@ -47,7 +48,35 @@ def upper_bounds(
         ("harder, easier", rewritten, rewriting, max_tokens, True),
         ("verify", (count + rewritten) * votes, prompts.answer(task, text, passage), max_tokens, False),
     ]
-    return [_bound(*ask) for ask in asks if ask[1]]
+    return [bound(*ask) for ask in asks if ask[1]]
+
+
+def evolution_bounds(
+    instructions: Sequence[str], chains: Mapping[str, int], rounds: int, answers: int, max_tokens: int
+) -> list[Bound]:
+    """The stages of synth.evolve. chains: how many begin in training ("train") and for the data ("evolve").
+
+    answers: to each instruction, for its pass rate. Every choice is taken to ask, and every rewriting to pass.
+    """
+    longest = "x" * min(max_tokens * CHARACTERS_PER_TOKEN, prompts.MOST_INSTRUCTION)
+    texts = [*instructions, longest]
+    rewriting = max((prompts.rewrite(name, max(texts, key=len)) for name in prompts.OPERATOR_DEMANDS), key=str)
+    asks: list[tuple[str, int, list[dict], int, bool]] = [("probe", 1, PROBE_MESSAGES, PROBE_TOKENS, False)]
+    for name, count in chains.items():
+        made = count * rounds
+        asks += [
+            (f"{name}: rewrite", made, rewriting, max_tokens, True),
+            (f"{name}: review", 2 * made, prompts.review(max(texts, key=len), longest), REVIEW_TOKENS, True),
+            (
+                f"{name}: answers",
+                answers * (made + len(instructions) * (count > 0)),
+                prompts.respond(longest),
+                max_tokens,
+                False,
+            ),
+        ]
+    asks.append(("respond", chains["evolve"] * rounds, prompts.respond(longest), max_tokens, False))
+    return [bound(*ask) for ask in asks if ask[1]]
 
 
 def _rewritten(count: int, spread: Spread) -> int:
@@ -56,7 +85,7 @@ def _rewritten(count: int, spread: Spread) -> int:
     return spread.rounds * min(count, ASKED_PER_WANTED * wanted)
 
 
-def _bound(stage: str, count: int, messages: list[dict], max_tokens: int, corrected: bool) -> Bound:
+def bound(stage: str, count: int, messages: list[dict], max_tokens: int, corrected: bool) -> Bound:
     """corrected: a second turn, which repeats the first with its answer, may follow each call."""
     asked = count_tokens(messages)
     if not corrected:

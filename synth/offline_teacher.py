@@ -3,8 +3,9 @@
 It serves the demo and the tests, over real HTTP, without network and without a model. Its one output is its URL, on
 one line. What is random in an answer (whether it is wrong, and how) follows from the seed, the messages and the
 sample index alone, so that a run that was killed and started again gets the answers it would have got.
-Leaves out streaming, tools, and every task that has no rule (synth/offline_rules.py). What temperature, top_p and the
-template change stands in synth/offline_sampling.py.
+Leaves out streaming, tools, every task that has no rule (synth/offline_rules.py) and every instruction that is no sum
+in words (synth/offline_instructions.py). What temperature, top_p and the template change stands in
+synth/offline_sampling.py.
 
     python -m synth.offline_teacher --port 8080 --error-rate 0.2      with OfflineTeacher() as server: server.url
 """
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 from data.errors import UserError
 from synth.completions import SAMPLE_HEADER
 from synth.limits import count_tokens
+from synth.offline_instructions import read_question
 from synth.offline_reviews import Reviews
 from synth.offline_rules import Arithmetic, Digits, Facts, Rule, Sample
 from synth.offline_sampling import favourite, sampling_of
@@ -116,16 +118,21 @@ class OfflineTeacher:
         identity = self._identity(body, messages, sample)
         rng = Random(identity)
         schema = _schema(body)
-        request = self._read(messages, schema)
-        if request is None:
+        question = read_question(messages, SECTION)
+        request = None if question else self._read(messages, schema)
+        if question is None and request is None:
             assert schema is not None, "else there was an answer or an error"
             return _completion(body, json.dumps(_obeying(schema, {})))
         refused, malformed, wrong = (rng.random() for _ in range(3))
         if refused < self.refusal_rate:
             return _completion(body, None if schema else APOLOGY, APOLOGY if schema else None)
-        sampling = sampling_of(body, request.prompt, self.error_rate)
-        source = favourite(identity, sampling.repeats, self.seed, type(request.rule).__name__) or rng
-        content = _content(request, source if request.stage in NEW else rng, wrong < sampling.error_rate)
+        if question is not None:
+            content = question.content(rng, wrong, self.error_rate)
+        else:
+            assert request is not None, "one of the two was read"
+            sampling = sampling_of(body, request.prompt, self.error_rate)
+            source = favourite(identity, sampling.repeats, self.seed, type(request.rule).__name__) or rng
+            content = _content(request, source if request.stage in NEW else rng, wrong < sampling.error_rate)
         if malformed < self.malformed_rate:
             return _completion(body, _spoiled(rng, content))
         if isinstance(content, dict):

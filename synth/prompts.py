@@ -202,3 +202,77 @@ def with_template(messages: list[dict], template: str) -> list[dict]:
     """The messages of a stage with the text of a template about the request, which is the last of them."""
     request = messages[-1]
     return [*messages[:-1], {**request, "content": template.replace("{request}", request["content"])}]
+
+
+# --- instruction evolution (synth/operators.py, synth/generators.py) ---
+
+EVOLUTION_STAGES = {
+    "rewrite": "You write one new instruction from a given one.",
+    "review": "You judge whether two instructions ask for the same.",
+    "self_instruct": "You write new instructions, unlike those that are there.",
+}
+# What each operator asks for; their names are those of the issue's six ways to evolve an instruction.
+OPERATOR_DEMANDS = {
+    "breadth": "Write an instruction of the same domain, length and difficulty that asks for something else, rarer "
+    "than this one.",
+    "constraints": "Add one constraint or requirement to the instruction.",
+    "deepen": "Make the instruction ask for more depth: a matter that it only touches has to be gone into.",
+    "concretize": "Replace what the instruction says in general by something specific: named things, cases, amounts.",
+    "reasoning": "Change the instruction so that its answer needs at least one more step of reasoning.",
+    "complicate_input": "Give the instruction something to work on that is harder to read: a table, a list, a formula, "
+    "code or a passage.",
+}
+REASONABLE = (
+    "The new instruction has to be reasonable, clear, and possible to answer in text alone. Whoever gets it sees "
+    "neither the given one nor this request, so it must not refer to them. Word it anew, keep tables and code whole, "
+    "and let it grow by 20 words at most. Write the instruction and do not answer it."
+)
+# Words by which a rewriting gives away the request it came from: the published templates' and our own.
+LEAKS = (
+    *("given prompt", "rewritten prompt", "new prompt", "created prompt", "#prompt", "prompt rewriter"),
+    *("given instruction", "new instruction", "rewritten instruction", "original instruction", "as requested"),
+    *(line.lower() for line in EVOLUTION_STAGES.values()),
+)
+MOST_INSTRUCTION = 8000
+
+
+class Instruction(BaseModel):
+    """One instruction."""
+
+    instruction: Annotated[str, AfterValidator(_filled), AfterValidator(lambda text: _short(text, MOST_INSTRUCTION))]
+
+
+class Verdict(BaseModel):
+    """What a reviewer says of two instructions."""
+
+    equal: bool = Field(description="whether both ask for the same, with the same constraints, depth and breadth")
+
+
+def rewrite(operator: str, instruction: str) -> list[dict]:
+    """Ask for a new instruction by one of OPERATOR_DEMANDS. Schema: Instruction."""
+    given = _section("instruction", _cut(instruction, MOST_INSTRUCTION))
+    return _evolution_messages("rewrite", given, f"{OPERATOR_DEMANDS[operator]} {REASONABLE}")
+
+
+def review(first: str, second: str) -> list[dict]:
+    """Ask whether two instructions are equal. Schema: Verdict. A reviewer may favour an order: ask in both."""
+    parts = [_section(name, _cut(text, MOST_INSTRUCTION)) for name, text in (("first", first), ("second", second))]
+    demand = "Do both ask for the same: equal constraints and requirements, equal depth and breadth? Wording is no"
+    return _evolution_messages("review", *parts, f"{demand} difference.")
+
+
+def self_instruct(examples: list[str], number: int) -> list[dict]:
+    """Ask for a new instruction in the manner of some. Schema: Instruction. number: tells requests apart."""
+    parts = [_section("example", _cut(text, MOST_DEMO)) for text in examples]
+    demand = f"Write instruction number {number} of many, of a kind, subject and wording that the examples do not have."
+    return _evolution_messages("self_instruct", *parts, f"{demand} {REASONABLE}")
+
+
+def respond(instruction: str) -> list[dict]:
+    """Ask for the response to an instruction, as the model that will be trained on it is asked."""
+    return [{"role": "user", "content": instruction}]
+
+
+def _evolution_messages(stage: str, *parts: str) -> list[dict]:
+    system = f"{EVOLUTION_STAGES[stage]}\n{MATERIAL}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
