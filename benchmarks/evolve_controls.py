@@ -1,0 +1,240 @@
+"""A learned choice of operators against its controls, on the offline teacher: at equal calls, on held-out instructions.
+
+    python benchmarks/evolve_controls.py                       PPO, 6 seeds
+    python benchmarks/evolve_controls.py --policy linucb --seeds 6 --output-dir runs/evolve_controls_linucb
+
+The arms: learned; uniform, and uniform without stop; the learned policy's own marginal frequencies, which see no
+situation; the operator that is best on the training instructions, measured as the arms are; and a policy trained alike
+on rewards that are dealt out from an even policy's, whatever was chosen. A cell is one arm of one seed,
+in a file of its own: finished ones are kept. Each held-out instruction gets chains until the budget of rewritings is
+used. Measured by instruction: the reward by the call, which was optimised; kept rows; and two measures that were not:
+distinct pairs of words, and distinct kinds of sums as the rule behind the offline teacher reads them. Differences are
+paired by instruction. The intervals are of instructions; how much trainings differ is shown by the seeds themselves.
+"""
+
+import argparse
+import asyncio
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import models.fast_blas  # noqa: E402, F401  (the root has to be on the path first; before mlx)
+from data.files import atomic_file, read_json, write_json  # noqa: E402
+from data.records import read_rows  # noqa: E402
+from rewards.answers import answer_type  # noqa: E402
+from synth.cache import Cache  # noqa: E402
+from synth.evolution import Chain, Evolution, root_rows  # noqa: E402
+from synth.evolution_reward import Difficulty, Judge, Pool  # noqa: E402
+from synth.intervals import bootstrap, difference  # noqa: E402
+from synth.near_duplicates import tokens  # noqa: E402
+from synth.offline_instructions import read_sum, starting  # noqa: E402
+from synth.operators import ACTIONS, OPERATORS, STOP  # noqa: E402
+from synth.policy import Batch, Constant, Learning, Policy, fixed, make_policy, marginal  # noqa: E402
+from synth.policy_features import Situation, features  # noqa: E402
+from synth.policy_training import LOG, Training, train_policy  # noqa: E402
+from synth.stages import Row  # noqa: E402
+from synth.teacher import Teacher  # noqa: E402
+from synth.teacher_flags import offline_teacher  # noqa: E402
+from training import config  # noqa: E402
+from training.cli import run  # noqa: E402
+
+import numpy as np  # noqa: E402
+
+ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward")
+MEASURES = ("reward a call", "kept a call", "distinct word pairs", "distinct kinds of sums")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = config.Parser(__doc__, yaml_file=False)
+    parser.add_argument("--policy", choices=("linucb", "reinforce", "ppo"), default="ppo")
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--iterations", type=int, default=20, help="of training")
+    parser.add_argument("--starts", type=int, default=8, help="instructions an iteration")
+    parser.add_argument("--group", type=int, default=4, help="chains from each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--training-instructions", type=int, default=24)
+    parser.add_argument("--held-out-instructions", type=int, default=48)
+    parser.add_argument("--calls", type=int, default=3, help="rewritings of each held-out instruction")
+    parser.add_argument("--answers", type=int, default=4, help="to each instruction, for its pass rate")
+    parser.add_argument("--error-rate", type=float, default=0.1, help="of the offline teacher")
+    parser.add_argument("--output-dir", default="runs/evolve_controls", help="folder of all cells")
+    return parser.parse_args()
+
+
+class Bench:
+    """One seed: its instructions, its teacher, and the arms as policies."""
+
+    def __init__(self, args: argparse.Namespace, teacher: Teacher, seed: int):
+        self.args, self.teacher, self.seed = args, teacher, seed
+        self.folder = Path(args.output_dir) / f"seed-{seed}"
+        found = starting(args.training_instructions + args.held_out_instructions, seed)
+        self.train, self.held_out = found[: args.training_instructions], found[args.training_instructions :]
+        self.training = Training(args.iterations, args.starts, args.group, seed)
+
+    def evolution(self, name: str) -> Evolution:
+        difficulty = Difficulty(self.args.answers, answer_type("number"))
+        judge = Judge(self.teacher, self.teacher, difficulty=difficulty)
+        return Evolution(self.teacher, judge, self.args.rounds, seed=self.seed, name=name)
+
+    async def learned(self, name: str, relabel=lambda batch: batch) -> Policy:
+        policy = make_policy(self.args.policy, Learning(seed=self.seed))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        policy = await train_policy(
+            policy, self.train, self.evolution("train"), self.training, self.folder / name, lambda *_: None, relabel
+        )
+        policy.freeze()
+        return policy
+
+    async def best_fixed(self) -> Policy:
+        """The best on the training instructions, measured there as the arms are on the held-out ones."""
+        path = self.folder / "fixed.json"
+        if not path.is_file():
+            policies = {name: fixed(ACTIONS.index(name)) for name in OPERATORS}
+            found = {name: await self.chains(policy, self.train, "fixed") for name, policy in policies.items()}
+            budget = self.args.calls
+            write_json(
+                path,
+                {
+                    name: float(np.mean([measures(one, budget)[MEASURES[0]] for one in rows]))
+                    for name, rows in found.items()
+                },
+            )
+        means = read_json(path)
+        return fixed(ACTIONS.index(max(means, key=means.__getitem__)))
+
+    async def policy(self, arm: str) -> Policy:
+        if arm == "learned":
+            return await self.learned(arm)
+        if arm == "marginal":
+            rows = read_rows(self.folder / "learned" / "policy_training" / LOG, [("id",)])
+            late = [row for row in rows if row["iteration"] > self.args.iterations * 3 // 4]
+            return marginal(await self.learned("learned"), features([Situation(**row["situation"]) for row in late]))
+        if arm == "best fixed":
+            return await self.best_fixed()
+        if arm == "shuffled reward":
+            return await self.learned(arm, dealt_out(self.seed))
+        without_stop = [1 / len(OPERATORS)] * len(OPERATORS) + [0.0]
+        return Constant(shares=without_stop if arm == "uniform without stop" else None)
+
+    async def chains(self, policy: Policy, instructions: Sequence[str], name: str) -> list[list[Row]]:
+        """The choices made from each instruction, until its rewritings are used; its chains share a pool."""
+        evolution, budget = self.evolution(name), self.args.calls
+        roots = await root_rows(instructions, evolution.judge, name)
+        pools, rows = [Pool(instructions) for _ in roots], [list[Row]() for _ in roots]
+
+        def left(place: int) -> int:
+            return budget - sum(row["operator"] != STOP for row in rows[place])
+
+        for wave in range(budget):  # a chain takes one call at least, or stops at once
+            chains = {n: Chain(wave * len(roots) + n, root, pools[n]) for n, root in enumerate(roots) if left(n)}
+            for number in range(1, evolution.rounds + 1):
+                going = [place for place, chain in chains.items() if not chain.ended and left(place)]
+                made = await evolution.step([chains[place] for place in going], policy, number)
+                for place, row in zip(going, made, strict=True):
+                    rows[place].append(row)
+        return rows
+
+    async def measure(self, arm: str) -> dict[str, Any]:
+        """The arm on the held-out instructions: each measure, instruction by instruction."""
+        rows = await self.chains(await self.policy(arm), self.held_out, "evaluate")
+        measured = [measures(found, self.args.calls) for found in rows]
+        choices = [row for found in rows for row in found]
+        used = sum(row["operator"] != STOP for row in choices)
+        kept = sum("dropped" not in row for row in choices)
+        operators = [row["operator"] for row in choices]
+        return {
+            "arm": arm,
+            "calls": used,
+            "kept": kept,
+            "expert_calls_per_kept_row": (used + kept) / max(kept, 1),
+            "operators": {name: operators.count(name) / len(operators) for name in ACTIONS},
+            **{name: [one[name] for one in measured] for name in MEASURES},
+        }
+
+
+def dealt_out(seed: int):
+    """A relabelling: rewards drawn from the first batch's, which is an even policy's, whatever was chosen."""
+    rng, first = np.random.default_rng((seed, 7)), list[float]()
+
+    def relabel(batch: Batch) -> Batch:
+        if not first:
+            first.extend(batch.rewards[batch.mask > 0].tolist())
+        return batch._replace(rewards=rng.choice(first, size=batch.rewards.shape).astype(np.float32) * batch.mask)
+
+    return relabel
+
+
+def measures(rows: Sequence[Row], budget: int) -> dict[str, float]:
+    """What the choices made from one held-out instruction came to."""
+    kept = [row["input"] for row in rows if "dropped" not in row]
+    pairs = {pair for text in kept for pair in itertools.pairwise(tokens(text))}
+    sums = [found for found in map(read_sum, kept) if found is not None]
+    kinds = {(one.kind, one.form, tuple(kind for kind, _ in one.steps), one.rules) for one in sums}
+    rewards = sum(row["reward"] for row in rows)
+    return dict(zip(MEASURES, (rewards / budget, len(kept) / budget, len(pairs), len(kinds)), strict=True))
+
+
+async def cells(args: argparse.Namespace, url: str) -> None:
+    """Every arm of every seed that has no file yet."""
+    folder = Path(args.output_dir)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        missing = [arm for arm in ARMS if not cell_path(folder, seed, arm).is_file()]
+        if not missing:
+            continue
+        # A cache by the seed, so that the file stays small; it knows the teacher by its flags, as its port changes.
+        with Cache(folder / f"seed-{seed}.sqlite", wait=60) as cache:
+            async with Teacher(url, "m", cache, concurrency=16, endpoint=f"offline {args.error_rate}") as teacher:
+                for arm in missing:
+                    found = await Bench(args, teacher, seed).measure(arm)
+                    write_json(cell_path(folder, seed, arm), found)
+                    print(f"seed {seed}, {arm}: {np.mean(found[MEASURES[0]]):.3f} {MEASURES[0]}", flush=True)
+
+
+def cell_path(folder: Path, seed: int, arm: str) -> Path:
+    return folder / "cells" / f"{seed}-{arm.replace(' ', '-')}.json"
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """The arms' means, and the learned arm's differences to each of the others. found: arm → cells, seed by seed."""
+    lines = [f"| arm | {' | '.join(MEASURES)} | calls | expert calls per kept row |", "|---" * 7 + "|"]
+    for arm, own in found.items():
+        means = " | ".join(f"{bootstrap(joined(own, name))}" for name in MEASURES)
+        each = sum(cell["calls"] + cell["kept"] for cell in own) / max(sum(cell["kept"] for cell in own), 1)
+        lines.append(f"| {arm} | {means} | {sum(cell['calls'] for cell in own)} | {each:.2f} |")
+    lines += [
+        "",
+        f"| learned less | {' | '.join(MEASURES)} | seeds in which it has the higher reward |",
+        "|---" * 6 + "|",
+    ]
+    for arm in list(found)[1:]:
+        pairs = [difference(joined(found[arm], name), joined(found["learned"], name)).interval for name in MEASURES]
+        better = sum(
+            np.mean(a[MEASURES[0]]) > np.mean(b[MEASURES[0]]) for a, b in zip(found["learned"], found[arm], strict=True)
+        )
+        lines.append(f"| {arm} | {' | '.join(map(str, pairs))} | {better} of {len(found[arm])} |")
+    return "\n".join(lines)
+
+
+def joined(cells: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [value for cell in cells for value in cell[name]]
+
+
+def main() -> None:
+    args = parse_args()
+    folder, seeds = Path(args.output_dir), range(args.first_seed, args.first_seed + args.seeds)
+    with offline_teacher(f"--error-rate {args.error_rate}") as url:
+        asyncio.run(cells(args, url))
+    text = table({arm: [read_json(cell_path(folder, seed, arm)) for seed in seeds] for arm in ARMS})
+    with atomic_file(folder / "table.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main)
