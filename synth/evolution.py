@@ -124,7 +124,14 @@ class Evolution:
     async def _rewritten(self, chains: Sequence[Chain], rows: Sequence[Row]) -> list[Row]:
         """The rows with what the writer made of them."""
         asks = [
-            rewriting(row["operator"], chain.given["input"], self.asking, chain.number, f"{self.name}: rewrite")
+            # A number of its own for each choice: what failed would else fail again by the stored answer.
+            rewriting(
+                row["operator"],
+                chain.given["input"],
+                self.asking,
+                chain.number * self.rounds + row["round"] - 1,
+                f"{self.name}: rewrite",
+            )
             for chain, row in zip(chains, rows, strict=True)
             if row["operator"] != STOP
         ]

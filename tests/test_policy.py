@@ -77,8 +77,15 @@ def test_no_action_is_preferred_at_the_start(kind):
 def test_the_floor_holds_however_sure_a_policy_is(kind):
     policy = make_policy(kind, Learning(floor=0.05, learning_rate=0.1))
     batch = some_batch()
+    rng = np.random.default_rng(3)
     for _ in range(40):
-        policy.learn(batch._replace(rewards=(batch.actions == 3).astype(np.float32)))
+        shares = policy.probabilities(batch.features.reshape(-1, SIZE))
+        actions = np.array([rng.choice(len(ACTIONS), p=share) for share in shares])
+        own = shares[range(len(shares)), actions].astype(np.float32).reshape(batch.mask.shape)
+        actions = actions.reshape(batch.mask.shape)
+        rewards = (actions == 3).astype(np.float32)
+        policy.learn(batch._replace(actions=actions, propensities=own, rewards=rewards))
+    policy.freeze()
     shares = policy.probabilities(batch.features.reshape(-1, SIZE))
     assert shares.sum(axis=1) == pytest.approx(1) and shares.min() >= 0.05 - 1e-9
     assert shares[:, 3].mean() > 0.55  # of 0.7 at most
@@ -104,10 +111,11 @@ def losses(learning):
     batch = some_batch(1)
     rng = np.random.default_rng(2)
     noise = [rng.standard_normal(batch.mask.shape) for _ in range(4)]
-    old = np.log(0.2) + 0.1 * noise[0]
     shared = (batch.features, batch.actions)
     plain = (*shared, noise[1], batch.mask)
-    whole = (*shared, old, noise[2], noise[1], noise[3], batch.mask)
+    # Old log probabilities less those at the start: ratios of 1, 1.4 and 0.6, none near the edge of the clipping.
+    apart = rng.choice([0.0, -0.35, 0.5], size=batch.mask.shape)
+    whole = (*shared, apart, noise[2], noise[1], noise[3], batch.mask)
     return {
         "reinforce": (lambda net, given: reinforce_loss(net, given, learning.floor, learning.entropy_coef), plain),
         "ppo": (lambda net, given: ppo_policy_loss(net, given, learning), whole),
@@ -135,14 +143,20 @@ def test_gradients_agree_with_finite_differences(name):
             network.update(tree_unflatten(moved))
             return float(loss(network, given).item())
 
-        value(0.0, start)
+        network.update(tree_unflatten(list(start.items())))
+        if name == "ppo":
+            now = floored_logprobs(network.logits(given[0]), learning.floor)
+            now = mx.take_along_axis(now, given[1][..., None], axis=-1)[..., 0]
+            given = (*given[:2], given[2] + mx.stop_gradient(now), *given[3:])
         _, gradients = nn.value_and_grad(network, lambda *some: loss(network, some))(*given)
         flat = dict(tree_flatten(gradients))
         for _ in range(20):
             direction = {k: mx.array(rng.standard_normal(a.shape), dtype=mx.float64) for k, a in start.items()}
+            norm = sum(float((array * array).sum().item()) for array in direction.values()) ** 0.5
+            direction = {key: array / norm for key, array in direction.items()}
             slope = sum(float((flat[key] * direction[key]).sum().item()) for key in start)
-            found = (value(3e-3, direction) - value(-3e-3, direction)) / 6e-3
-            assert found == pytest.approx(slope, rel=2e-3, abs=5e-4)
+            found = (value(0.1, direction) - value(-0.1, direction)) / 0.2
+            assert found == pytest.approx(slope, rel=2e-3, abs=1e-6)
 
 
 def test_leave_one_out_by_hand():
