@@ -136,7 +136,7 @@ async def make_data(args: argparse.Namespace, instructions: Sequence[str], folde
         evolution = evolution_of(args, roles, roles.expert, "evolve")
         tree = await stage(folder, "tree", lambda: evolved(args, instructions, evolution, policy))
         fresh = [row for row in kept(tree) if row["parent"] is not None]
-        rows = await stage(folder, "responses", lambda: respond(fresh, roles.expert, asking_from(args)))
+        rows = await stage(folder, "responses", lambda: respond(fresh, roles.expert, asking_from(args), args.answers))
         calls = sum(
             roles.expert.ledger.stages[name].calls for name in EXPERT_STAGES if name in roles.expert.ledger.stages
         )

@@ -34,10 +34,14 @@ def response_fault(text: str) -> str:
     return ""
 
 
-async def respond(rows: Sequence[Row], expert: Asker, asking: Asking) -> list[Row]:
-    """The rows with the expert's response as "output", dropped where there is none of use."""
+async def respond(rows: Sequence[Row], expert: Asker, asking: Asking, sample: int = 0) -> list[Row]:
+    """The rows with the expert's response as "output", dropped where there is none of use.
+
+    sample: the number of the draw, after those that a pass rate was found by where the same teacher gave them.
+    """
     asks = [
-        Ask(prompts.respond(row["input"]), None, asking.temperature, asking.max_tokens, stage="respond") for row in rows
+        Ask(prompts.respond(row["input"]), None, asking.temperature, asking.max_tokens, sample, "respond")
+        for row in rows
     ]
     answered = []
     for row, reply in zip(rows, await ask_all(expert, asks, "respond"), strict=True):

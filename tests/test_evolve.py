@@ -1,0 +1,285 @@
+"""synth.evolve from instructions to a trained model; killed and resumed, it asks nothing again and ends the same."""
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import models.fast_blas  # noqa: F401  (before mlx)
+import sft
+from benchmarks.synth_kills import repeated, send_kill
+from data.errors import UserError
+from data.files import read_json
+from data.records import read_rows
+from synth import evolve as module
+from synth import prompts, trainer
+from synth.evolve_flags import OFFLINE_ANSWERS, parse_evolve_args
+from synth.generate import Asking
+from synth.offline_instructions import starting
+from synth.offline_teacher import OfflineTeacher
+from synth.operators import ACTIONS
+from synth.policy import load_policy
+from synth.responses import data_row, respond, response_fault, write_data
+from synth.stages import kept, load_rows
+from tests.scripted_teacher import ScriptedTeacher, said
+from tests.scripts import ROOT, call, fails, with_words
+from training.metrics import read_metrics
+
+import pytest
+
+SMALL = ["--rounds", 2, "--iterations", 2, "--starts", 2, "--group", 2, "--answers", 2, "--answer", "number"]
+
+
+@pytest.fixture
+def teacher():
+    with OfflineTeacher(error_rate=0.1) as server:
+        yield server
+
+
+@pytest.fixture
+def instructions(tmp_path):
+    path = tmp_path / "instructions.txt"
+    path.write_text("\n".join(starting(5, 0)) + "\n")
+    return path
+
+
+def words_of(server, instructions, folder):
+    return [*SMALL, "--instructions", instructions, "--teacher-url", server.url, "--teacher-model", "m",
+            "--output-dir", folder]  # fmt: skip
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_from_instructions_to_data(tmp_path, teacher, instructions, capsys):
+    folder = tmp_path / "run"
+    call(module.main, *words_of(teacher, instructions, folder))
+    tree = rows_of(folder / "tree.jsonl")
+    roots, choices = tree[:5], tree[5:]
+    assert [row["input"] for row in roots] == starting(5, 0) and all(row["parent"] is None for row in roots)
+    ids = {row["id"]: row for row in tree}
+    assert len(ids) == len(tree) and all(
+        row["parent"] in ids and "dropped" not in ids[row["parent"]] for row in choices
+    )
+    assert all(row["propensities"][row["operator"]] == row["propensity"] >= 0.02 for row in choices)
+    for row in kept(choices):
+        parts = row["parts"]
+        assert parts["equal"] == [False, False] and 0 < row["pass_rate"] <= 1
+        assert row["reward"] == pytest.approx(parts["novelty"] + parts["difficulty"] - 0.2 * parts["growth"])
+    # Only what was kept is answered, afresh, and stands in the data.
+    answered = load_rows(folder / "responses.jsonl")
+    assert [row["id"] for row in answered] == [row["id"] for row in kept(choices)]
+    data = rows_of(folder / "dataset.jsonl")
+    assert data == [data_row(row, "messages") for row in kept(answered)] and len(data) > 1
+    assert data[0]["messages"][0] == {"role": "user", "content": answered[0]["input"]}
+    # The log of the training, the policy, and the ledger by role.
+    log = rows_of(folder / "policy_training" / "choices.jsonl")
+    assert {row["iteration"] for row in log} == {1, 2} and len({row["chain"] for row in log}) == 8
+    assert load_policy(folder / "policy").kind == "ppo" and len(read_metrics(folder)) == 2
+    ledger = read_json(folder / "ledger.json")
+    assert ledger["total"]["calls"] == teacher.calls and ledger["respond"]["calls"] == len(answered)
+    summary = read_json(folder / "summary.json")
+    expert = ledger["evolve: rewrite"]["calls"] + ledger["respond"]["calls"]
+    assert summary["rows"] == len(data) and summary["expert_calls"] == expert
+    out = capsys.readouterr().out
+    for line in (f"rows: {len(data)}; expert calls per row: {expert / len(data):.2f}", "operators: breadth 0.",
+                 "tree: kept", "choosing evenly, judged from these logs:"):  # fmt: skip
+        assert line in out
+    # Again: nothing is asked.
+    calls = teacher.calls
+    call(module.main, "--resume", folder)
+    assert teacher.calls == calls and rows_of(folder / "dataset.jsonl") == data
+
+
+def test_the_expert_has_no_part_in_the_training(tmp_path, instructions):
+    """Three endpoints: who rewrites and solves, who reviews, and who only guides the data."""
+    with OfflineTeacher() as expert, OfflineTeacher() as instructor, OfflineTeacher() as reviewer:
+        words = words_of(expert, instructions, tmp_path / "run")
+        for role, server in (("instructor", instructor), ("reviewer", reviewer)):
+            words += [f"--{role}-url", server.url, f"--{role}-model", "m"]
+        call(module.main, *words, "--price-in", 1, "--price-out", 1)
+        ledgers = [read_json(tmp_path / "run" / path / "ledger.json") for path in ("", "instructor", "reviewer")]
+    asked = [{name.split(": ")[-1] for name in ledger} - {"probe", "total"} for ledger in ledgers]
+    assert asked == [{"rewrite", "respond"}, {"rewrite", "answers"}, {"review"}]
+    assert "train: rewrite" not in ledgers[0] and "evolve: rewrite" not in ledgers[1]
+    assert [ledger["total"]["money"] > 0 for ledger in ledgers] == [True, False, False]
+    assert [ledger["total"]["calls"] for ledger in ledgers] == [s.calls for s in (expert, instructor, reviewer)]
+
+
+KILLABLE = "from synth import evolve\nfrom training.cli import run\nrun(evolve.main)"
+
+
+def test_killed_and_resumed_it_asks_nothing_again(tmp_path, instructions):
+    cut, rng = tmp_path / "cut", random.Random(0)
+    with OfflineTeacher(latency_ms=5) as server:
+        words = [*words_of(server, instructions, cut), "--chains", 3]
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLABLE, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
+        )
+        assert send_kill(process, server, rng.randrange(15, 35)) == -signal.SIGKILL
+        # Stopped once more, by a limit, in the generation of the data.
+        with pytest.raises(UserError, match="limit of 80 calls"):
+            call(module.main, "--resume", cut, "--max-calls", 80)
+        assert (cut / "policy").is_dir() and not (cut / "tree.jsonl").exists()
+        call(module.main, "--resume", cut, "--max-calls", 10_000)
+        assert repeated(server) <= 8  # what was in flight at the kill
+        disturbed = server.asked.keys()
+    with OfflineTeacher() as server:
+        call(module.main, *words_of(server, instructions, tmp_path / "whole"), "--chains", 3)
+        assert repeated(server) == 0 and server.asked.keys() == disturbed
+    for name in ("tree.jsonl", "responses.jsonl", "dataset.jsonl", "policy_training/choices.jsonl",
+                 "policy/policy.safetensors"):  # fmt: skip
+        assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_sft_is_one_flag(tmp_path, teacher, instructions, tiny_folder, monkeypatch):
+    started = []
+
+    def run_script(words, go_on, files=()):
+        started.append(list(words))
+        call(sft.main, *words[1:])
+
+    monkeypatch.setattr(module, "run_script", run_script)
+    monkeypatch.setattr(sft, "plot_run", lambda folder: folder / "curves.png")
+    folder = tmp_path / "run"
+    words = [*words_of(teacher, instructions, folder), "--policy", "uniform", "--format", "prompt", "--sft"]
+    call(module.main, *words, "--base-model", tiny_folder, "--sft-flags=--iters 2 --batch-size 2", "--held-out", 0.3)
+    assert (folder / "adapter" / "adapters.safetensors").is_file() and started[0][:2] == ["sft.py", "--train"]
+    for split in ("train", "valid"):
+        assert read_rows(folder / "sft" / f"{split}.jsonl", [("prompt", "completion")])
+    call(module.main, "--resume", folder)
+    assert len(started) == 1  # it was finished
+    (folder / "training" / "summary.json").unlink()
+    call(module.main, "--resume", folder)
+    assert started[1] == ["sft.py", "--resume", str(folder / "training")]
+    assert trainer.run_script is not module.run_script
+
+
+@pytest.mark.parametrize("policy", ["linucb", "reinforce", "breadth", "uniform"])
+def test_every_policy_makes_data(tmp_path, teacher, instructions, policy):
+    call(
+        module.main,
+        *words_of(teacher, instructions, tmp_path / "run"),
+        "--policy",
+        policy,
+        "--answers",
+        0,
+        "--answer",
+        "",
+    )
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["rows"] > 0 and (policy != "breadth" or summary["breadth"] == 1)
+    assert ("evenly_from_these_logs" in summary) == (policy != "breadth")
+    assert (tmp_path / "run" / "policy_training").exists() == (policy in ("linucb", "reinforce"))
+    # A trained policy serves another run as it is.
+    calls = teacher.calls
+    call(module.main, *words_of(teacher, instructions, tmp_path / "next"), "--policy-path", tmp_path / "run" / "policy",
+         "--answers", 0, "--answer", "")  # fmt: skip
+    assert not (tmp_path / "next" / "policy_training").exists() and teacher.calls > calls
+
+
+def test_a_dry_run_sends_nothing_and_bounds_what_a_run_costs(tmp_path, teacher, instructions, capsys):
+    words = words_of(teacher, instructions, tmp_path / "run")
+    call(module.main, *words, "--dry-run")
+    assert teacher.calls == 0 and not (tmp_path / "run").exists()
+    lines = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()}
+    call(module.main, *words)
+    ledger = read_json(tmp_path / "run" / "ledger.json")
+    assert ledger.keys() == {name for name in lines if name in ledger}
+    for name, spent in ledger.items():
+        calls, asked, told = (float(figure.replace(",", "")) for figure in lines[name][:3])
+        assert spent["calls"] <= calls and spent["prompt_tokens"] <= asked and spent["completion_tokens"] <= told
+    assert ledger["evolve: rewrite"]["calls"] * 2 <= float(lines["evolve: rewrite"][0]) == 2 * 5 * 2
+
+
+def test_without_flags_it_runs_off_line_with_answers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = with_words(lambda: parse_evolve_args(None))
+    assert args.answers == OFFLINE_ANSWERS and args.answer == "number"
+    assert with_words(lambda: parse_evolve_args(None), "--instructions", "x.txt").answers == 0
+    words = ["--iterations", 0, "--count", 3, "--rounds", 1, "--answers", 0, "--offline-teacher=--error-rate 0"]
+    monkeypatch.setattr("synth.evolve_flags.OFFLINE_ANSWERS", 0)
+    call(module.main, *words, "--answers", 2, "--answer", "number", "--output-dir", "run")
+    assert rows_of(tmp_path / "run" / "dataset.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m"], "no instructions"),
+        (["--instructions", "names.txt"], "offline teacher knows sums"), (["--floor", 0.5], "--floor"),
+        (["--answers", 1, "--answer", "number"], "--answers"), (["--rounds", 0], "--rounds"),
+        (["--reviewer-url", "http://127.0.0.1:1/v1"], "--reviewer-model"), (["--held-out", 1], "--held-out"),
+        (["--policy-path", "nowhere"], "does not exist"), (["--resume", "nowhere"], "holds no run"),
+        (["--group", 1], "--group"), (["--answer", "nonsense"], "nonsense"), (["--near-duplicates", 0], "threshold"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "names.txt").write_text("Name a river.\n")
+    assert message in fails(capsys, module.main, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
+def test_where_nothing_is_left_it_says_so(tmp_path, instructions, capsys):
+    with OfflineTeacher(refusal_rate=1) as server:
+        words = [*words_of(server, instructions, tmp_path / "run"), "--policy", "breadth"]
+        assert "no row is left" in fails(capsys, module.main, *words)
+    reasons = Counter(row.get("dropped") for row in rows_of(tmp_path / "run" / "tree.jsonl"))
+    assert reasons == {None: 5, "no instruction: refusal": 10}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("Sorry, I have no answer.", "apology"), ("I'm sorry, but I can't help with that.", "apology"),
+        ("I am sorry. " + "The river is long. " * 20, ""), ("It is what it is.", "response of stop words"),
+        ("?", "response of stop words"), ("4", ""), ("Ja.", ""),
+    ],
+)  # fmt: skip
+def test_response_filters(text, fault):
+    assert response_fault(text) == fault
+
+
+def test_responses_are_asked_by_the_instruction_alone_and_never_inherited():
+    row = {"id": "a", "input": "Name a river.", "output": "the parent's"}
+    teacher = ScriptedTeacher(
+        lambda ask: said(" The Elbe. ") if "river" in ask.messages[0]["content"] else said("", "empty")
+    )
+    found = asyncio.run(respond([row, {**row, "input": "Name a hill."}], teacher, Asking(0.5, 99)))
+    assert [ask.messages for ask in teacher.asked] == [prompts.respond(row["input"]), prompts.respond("Name a hill.")]
+    assert found[0]["output"] == "The Elbe." and found[1]["dropped"] == "no response: empty" and not found[1]["output"]
+    assert {(ask.temperature, ask.max_tokens, ask.stage) for ask in teacher.asked} == {(0.5, 99, "respond")}
+
+
+def test_data_rows_and_their_split(tmp_path):
+    rows = [{"id": f"{n}", "root": f"i{n // 2}", "input": f"Q{n}", "output": f"A{n}"} for n in range(20)]
+    assert data_row(rows[0], "alpaca") == {"instruction": "Q0", "input": "", "output": "A0"}
+    assert data_row(rows[0], "prompt") == {"prompt": "Q0", "completion": " A0"}
+    assert data_row({"input": "Q\n", "output": "A"}, "prompt")["completion"] == "A"
+    for form in ("messages", "alpaca", "prompt"):
+        write_data(rows, form, tmp_path / form, 0.3, 0)
+        assert rows_of(tmp_path / form / "dataset.jsonl") == [data_row(row, form) for row in rows]
+        train, valid = (rows_of(tmp_path / form / "sft" / f"{split}.jsonl") for split in ("train", "valid"))
+        assert len(train) == 14 and len(valid) == 6 and not any(row in train for row in valid)
+        assert train[0].keys() == ({"messages"} if form == "messages" else {"prompt", "completion"})
+    numbers = {int(row["prompt"][1:]) // 2 for row in valid}
+    assert len(numbers) == 3  # both of an initial instruction's rows stand on one side
+    write_data(rows[:2], "prompt", tmp_path / "one", 0.1, 0)
+    assert rows_of(tmp_path / "one" / "sft" / "valid.jsonl")
+
+
+def test_every_action_is_in_the_summary(tmp_path):
+    summary = {
+        "rows": 4,
+        "expert_calls": 10,
+        "kept_share": 0.5,
+        "reward_of_a_chain": "1",
+        **dict.fromkeys(ACTIONS, 0.1),
+    }
+    text = module.summary_text(summary, tmp_path)
+    assert "expert calls per row: 2.50" in text and all(f"{name} 0.10" in text for name in ACTIONS)
