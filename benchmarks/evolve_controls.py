@@ -34,8 +34,9 @@ from synth.intervals import bootstrap, difference  # noqa: E402
 from synth.near_duplicates import tokens  # noqa: E402
 from synth.offline_instructions import read_sum, starting  # noqa: E402
 from synth.operators import ACTIONS, OPERATORS, STOP  # noqa: E402
-from synth.policy import Batch, Constant, Learning, Policy, fixed, make_policy, marginal  # noqa: E402
+from synth.policy import Batch, Constant, Learning, Policy, fixed, marginal  # noqa: E402
 from synth.policy_features import Situation, features  # noqa: E402
+from synth.policy_files import make_policy  # noqa: E402
 from synth.policy_training import LOG, Training, train_policy  # noqa: E402
 from synth.stages import Row  # noqa: E402
 from synth.teacher import Teacher  # noqa: E402

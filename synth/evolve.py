@@ -42,7 +42,8 @@ from synth.evolve_flags import (
 )
 from synth.off_policy import episode_values, value_interval
 from synth.operators import ACTIONS
-from synth.policy import SETTINGS, Policy, load_policy, save_policy
+from synth.policy import Policy
+from synth.policy_files import SETTINGS, load_policy, save_policy
 from synth.policy_training import train_policy
 from synth.responses import respond, write_data
 from synth.run import alone, teacher_of

@@ -12,7 +12,8 @@ from synth.evolution_reward import Difficulty, Gates, Weights
 from synth.instructions import read_instructions
 from synth.offline_instructions import read_sum, starting
 from synth.operators import ACTIONS, OPERATORS
-from synth.policy import KINDS, Learning, Policy, fixed, load_policy, make_policy
+from synth.policy import Learning, Policy, fixed
+from synth.policy_files import KINDS, load_policy, make_policy
 from synth.policy_training import Training
 from synth.responses import FORMATS
 from synth.run_flags import FREE_FLAGS

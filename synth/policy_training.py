@@ -18,7 +18,8 @@ from data.files import atomic_folder, read_json, write_json
 from data.records import read_rows
 from synth.evolution import Chain, Evolution, batch_from, figures, root_rows
 from synth.evolution_reward import Pool
-from synth.policy import SETTINGS, Batch, Policy, load_policy, write_policy
+from synth.policy import Batch, Policy
+from synth.policy_files import SETTINGS, load_policy, write_policy
 from synth.stages import Row, write_rows
 
 LOG, PROGRESS = "choices.jsonl", "progress.json"

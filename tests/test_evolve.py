@@ -21,7 +21,7 @@ from synth.generate import Asking
 from synth.offline_instructions import starting
 from synth.offline_teacher import OfflineTeacher
 from synth.operators import ACTIONS
-from synth.policy import load_policy
+from synth.policy_files import load_policy
 from synth.responses import data_row, respond, response_fault, write_data
 from synth.stages import kept, load_rows
 from tests.scripted_teacher import ScriptedTeacher, said
@@ -159,7 +159,7 @@ def test_sft_is_one_flag(tmp_path, teacher, instructions, tiny_folder, monkeypat
     assert trainer.run_script is not module.run_script
 
 
-@pytest.mark.parametrize("policy", ["linucb", "reinforce", "breadth", "uniform"])
+@pytest.mark.parametrize("policy", ["linucb", "breadth", "uniform"])
 def test_every_policy_makes_data(tmp_path, teacher, instructions, policy):
     call(
         module.main,
@@ -174,7 +174,7 @@ def test_every_policy_makes_data(tmp_path, teacher, instructions, policy):
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["rows"] > 0 and (policy != "breadth" or summary["breadth"] == 1)
     assert ("evenly_from_these_logs" in summary) == (policy != "breadth")
-    assert (tmp_path / "run" / "policy_training").exists() == (policy in ("linucb", "reinforce"))
+    assert (tmp_path / "run" / "policy_training").exists() == (policy == "linucb")
     # A trained policy serves another run as it is.
     calls = teacher.calls
     call(module.main, *words_of(teacher, instructions, tmp_path / "next"), "--policy-path", tmp_path / "run" / "policy",
@@ -201,9 +201,8 @@ def test_without_flags_it_runs_off_line_with_answers(tmp_path, monkeypatch):
     args = with_words(lambda: parse_evolve_args(None))
     assert args.answers == OFFLINE_ANSWERS and args.answer == "number"
     assert with_words(lambda: parse_evolve_args(None), "--instructions", "x.txt").answers == 0
-    words = ["--iterations", 0, "--count", 3, "--rounds", 1, "--answers", 0, "--offline-teacher=--error-rate 0"]
-    monkeypatch.setattr("synth.evolve_flags.OFFLINE_ANSWERS", 0)
-    call(module.main, *words, "--answers", 2, "--answer", "number", "--output-dir", "run")
+    words = ["--iterations", 0, "--count", 3, "--rounds", 1, "--offline-teacher=--error-rate 0"]
+    call(module.main, *words, "--output-dir", "run")
     assert rows_of(tmp_path / "run" / "dataset.jsonl")
 
 

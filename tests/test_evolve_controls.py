@@ -6,12 +6,18 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from benchmarks import evolve_controls as module
 from benchmarks.evolve_controls import ARMS, MEASURES, cell_path, dealt_out, measures, table
 from data.files import read_json
+from synth import intervals
 from synth.offline_teacher import OfflineTeacher
 from synth.policy import Batch
 from tests.scripts import call
 
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 200)
 
 
 def test_measures_by_hand():

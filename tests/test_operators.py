@@ -1,6 +1,8 @@
 """What a teacher is told of evolving instructions: its wording, and that the material stays material."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 from synth import prompts
 from synth.evolution_reward import Gates, text_fault
@@ -13,8 +15,9 @@ from tests.test_prompts_synth import ATTACK, outside
 
 import pytest
 
-ASKED = {name: lambda text, name=name: prompts.rewrite(name, text) for name in OPERATORS}
-ASKED |= {"review": lambda text: prompts.review(text, text), "self_instruct": lambda t: prompts.self_instruct([t], 3)}
+ASKED: dict[str, Callable] = {name: partial(prompts.rewrite, name) for name in OPERATORS}
+ASKED["review"] = lambda text: prompts.review(text, text)
+ASKED["self_instruct"] = lambda text: prompts.self_instruct([text], 3)
 
 
 def test_there_are_six_operators_and_stop():
@@ -59,4 +62,4 @@ def test_a_rewriting_is_read_or_says_why_not():
     assert read_json_answer('{"instruction": " "}', Instruction)[0] is None
     assert read_json_answer(f'{{"instruction": "{"x" * 9000}"}}', Instruction)[0] is None
     found, _ = read_json_answer('{"equal": false}', Verdict)
-    assert found is not None and found.equal is False
+    assert isinstance(found, Verdict) and found.equal is False

@@ -6,26 +6,18 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import read_json, write_json
 from synth.operators import ACTIONS
-from synth.policy import (
-    KINDS,
+from synth.policy import Batch, Constant, Learning, LinUCB, fixed, marginal
+from synth.policy_features import BUCKETS, LAST, SIZE, Situation, features
+from synth.policy_files import KINDS, load_policy, make_policy, save_policy
+from synth.policy_gradient import (
     PPO,
-    Batch,
-    Constant,
-    Learning,
-    LinUCB,
     Network,
     Reinforce,
-    fixed,
     floored_logprobs,
     leave_one_out,
-    load_policy,
-    make_policy,
-    marginal,
     ppo_policy_loss,
     reinforce_loss,
-    save_policy,
 )
-from synth.policy_features import BUCKETS, LAST, SIZE, Situation, features
 
 import mlx.core as mx
 import mlx.nn as nn
