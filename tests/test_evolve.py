@@ -116,20 +116,24 @@ KILLABLE = "from synth import evolve\nfrom training.cli import run\nrun(evolve.m
 def test_killed_and_resumed_it_asks_nothing_again(tmp_path, instructions):
     cut, rng = tmp_path / "cut", random.Random(0)
     with OfflineTeacher(latency_ms=5) as server:
-        words = [*words_of(server, instructions, cut), "--chains", 3]
+        words = [*words_of(server, instructions, cut), "--chains", 3, "--iterations", 3]
         process = subprocess.Popen(
             [sys.executable, "-c", KILLABLE, *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
         )
-        assert send_kill(process, server, rng.randrange(15, 35)) == -signal.SIGKILL
-        # Stopped once more, by a limit, in the generation of the data.
-        with pytest.raises(UserError, match="limit of 80 calls"):
-            call(module.main, "--resume", cut, "--max-calls", 80)
-        assert (cut / "policy").is_dir() and not (cut / "tree.jsonl").exists()
+        assert send_kill(process, server, rng.randrange(5, 15)) == -signal.SIGKILL
+        # Stopped again, by limits: within the training of the policy and in the generation of the data.
+        done = []
+        for limit in (20, 35, 110):
+            with pytest.raises(UserError, match=f"limit of {limit} calls"):
+                call(module.main, "--resume", cut, "--max-calls", limit)
+            saved = cut / "policy_training" / "progress.json"
+            done.append(read_json(saved)["iterations"] if saved.is_file() else 0)
+        assert {1, 2} & set(done) and (cut / "policy").is_dir() and not (cut / "tree.jsonl").exists()
         call(module.main, "--resume", cut, "--max-calls", 10_000)
         assert repeated(server) <= 8  # what was in flight at the kill
         disturbed = server.asked.keys()
     with OfflineTeacher() as server:
-        call(module.main, *words_of(server, instructions, tmp_path / "whole"), "--chains", 3)
+        call(module.main, *words_of(server, instructions, tmp_path / "whole"), "--chains", 3, "--iterations", 3)
         assert repeated(server) == 0 and server.asked.keys() == disturbed
     for name in ("tree.jsonl", "responses.jsonl", "dataset.jsonl", "policy_training/choices.jsonl",
                  "policy/policy.safetensors"):  # fmt: skip

@@ -71,14 +71,16 @@ def test_self_instructs_published_filters(text, fault):
 
 def test_self_instruct_goes_on_until_it_has_what_is_wanted():
     near = "Name the rivers of all Europe."  # 5 of 5 and 6 tokens
-    ask = new([NEW[0], near, "Draw a house with trees.", *NEW[1:]])
+    ask = new([NEW[0], near, NEW[0], "Draw a house with trees.", *NEW[1:]])
     generator = SelfInstructGenerator(ask)
     rows = generator.generate_from_seed(SEEDS, 10)
     assert [row["instruction"] for row in rows] == [text for text in NEW[:10] if "tents" not in text]
     assert rows[0]["output"] == f"Done: {NEW[0]}"
-    assert [row["dropped"] for row in generator.dropped] == ["near-duplicate", "unfit for a language model", "apology"]
+    assert [row["dropped"] for row in generator.dropped] == [
+        *("near-duplicate", "near-duplicate", "unfit for a language model", "apology"),
+    ]
     asked = [one for one in ask.asked if one.schema]
-    assert [one.sample for one in asked] == list(range(1, 13))  # 10 and the two that were dropped
+    assert [one.sample for one in asked] == list(range(1, 14))  # 10 and the three that were dropped
     shown = [[text for text in [s["instruction"] for s in SEEDS] + NEW if f"\n{text}\n" in one.messages[1]["content"]]
              for one in asked]  # fmt: skip
     assert all(len(texts) == 8 for texts in shown)  # six seeds and two of its own, or seeds alone at the start

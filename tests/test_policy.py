@@ -56,7 +56,7 @@ def test_features_say_what_is_known():
     length, round_share, failed, novelty, known, rate, one = second[-7:]
     assert length == pytest.approx(np.log(4) / 5) and (round_share, failed, novelty) == (1, 1, 0.25)
     assert (known, rate, one) == (1, 0, 1) and first[-3] == 0  # a pass rate of 0 is known
-    assert not third[:BUCKETS].any()
+    assert not third[:BUCKETS].any() and (first < 0).any() and (first[:BUCKETS] > 0).any()  # hashed with a sign
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "uniform"])
@@ -186,16 +186,27 @@ def test_the_leave_one_out_gradient_is_unbiased():
 
 def test_linucb_by_hand():
     """One feature: A = 1 + Σx², b = Σxr; action 0 was seen with x = 2, r = 3, so its estimate is 6/5."""
-    policy = LinUCB(Learning(alpha=1.0, floor=0.0), actions=2, size=1)
+    policy = LinUCB(Learning(alpha=2.0, floor=0.0), actions=2, size=1)
     ones = np.ones((1, 1), dtype=np.float32)
     policy.learn(Batch(np.array([[[2.0]]]), np.array([[0]]), ones, 3 * ones, ones, 1))
     assert policy.covariances.tolist() == [[[5.0]], [[1.0]]] and policy.sums.tolist() == [[6.0], [0.0]]
-    # x = 1: 6/5 + √(1/5) = 1.65 against 0 + 1; with a bonus of 5: 3.44 against 5.
+    # x = 1: 6/5 + 2 √(1/5) = 2.09 against 0 + 2; with a bonus of 5: 3.44 against 5.
     assert policy.probabilities(np.array([[1.0]])).tolist() == [[1, 0]]
     policy.alpha = 5.0
     assert policy.probabilities(np.array([[1.0]])).tolist() == [[0, 1]]
     policy.freeze()
     assert policy.probabilities(np.array([[1.0], [-1.0], [0.0]])).tolist() == [[1, 0], [0, 1], [0.5, 0.5]]
+
+
+def test_ppo_learns_nothing_from_what_its_critic_expected():
+    policy, batch = PPO(Learning(gamma=0.0, entropy_coef=0.0)), some_batch()
+    policy.network.critic[-1].weight = mx.array(np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32))
+    values = np.array(policy.network.values(mx.array(batch.features)))
+    before = policy.arrays()
+    policy.learn(batch._replace(rewards=values))
+    assert values.std() > 0.1 and (policy.arrays()["network.actor.2.weight"] == before["network.actor.2.weight"]).all()
+    policy.learn(batch._replace(rewards=-values))
+    assert (policy.arrays()["network.actor.2.weight"] != before["network.actor.2.weight"]).any()
 
 
 def test_ppo_learns_the_value_of_a_situation():
