@@ -21,6 +21,7 @@ from synth.generate import Asking
 from synth.offline_instructions import starting
 from synth.offline_teacher import OfflineTeacher
 from synth.operators import ACTIONS
+from synth.policy_features import Situation, features
 from synth.policy_files import load_policy
 from synth.responses import data_row, respond, response_fault, write_data
 from synth.stages import kept, load_rows
@@ -28,6 +29,7 @@ from tests.scripted_teacher import ScriptedTeacher, said
 from tests.scripts import ROOT, call, fails, with_words
 from training.metrics import read_metrics
 
+import numpy as np
 import pytest
 
 SMALL = ["--rounds", 2, "--iterations", 2, "--starts", 2, "--group", 2, "--answers", 2, "--answer", "number"]
@@ -179,6 +181,12 @@ def test_every_policy_makes_data(tmp_path, teacher, instructions, policy):
     assert summary["rows"] > 0 and (policy != "breadth" or summary["breadth"] == 1)
     assert ("evenly_from_these_logs" in summary) == (policy != "breadth")
     assert (tmp_path / "run" / "policy_training").exists() == (policy == "linucb")
+    # What chose was the frozen policy: without the bonus that explores.
+    frozen = load_policy(tmp_path / "run" / "policy")
+    frozen.freeze()
+    choices = [row for row in rows_of(tmp_path / "run" / "tree.jsonl") if row["parent"]]
+    expected = frozen.probabilities(features([Situation(**row["situation"]) for row in choices]))
+    assert np.array([list(row["propensities"].values()) for row in choices]) == pytest.approx(expected)
     # A trained policy serves another run as it is.
     calls = teacher.calls
     call(module.main, *words_of(teacher, instructions, tmp_path / "next"), "--policy-path", tmp_path / "run" / "policy",

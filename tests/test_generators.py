@@ -44,7 +44,9 @@ def new(texts):
 
     def answer(ask):
         if ask.schema is prompts.Instruction:
-            return said("{}", parsed=prompts.Instruction(instruction=next(found)))
+            text = next(found, None)
+            assert text is not None, "more was asked for than there is"
+            return said("{}", parsed=prompts.Instruction(instruction=text))
         if ask.schema is prompts.Verdict:
             return said(
                 "{}", parsed=prompts.Verdict(equal="equal" in ask.messages[1]["content"].split("</second")[0][-40:])
