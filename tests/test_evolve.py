@@ -15,7 +15,7 @@ from data.errors import UserError
 from data.files import read_json
 from data.records import read_rows
 from synth import evolve as module
-from synth import prompts, trainer
+from synth import intervals, prompts, trainer
 from synth.evolve_flags import OFFLINE_ANSWERS, parse_evolve_args
 from synth.generate import Asking
 from synth.offline_instructions import starting
@@ -33,6 +33,11 @@ import numpy as np
 import pytest
 
 SMALL = ["--rounds", 2, "--iterations", 2, "--starts", 2, "--group", 2, "--answers", 2, "--answer", "number"]
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    monkeypatch.setattr(intervals, "RESAMPLES", 100)
 
 
 @pytest.fixture
