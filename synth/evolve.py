@@ -46,9 +46,9 @@ from synth.policy import Policy
 from synth.policy_files import SETTINGS, load_policy, save_policy
 from synth.policy_training import train_policy
 from synth.responses import respond, write_data
-from synth.run import alone, teacher_of
+from synth.run import teacher_of
 from synth.run_flags import asking_from
-from synth.stages import Row, kept, stage
+from synth.stages import Row, alone, kept, stage
 from synth.teacher import Teacher
 from synth.teacher_flags import limits_from
 from synth.trainer import run_script

@@ -2,6 +2,7 @@
 
     SelfInstructGenerator    new instructions after examples: six seed ones and two of its own (arXiv:2212.10560)
     EvolInstructGenerator    every instruction evolved by an operator drawn evenly, round by round (arXiv:2304.12244)
+    SampledGenerator         either of them for the RLTuner
 
 Both make new instructions from seed rows and evolve given ones; rows are {"instruction", "output"}, with fresh
 responses of the same teacher. What a filter drops is kept apart, with the reason. Leaves out learning what to ask
@@ -17,7 +18,9 @@ import asyncio
 import itertools
 import random
 import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from data.errors import UserError
@@ -30,6 +33,7 @@ from synth.near_duplicates import THRESHOLD, normalise
 from synth.operators import OPERATORS, read_rewriting
 from synth.policy import Constant
 from synth.responses import respond
+from synth.sampler import Results, Sampler, in_turn
 from synth.stages import Row, ask_all, drop, kept, new_row
 
 DataRow = dict[str, Any]
@@ -175,6 +179,54 @@ class EvolInstructGenerator(_Generator):
         # Near-duplicates are no filter of Evol-Instruct's: only the same words are dropped.
         judge = Judge(self.teacher, self.teacher, Gates(near_duplicates=1.0, shortest=1))
         return Evolution(self.teacher, judge, rounds, self.asking, self.seed, "evol-instruct")
+
+
+class SampledGenerator:
+    """Either of the two as RLTuner takes a generator (synth/sampler.py): it asks by a sampler's settings.
+
+    kind: SelfInstructGenerator or EvolInstructGenerator; seed_rows: what is begun from. A setting is read anew for
+    every ask, and an ask's sample index grows with the row numbers, so that other rows are other answers.
+    """
+
+    def __init__(
+        self,
+        kind: type["SelfInstructGenerator"] | type["EvolInstructGenerator"],
+        ask: Callable[[Sequence[Ask]], list[Reply]],
+        seed_rows: Sequence[Mapping[str, Any]],
+        sampler: Sampler,
+    ):
+        self.kind, self.ask, self.seed_rows, self.sampler = kind, ask, list(seed_rows), sampler
+
+    def generate_from_seed(self, count: int, first: int = 1) -> Results:
+        """At most `count` new rows."""
+        generator = self._generator(first)
+        return self._results(generator, generator.generate_from_seed(self.seed_rows, count))
+
+    def evolve_instructions(self, count: int, first: int = 1) -> Results:
+        """At most one row of each of `count` seed rows, which are taken in turn."""
+        generator = self._generator(first)
+        rows = [in_turn(self.seed_rows, number) for number in range(first, first + count)]
+        return self._results(generator, generator.evolve_instructions(rows))
+
+    def _generator(self, first: int) -> "SelfInstructGenerator | EvolInstructGenerator":
+        def ask(asks: Sequence[Ask]) -> list[Reply]:
+            settings, text = self.sampler.get(), self.sampler.template_text
+            return self.ask([
+                replace(
+                    one,
+                    messages=prompts.with_template(one.messages, text),
+                    temperature=settings.temperature,
+                    top_p=settings.top_p,
+                    sample=one.sample + TRIES * (first - 1),
+                )
+                for one in asks
+            ])  # fmt: skip
+
+        return self.kind(ask, seed=first)
+
+    @staticmethod
+    def _results(generator: _Generator, rows: list[DataRow]) -> Results:
+        return Results(rows, dict(Counter(row["dropped"] for row in generator.dropped)))
 
 
 def even_operators() -> Constant:

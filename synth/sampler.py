@@ -169,6 +169,6 @@ class Generator(Protocol):
         """Rows that are evolved from the seed rows, taken in turn."""
 
 
-def in_turn(rows: Sequence[dict[str, Any]], number: int) -> dict[str, Any]:
+def in_turn(rows: Sequence[Any], number: int) -> Any:
     """The seed row from which row `number` (from 1) is evolved."""
     return rows[(number - 1) % len(rows)]

@@ -6,10 +6,18 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from synth import prompts
 from synth.cache import Cache
-from synth.generators import EvolInstructGenerator, SelfInstructGenerator, instructions_of, self_instruct_fault
+from synth.generators import (
+    TRIES,
+    EvolInstructGenerator,
+    SampledGenerator,
+    SelfInstructGenerator,
+    instructions_of,
+    self_instruct_fault,
+)
 from synth.offline_instructions import read_sum, starting
 from synth.offline_teacher import OfflineTeacher
 from synth.operators import OPERATORS
+from synth.sampler import Generator, Sampler, Settings, Space
 from synth.teacher import Teacher
 from tests.scripted_teacher import said
 
@@ -158,3 +166,27 @@ def test_rows_without_instructions_are_refused(rows):
     with pytest.raises(UserError, match="no instruction"):
         instructions_of(rows)
     assert instructions_of([{"input": "12 + 7 ="}]) == ["12 + 7 ="]
+
+
+def test_for_the_tuner_every_ask_goes_by_the_samplers_settings_and_other_rows_are_other_asks():
+    teacher, sampler = new(NEW), Sampler(Space(templates=("plain", "varied")))
+    generator: Generator = SampledGenerator(SelfInstructGenerator, teacher, SEEDS, sampler)
+    sampler.set(Settings(temperature=0.3, top_p=0.7, template="varied"))
+    found = generator.generate_from_seed(3, first=5)
+    assert [row["instruction"] for row in found.data] == NEW[:3] and found.dropped == {}
+    assert {(ask.temperature, ask.top_p) for ask in teacher.asked} == {(0.3, 0.7)}
+    assert all("few others would choose" in ask.messages[-1]["content"] for ask in teacher.asked)
+    asked = [ask for ask in teacher.asked if ask.schema is prompts.Instruction]
+    assert [ask.sample for ask in asked] == [4 * TRIES + n for n in (1, 2, 3)]
+    sampler.temperature = 0.9
+    generator.generate_from_seed(1, first=8)
+    assert teacher.asked[-1].temperature == 0.9 and teacher.asked[-2].sample > asked[-1].sample
+
+
+def test_for_the_tuner_seed_rows_are_evolved_in_turn_and_what_is_dropped_is_counted():
+    teacher = new([NEW[0], SEEDS[1]["instruction"]])
+    generator = SampledGenerator(EvolInstructGenerator, teacher, SEEDS[:2], Sampler())
+    found = generator.evolve_instructions(2, first=4)  # the second seed row, then the first again
+    assert [row["instruction"] for row in found.data] == [NEW[0]] and sum(found.dropped.values()) == 1
+    parents = [ask.messages[-1]["content"] for ask in teacher.asked if ask.schema is prompts.Instruction]
+    assert SEEDS[1]["instruction"] in parents[0] and SEEDS[0]["instruction"] in parents[1]
