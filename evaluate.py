@@ -1,26 +1,33 @@
-"""Sample a model on prompts, score the completions by any reward, and keep them as rows.
+"""Sample a model on prompts, score the completions by any reward, and keep them as rows; or compare two models.
 
     python evaluate.py --model ./sft_fine_tune/ --ground_truth_reward --held-out
     python evaluate.py --model ./sft_fine_tune/ --ground_truth_reward --num-samples 2000 --save-samples rows.jsonl
+    python evaluate.py --model ./sft_fine_tune/ --resume-file ppo --against ./sft_fine_tune/ --ground_truth_reward
 
 The saved rows hold "text" and "reward", so `sft.py --reward-model` learns from them: a reward model is best where it
-has seen what the policy writes. Leaves out comparing two models pairwise.
+has seen what the policy writes. Intervals are of 95 %, over prompts, each of which counts alike: what other prompts of
+the same kind would give, not what another seed of training would. Leaves out more than two models at once.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from data.files import atomic_file
 from data.prompts import held_out_starts
 from models.adapters import load_adapter
-from models.loading import load
+from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
+from rewards.combined import Reward
 from training import config, ppo_flags, ppo_step
 from training.cli import run
-from training.evaluation import Evaluation, evaluate_model
+from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
+from training.samples import text_table
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,6 +36,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
+    parser.add_argument("--against", metavar="MODEL", help="compare with this model, prompt by prompt")
+    parser.add_argument(
+        "--against-adapter", metavar="FILE", help="compare with --against, or else --model, under this adapter"
+    )
     parser.add_argument("--reference", metavar="MODEL", help="report the KL from this model, which has the same tokens")
     ppo_flags.add_reward_flags(parser)
     ppo_flags.add_prompt_source(parser)
@@ -36,9 +47,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=250, help="completions, spread evenly over the prompts")
     parser.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=64, help="tokens")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: the most likely token")
+    parser.add_argument("--show-samples", type=int, default=5, help="completions to print of each model")
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows of "text" and "reward"')
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that cannot work together, before anything is loaded."""
+    ppo_flags.check_reward(args)
+    config.positive("num-samples", args.num_samples)
+    config.positive("max-completion-length", args.max_completion_length)
+    config.positive("temperature", args.temperature, zero=True)
+    config.positive("show-samples", args.show_samples, zero=True)
+    if args.reference and not args.temperature:
+        raise UserError("--reference needs a --temperature above 0: at 0 nothing is drawn, and there is no KL")
+    if (args.against, args.against_adapter) in ((args.model, args.resume_file), (None, args.resume_file or "")):
+        raise UserError("--against names the model that is evaluated; name another model, or another adapter")
 
 
 def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
@@ -52,44 +77,107 @@ def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
     return [prompts[i % len(prompts)] for i in range(args.num_samples)]
 
 
-def save_samples(path: str | Path, result: Evaluation) -> None:
-    """Write one row per completion, atomically."""
-    rows = ({"text": text, "reward": score} for text, score in zip(result.texts, result.scores, strict=True))
+def open_beside(name: str, base: LoadedModel) -> LoadedModel:
+    """The model `name`, which shares its weights with `base` where it is the same. base: without an adapter as yet."""
+    same = resolve(name).resolve() == base.path.resolve()
+    return replace(base, model=twin(base.model)) if same else load(name)
+
+
+def check_reference(reference: LoadedModel, candidate: LoadedModel) -> None:
+    """Raise UserError where the KL would compare the probabilities of different tokens."""
+    if reference.tokenizer.get_vocab() != candidate.tokenizer.get_vocab():
+        raise UserError(
+            f"--reference {reference.name} has other tokens than {candidate.name}, so there is no KL; "
+            "name a model with the same tokenizer"
+        )
+
+
+def evaluated(
+    args: argparse.Namespace, candidate: LoadedModel, known: list[str], reward: Reward, reference: LoadedModel | None
+) -> Evaluation:
+    """Evaluate a model on the prompts as its own tokenizer renders them. known: as the reward knows them."""
+    return evaluate_model(
+        candidate.model,
+        candidate.tokenizer,
+        choose_prompts(args, candidate.tokenizer),
+        reward,
+        args.max_completion_length,
+        args.temperature,
+        reference.model if reference else None,
+        args.seed,
+        known_prompts=known,
+    )
+
+
+def show(args: argparse.Namespace, title: str, prompts: Sequence[str], result: Evaluation) -> None:
+    """Samples as a table, and the figures."""
+    count = min(args.show_samples, len(result.rows))
+    print(f"{title}\n{text_table([result.rows[i * len(result.rows) // count] for i in range(count)])}".rstrip())
+    figures = {
+        "mean_score": str(score_interval(prompts, result.scores)),
+        **{name: f"{mean:.3f}" for name, mean in result.part_scores.items()},
+        "perfect_share": f"{result.perfect_share:.3f}",
+        "completion_length": f"{result.completion_length:.1f}",
+        **({"kl": f"{result.kl:.3f}"} if args.reference else {}),
+    }
+    print(" | ".join(f"{name}: {value}" for name, value in figures.items()) + "\n")
+
+
+def show_difference(prompts: Sequence[str], first: Evaluation, second: Evaluation) -> None:
+    """By how much the first model is better than the second, and on how many prompts."""
+    found = score_difference(prompts, second.scores, first.scores)
+    even = len(per_prompt(prompts, first.scores)) - found.gained - found.lost
+    print(
+        f"difference: {found.interval} (first minus second, paired) | better: {found.gained} | even: {even} | "
+        f"worse: {found.lost} | p: {found.p_value:.2g} (sign test)"
+    )
+
+
+def save_samples(path: str | Path, results: dict[str, Evaluation]) -> None:
+    """Write one row per completion, atomically; where two models are compared, each says whose it is."""
+    rows: list[dict[str, Any]] = []
+    for title, result in results.items():
+        whose = {"model": title} if len(results) > 1 else {}
+        for text, row in zip(result.texts, result.rows, strict=True):
+            parts = {name: value for name, value in row.items() if name != "score"}
+            rows.append({"text": text, "reward": row["score"], **parts, **whose})
     with atomic_file(path) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{len(rows)} rows: {path}")
 
 
 def main() -> None:
     args = parse_args()
-    ppo_flags.check_reward(args)
-    config.positive("num-samples", args.num_samples)
-    config.positive("max-completion-length", args.max_completion_length)
-    config.positive("temperature", args.temperature, zero=True)
+    check(args)
     loaded = load(args.model)
     reward = build_reward(args, loaded)
-    reference = load(args.reference).model if args.reference else None
-    if args.resume_file:
-        load_adapter(loaded.model, args.resume_file)
-    result = evaluate_model(
-        loaded.model,
-        loaded.tokenizer,
-        choose_prompts(args, loaded.tokenizer),
-        reward,
-        args.max_completion_length,
-        args.temperature,
-        reference,
-        args.seed,
-    )
-    for text, score in zip(result.texts[:5], result.scores, strict=False):
-        print(f"{score:7.3f}  {text}")
-    print(
-        f"mean_score: {result.mean_score:.4f} ± {result.standard_error:.4f} (standard error) | "
-        f"perfect_share: {result.perfect_share:.3f} | completion_length: {result.completion_length:.1f}"
-        + (f" | kl: {result.kl:.3f}" if reference is not None else "")
-    )
+    reference = open_beside(args.reference, loaded) if args.reference else None
+    candidates = {title_of(args.model, args.resume_file): loaded}
+    if args.against or args.against_adapter:
+        other = open_beside(args.against or args.model, loaded)
+        candidates[title_of(args.against or args.model, args.against_adapter)] = other
+    for candidate, adapter in zip(candidates.values(), (args.resume_file, args.against_adapter), strict=False):
+        if reference:
+            check_reference(reference, candidate)
+        if adapter:
+            load_adapter(candidate.model, adapter)
+    prompts = choose_prompts(args, loaded.tokenizer)
+    results = {}
+    for title, candidate in candidates.items():
+        results[title] = evaluated(args, candidate, prompts, reward, reference)
+        show(args, title, prompts, results[title])
+    if len(results) > 1:
+        show_difference(prompts, *results.values())
+    distinct = len(set(prompts))
+    over = f"{distinct} prompts" if distinct > 1 else f"{len(prompts)} completions of one prompt"
+    print(f"intervals: 95 %, over {over}")
     if args.save_samples:
-        save_samples(args.save_samples, result)
-        print(f"{len(result.texts)} rows: {args.save_samples}")
+        save_samples(args.save_samples, results)
+
+
+def title_of(model: str, adapter: str | None) -> str:
+    """What a model is called beside another."""
+    return f"{model} with {adapter}" if adapter else model
 
 
 if __name__ == "__main__":

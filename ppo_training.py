@@ -34,6 +34,7 @@ from models.loading import LoadedModel, load, twin
 from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
 from models.value_head import Policy, new_value_head
 from rewards.build import build_reward
+from rewards.combined import score
 from training import config, ppo, ppo_flags, ppo_step, transformer_lab
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
@@ -76,7 +77,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
 def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: list[str], reward, moments):
     """Sample one completion per prompt, score it, and recompute the logprobs of policy and reference.
 
-    Returns the Rollout, the texts of prompts and completions, and figures for the report.
+    Returns the Rollout, the texts with their scores, and figures for the report.
     """
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(
@@ -85,8 +86,8 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
     texts = completion_texts(tokenizer, prompt_ids, completions)
     ended = [has_eos(completion, tokenizer.eos_token_ids) for completion in completions]
     # The prompts as they were given, by which a reward knows them; decoding may change a space.
-    raw_scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float32)
-    scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
+    scored = score(reward, prompts, texts)
+    scores = ppo_step.shape_scores(args, np.asarray(scored.scores, dtype=np.float32), ended, moments)
 
     prefix = soft_prompt_ids(trainee.model)
     packed = pack(
@@ -108,7 +109,7 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, tokenizer, prompts: l
     rollout = Rollout(
         tokens, positions, completion_ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=mx.array(scores)
     )
-    return rollout, texts, ppo_step.rollout_figures(raw_scores, ended, rollout, entropy)
+    return rollout, scored, ppo_step.rollout_figures(scored, ended, rollout, entropy)
 
 
 def rows_to_score(args, model: nn.Module, completion_length: int) -> int:
@@ -184,7 +185,7 @@ def train(
         while progress.step < args.num_steps and not stop.requested:
             started, kl_coef = time.perf_counter(), progress.controller.value
             mx.random.seed(config.step_seed(args.seed, progress.step))
-            rollout, texts, figures = roll_out(
+            rollout, scored, figures = roll_out(
                 args, trainee, reference, loaded.tokenizer, prompts.batch(progress.step), reward, progress.moments
             )
             sampled = time.perf_counter()
@@ -197,10 +198,11 @@ def train(
             progress.step += 1
             progress.seconds += ended - started
             if not args.ground_truth_reward and not args.prompts:
-                figures["true_score"] = float(np.mean(rule.reward(*texts)))
+                figures["true_score"] = float(np.mean(rule.reward(scored.prompts, scored.completions)))
             figures |= {"kl_coef": kl_coef, **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
+            log.samples(progress.step, ppo_step.sample_rows(args, progress.step, scored))
             if args.custom_hf_dataset:
                 log.say(transformer_lab.reader_line(progress.step, figures, rollout.scores.tolist()))
             log.advance(score=figures["mean_score"], kl=figures["kl"])

@@ -16,8 +16,6 @@ from pathlib import Path
 from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
 from data.files import check_replaceable
-from data.prompts import read_answers
-from data.records import feature_names
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
 from models.torch_adapters import attach_adapter, load_adapter, save_adapter
 from models.torch_generation import sample
@@ -25,8 +23,7 @@ from models.torch_grad_checkpoint import checkpoint_layers
 from models.torch_loading import DEVICES, LoadedModel, choose_device, load, twin
 from models.torch_policy import Policy, new_value_head
 from models.torch_soft_prompt import soft_prompt_ids
-from rewards.answer_reward import AnswerReward, answer_from_flag
-from rewards.function import load_reward_function
+from rewards.combined import Reward, rewards_from_flags, score
 from rewards.torch_reward_model import load_reward_model
 from training import config, ppo, ppo_flags, ppo_step
 from training.checkpoint_folders import last_checkpoint
@@ -42,16 +39,10 @@ import torch
 from torch import Tensor, nn
 
 
-def build_reward(args: argparse.Namespace, base: LoadedModel):
-    """The reward function f(prompts, completions) -> scores that the flags name."""
-    if args.ground_truth_reward:
-        return ppo_step.digit_rule(args).reward
-    if args.reward_model:
-        return load_reward_model(args.reward_model, base.model.device, base).reward
-    if args.answer:
-        answers = read_answers(args.prompts, base.tokenizer, feature_names(args))
-        return AnswerReward(answer_from_flag(args.answer), answers).reward
-    return load_reward_function(args.reward_function)
+def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
+    """f(prompts, completions) -> scores, by the reward flags. base: the open model, without an adapter as yet."""
+    device = base.model.device
+    return rewards_from_flags(args, base.tokenizer, lambda path: load_reward_model(path, device, base).reward)
 
 
 def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Trainee, nn.Module]:
@@ -78,7 +69,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
 def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, prompts: list[str], reward, moments):
     """Sample one completion per prompt, score it, and recompute the logprobs of policy and reference.
 
-    Returns the Rollout, the texts of prompts and completions, and figures for the report.
+    Returns the Rollout, the texts with their scores, and figures for the report.
     """
     tokenizer, eos_token_ids, device = loaded.tokenizer, loaded.eos_token_ids, loaded.model.device
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -88,8 +79,8 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, 
     texts = completion_texts(tokenizer, prompt_ids, completions)
     ended = [has_eos(completion, eos_token_ids) for completion in completions]
     # The prompts as they were given, by which a reward knows them; decoding may change a space.
-    raw_scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float32)
-    scores = ppo_step.shape_scores(args, raw_scores, ended, moments)
+    scored = score(reward, prompts, texts)
+    scores = ppo_step.shape_scores(args, np.asarray(scored.scores, dtype=np.float32), ended, moments)
 
     prefix = soft_prompt_ids(trainee.model)
     packed = pack([prefix + ids for ids in prompt_ids], completions, eos_token_ids, tokenizer.pad_token_id or 0)
@@ -117,7 +108,7 @@ def roll_out(args, trainee: Trainee, reference: nn.Module, loaded: LoadedModel, 
         old_values=values,
         scores=torch.from_numpy(scores).to(device),
     )
-    return rollout, texts, ppo_step.rollout_figures(raw_scores, ended, rollout, entropy)
+    return rollout, scored, ppo_step.rollout_figures(scored, ended, rollout, entropy)
 
 
 def reference_logits(args, reference: nn.Module, tokens: Tensor, positions: Tensor, prefix: list[int]) -> Tensor:
@@ -195,7 +186,7 @@ def train(
         while progress.step < args.num_steps and not stop.requested:
             started, kl_coef = time.perf_counter(), progress.controller.value
             torch.manual_seed(config.step_seed(args.seed, progress.step))
-            rollout, texts, figures = roll_out(
+            rollout, scored, figures = roll_out(
                 args, trainee, reference, loaded, prompts.batch(progress.step), reward, progress.moments
             )
             sampled = time.perf_counter()
@@ -206,10 +197,11 @@ def train(
             progress.step += 1
             progress.seconds += ended - started
             if not args.ground_truth_reward and not args.prompts:
-                figures["true_score"] = float(np.mean(rule.reward(*texts)))
+                figures["true_score"] = float(np.mean(rule.reward(scored.prompts, scored.completions)))
             figures |= {"kl_coef": kl_coef, **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
+            log.samples(progress.step, ppo_step.sample_rows(args, progress.step, scored))
             log.advance(score=figures["mean_score"], kl=figures["kl"])
             if stats["skipped_updates"]:
                 skipped = f"step {progress.step}: {stats['skipped_updates']} updates skipped"

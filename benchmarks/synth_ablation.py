@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
 from data.files import atomic_file, read_json, write_json  # noqa: E402
-from synth.intervals import Interval, over_seeds  # noqa: E402
 from synth.offline_teacher import MODEL  # noqa: E402
 from synth.stages import Row, kept, load_rows  # noqa: E402
 from synth.task import SHIPPED, load_task  # noqa: E402
 from synth.teacher_flags import offline_teacher  # noqa: E402
 from training import config  # noqa: E402
 from training.cli import run  # noqa: E402
+from training.intervals import Interval, over_seeds  # noqa: E402
 
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402

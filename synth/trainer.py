@@ -24,13 +24,13 @@ from data.files import atomic_file, atomic_folder, check_replaceable, read_json,
 from models.adapters import CONFIG_FILE
 from synth.cache import Cache
 from synth.difficulty import model_name
-from synth.intervals import difference, mean_interval
 from synth.rollouts import BaseModel, Rollout, draw
 from synth.stages import Row, write_rows
 from synth.task import Task
 from training import config, ppo_flags, sft_flags
 from training.checkpoint_folders import all_checkpoints
 from training.cli import Stopped, StopSignal
+from training.intervals import difference, mean_interval
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {"rl": "ppo_training.py", "sft": "sft.py"}

@@ -82,7 +82,7 @@ def test_a_custom_readers_flags_hold_wherever_they_are_used(tmp_path, monkeypatc
     path = rows(("p", "word"))
     flags = load_task(tmp_path / "task.yaml").scoring_flags
     monkeypatch.chdir("/")
-    args = Namespace(ground_truth_reward=False, reward_model=None, answer=flags[1], prompts=path)
+    args = ppo_flags.ppo_parser("").parse_args([*flags, "--prompts", str(path)])
     assert flags[0] == "--answer" and build_reward(args, NO_MODEL)(["p"], ["the last word"]) == [1.0]
     assert task_from_flags("other", "Do.").scoring_flags == ("--answer", "exact")
 

@@ -21,7 +21,7 @@ from models.value_head import new_value_head
 from rewards.reward_model import load_reward_model
 from rewards.torch_reward_model import load_reward_model as load_in_torch
 from tests import architectures
-from tests.scripts import ROOT, call, fails
+from tests.scripts import ROOT, call, fails, with_words
 from tests.torch_models import random_llama
 
 import mlx.core as mx
@@ -139,7 +139,7 @@ def test_what_is_in_the_folder(llama, tmp_path):
 
 def test_both_scripts_take_the_folder_as_their_reward_model(llama, tmp_path):
     expected, folder = write(llama, tmp_path)
-    args = Namespace(ground_truth_reward=False, reward_model=str(folder))
+    args = with_words(ppo_training.parse_args, "--reward-model", folder)
     close(ppo_training.build_reward(args, load(llama))(PROMPTS, COMPLETIONS), expected)
     base = torch_loading.load(llama, CPU)
     close(pytorch_ppo_training.build_reward(args, base)(PROMPTS, COMPLETIONS), expected)

@@ -72,7 +72,7 @@ def test_the_script_scores_and_keeps_rows(tiny_folder, tmp_path, capsys):
 
 def test_mistakes_are_one_line(tiny_folder, capsys):
     words = ["--model", tiny_folder]
-    assert "give exactly one" in fails(capsys, evaluate.main, *words)
+    assert "give one, or several" in fails(capsys, evaluate.main, *words)
     words += ["--ground-truth-reward"]
     assert "--num-samples is 0" in fails(capsys, evaluate.main, *words, "--num-samples", 0)
     assert "multiple of 10" in fails(capsys, evaluate.main, *words, "--held-out", "--multiple-of", 10)

@@ -18,9 +18,9 @@ ENTRY_POINTS = ("data/generate_digit_data.py", "data/check.py")  # scripts withi
 NEUTRAL = [
     *("data.batching", "data.chat", "data.check", "data.decoding", "data.errors", "data.examples", "data.files"),
     *("data.generate_digit_data", "data.prompts", "data.records", "data.sources"),
-    *("models.adapter_config", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
+    *("models.adapter_config", "rewards.combined", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
     *("training.cli", "training.config", "training.losses", "training.metrics", "training.plots", "training.ppo"),
-    *("training.ppo_flags", "training.ppo_step", "training.rollout"),
+    *("training.ppo_flags", "training.ppo_step", "training.rollout", "training.samples", "training.trackers"),
 ]
 
 

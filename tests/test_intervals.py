@@ -2,7 +2,7 @@
 
 import random
 
-from synth.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, over_seeds, wilson
+from training.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, over_seeds, wilson
 
 import pytest
 

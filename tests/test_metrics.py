@@ -9,7 +9,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from data.errors import UserError
-from training.metrics import RunLog, figure, read_metrics, resumed_config, start_run_folder
+from training.metrics import RunLog, figure, read_metrics, read_samples, resumed_config, start_run_folder
 from training.plots import PANELS, plot_panels, plot_run
 
 import pytest
@@ -137,7 +137,25 @@ def test_resuming_drops_a_last_line_cut_off_by_a_kill(folder):
 
 def test_a_new_run_begins_with_no_rows(folder):
     RunLog(folder, total_steps=1).close()
-    assert lines_of(folder) == [] == read_metrics(folder)
+    assert lines_of(folder) == [] == read_metrics(folder) == read_samples(folder)
+    assert not (folder / "samples.jsonl").exists()
+
+
+def test_resuming_drops_the_samples_that_come_again(folder):
+    log = RunLog(folder, total_steps=9)
+    for step in (1, 3, 6):
+        log.samples(
+            step, [{"score": step / 2, "completion": "a\u2028\n"}, {"score": math.inf, "completion": "\ud800é"}]
+        )
+    log.samples(7, [])
+    log.close()
+    with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 7, "sc')
+    RunLog(folder, total_steps=9, start_step=3).close()
+    rows = read_samples(folder)
+    assert [(row["step"], row["score"]) for row in rows] == [(1, 0.5), (1, None), (3, 1.5), (3, None)]
+    assert [row["completion"] for row in rows[:2]] == ["a\u2028\n", "\ud800é"]
+    assert "é" in (folder / "samples.jsonl").read_text(encoding="utf-8")
 
 
 # --- trackers ---
@@ -263,6 +281,16 @@ def test_every_metric_of_a_panel_is_drawn(folder, monkeypatch):
     monkeypatch.setattr("training.plots.plot_panels", lambda path, panels, title: drawn.update(panels))
     plot_run(folder)
     assert drawn == {title: {label: [(1, 1.0)] for label in names.values()} for title, names in PANELS.items()}
+
+
+def test_the_rewards_of_a_sum_are_drawn_with_the_score(folder, monkeypatch):
+    log = RunLog(folder, total_steps=1)
+    log.report(1, {"mean_score": 0.5, "score_short": 0.25, "kl": 1.0})
+    log.close()
+    drawn = {}
+    monkeypatch.setattr("training.plots.plot_panels", lambda path, panels, title: drawn.update(panels))
+    plot_run(folder)
+    assert drawn["score"] == {"sampled": [(1, 0.5)], "short": [(1, 0.25)]}
 
 
 def test_with_nothing_to_draw_there_is_no_picture(folder):

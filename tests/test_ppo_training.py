@@ -13,12 +13,14 @@ from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_ad
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import Policy, ValueHead, forward, new_value_head
+from rewards.combined import Scored
+from rewards.digits import DigitRule
 from rewards.reward_model import load_reward_model
 from tests.scripts import call, fails
 from training import ppo, ppo_flags, ppo_step
 from training.checkpoint_folders import last_checkpoint
 from training.cli import Stopped
-from training.metrics import read_metrics
+from training.metrics import read_metrics, read_samples
 from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
 from training.rollout import Rollout, pack
 
@@ -78,7 +80,7 @@ class Setting:
     def roll_out(self, reward=mixed_scores, seed=0, step=0):
         mx.random.seed(seed)
         prompts = self.prompts.batch(step)
-        rollout, self.texts, self.figures = ppo_training.roll_out(
+        rollout, self.scored, self.figures = ppo_training.roll_out(
             self.args, self.trainee, self.reference, self.tokenizer, prompts, reward, self.moments
         )
         return rollout
@@ -558,7 +560,7 @@ def test_a_reward_model_that_is_an_adapter_shares_the_base(setting, folder, tmp_
     loaded = load(str(folder))
     base = {id(array) for _, array in tree_flatten(loaded.model.parameters())}
     args = parse("--reward-model", tmp_path / "reward", "--model", folder)
-    reward_model = load_reward_model(args.reward_model, loaded)
+    reward_model = load_reward_model(args.reward_model[0], loaded)
     assert base <= {id(array) for _, array in tree_flatten(reward_model.scoring.model.parameters())}
     trainee, _ = ppo_training.build_policies(args, loaded)
     assert base <= {id(array) for _, array in tree_flatten(trainee.model.parameters())}
@@ -647,7 +649,9 @@ def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
     prefix = soft_prompt_ids(run.trainee.model)
     assert prompts == [prefix + run.loaded.tokenizer.encode(text) for text in encoded]
     # Encoding the text anew would have given other ids.
-    again = [run.loaded.tokenizer.encode(p + c) for p, c in zip(*run.texts, strict=True)]
+    again = [
+        run.loaded.tokenizer.encode(p + c) for p, c in zip(run.scored.prompts, run.scored.completions, strict=True)
+    ]
     assert again != [p[len(prefix) :] + c for p, c in zip(prompts, completions, strict=True)]
 
 
@@ -888,6 +892,38 @@ def test_with_another_reward_the_digit_rule_s_score_is_reported_too(flags, tmp_p
     assert "true_score" not in read_metrics("second")[0]
 
 
+def test_the_rewards_of_a_sum_are_reported_each_under_its_name(flags, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(REWARD, encoding="utf-8")
+    reward = ("--ground-truth-reward", "--reward-function", "mine.py:score", "--reward-weights", "digit_rule=2")
+    call(ppo_training.main, *flags(reward=(*reward, "score=-0.5")))
+    for row in read_metrics("run"):
+        assert row["mean_score"] == pytest.approx(2 * row["score_digit_rule"] - 0.5 * row["score_score"])
+        assert row["score_score"] > 0
+    assert capsys.readouterr().out.count(" | score_digit_rule: ") == 4
+
+
+def test_samples_of_the_first_step_of_the_last_and_of_some_between(flags):
+    call(ppo_training.main, *flags("--steps-per-samples", 3, "--num-steps", 5))
+    rows = read_samples("run")
+    assert [row["step"] for row in rows] == [step for step in (1, 3, 5) for _ in range(8)]
+    assert list(rows[0]) == ["step", "score", "prompt", "completion"]
+    rule = DigitRule()
+    assert [row["score"] for row in rows] == [rule.score(row["prompt"] + row["completion"]) for row in rows]
+    # A whole batch of eight is shown, so their mean is the report's.
+    means = [np.mean([row["score"] for row in rows if row["step"] == step]) for step in (1, 3, 5)]
+    assert means == pytest.approx([read_metrics("run")[step - 1]["mean_score"] for step in (1, 3, 5)])
+    call(ppo_training.main, *flags("--steps-per-samples", 0, run="none"))
+    assert not Path("none/samples.jsonl").exists()
+
+
+def test_samples_are_spread_over_the_batch():
+    args = parse("--ground-truth-reward", "--batch-size", 128)
+    numbers = list(range(128))
+    scored = Scored(*(list(map(str, numbers)) for _ in range(2)), list(map(float, numbers)), {})
+    assert [row["score"] for row in ppo_step.sample_rows(args, 1, scored)] == list(range(0, 128, 16))
+    assert ppo_step.sample_rows(args, 2, scored) == []
+
+
 def test_a_failing_reward_function_is_one_line(flags, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(prompts, completions):\n    return [1.0]\n", encoding="utf-8")
     call_words = flags(reward=("--reward-function", "mine.py:score"))
@@ -960,7 +996,7 @@ def die():
 @pytest.mark.parametrize("kind", RESUMABLE)
 @pytest.mark.parametrize("step", [1, 4])  # checkpoints are at 0, 2, 4
 def test_a_killed_and_resumed_run_equals_one_never_stopped(flags, monkeypatch, kind, step):
-    words = [*RESUMABLE[kind], "--horizon", 50, "--init-kl-coef", 0.1]
+    words = [*RESUMABLE[kind], "--horizon", 50, "--init-kl-coef", 0.1, "--steps-per-samples", 1]
     call(ppo_training.main, *flags(*words, run="whole"))
     with monkeypatch.context() as patch:
         during_step(patch, step, die)
@@ -969,6 +1005,7 @@ def test_a_killed_and_resumed_run_equals_one_never_stopped(flags, monkeypatch, k
     mx.random.seed(99)
     call(ppo_training.main, "--resume", "cut")
     assert rows_of("cut") == rows_of("whole")
+    assert read_samples("cut") == read_samples("whole") and len(read_samples("cut")) == 4 * 8
     assert state_of("cut") == state_of("whole")
     cut, whole = read_adapter("cut_adapter").weights, read_adapter("whole_adapter").weights
     assert all(mx.array_equal(cut[name], whole[name]) for name in whole)
@@ -1019,7 +1056,7 @@ def test_without_a_reward_the_error_names_the_three_flags(flags, capsys):
 @pytest.mark.parametrize(
     ("reward", "words", "named"),
     [
-        (["--ground-truth-reward", "--reward-model", "x"], [], "2 of"),
+        (["--ground-truth-reward", "--reward-model", "x"], [], "--reward-weights digit_rule=1 x=1"),
         (["--reward-function", "nothing.py:f"], [], "nothing.py"),
         (["--reward-function", "no_colon"], [], "file.py:name"),
         (["--reward-model", "missing_folder/"], [], "missing_folder/"),

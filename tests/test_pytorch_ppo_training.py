@@ -18,7 +18,7 @@ from models.torch_policy import ValueHead
 from tests.scripts import ROOT, call, fails
 from tests.torch_models import random_llama
 from training.cli import Stopped
-from training.metrics import read_metrics
+from training.metrics import read_metrics, read_samples
 
 import pytest
 import torch
@@ -145,18 +145,24 @@ def test_a_stopped_run_goes_on_as_if_it_never_had(kind, stop, base, tmp_path, mo
 
 
 def test_report_and_run_folder_are_those_of_the_mlx_script(base, tmp_path, capsys):
-    words = ("--model", base, "--ground-truth-reward", "--num-steps", 1, *SMALL)
+    (tmp_path / "mine.py").write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    reward = ("--ground-truth-reward", "--reward-function", tmp_path / "mine.py:short")
+    weights = ("--reward-weights", "digit_rule=1", "short=0.1")
+    words = ("--model", base, *reward, *weights, "--num-steps", 1, *SMALL)
     words_of = {script: words, mlx_script: [word for word in words if word not in ("--device", "cpu")]}
     rows, files, lines = [], [], []
     for number, (one, given) in enumerate(words_of.items()):
         folder = tmp_path / str(number)
         call(one.main, *given, "--output-dir", folder, "--save-file", tmp_path / f"adapter{number}")
-        rows.append(list(read_metrics(folder)[0]))
+        rows.append([*read_metrics(folder)[0], *read_samples(folder)[0]])
+        means = read_metrics(folder)[0]
+        assert means["mean_score"] == pytest.approx(means["score_digit_rule"] + 0.1 * means["score_short"])
         files.append(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
         printed = capsys.readouterr().out
         lines.append([part.partition(":")[0] for part in printed.partition("Step - 1")[2].splitlines()[0].split("|")])
         lines[-1] += [line.split("  ")[1] for line in printed.partition("Summary\n")[2].splitlines()]
     assert rows[0] == rows[1]
+    assert "samples.jsonl" in files[0]
     assert files[0] == files[1]
     assert lines[0] == lines[1]
 

@@ -8,10 +8,10 @@ from data.files import read_json, write_json
 from models.adapters import CONFIG_FILE
 from rewards.answers import answer_type
 from synth import trainer
-from synth.intervals import agresti_min, wilson
 from synth.stages import new_row
 from synth.task import Task
 from synth.trainer import choose_checkpoint, evaluate, evaluation_line
+from training.intervals import agresti_min, wilson
 
 import pytest
 

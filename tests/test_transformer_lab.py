@@ -118,7 +118,7 @@ def test_answers_are_found_by_each_of_their_names(tmp_path, key):
     assert (args.ground_truth_reward, args.answer, args.answer_feature) == (False, "exact", key)
     # Another reward than the ground truth stays what it is.
     args = flags_of("--custom_hf_dataset", path, "--reward_model", "dir")
-    assert (args.reward_model, args.answer) == ("dir", None)
+    assert (args.reward_model, args.answer) == (["dir"], None)
 
 
 def test_other_calls_are_left_as_they_are():

@@ -22,6 +22,14 @@ LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2,
 PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2}
 
 
+class Collect(argparse.Action):
+    """For a flag of one or more values that may also be given more than once: all of them, in place of its default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        so_far = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, list(values) if so_far is self.default else [*so_far, *values])
+
+
 def boolean(text: str) -> bool:
     """Read the value of a flag such as `--adap_kl_ctrl True`."""
     if text.lower() in ("true", "yes", "on", "1"):

@@ -1,7 +1,11 @@
-"""How good a model is: sampled completions, their scores, and how far it has moved from a reference."""
+"""How good a model is: sampled completions, their scores, and how far it has moved from a reference; and which of two
+models is better on the same prompts.
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+    python -m pytest tests/test_evaluate.py
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import encode_prompt
@@ -9,7 +13,9 @@ from data.decoding import completion_texts
 from models.generation import sample
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import Policy
+from rewards.combined import Reward, score
 from training import ppo
+from training.intervals import Difference, Interval, difference, mean_interval
 from training.rollout import pack
 
 import mlx.core as mx
@@ -21,48 +27,79 @@ class Evaluation(NamedTuple):
     """Figures over all completions, and the completions themselves."""
 
     mean_score: float
-    standard_error: float  # of mean_score
+    standard_error: float  # of mean_score, over completions as if no two had a prompt in common
     perfect_share: float  # of completions with a score of 1
     kl: float  # nats per completion to the reference; 0 without one
     completion_length: float  # tokens
     scores: list[float]
     texts: list[str]  # prompt + completion
+    part_scores: dict[str, float]  # score_NAME → mean, of each reward of a weighted sum
+    rows: list[dict[str, Any]]  # prompt, completion, tokens, score, and score_NAME of each reward of a sum
 
 
 def evaluate_model(
     model: nn.Module,
     tokenizer,
     prompts: Sequence[str],
-    reward: Callable[[list[str], list[str]], Sequence[float]],
+    reward: Reward,
     max_tokens: int,
     temperature: float = 1.0,
     reference: nn.Module | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    known_prompts: Sequence[str] | None = None,
 ) -> Evaluation:
     """Sample one completion per prompt and score it. prompts: repeat one to sample it more often.
 
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
+    known_prompts: the prompts as the reward knows them, where they were rendered for it by another tokenizer.
     """
     mx.random.seed(seed)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(model, prompt_ids, tokenizer.eos_token_ids, max_tokens, temperature, batch_size)
-    texts = completion_texts(tokenizer, prompt_ids, completions)
-    scores = np.asarray(reward(list(prompts), texts[1]), dtype=np.float64)
+    scored = score(reward, known_prompts or prompts, completion_texts(tokenizer, prompt_ids, completions))
+    scores = np.asarray(scored.scores, dtype=np.float64)
     kl = 0.0
     if reference is not None:
         own = completion_logprobs(model, tokenizer, prompt_ids, completions, temperature, batch_size)
         other = completion_logprobs(reference, tokenizer, prompt_ids, completions, temperature, batch_size)
         kl = float(np.mean(own - other))
+    lengths = [len(completion) for completion in completions]
     return Evaluation(
         mean_score=float(scores.mean()),
         standard_error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0,
         perfect_share=float(np.mean(scores >= 1)),
         kl=kl,
-        completion_length=float(np.mean([len(completion) for completion in completions])),
-        scores=scores.tolist(),
-        texts=[prompt + completion for prompt, completion in zip(*texts, strict=True)],
+        completion_length=float(np.mean(lengths)),
+        scores=scored.scores,
+        texts=[prompt + completion for prompt, completion in zip(scored.prompts, scored.completions, strict=True)],
+        part_scores=scored.part_means(),
+        rows=[{"tokens": length, **scored.row(index)} for index, length in enumerate(lengths)],
     )
+
+
+def score_interval(prompts: Sequence[str], scores: Sequence[float]) -> Interval:
+    """The 95 % interval of a model's mean score, over prompts (see `per_prompt`)."""
+    return mean_interval(per_prompt(prompts, scores))
+
+
+def score_difference(prompts: Sequence[str], first: Sequence[float], second: Sequence[float]) -> Difference:
+    """How much better the second model is than the first, paired on the same prompts (see `per_prompt`)."""
+    return difference(per_prompt(prompts, first), per_prompt(prompts, second))
+
+
+def per_prompt(prompts: Sequence[str], scores: Sequence[float]) -> list[float]:
+    """The mean score of each prompt, in the order of their first coming: what an interval is over.
+
+    Completions of one prompt are alike, so that many of few prompts would seem to say more than they do. Of a single
+    prompt, the scores themselves, which speak for it alone.
+    """
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in zip(prompts, scores, strict=True):
+        by_prompt.setdefault(prompt, []).append(value)
+    if len(by_prompt) == 1:
+        return list(scores)
+    return [sum(values) / len(values) for values in by_prompt.values()]
 
 
 def completion_logprobs(

@@ -2,27 +2,28 @@
 
     RUN/config.json      the flags as run
     RUN/metrics.jsonl    one JSON object per report, keyed by "step"
+    RUN/samples.jsonl    where a run samples: a few completions every few steps, one JSON object each, keyed by "step"
     RUN/summary.json     the last word
     RUN/*.png            pictures (training.plots)
 
-wandb and tensorboard are imported only when asked for, and carry the same figures under the same names.
+Trackers (training.trackers) carry the same figures under the same names, and the samples as tables.
 """
 
-import importlib.util
 import json
 import math
-import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
 from data.files import atomic_file, read_json, write_json
+from training.trackers import check_tracker, open_tracker
 
 from tqdm import tqdm
 
-TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs
+Row = Mapping[str, Any]
+ESCAPED = "backslashreplace"  # half a surrogate pair, which no file can hold, becomes \\udXXX, as JSON writes it
 
 
 def figure(value: float) -> str:
@@ -56,13 +57,14 @@ class RunLog:
     """Shows and records one run."""
 
     def __init__(self, folder: Path, total_steps: int, start_step: int = 0, log_with: str = "none", description=""):
-        """start_step: steps done before a resume; later rows of `metrics.jsonl` are dropped, as they come again."""
+        """start_step: steps done before a resume; later rows of both files are dropped, as they come again."""
         self.folder = folder
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["step"] <= start_step]
-        with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.tracker = _tracker(log_with, folder)
+        self.path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
+        check_tracker(log_with)
+        _drop_after(start_step, self.path)
+        if self.samples_path.exists():
+            _drop_after(start_step, self.samples_path)
+        self.tracker = open_tracker(log_with, folder)
         self.bar = tqdm(total=total_steps, initial=start_step, desc=description, unit="step", dynamic_ncols=True)
 
     def advance(self, **shown: float) -> None:
@@ -76,10 +78,18 @@ class RunLog:
         line = " | ".join([f"Step - {step}", *(f"{name}: {figure(value)}" for name, value in figures.items())])
         self.say(line)
         finite = {name: _finite(value) for name, value in figures.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        _append(self.path, [{"step": step, **finite}])
         if self.tracker:
-            self.tracker(step, {name: value for name, value in finite.items() if value is not None})
+            self.tracker.figures(step, {name: value for name, value in finite.items() if value is not None})
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        """Append sampled completions, all with the same keys, to `samples.jsonl`, and show the tracker their table."""
+        if not rows:
+            return
+        rows = [{name: _finite(value) for name, value in row.items()} for row in rows]
+        _append(self.samples_path, [{"step": step, **row} for row in rows])
+        if self.tracker:
+            self.tracker.table(step, "samples", rows)
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar, whose redrawing sends it off at once, also into a pipe."""
@@ -109,9 +119,18 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`; a last line cut off by a kill is left out."""
-    path = Path(folder) / "metrics.jsonl"
+    return _read(Path(folder) / "metrics.jsonl")
+
+
+def read_samples(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `samples.jsonl`, if any; a last line cut off by a kill is left out."""
+    return _read(Path(folder) / "samples.jsonl")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Not splitlines, which also ends a line at characters that JSON leaves as they are.
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -119,55 +138,16 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def check_tracker(log_with: str | None) -> None:
-    """Raise UserError for an unknown tracker, and for one whose package is not installed. Imports nothing."""
-    if log_with not in (*TRACKERS, "", None):
-        raise UserError(f"--log-with is {log_with!r}; use one of {', '.join(TRACKERS)}")
-    package = TRACKERS.get(log_with or "none")
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--log-with {log_with} needs the package {package}; pip install {package}, or leave the flag out"
-        )
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _tracker(log_with: str, folder: Path):
-    """A function of (step, figures) that feeds the tracker, or None."""
-    check_tracker(log_with)
-    if log_with == "wandb":
-        return _wandb(folder)
-    return _tensorboard(folder) if log_with == "tensorboard" else None
+def _append(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a", encoding="utf-8", errors=ESCAPED) as file:
+        file.write(_lines(rows))
 
 
-def _wandb(folder: Path):
-    import wandb
-
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_account() else "offline")
-    run = wandb.init(
-        project="mlx-tuning",
-        name=folder.name,
-        dir=str(folder),
-        config=read_json(folder / "config.json"),
-        mode=mode,
-        settings=wandb.Settings(silent=True),
-    )
-    return lambda step, figures: run.log(dict(figures), step=step)
-
-
-def _has_wandb_account() -> bool:
-    """Whether `wandb login` was run here: it writes into ~/.netrc, which may also be there for other hosts."""
-    netrc = Path.home() / ".netrc"
-    logged_in = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
-    return logged_in or bool(os.environ.get("WANDB_API_KEY"))
-
-
-def _tensorboard(folder: Path):
-    from tensorboardX import SummaryWriter
-
-    writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log
+def _drop_after(step: int, path: Path) -> None:
+    kept = [row for row in _read(path) if row["step"] <= step]
+    with atomic_file(path) as temporary:
+        temporary.write_text(_lines(kept), encoding="utf-8", errors=ESCAPED)

@@ -29,6 +29,8 @@ def plot_run(folder: str | Path) -> Path | None:
     rows = read_metrics(folder)
     panels = {}
     for title, names in PANELS.items():
+        if title == "score":
+            names = names | {name: name.removeprefix("score_") for row in rows[-1:] for name in row if _is_part(name)}
         curves = {label: _points(rows, name) for name, label in names.items()}
         curves = {label: points for label, points in curves.items() if points}
         if curves:
@@ -68,6 +70,11 @@ def plot_panels(
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
+
+
+def _is_part(name: str) -> bool:
+    """Whether a metric is the score of one reward of a weighted sum."""
+    return name.startswith("score_")
 
 
 def _points(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.sources import is_hub_name
+from rewards.combined import reward_weights
 from training import config
 from training.ppo import KL_KINDS
 
@@ -38,12 +39,21 @@ def ppo_parser(description: str | None) -> config.Parser:
 
 def add_reward_flags(parser: config.Parser) -> None:
     """Where scores come from."""
-    group = parser.add_argument_group("reward (one of the first four)")
+    group = parser.add_argument_group("reward (one of the first four, or several with --reward-weights)")
     group.add_argument("--ground-truth-reward", action="store_true", help="score by the digit rule")
-    group.add_argument("--reward-model", metavar="DIR", help="score by a reward model: a fused folder, or an adapter")
-    group.add_argument("--reward-function", metavar="FILE.py:NAME", help="score by your own f(prompts, completions)")
+    group.add_argument("--reward-model", metavar="DIR", nargs="+", action=config.Collect,
+                       help="score by a reward model: a fused folder, or an adapter; or by several")  # fmt: skip
+    group.add_argument("--reward-function", metavar="FILE.py:NAME", nargs="+", action=config.Collect,
+                       help="score by your own f(prompts, completions), or by several")  # fmt: skip
     group.add_argument(
         "--answer", metavar="TYPE", help='score 1 for the "answer" of the prompt\'s row; number, say, or {type: ...}'
+    )
+    group.add_argument(
+        "--reward-weights",
+        metavar="NAME=WEIGHT",
+        nargs="+",
+        action=config.Collect,
+        help="score by the weighted sum of the rewards given: digit_rule, answer, a function's or folder's name",
     )
     group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
     group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
@@ -78,6 +88,9 @@ def _add_prompt_flags(parser: config.Parser) -> None:
     group.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=48, help="tokens")
     group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every logprob")
     group.add_argument("--num-steps", type=int, default=200, help="rollouts, each with its update")
+    group.add_argument(
+        "--steps-per-samples", type=int, default=10, help="steps between tables of sampled completions; 0: none"
+    )
 
 
 def _add_ppo_flags(parser: config.Parser) -> None:
@@ -114,14 +127,9 @@ def _add_kl_flags(parser: config.Parser) -> None:
 
 
 def check_reward(args: argparse.Namespace) -> None:
-    """Raise UserError unless exactly one reward is named."""
+    """Raise UserError unless one reward is named, or several and the weight of each."""
     config.positive("multiple-of", args.multiple_of)
-    chosen = [bool(given) for given in (args.ground_truth_reward, args.reward_model, args.reward_function, args.answer)]
-    if sum(chosen) != 1:
-        raise UserError(
-            f"{sum(chosen) or 'none'} of --ground-truth-reward, --reward-model DIR, --reward-function FILE.py:NAME and "
-            "--answer TYPE are given; give exactly one"
-        )
+    reward_weights(args)
     if args.answer and not args.prompts:
         raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')
     if args.prompts and not Path(args.prompts).exists() and not is_hub_name(str(args.prompts)):
@@ -134,7 +142,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch-size", "mini-batch-size", "gradient-accumulation-steps", "ppo-epochs", "num-steps",
                  "max-completion-length", "temperature", "save-every", "horizon", "target"):  # fmt: skip
         config.positive(name, getattr(args, name.replace("-", "_")))
-    for name in ("init-kl-coef", "clip-range", "value-clip-range", "vf-coef", "target-kl", "score-clip"):
+    for name in ("init-kl-coef", "clip-range", "value-clip-range", "vf-coef", "target-kl", "score-clip",
+                 "steps-per-samples"):  # fmt: skip
         config.positive(name, getattr(args, name.replace("-", "_")), zero=True)
     pieces = args.gradient_accumulation_steps
     _check_divides("batch-size", args.batch_size, "mini-batch-size", args.mini_batch_size)

@@ -10,6 +10,7 @@ from typing import Any
 
 from data.prompts import PromptPlan, digit_prompts, read_prompts
 from data.records import feature_names
+from rewards.combined import Scored
 from rewards.digits import DigitRule
 from training import ppo
 from training.rollout import Rollout
@@ -17,6 +18,7 @@ from training.rollout import Rollout
 import numpy as np
 
 Array = Any
+SAMPLES_SHOWN = 8  # completions in a table of samples
 
 
 def digit_rule(args: argparse.Namespace) -> DigitRule:
@@ -173,17 +175,25 @@ def rejected(args: argparse.Namespace, stats: dict[str, float]) -> str:
     return "skip" if not stats["ratio_mean"] <= args.ratio_threshold else ""
 
 
-def rollout_figures(
-    raw_scores: np.ndarray, ended: Sequence[bool], rollout: Rollout, entropy: Array
-) -> dict[str, float]:
-    """What a step reports of its rollout. raw_scores (B,) as the reward gave them; entropy (B, C) nats per token."""
+def rollout_figures(scored: Scored, ended: Sequence[bool], rollout: Rollout, entropy: Array) -> dict[str, float]:
+    """What a step reports of its rollout. scored: as the reward gave it; entropy (B, C) nats per token."""
     return {
-        "mean_score": float(raw_scores.mean()),
+        "mean_score": float(np.mean(scored.scores)),
+        **scored.part_means(),
         "kl": float(ppo.sum_per_completion(rollout.kl, rollout.mask).mean()),
         "entropy": float(ppo.masked_mean(entropy, rollout.mask)),
         "completion_length": float(rollout.mask.sum(axis=1).mean()),
         "eos_share": float(np.mean(ended)),
     }
+
+
+def sample_rows(args: argparse.Namespace, step: int, scored: Scored) -> list[dict[str, Any]]:
+    """The rows of the table of samples that a step (from 1) reports: a few, spread over its batch, or none."""
+    every = args.steps_per_samples
+    if not every or not (step % every == 0 or step in (1, args.num_steps)):
+        return []
+    count = min(SAMPLES_SHOWN, len(scored.scores))
+    return [scored.row(index * len(scored.scores) // count) for index in range(count)]
 
 
 def mean_stats(history: Sequence[dict[str, float]], skipped: int) -> dict[str, float]:

@@ -1,0 +1,146 @@
+"""From flags to what scores completions: one reward, or a weighted sum of several, each reported under its own name.
+
+A reward's name is digit_rule, answer, its function's own, or its reward model's folder; a second of one name is NAME_2.
+Where there are several, --reward-weights weighs each by name. Leaves out opening a reward model: the frameworks'.
+
+    python ppo_training.py --ground-truth-reward --reward-function mine.py:short --reward-weights digit_rule=1 short=0.5
+    python -m pytest tests/test_combined_rewards.py
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.errors import UserError
+from data.prompts import read_answers
+from data.records import feature_names
+from rewards.answer_reward import AnswerReward, answer_from_flag
+from rewards.digits import DigitRule
+from rewards.function import load_reward_function
+
+import numpy as np
+
+Reward = Callable[[list[str], list[str]], Sequence[float]]
+
+
+class Scored(NamedTuple):
+    """Completions with what they score."""
+
+    prompts: list[str]
+    completions: list[str]
+    scores: list[float]
+    parts: dict[str, list[float]]  # name → the scores of each reward of a sum, unweighted; empty for a single reward
+
+    def row(self, index: int) -> dict[str, Any]:
+        """One completion as a row of a table of samples."""
+        parts = {f"score_{name}": scores[index] for name, scores in self.parts.items()}
+        texts = {"prompt": self.prompts[index], "completion": self.completions[index]}
+        return {"score": self.scores[index], **parts, **texts}
+
+    def part_means(self) -> dict[str, float]:
+        """What a report says of the rewards of a sum."""
+        return {f"score_{name}": float(np.mean(scores)) for name, scores in self.parts.items()}
+
+
+class WeightedSum:
+    """f(prompts, completions) -> scores, the weighted sum of several. rewards, weights: by name."""
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float]):
+        self.rewards, self.weights = rewards, weights
+
+    def parts(self, prompts: list[str], completions: list[str]) -> dict[str, list[float]]:
+        """The scores of each reward by itself, unweighted."""
+        return {name: [float(score) for score in f(prompts, completions)] for name, f in self.rewards.items()}
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """The weighted sum of the parts."""
+        rows = zip(*(parts[name] for name in self.weights), strict=True)
+        return [math.fsum(w * s for w, s in zip(self.weights.values(), row, strict=True)) for row in rows]
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return self.total(self.parts(prompts, completions))
+
+
+def score(reward: Reward, prompts: Sequence[str], texts: tuple[list[str], list[str]]) -> Scored:
+    """Score completions. prompts: as given, by which a reward knows them; texts: prompts and completions as decoded."""
+    if isinstance(reward, WeightedSum):
+        parts = reward.parts(list(prompts), texts[1])
+        return Scored(*texts, reward.total(parts), parts)
+    return Scored(*texts, [float(value) for value in reward(list(prompts), texts[1])], {})
+
+
+def named_rewards(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
+    """Name → (flag, value) of every reward that the flags name, in the order of the help."""
+    given = [("digit_rule", "--ground-truth-reward", "")] if args.ground_truth_reward else []
+    given += [(Path(path).name or "reward_model", "--reward-model", path) for path in args.reward_model or ()]
+    given += [(spec.rpartition(":")[2], "--reward-function", spec) for spec in args.reward_function or ()]
+    given += [("answer", "--answer", args.answer)] if args.answer else []
+    named: dict[str, tuple[str, str]] = {}
+    for name, *reward in given:
+        plain, number = re.sub(r"\W+", "_", name), 1
+        while (unique := plain if number == 1 else f"{plain}_{number}") in named:
+            number += 1
+        named[unique] = (reward[0], reward[1])
+    return named
+
+
+def reward_weights(args: argparse.Namespace) -> dict[str, float]:
+    """Name → weight of every reward; of a single one 1, unless it is given.
+
+    Raises UserError where no reward is named, or where the weights are not one finite number for each of several.
+    """
+    names = list(named_rewards(args))
+    if not names:
+        raise UserError(
+            "none of --ground-truth-reward, --reward-model DIR, --reward-function FILE.py:NAME and --answer TYPE is "
+            "given; give one, or several with --reward-weights"
+        )
+    given: dict[str, float] = {}
+    for word in args.reward_weights or ():
+        name, _, number = word.rpartition("=")
+        if name in given or not _finite(number) or name not in names:
+            wrong = "is a second time there" if name in given else "is no NAME=NUMBER of a reward"
+            raise UserError(f"--reward-weights has {word!r}, which {wrong}; the rewards are {', '.join(names)}")
+        given[name] = float(number)
+    if not given and len(names) == 1:
+        return {names[0]: 1.0}
+    if missing := [name for name in names if name not in given]:
+        example = " ".join(f"{name}={given.get(name, 1):g}" for name in names)
+        raise UserError(
+            f"{len(names)} rewards are given, and no weight of {', '.join(missing)}; leave one reward, or sum them by "
+            f"--reward-weights {example}"
+        )
+    if not any(given.values()):
+        raise UserError("--reward-weights are all 0, so every score would be; weigh at least one reward")
+    return {name: given[name] for name in names}
+
+
+def _finite(number: str) -> bool:
+    try:
+        return math.isfinite(float(number))
+    except ValueError:
+        return False
+
+
+def rewards_from_flags(args: argparse.Namespace, tokenizer: Any, load_model: Callable[[str], Reward]) -> Reward:
+    """f(prompts, completions) -> scores, by the reward flags.
+
+    tokenizer: renders prompts that are messages, by which answers are found. load_model: opens a --reward-model.
+    """
+
+    def opened(flag: str, value: str) -> Reward:
+        if flag == "--ground-truth-reward":
+            return DigitRule(not args.decreasing, args.multiple_of).reward
+        if flag == "--reward-model":
+            return load_model(value)
+        if flag == "--answer":
+            answers = read_answers(args.prompts, tokenizer, feature_names(args))
+            return AnswerReward(answer_from_flag(value), answers).reward
+        return load_reward_function(value)
+
+    weights = reward_weights(args)
+    rewards = {name: opened(*reward) for name, reward in named_rewards(args).items()}
+    return WeightedSum(rewards, weights) if args.reward_weights else next(iter(rewards.values()))

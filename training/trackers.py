@@ -1,0 +1,99 @@
+"""wandb and tensorboard: the figures of a run under the names of `metrics.jsonl`, and tables of its samples.
+
+Each is imported only when asked for. wandb is offline where there is no account; WANDB_MODE says otherwise.
+
+    python -m pytest tests/test_trackers.py
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.errors import UserError
+from data.files import read_json
+from training.samples import text_table
+
+TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs
+
+
+class Tracker(Protocol):
+    """What a run tells a tracker."""
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """Finite figures by name."""
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that have the same keys, at least one."""
+
+
+def check_tracker(log_with: str | None) -> None:
+    """Raise UserError for an unknown tracker, and for one whose package is not installed. Imports nothing."""
+    if log_with not in (*TRACKERS, "", None):
+        raise UserError(f"--log-with is {log_with!r}; use one of {', '.join(TRACKERS)}")
+    package = TRACKERS.get(log_with or "none")
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--log-with {log_with} needs the package {package}; pip install {package}, or leave the flag out"
+        )
+
+
+def open_tracker(log_with: str, folder: Path) -> Tracker | None:
+    """The tracker of the run in `folder`, or None. Raises UserError as `check_tracker` does."""
+    check_tracker(log_with)
+    if log_with == "wandb":
+        return Wandb(folder)
+    return Tensorboard(folder) if log_with == "tensorboard" else None
+
+
+class Wandb:
+    """A wandb run; tables are wandb.Tables."""
+
+    def __init__(self, folder: Path):
+        import wandb
+
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_account() else "offline")
+        self.wandb = wandb
+        self.run = wandb.init(
+            project="mlx-tuning",
+            name=folder.name,
+            dir=str(folder),
+            config=read_json(folder / "config.json"),
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        data = [list(row.values()) for row in rows]
+        self.run.log({name: self.wandb.Table(columns=list(rows[0]), data=data)}, step=step)
+
+
+def _has_wandb_account() -> bool:
+    """Whether `wandb login` was run here: it writes into ~/.netrc, which may also be there for other hosts."""
+    netrc = Path.home() / ".netrc"
+    logged_in = netrc.is_file() and "wandb" in netrc.read_text(encoding="utf-8", errors="replace")
+    return logged_in or bool(os.environ.get("WANDB_API_KEY"))
+
+
+class Tensorboard:
+    """Event files in RUN/tensorboard; a table is text, as tensorboard has no other."""
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        # Indented, Markdown shows it as it is: tags, stars and all.
+        lines = text_table(rows, width=1000).splitlines()
+        self.writer.add_text(name, "\n".join(f"    {line}" for line in lines), step)
+        self.writer.flush()
