@@ -213,7 +213,9 @@ def test_wandb_gets_the_same_figures_and_is_offline_without_an_account(
         Settings=lambda **settings: settings,
         init=lambda **settings: (
             started.update(settings)
-            or types.SimpleNamespace(log=lambda figures, step: logged.append((step, figures)), finish=lambda: None)
+            or types.SimpleNamespace(
+                id="a1", log=lambda figures, step: logged.append((step, figures)), finish=lambda: None
+            )
         ),
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
@@ -236,14 +238,14 @@ def test_tensorboard_gets_the_same_figures(folder, monkeypatch):
     scalars = []
 
     class Writer:
-        def __init__(self, path):
+        def __init__(self, path, **settings):
             assert Path(path) == folder / "tensorboard"
 
         def add_scalar(self, name, value, step):
             scalars.append((name, value, step))
 
-        def flush(self):
-            pass
+        def close(self):
+            scalars.append("closed")
 
     installed = ModuleSpec("tensorboardX", None)
     tensorboard = types.SimpleNamespace(SummaryWriter=Writer, __spec__=installed)
@@ -251,7 +253,7 @@ def test_tensorboard_gets_the_same_figures(folder, monkeypatch):
     log = RunLog(folder, total_steps=1, log_with="tensorboard")
     log.report(7, {"loss": 1.25, "kl": math.inf, "updates": 2})
     log.close()
-    assert scalars == [("loss", 1.25, 7), ("updates", 2, 7)]
+    assert scalars == [("loss", 1.25, 7), ("updates", 2, 7), "closed"]
 
 
 # --- pictures ---

@@ -3,6 +3,7 @@
 import json
 import struct
 
+from data.files import read_json
 from training.metrics import RunLog, read_metrics, read_samples, start_run_folder
 
 import pytest
@@ -16,7 +17,7 @@ FIGURES = [{"mean_score": 0.25, "kl": 1.5}, {"mean_score": 0.75, "kl": float("na
 
 @pytest.fixture
 def tracked(tmp_path):
-    """Run two steps under a tracker; the run's folder and log."""
+    """Run two steps under a tracker; the run's folder."""
 
     def build(tracker):
         folder = start_run_folder(tmp_path / "run", {"seed": 3})
@@ -25,7 +26,7 @@ def tracked(tmp_path):
             log.report(step, figures)
             log.samples(step, ROWS if step == 1 else [])
         log.close()
-        return folder, log
+        return folder
 
     return build
 
@@ -39,44 +40,63 @@ def plain(folder):
     return figures, [{name: value for name, value in row.items() if name != "step"} for row in read_samples(folder)]
 
 
+def wandb_records(content):
+    """The records of a .wandb file: 7 bytes, then LevelDB's log format, whose blocks here are one."""
+    at, parts = 7, []
+    while at + 7 < len(content):
+        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+        parts.append(content[at + 7 : at + 7 + length])
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            yield b"".join(parts)
+            parts = []
+
+
 def test_wandb_has_the_figures_and_the_table(tracked, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    datastore = pytest.importorskip("wandb.sdk.internal.datastore")
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    folder, log = tracked("wandb")
-    log.tracker.run.finish()
-    assert wandb.run is None
+    folder = tracked("wandb")
+    assert wandb.run is None  # ended with the run
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    store, found = datastore.DataStore(), {}
-    store.open_for_scan(str(path))
-    while data := store.scan_data():
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    assert path.stat().st_size < 2**15  # one block
+    found, tables = {}, []
+    for record in map(Record.FromString, wandb_records(path.read_bytes())):
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            own = {name: value for name, value in items.items() if not name.startswith(("_", "samples"))}
-            found[items["_step"]] = own
-            assert ("samples" in items or "samples/_type" in items) is (items["_step"] == 1)
+            tables += [items["_step"]] if any(name.startswith("samples") for name in items) else []
+            figures = {name: value for name, value in items.items() if not name.startswith(("_", "samples"))}
+            found[items["_step"]] = figures
     figures, rows = plain(folder)
-    assert found == figures
+    assert found == figures and tables == [1]
     (table,) = folder.glob("wandb/offline-run-*/files/media/table/samples_1_*.table.json")
     content = json.loads(table.read_text(encoding="utf-8"))
     assert [dict(zip(content["columns"], row, strict=True)) for row in content["data"]] == rows == ROWS
 
 
-def test_tensorboard_has_the_figures_and_the_table(tracked):
-    pytest.importorskip("tensorboardX")
+def events(path):
+    """The events of a tensorboard file, whose records are: length, its checksum, the event, its checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    folder, _ = tracked("tensorboard")
-    (path,) = folder.glob("tensorboard/events*")
-    content, found, texts = path.read_bytes(), {}, []
-    while content:  # records of: length, its checksum, the event, its checksum
+    content = path.read_bytes()
+    while content:
         (length,) = struct.unpack("<Q", content[:8])
-        event = Event.FromString(content[12 : 12 + length])
+        yield Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
+
+
+def is_start(event):
+    """Whether it tells tensorboard to forget earlier sessions from its step on."""
+    return event.HasField("session_log") and event.session_log.status == event.session_log.START
+
+
+def test_tensorboard_has_the_figures_and_the_table(tracked):
+    pytest.importorskip("tensorboardX")
+    folder = tracked("tensorboard")
+    (path,) = folder.glob("tensorboard/events*")
+    found, texts = {}, []
+    for event in events(path):
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 found.setdefault(event.step, {})[value.tag] = value.simple_value
@@ -87,3 +107,22 @@ def test_tensorboard_has_the_figures_and_the_table(tracked):
     assert (step, tag) == (1, "samples/text_summary")
     assert [line[:4] for line in text.splitlines()] == ["    "] * 3  # Markdown shows it as it is
     assert "score_rule" in text and "2 + 2\\n=" in text and "<b>4</b> | *four*" in text
+
+
+def test_a_resumed_run_is_the_same_run_to_wandb(tracked, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tracked("wandb")
+    log = RunLog(folder, 2, start_step=1, log_with="wandb")
+    log.report(2, FIGURES[1])
+    log.close()
+    ids = [path.stem for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    assert ids and set(ids) == {f"run-{read_json(folder / 'wandb.json')['id']}"}
+
+
+def test_a_resumed_run_takes_back_what_tensorboard_shows_past_its_checkpoint(tracked):
+    pytest.importorskip("tensorboardX")
+    folder = tracked("tensorboard")
+    RunLog(folder, 2, start_step=1, log_with="tensorboard").close()
+    starts = [event.step for path in folder.glob("tensorboard/events*") for event in events(path) if is_start(event)]
+    assert sorted(starts) == [1, 2]

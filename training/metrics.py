@@ -64,7 +64,7 @@ class RunLog:
         _drop_after(start_step, self.path)
         if self.samples_path.exists():
             _drop_after(start_step, self.samples_path)
-        self.tracker = open_tracker(log_with, folder)
+        self.tracker = open_tracker(log_with, folder, start_step)
         self.bar = tqdm(total=total_steps, initial=start_step, desc=description, unit="step", dynamic_ncols=True)
 
     def advance(self, **shown: float) -> None:
@@ -96,8 +96,10 @@ class RunLog:
         tqdm.write(line)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """End the bar; with a summary, write and print it."""
+        """End the bar and the tracker; with a summary, write and print it."""
         self.bar.close()
+        if self.tracker:
+            self.tracker.close()
         if summary is not None:
             write_json(self.folder / "summary.json", {name: _finite(value) for name, value in summary.items()})
             print("\nSummary")

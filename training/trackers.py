@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import UserError
-from data.files import read_json
+from data.files import read_json, write_json
 from training.samples import text_table
 
 TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs
@@ -27,6 +27,9 @@ class Tracker(Protocol):
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows that have the same keys, at least one."""
 
+    def close(self) -> None:
+        """Everything told is on disk, or sent, when this returns."""
+
 
 def check_tracker(log_with: str | None) -> None:
     """Raise UserError for an unknown tracker, and for one whose package is not installed. Imports nothing."""
@@ -39,30 +42,40 @@ def check_tracker(log_with: str | None) -> None:
         )
 
 
-def open_tracker(log_with: str, folder: Path) -> Tracker | None:
-    """The tracker of the run in `folder`, or None. Raises UserError as `check_tracker` does."""
+def open_tracker(log_with: str, folder: Path, start_step: int = 0) -> Tracker | None:
+    """The tracker of the run in `folder`, or None. start_step: steps done before a resume; later ones come again.
+
+    Raises UserError as `check_tracker` does.
+    """
     check_tracker(log_with)
     if log_with == "wandb":
         return Wandb(folder)
-    return Tensorboard(folder) if log_with == "tensorboard" else None
+    return Tensorboard(folder, start_step) if log_with == "tensorboard" else None
 
 
 class Wandb:
-    """A wandb run; tables are wandb.Tables."""
+    """A wandb run, the same one after a resume; tables are wandb.Tables.
+
+    wandb leaves out steps that it has already, which are the same when they come again.
+    """
 
     def __init__(self, folder: Path):
         import wandb
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_account() else "offline")
         self.wandb = wandb
+        id_file = folder / "wandb.json"
         self.run = wandb.init(
             project="mlx-tuning",
             name=folder.name,
             dir=str(folder),
             config=read_json(folder / "config.json"),
             mode=mode,
+            id=read_json(id_file)["id"] if id_file.exists() else None,
+            resume="allow",
             settings=wandb.Settings(silent=True),
         )
+        write_json(id_file, {"id": self.run.id})
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         self.run.log(dict(figures), step=step)
@@ -70,6 +83,9 @@ class Wandb:
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         data = [list(row.values()) for row in rows]
         self.run.log({name: self.wandb.Table(columns=list(rows[0]), data=data)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def _has_wandb_account() -> bool:
@@ -82,18 +98,23 @@ def _has_wandb_account() -> bool:
 class Tensorboard:
     """Event files in RUN/tensorboard; a table is text, as tensorboard has no other."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start_step: int):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(
+            str(folder / "tensorboard"),
+            flush_secs=1,  # its flush() leaves out what is queued
+            purge_step=start_step + 1,  # what was shown past the checkpoint is taken back
+        )
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         for name, value in figures.items():
             self.writer.add_scalar(name, value, step)
-        self.writer.flush()
 
     def table(self, step: int, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         # Indented, Markdown shows it as it is: tags, stars and all.
         lines = text_table(rows, width=1000).splitlines()
         self.writer.add_text(name, "\n".join(f"    {line}" for line in lines), step)
-        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
