@@ -60,7 +60,12 @@ def test_a_single_reward_has_no_parts(mine):
 
 def test_rewards_get_the_prompts_as_given_and_rows_the_decoded():
     seen = []
-    reward = WeightedSum({"a": lambda prompts, completions: seen.append(prompts) or [1.0]}, {"a": 1.0})
+
+    def noted(prompts, completions):
+        seen.append(prompts)
+        return [1.0]
+
+    reward = WeightedSum({"a": noted}, {"a": 1.0})
     assert score(reward, ["given"], (["decoded"], ["c"])).row(0)["prompt"] == "decoded"
     assert seen == [["given"]]
 

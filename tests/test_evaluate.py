@@ -1,12 +1,19 @@
 """evaluate.py and training/evaluation.py: the figures, the KL, and the rows that a reward model learns from."""
 
+import json
+import shutil
+
 import evaluate
 import models.fast_blas  # noqa: F401  (before mlx)
+from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS
 from data.records import read_rows
-from models.adapters import AdapterConfig, attach_adapter
+from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.loading import load, twin
+from rewards.combined import WeightedSum
+from rewards.digits import DigitRule
 from tests.scripts import call, fails
-from training.evaluation import completion_logprobs, evaluate_model
+from training.evaluation import completion_logprobs, evaluate_model, per_prompt, score_difference, score_interval
+from training.intervals import wilson
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,6 +75,131 @@ def test_the_script_scores_and_keeps_rows(tiny_folder, tmp_path, capsys):
     kept = read_rows(rows, [("text", "reward")])
     assert len(kept) == 9 and all(0 <= row["reward"] <= 1 for row in kept)
     assert {row["text"].split()[0] for row in kept} <= {str(start) for start in range(14, 201, 20)}
+
+
+def by_length(prompts, completions):
+    return [len(completion) / 10 for completion in completions]
+
+
+def test_an_interval_is_over_prompts():
+    """Two prompts that always and never succeed say little, however often they are asked."""
+    prompts, scores = ["a", "b", "a", "b", "a", "b"], [1.0, 0.0] * 3
+    assert per_prompt(prompts, scores) == [1.0, 0.0]
+    assert score_interval(prompts, scores) == score_interval(["a", "b"], [1.0, 0.0]) == wilson(1, 2)
+    assert per_prompt(["a", "b", "a"], [1.0, 0.5, 0.0]) == [0.5, 0.5]
+    # Of one prompt there is nothing else than its completions.
+    assert score_interval(["a"] * 4, [1.0, 1.0, 0.0, 1.0]) == wilson(3, 4)
+
+
+def test_a_difference_is_paired_by_prompt():
+    prompts = [str(n) for n in range(40)] * 2
+    level = np.linspace(0, 1, 40).tolist() * 2
+    better = [score + 0.01 + 0.001 * (n % 3) for n, score in enumerate(level)]
+    found = score_difference(prompts, level, better)
+    assert found.interval.low > 0.01 and found.interval.high < 0.013  # though the levels differ by far more
+    assert (found.gained, found.lost) == (40, 0) and found.p_value == pytest.approx(2 / 2**40)
+    mirrored = score_difference(prompts, better, level)
+    assert mirrored.interval.mean == pytest.approx(-found.interval.mean) and mirrored.gained == 0
+
+
+def test_rows_hold_what_was_sampled_and_each_part_of_a_sum(loaded):
+    reward = WeightedSum({"long": by_length, "one": lambda p, c: [1.0] * len(p)}, {"long": 2.0, "one": -1.0})
+    result = evaluated(loaded, reward=reward)
+    assert list(result.rows[0]) == ["tokens", "score", "score_long", "score_one", "prompt", "completion"]
+    for row, text in zip(result.rows, result.texts, strict=True):
+        assert row["prompt"] + row["completion"] == text and 0 < row["tokens"] <= 6
+        assert row["score"] == pytest.approx(2 * len(row["completion"]) / 10 - 1)
+    assert result.part_scores == {
+        "score_long": pytest.approx(np.mean([row["score_long"] for row in result.rows])), "score_one": 1.0
+    }  # fmt: skip
+    assert result.mean_score == pytest.approx(2 * result.part_scores["score_long"] - 1)
+
+
+def test_the_reward_is_asked_by_the_prompts_that_it_knows(loaded):
+    seen: list[str] = []
+
+    def reward(prompts, completions):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    known = [f"known {prompt}" for prompt in PROMPTS]
+    result = evaluated(loaded, reward=reward, known_prompts=known)
+    assert seen == known and result.rows[0]["prompt"] == "2"
+
+
+@pytest.fixture(scope="module")
+def moved(tiny_folder, tmp_path_factory):
+    """A LoRA that moves the untrained model."""
+    model, config = load(str(tiny_folder)).model, AdapterConfig(num_layers=-1, model=str(tiny_folder))
+    attach_adapter(model, config)
+    mx.random.seed(2)
+    for module in model.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.2 * mx.random.normal(module.lora_b.shape)
+    path = tmp_path_factory.mktemp("moved") / "adapter"
+    save_adapter(path, model, config)
+    return path
+
+
+def test_two_models_are_compared_on_the_same_prompts(tiny_folder, moved, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def long(prompts, completions):\n    return [len(c) / 10 for c in completions]\n"
+    )
+    rows = tmp_path / "rows.jsonl"
+    words = ["--model", tiny_folder, "--reward-function", f"{tmp_path / 'mine.py'}:long", "--num-samples", 20]
+    words += ["--max-completion-length", 5, "--reference", tiny_folder, "--held-out", "--show-samples", 3]
+    call(evaluate.main, *words, "--against-adapter", moved, "--save-samples", rows)
+    printed = capsys.readouterr().out
+    saved = [json.loads(line) for line in rows.read_text().splitlines()]
+    titles = [str(tiny_folder), f"{tiny_folder} with {moved}"]
+    assert [row["model"] for row in saved] == [title for title in titles for _ in range(20)]
+    assert [row["prompt"] for row in saved[:20]] == [row["prompt"] for row in saved[20:]]
+    assert all(row["reward"] == len(row["completion"]) / 10 for row in saved)
+    prompts, scores = [row["prompt"] for row in saved[:20]], [row["reward"] for row in saved]
+    found = score_difference(prompts, scores[20:], scores[:20])
+    assert f"difference: {found.interval} (first minus second" in printed and found.interval.mean != 0
+    assert f"better: {found.gained} | even: {10 - found.gained - found.lost} | worse: {found.lost} |" in printed
+    assert "over 10 prompts" in printed
+    # Each is printed with its own interval and KL: the base is its own reference, though an adapter was put on its twin.
+    first, second = [line for line in printed.splitlines() if line.startswith("mean_score")]
+    assert first.startswith(f"mean_score: {score_interval(prompts, scores[:20])}") and abs(kl_of(first)) < 1e-3
+    assert second.startswith(f"mean_score: {score_interval(prompts, scores[20:])}") and kl_of(second) > 0.01
+    assert printed.count("tokens  score  prompt  completion") == 2
+    # The other way round it is the other sign, with the second model named by its folder.
+    call(evaluate.main, *words, "--resume-file", moved, "--against", tiny_folder)
+    assert f"difference: {score_difference(prompts, scores[:20], scores[20:]).interval} (" in capsys.readouterr().out
+
+
+def kl_of(line):
+    return float(line.rpartition("kl: ")[2])
+
+
+def test_saved_rows_serve_reward_models_and_sft(tiny_folder, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    call(evaluate.main, "--model", tiny_folder, "--ground-truth-reward", "--num-samples", 4, "--save-samples", path)
+    assert [row["reward"] for row in read_rows(path, PREFERENCE_ROWS)] == [
+        DigitRule().score(row["prompt"] + row["completion"]) for row in read_rows(path, LANGUAGE_ROWS)
+    ]
+    assert "model" not in json.loads(path.read_text().splitlines()[0])
+
+
+def test_a_model_is_not_compared_with_itself_nor_with_other_tokens(tiny_folder, tmp_path, capsys):
+    words = ["--model", tiny_folder, "--ground-truth-reward", "--num-samples", 2]
+    assert "--against names the model that is evaluated" in fails(
+        capsys, evaluate.main, *words, "--against", tiny_folder
+    )
+    adapter = ["--resume-file", "a", "--against-adapter", "a"]
+    assert "--against names the model that is evaluated" in fails(capsys, evaluate.main, *words, *adapter)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_folder, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {word[::-1]: number for word, number in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has other tokens than" in fails(capsys, evaluate.main, *words, "--reference", other)
+    assert "--temperature above 0" in fails(
+        capsys, evaluate.main, *words, "--reference", tiny_folder, "--temperature", 0
+    )
 
 
 def test_mistakes_are_one_line(tiny_folder, capsys):

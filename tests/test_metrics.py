@@ -208,15 +208,11 @@ def test_wandb_gets_the_same_figures_and_is_offline_without_an_account(
     folder, monkeypatch, tmp_path, environment, netrc, mode
 ):
     started, logged = {}, []
+    run = types.SimpleNamespace(id="a1", log=lambda figures, step: logged.append((step, figures)), finish=lambda: None)
     wandb = types.SimpleNamespace(
         __spec__=ModuleSpec("wandb", None),  # installed
         Settings=lambda **settings: settings,
-        init=lambda **settings: (
-            started.update(settings)
-            or types.SimpleNamespace(
-                id="a1", log=lambda figures, step: logged.append((step, figures)), finish=lambda: None
-            )
-        ),
+        init=lambda **settings: started.update(settings) or run,
     )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
@@ -235,7 +231,7 @@ def test_wandb_gets_the_same_figures_and_is_offline_without_an_account(
 
 
 def test_tensorboard_gets_the_same_figures(folder, monkeypatch):
-    scalars = []
+    scalars: list[object] = []
 
     class Writer:
         def __init__(self, path, **settings):

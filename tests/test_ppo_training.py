@@ -919,7 +919,8 @@ def test_samples_of_the_first_step_of_the_last_and_of_some_between(flags):
 def test_samples_are_spread_over_the_batch():
     args = parse("--ground-truth-reward", "--batch-size", 128)
     numbers = list(range(128))
-    scored = Scored(*(list(map(str, numbers)) for _ in range(2)), list(map(float, numbers)), {})
+    texts = list(map(str, numbers))
+    scored = Scored(texts, texts, list(map(float, numbers)), {})
     assert [row["score"] for row in ppo_step.sample_rows(args, 1, scored)] == list(range(0, 128, 16))
     assert ppo_step.sample_rows(args, 2, scored) == []
 

@@ -54,8 +54,7 @@ def wandb_records(content):
 
 def test_wandb_has_the_figures_and_the_table(tracked, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tracked("wandb")
     assert wandb.run is None  # ended with the run
@@ -77,8 +76,7 @@ def test_wandb_has_the_figures_and_the_table(tracked, monkeypatch):
 
 def events(path):
     """The events of a tensorboard file, whose records are: length, its checksum, the event, its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
+    Event = pytest.importorskip("tensorboardX.proto.event_pb2").Event
     content = path.read_bytes()
     while content:
         (length,) = struct.unpack("<Q", content[:8])
@@ -95,7 +93,8 @@ def test_tensorboard_has_the_figures_and_the_table(tracked):
     pytest.importorskip("tensorboardX")
     folder = tracked("tensorboard")
     (path,) = folder.glob("tensorboard/events*")
-    found, texts = {}, []
+    found: dict[int, dict[str, float]] = {}
+    texts = []
     for event in events(path):
         for value in event.summary.value:
             if value.HasField("simple_value"):

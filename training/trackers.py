@@ -103,6 +103,7 @@ class Tensorboard:
 
         self.writer = SummaryWriter(
             str(folder / "tensorboard"),
+            filename_suffix=f".from{start_step}",  # two files of one second would have one name
             flush_secs=1,  # its flush() leaves out what is queued
             purge_step=start_step + 1,  # what was shown past the checkpoint is taken back
         )
