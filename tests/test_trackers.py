@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 from data.files import read_json
 from training.metrics import RunLog, read_metrics, read_samples, start_run_folder
@@ -40,28 +41,37 @@ def plain(folder):
     return figures, [{name: value for name, value in row.items() if name != "step"} for row in read_samples(folder)]
 
 
-def wandb_records(content):
-    """The records of a .wandb file: 7 bytes, then LevelDB's log format, whose blocks here are one."""
-    at, parts = 7, []
-    while at + 7 < len(content):
-        _, length, kind = struct.unpack("<IHB", content[at : at + 7])
-        parts.append(content[at + 7 : at + 7 + length])
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last of several
-            yield b"".join(parts)
-            parts = []
+def wandb_records(path):
+    """The records of a .wandb file up to its last, which wandb's own process may write a moment after the run's end.
+
+    7 bytes, then LevelDB's log format, in whose first block all of it lies here.
+    """
+    parse = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record.FromString
+    for _ in range(200):
+        content, at, records, parts = path.read_bytes(), 7, [], b""
+        assert len(content) < 2**15
+        while at + 7 < len(content):
+            _, length, kind = struct.unpack("<IHB", content[at : at + 7])
+            parts += content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):  # whole, or the last of several
+                records.append(parse(parts))
+                parts = b""
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{path} has no end")
 
 
 def test_wandb_has_the_figures_and_the_table(tracked, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    Record = pytest.importorskip("wandb.proto.wandb_internal_pb2").Record
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tracked("wandb")
     assert wandb.run is None  # ended with the run
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    assert path.stat().st_size < 2**15  # one block
-    found, tables = {}, []
-    for record in map(Record.FromString, wandb_records(path.read_bytes())):
+    found: dict[int, dict[str, float]] = {}
+    tables = []
+    for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             tables += [items["_step"]] if any(name.startswith("samples") for name in items) else []
