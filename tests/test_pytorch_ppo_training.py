@@ -93,7 +93,7 @@ def contents(folder):
     last = sorted((folder / "checkpoints").iterdir())[-1]
     files = {str(path.relative_to(last)): path.read_bytes() for path in last.rglob("*.safetensors")}
     state = json.loads((last / "state.json").read_text(encoding="utf-8"))
-    return rows, files, {name: value for name, value in state.items() if name != "seconds"}
+    return rows, read_samples(folder), files, {name: value for name, value in state.items() if name != "seconds"}
 
 
 def stop_by_signal(monkeypatch):
@@ -126,6 +126,7 @@ def kill(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stopped_run_goes_on_as_if_it_never_had(kind, stop, base, tmp_path, monkeypatch):
     words = ("--model", base, "--ground-truth-reward", "--num-steps", 4, "--scale-scores", *SMALL, *KINDS[kind], *RATE)
+    words += ("--steps-per-samples", 1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     call(script.main, *words, "--output-dir", whole, "--save-file", tmp_path / "whole-adapter")
     with monkeypatch.context() as patch:
@@ -136,7 +137,7 @@ def test_a_stopped_run_goes_on_as_if_it_never_had(kind, stop, base, tmp_path, mo
     assert not (parts / "checkpoints" / "000003").exists()
     torch.manual_seed(123)
     call(script.main, "--resume", parts)
-    assert contents(parts) == contents(whole)
+    assert contents(parts) == contents(whole) and len(read_samples(whole)) == 4 * 8
     files = [tmp_path / name / "adapters.safetensors" for name in ("whole-adapter", "parts-adapter")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -218,7 +219,7 @@ def test_dropout_is_off_though_the_resumed_adapter_has_one(base, tmp_path):
 
 def test_mistakes_are_one_line(base, tmp_path, capsys, monkeypatch):
     reward = "--ground-truth-reward"
-    assert "give exactly one" in fails(capsys, script.main, "--model", base)
+    assert "give one, or several" in fails(capsys, script.main, "--model", base)
     assert "no model folder" in fails(capsys, script.main, "--model", tmp_path / "no", reward)
     assert "no config.json" in fails(capsys, script.main, "--model", tmp_path, reward)
     assert "no model folder" in fails(capsys, script.main, "--model", base, "--tokenizer", "./no", reward)
