@@ -24,7 +24,7 @@ import sft
 from tests.scripts import ROOT, call
 from tests.torch_models import random_llama
 from training.checkpoint_folders import last_checkpoint
-from training.metrics import read_metrics
+from training.metrics import read_metrics, read_samples
 
 import pytest
 from safetensors.numpy import load_file
@@ -158,6 +158,7 @@ def left_by(run: Path) -> dict[str, str | bytes]:
     state.pop("seconds", None)
     return {
         "metrics": "\n".join(map(json.dumps, rows)),
+        "samples": json.dumps(read_samples(run)),
         "state": json.dumps(state),
         "adapter": run.with_suffix(".safetensors").read_bytes(),
         **arrays,
