@@ -30,7 +30,6 @@ from rewards.answers import answer_type  # noqa: E402
 from synth.cache import Cache  # noqa: E402
 from synth.evolution import Chain, Evolution, root_rows  # noqa: E402
 from synth.evolution_reward import Difficulty, Judge, Pool  # noqa: E402
-from synth.intervals import bootstrap, difference  # noqa: E402
 from synth.near_duplicates import tokens  # noqa: E402
 from synth.offline_instructions import read_sum, starting  # noqa: E402
 from synth.operators import ACTIONS, OPERATORS, STOP  # noqa: E402
@@ -43,6 +42,7 @@ from synth.teacher import Teacher  # noqa: E402
 from synth.teacher_flags import offline_teacher  # noqa: E402
 from training import config  # noqa: E402
 from training.cli import run  # noqa: E402
+from training.intervals import bootstrap, difference  # noqa: E402
 
 import numpy as np  # noqa: E402
 

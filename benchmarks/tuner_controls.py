@@ -31,7 +31,6 @@ from data.errors import UserError  # noqa: E402  (the root has to be on the path
 from data.files import atomic_file, read_json, write_json  # noqa: E402
 from synth import structured  # noqa: E402
 from synth.completions import Ask, Reply, read_completion  # noqa: E402
-from synth.intervals import difference  # noqa: E402
 from synth.limits import Cost  # noqa: E402
 from synth.offline_reviews import Reviews  # noqa: E402
 from synth.offline_teacher import OfflineTeacher  # noqa: E402
@@ -45,6 +44,7 @@ from synth.tuner_agents import Agent, Defaults, Outcome  # noqa: E402
 from synth.tuner_config import Config, config_from  # noqa: E402
 from training import config as flags  # noqa: E402
 from training.cli import run  # noqa: E402
+from training.intervals import difference  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 

@@ -6,7 +6,7 @@ the floor of synth/policy.py is for. Leaves out models of the reward (doubly rob
     python -m pytest tests/test_off_policy.py
 """
 
-from synth.intervals import Interval, bootstrap
+from training.intervals import Interval, bootstrap
 
 import numpy as np
 

@@ -18,7 +18,6 @@ from data.errors import UserError
 from data.files import write_json
 from data.records import read_rows
 from synth.examples import read_examples
-from synth.intervals import difference
 from synth.stages import alone
 from synth.targets import SftTarget, TargetModel, load_target, takes_validation
 from synth.task import load_task
@@ -26,6 +25,7 @@ from synth.tuner import RLTuner
 from synth.tuner_config import Config, config_from, load_config
 from training import config as flags
 from training.cli import run
+from training.intervals import difference
 from training.metrics import resumed_config, start_run_folder
 
 FEW = 5  # batches, below which an interval says nothing

@@ -15,7 +15,7 @@ from data.errors import UserError
 from data.files import read_json
 from data.records import read_rows
 from synth import evolve as module
-from synth import intervals, prompts, trainer
+from synth import prompts, trainer
 from synth.evolve_flags import OFFLINE_ANSWERS, parse_evolve_args
 from synth.generate import Asking
 from synth.offline_instructions import starting
@@ -27,6 +27,7 @@ from synth.responses import data_row, respond, response_fault, write_data
 from synth.stages import kept, load_rows
 from tests.scripted_teacher import ScriptedTeacher, said
 from tests.scripts import ROOT, call, fails, with_words
+from training import intervals
 from training.metrics import read_metrics
 
 import numpy as np

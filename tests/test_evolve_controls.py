@@ -6,10 +6,10 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from benchmarks import evolve_controls as module
 from benchmarks.evolve_controls import ARMS, MEASURES, cell_path, dealt_out, measures, table
 from data.files import read_json
-from synth import intervals
 from synth.offline_teacher import OfflineTeacher
 from synth.policy import Batch
 from tests.scripts import call
+from training import intervals
 
 import numpy as np
 import pytest

@@ -6,12 +6,12 @@ difference lies above 0.
 from functools import cache
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from synth import intervals
-from synth.intervals import difference
 from synth.operators import ACTIONS
 from synth.policy import Batch, Constant, Learning, fixed, marginal
 from synth.policy_features import Situation, features
 from synth.policy_files import KINDS
+from training import intervals
+from training.intervals import difference
 
 import numpy as np
 import pytest

@@ -4,9 +4,9 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from benchmarks import tuner_controls as module
 from benchmarks.tuner_controls import cell_path, compared, holm, quality, run_cell, sign_flip, table
 from data.files import read_json, write_json
-from synth import intervals
 from synth.sampler import Settings
 from tests.scripts import call, fails
+from training import intervals
 
 import pytest
 
