@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a few steps of everything")
     parser.add_argument("--stages", choices=("all", "models"), default="all", help="models: without PPO")
     parser.add_argument("--output-dir", default="demo", help="folder for all that the demo makes; emptied first")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     return parser.parse_args()
 
 

@@ -1,24 +1,40 @@
-"""Chat with a model in the terminal.
+"""Chat with a model in the terminal, or with two side by side.
 
     python talk_to_model.py --model ./sft_fine_tune/ --max-tokens 50 --temp 0.7
-    python talk_to_model.py --resume-file adapters
+    python talk_to_model.py --resume-file adapters --compare tiny-digits
 
-The reply streams; the conversation is kept. Ctrl-C ends a reply, or at the prompt the chat; so does Ctrl-D.
-Leaves out batches (models.generation.sample) and serving (mlx_lm.server opens the same folders).
+The reply streams; the conversation is kept, and /help lists what else can be typed. Ctrl-C ends a reply, or at the
+prompt the chat; so does Ctrl-D. Leaves out batches (models.generation.sample) and serving (mlx_lm.server opens the
+same folders).
 """
 
 import argparse
+import json
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
+from data.files import atomic_file, user_cache
 from models.adapters import load_adapter
 from models.generation import ChatSession
-from models.loading import load
+from models.loading import LoadedModel, load, resolve, twin
 from training import config
 from training.cli import run
 
 import mlx.core as mx
+
+HELP = """/reset      forgets the conversation
+/save FILE  adds the conversation to FILE.jsonl, as a row that sft.py takes
+/help       shows this
+Ctrl-C      ends a reply, or the chat; Ctrl-D ends the chat"""
+COMMAND = re.compile(r"/[a-z]+")  # a first word that is one; "/usr/bin" is not
+HISTORY_LINES = 1000
+
+Sessions = dict[str, ChatSession]  # by what stands over the replies
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
+    parser.add_argument("--compare", metavar="MODEL", help="show this model's reply as well, such as the base's")
     parser.add_argument("--max-tokens", type=int, default=100, help="longest reply, tokens")
     parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0: the most likely token")
     parser.add_argument("--system-prompt", help="what the model is told before the conversation")
@@ -34,7 +51,30 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chat(session: ChatSession, max_tokens: int, temperature: float) -> None:
+def open_sessions(args: argparse.Namespace) -> Sessions:
+    """The conversation with --model, and that with --compare. Raises UserError where both are the same."""
+    loaded = load(args.model)
+    # Opened before the adapter is put on: the base then shares its weights with the model that has the adapter.
+    other = _open_beside(loaded, args) if args.compare else None
+    if args.resume_file:
+        saved = load_adapter(loaded.model, args.resume_file)
+        if saved.value_head is not None:
+            raise UserError(f"{args.resume_file} is a reward model: it scores and does not talk; name another adapter")
+    sessions = {args.resume_file or args.model: ChatSession(loaded.model, loaded.tokenizer, args.system_prompt)}
+    if other is not None:
+        sessions[args.compare] = ChatSession(other.model, other.tokenizer, args.system_prompt)
+    return sessions
+
+
+def _open_beside(loaded: LoadedModel, args: argparse.Namespace) -> LoadedModel:
+    if resolve(args.compare).resolve() != loaded.path.resolve():
+        return load(args.compare)
+    if not args.resume_file:
+        raise UserError(f"--compare {args.compare} is --model itself; name another model, or give --resume-file")
+    return LoadedModel(twin(loaded.model), loaded.tokenizer, loaded.config, loaded.path, args.compare)
+
+
+def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
     """Read lines and stream replies until Ctrl-C or Ctrl-D at the prompt, or the end of the input."""
     interactive = sys.stdin.isatty()
     while True:
@@ -46,13 +86,90 @@ def chat(session: ChatSession, max_tokens: int, temperature: float) -> None:
             return
         if not text:
             continue
-        reply = session.reply(text, max_tokens, temperature)
-        try:
-            for piece in reply:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            reply.close()
-        print(flush=True)
+        if COMMAND.fullmatch(text.split()[0]):
+            try:
+                obey(text, sessions)
+            except UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+            continue
+        for name, session in sessions.items():
+            if len(sessions) > 1:
+                print(f"[{name}]", flush=True)
+            say(session, text, max_tokens, temperature)
+
+
+def say(session: ChatSession, text: str, max_tokens: int, temperature: float) -> None:
+    """Stream the reply to `text`; Ctrl-C ends it, and what was said stands."""
+    reply = session.reply(text, max_tokens, temperature)
+    try:
+        for piece in reply:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        reply.close()
+    print(flush=True)
+
+
+def obey(line: str, sessions: Sessions) -> None:
+    """Do what a line that begins with a command says. Raises UserError for what is none."""
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if command == "/help":
+        print(HELP, file=sys.stderr)
+    elif command == "/reset":
+        for session in sessions.values():
+            session.reset()
+        print("the conversation is forgotten", file=sys.stderr)
+    elif command == "/save":
+        if not rest:
+            raise UserError("/save names no file; type /save talks.jsonl, say")
+        save(Path(rest).expanduser(), sessions)
+    else:
+        raise UserError(f"{command} is no command; type /help to see which there are")
+
+
+def save(path: Path, sessions: Sessions) -> None:
+    """Add a row for each conversation to the end of a `.jsonl`, atomically. Raises UserError where that can't be."""
+    rows = [{**session.row(), "model": name} for name, session in sessions.items()]
+    if all(session.messages == session.opening for session in sessions.values()):
+        raise UserError("nothing was said yet, so there is nothing to save; type a message first")
+    if path.suffix != ".jsonl":
+        raise UserError(f"{path} does not end in .jsonl, as files of rows do; type /save {path.with_suffix('.jsonl')}")
+    try:
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
+        before += "\n" if before and not before.endswith("\n") else ""
+        with atomic_file(path) as temporary:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            temporary.write_text(before + text, encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be written ({error}); choose another file") from None
+    print(f"{path}: {len(rows)} {'row' if len(rows) == 1 else 'rows'} added", file=sys.stderr)
+
+
+@contextmanager
+def line_editing(history: Path) -> Iterator[None]:
+    """Edit what is typed, with that of earlier chats at the arrow keys, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    with suppress(OSError):  # there is none yet, or readline's sister libedit wrote it
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # a home that cannot be written is no reason to end with an error
+            history.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(history)
+
+
+def greeting(sessions: Sessions) -> str:
+    """One line: who talks, and that a model without a chat template does not answer but goes on."""
+    names = " and ".join(sessions)
+    plain = [name for name, session in sessions.items() if not session.tokenizer.has_chat_template]
+    note = f" ({' and '.join(plain)}: no chat template, so your text is continued)" if plain else ""
+    return f"{names}{note}: type a message, or /help; Ctrl-D or Ctrl-C leaves."
 
 
 def main() -> None:
@@ -60,13 +177,10 @@ def main() -> None:
     config.positive("max-tokens", args.max_tokens)
     config.positive("temp", args.temp, zero=True)
     mx.random.seed(args.seed)
-    loaded = load(args.model)
-    if args.resume_file:
-        saved = load_adapter(loaded.model, args.resume_file)
-        if saved.value_head is not None:
-            raise UserError(f"{args.resume_file} is a reward model: it scores and does not talk; name another adapter")
-    print(f"{args.model}: type a message; Ctrl-D or Ctrl-C leaves.", file=sys.stderr)
-    chat(ChatSession(loaded.model, loaded.tokenizer, args.system_prompt), args.max_tokens, args.temp)
+    sessions = open_sessions(args)
+    print(greeting(sessions), file=sys.stderr)
+    with line_editing(user_cache() / "talk_to_model_history") if sys.stdin.isatty() else nullcontext():
+        chat(sessions, args.max_tokens, args.temp)
 
 
 if __name__ == "__main__":

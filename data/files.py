@@ -5,6 +5,7 @@ Leaves out locking: two processes that write the same path race, and the later o
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+
+
+def user_cache() -> Path:
+    """The folder where what can be made again is kept for this user, which may not be there yet."""
+    in_home = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or in_home).expanduser()
 
 
 @contextmanager

@@ -6,8 +6,11 @@ left inside); neither batch mates nor padding change the distribution of a compl
 
 import itertools
 from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import models.fast_blas  # noqa: F401  (before mlx)
+from data.batching import encode_prompt
+from data.chat import render
 from data.errors import UserError
 from models.soft_prompt import soft_prompt_ids
 
@@ -203,23 +206,36 @@ def _keep_rows(caches: list, rows: np.ndarray) -> None:
 class ChatSession:
     """A conversation with one model: keeps the turns and the key-value cache, and streams replies.
 
-    With a chat template, a turn is rendered by it; without one, the turns are lines of one text.
+    With a chat template, a turn is rendered by it. Without one, the model goes on from a text: the first turn as it
+    stands, which is how training has met it, and every later one on a line of its own.
     """
 
     def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, system_prompt: str | None = None):
         self.model, self.tokenizer = model, tokenizer
-        self.messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        self.messages = list(self.opening)
         self.cache = make_prompt_cache(model)
         self.cached: list[int] = []
         model.eval()
 
-    def prompt_ids(self) -> list[int]:
-        """The whole conversation as token ids, ready for the next reply, the soft prompt included."""
+    def reset(self) -> None:
+        """Forget the conversation, but not the system prompt. The cache stays for what the next one shares with it."""
+        self.messages = list(self.opening)
+
+    def row(self) -> dict[str, Any]:
+        """The conversation as a row of data: "messages" where there is a chat template, else "text"."""
         if self.tokenizer.has_chat_template:
-            tokens = self.tokenizer.apply_chat_template(self.messages, add_generation_prompt=True)
-        else:
-            tokens = self.tokenizer.encode("\n".join(message["content"] for message in self.messages))
-        return soft_prompt_ids(self.model) + list(tokens)
+            return {"messages": list(self.messages)}
+        return {"text": "\n".join(message["content"] for message in self.messages)}
+
+    def prompt_ids(self) -> list[int]:
+        """The whole conversation as token ids, ready for the next reply, the soft prompt included.
+
+        Raises UserError where the chat template refuses it (a system prompt, say).
+        """
+        row = self.row()
+        prompt = row["text"] if "text" in row else render(self.tokenizer, row["messages"], reply=True)
+        return soft_prompt_ids(self.model) + encode_prompt(self.tokenizer, prompt)
 
     def reply(
         self, text: str, max_tokens: int, temperature: float = 0.0, top_p: float = 0.0

@@ -31,7 +31,7 @@ from typing import Any
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import Batch, Example, collate
 from data.errors import UserError
-from data.files import atomic_folder, write_json
+from data.files import atomic_folder, user_cache, write_json
 from models.tiny_measures import MEASURES
 from models.tiny_texts import TEXT_SOURCES
 
@@ -130,8 +130,7 @@ def recipe_key(recipe: Recipe) -> str:
 def _cache() -> Path:
     if own := os.environ.get("TINY_MODELS_CACHE"):
         return Path(own).expanduser()
-    in_home = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or in_home).expanduser() / "tiny-models"
+    return user_cache() / "tiny-models"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -1,24 +1,35 @@
-"""The README's flag tables, made from the parsers themselves; tests/test_readme.py holds the README to them.
+"""The tables in README.md and docs/: flags, made from the parsers themselves; what opens what; memory on a Mac.
 
-python -m tests.flag_tables        writes them into README.md, between the markers
+Each stands between markers, which tests/test_docs.py holds to what is made here.
+
+python -m tests.flag_tables        writes them anew
 """
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import demo
 import evaluate
 import fuse
 import ppo_training
 import sft
 import talk_to_model
 from data import check, generate_digit_data
+from synth import difficulty, evolve_flags, generate, offline_teacher, report, run_flags, selection, train, tune, verify
+from tests import mac_memory, opens
 from training import config
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"<!-- table: (.+?) -->\n.*?<!-- end -->", flags=re.DOTALL)
 COMMON = {"help", "config"}
+# Script → the one whose flags its table leaves out where it has the same.
+SHARED = {"pytorch_ppo_training.py": "ppo_training.py"}
+SHARED |= {f"synth/{stage}.py": "synth/run.py" for stage in ("generate", "verify", "difficulty", "selection", "train")}
 
 # Where a default is not that of the walkthrough this toolkit grew out of, and why.
 DIFFERENCES = {
@@ -62,38 +73,53 @@ def parser_of(parse_args: Callable) -> argparse.ArgumentParser:
     raise AssertionError(f"{parse_args} parsed nothing")
 
 
-def pytorch_only() -> argparse.ArgumentParser:
-    """The parser of the flags that only the PyTorch script has."""
+def pytorch() -> argparse.ArgumentParser:
+    """The parser of the PyTorch script, whose import takes torch's time."""
     import pytorch_ppo_training
 
     return parser_of(pytorch_ppo_training.parse_args)
 
 
-PARSERS = {
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "data/generate_digit_data.py": lambda: parser_of(generate_digit_data.parse_args),
     "data/check.py": lambda: parser_of(check.parse_args),
     "sft.py": lambda: parser_of(sft.parse_args),
     "ppo_training.py": lambda: parser_of(ppo_training.parse_args),
-    "pytorch_ppo_training.py": pytorch_only,
+    "pytorch_ppo_training.py": pytorch,
     "evaluate.py": lambda: parser_of(evaluate.parse_args),
     "fuse.py": lambda: parser_of(fuse.parse_args),
     "talk_to_model.py": lambda: parser_of(talk_to_model.parse_args),
+    "demo.py": lambda: parser_of(demo.parse_args),
+    "synth/run.py": lambda: run_flags.run_parser(""),
+    "synth/generate.py": lambda: parser_of(generate.main),
+    "synth/verify.py": lambda: parser_of(verify.main),
+    "synth/difficulty.py": lambda: parser_of(difficulty.main),
+    "synth/selection.py": lambda: parser_of(selection.main),
+    "synth/train.py": lambda: parser_of(train.parse_args),
+    "synth/evolve.py": lambda: evolve_flags.evolve_parser(""),
+    "synth/tune.py": lambda: parser_of(tune.parse_args),
+    "synth/report.py": lambda: parser_of(report.main),
+    "synth/offline_teacher.py": lambda: parser_of(offline_teacher.parse_args),
 }
 
 
+def _said(action: argparse.Action) -> tuple:
+    return (*action.option_strings, action.default, action.help)
+
+
 def table(script: str) -> str:
-    """The flag table of a script in Markdown."""
-    shared = {a.dest for a in PARSERS["ppo_training.py"]()._actions} if script == "pytorch_ppo_training.py" else COMMON
+    """The flag table of a script in Markdown, but for what it has from another (SHARED)."""
+    shared = [_said(action) for action in PARSERS[SHARED[script]]()._actions] if script in SHARED else []
     differences = DIFFERENCES.get(script, {})
     columns = ["flag", "default", "what it does", *(["differs, because"] if differences else [])]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for action in PARSERS[script]()._actions:
-        if action.dest in shared:
+        if action.dest in COMMON or _said(action) in shared:
             continue
-        flags = ", ".join(f"`{flag}`" for flag in action.option_strings)
-        default = "" if action.default in (None, False, "") else f"`{_portable(action.default)}`"
+        flags = ", ".join(f"`{flag}`" for flag in action.option_strings or [action.dest])
+        default = "" if action.default in (None, False, "", []) else f"`{_portable(action.default)}`"
         choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
-        cells = [flags, default, f"{action.help}{choices}".replace("|", "\\|")]
+        cells = [flags, default, f"{action.help or ''}{choices}".replace("|", "\\|")]
         if differences:
             cells.append(differences.get(action.option_strings[0], ""))
         lines.append("| " + " | ".join(cells) + " |")
@@ -102,18 +128,24 @@ def table(script: str) -> str:
 
 def _portable(default: object) -> object:
     """A default without the place of this checkout."""
+    if isinstance(default, list | tuple):
+        return " ".join(map(str, default))
     path = Path(str(default))
-    return f"{path.relative_to(README.parent)}/" if path.is_absolute() else default
+    return f"{path.relative_to(ROOT)}/" if path.is_absolute() and path.is_relative_to(ROOT) else default
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"flags of {script}": functools.partial(table, script) for script in PARSERS},
+    "what opens what": opens.table,
+    "memory": mac_memory.table,
+}
 
 
 def with_tables(text: str) -> str:
-    """README text with every table between its markers as it should be."""
-
-    def fill(match: re.Match) -> str:
-        return f"<!-- flags: {match[1]} -->\n{table(match[1])}\n<!-- end -->"
-
-    return re.sub(r"<!-- flags: (\S+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    """A page with every table between its markers as it should be."""
+    return MARKED.sub(lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->", text)
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

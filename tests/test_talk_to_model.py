@@ -1,6 +1,7 @@
 """Chat: the reply is the model's, adapter included; the conversation is kept; leaving is clean."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -14,6 +15,9 @@ from itertools import islice
 import models.fast_blas
 import models.generation
 import talk_to_model
+from data.errors import UserError
+from data.examples import LANGUAGE_ROWS, language_examples
+from data.records import read_rows
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
 from models.generation import ChatSession, sample
 from models.loading import load
@@ -250,12 +254,13 @@ def test_temperature_samples_and_the_seed_decides(loaded):
 def talk(monkeypatch, capsys):
     """Run the script in this process on piped lines; returns what it prints besides its greeting, which is no reply."""
 
-    def run_script(lines, *words):
+    def run_script(lines, *words, notices=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         capsys.readouterr()
         call(talk_to_model.main, *words)
         printed = capsys.readouterr()
-        assert printed.err.endswith(": type a message; Ctrl-D or Ctrl-C leaves.\n") and printed.err.count("\n") == 1
+        greeting, rest = printed.err.split("\n", 1)
+        assert greeting.endswith(": type a message, or /help; Ctrl-D or Ctrl-C leaves.") and rest == notices
         return printed.out
 
     return run_script
@@ -297,6 +302,125 @@ def test_a_users_mistake_is_one_line(folder, tmp_path, capsys):
     assert "--temp is -1" in fails(capsys, talk_to_model.main, "--temp", -1)
 
 
+@pytest.mark.parametrize("kind", ["lora", "soft_prompt"])
+def test_an_adapter_beside_its_base_says_what_each_says_alone(template_folder, tmp_path, talk, monkeypatch, kind):
+    save_trained(tmp_path / "a", template_folder, kind)
+    flags, adapter = ("--max-tokens", 8, "--model", template_folder), ("--resume-file", tmp_path / "a")
+    turns = "2 4\n7 8\n"
+    alone = [talk(turns, *flags, *adapter).splitlines(), talk(turns, *flags).splitlines()]
+    opened: list[str] = []
+    original = talk_to_model.load
+
+    def counting(name):
+        opened.append(name)
+        return original(name)
+
+    monkeypatch.setattr(talk_to_model, "load", counting)
+    got = talk(turns, *flags, *adapter, "--compare", f"{template_folder}/").splitlines()
+    labels = [f"[{tmp_path / 'a'}]", f"[{template_folder}/]"]
+    assert got == [
+        line for pair in zip(*alone, strict=True) for both in zip(labels, pair, strict=True) for line in both
+    ]
+    assert alone[0] != alone[1] and len(got) == 8
+    assert opened == [str(template_folder)]  # once
+
+
+def test_two_models_side_by_side(folder, template_folder, talk, capsys):
+    got = talk("2 4\n", "--model", folder, "--compare", template_folder, "--max-tokens", 5).splitlines()
+    assert got[::2] == [f"[{folder}]", f"[{template_folder}]"]
+    assert got[1] == talk("2 4\n", "--model", folder, "--max-tokens", 5).rstrip("\n")
+    assert got[3] == talk("2 4\n", "--model", template_folder, "--max-tokens", 5).rstrip("\n")
+    words = ("--model", folder, "--compare", folder)
+    assert "is --model itself" in fails(capsys, talk_to_model.main, *words)
+
+
+def test_what_is_forgotten_is_no_part_of_the_conversation(loaded, folder, talk):
+    session = ChatSession(loaded.model, loaded.tokenizer, "count")
+    first = say(session, "2 4")
+    say(session, "7")
+    session.reset()
+    assert session.messages == [{"role": "system", "content": "count"}]
+    assert say(session, "2 4") == first
+    got = talk("2 4\n/reset\n2 4\n", "--model", folder, "--max-tokens", 9, notices="the conversation is forgotten\n")
+    first, second = got.splitlines()
+    assert first == second
+
+
+def test_a_saved_conversation_is_what_sft_takes(folder, template_folder, tmp_path, talk):
+    """As messages where there is a chat template, else as the text that the model went on from; no row is lost."""
+    file = tmp_path / "my_train.jsonl"
+    file.write_text('{"text": "1 2"}')  # no end of line
+    lines, words = f"2 4\n7\n/save {file}\n", ("--max-tokens", 4, "--system-prompt", "count")
+    note = f"{file}: 1 row added\n"
+    replies = talk(lines, "--model", template_folder, *words, notices=note).splitlines()
+    plain = talk(lines, "--model", folder, *words, notices=note).splitlines()
+    said = [("system", "count"), ("user", "2 4"), ("assistant", replies[0]), ("user", "7"), ("assistant", replies[1])]
+    messages = [{"role": role, "content": content} for role, content in said]
+    assert [json.loads(line) for line in file.read_text().splitlines()] == [
+        {"text": "1 2"},
+        {"messages": messages, "model": str(template_folder)},
+        {"text": "\n".join(["count", "2 4", plain[0], "7", plain[1]]), "model": str(folder)},
+    ]
+    rows = read_rows(file, LANGUAGE_ROWS, chat=True)
+    tokenizer = load(str(template_folder)).tokenizer
+    (example,) = language_examples(tokenizer, rows[1])
+    trained = tokenizer.decode(example.tokens[example.first_target :])
+    assert trained.strip().startswith(replies[0].strip()) and "count" not in trained
+    both = f"2\n/save {file}\n"
+    flags = ("--model", folder, "--compare", template_folder, "--max-tokens", 3)
+    talk(both, *flags, notices=f"{file}: 2 rows added\n")
+    assert [json.loads(line)["model"] for line in file.read_text().splitlines()[3:]] == [
+        str(folder),
+        str(template_folder),
+    ]
+
+
+@pytest.mark.parametrize(("line", "notice"), [
+    ("/save", "error: /save names no file; type /save talks.jsonl, say"),
+    ("/save a.jsonl", "error: nothing was said yet, so there is nothing to save; type a message first"),
+    ("/forget all", "error: /forget is no command; type /help to see which there are"),
+    ("/help", talk_to_model.HELP),
+])  # fmt: skip
+def test_a_command_is_never_said_to_the_model(folder, talk, line, notice):
+    assert talk(f"{line}\n", "--model", folder, notices=f"{notice}\n") == ""
+
+
+def test_a_save_that_cannot_be_leaves_the_chat_and_the_file(folder, tmp_path, talk):
+    (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "d.jsonl").mkdir()
+    notes = (
+        f"error: {tmp_path}/notes.md does not end in .jsonl, as files of rows do; type /save {tmp_path}/notes.jsonl\n"
+    )
+    got = talk(f"2\n/save {tmp_path}/notes.md\n7\n", "--model", folder, "--max-tokens", 3, notices=notes)
+    assert len(got.splitlines()) == 2 and (tmp_path / "notes.md").read_text() == "mine"
+    session = ChatSession((loaded := load(str(folder))).model, loaded.tokenizer)
+    say(session, "2", 2)
+    with pytest.raises(UserError, match="cannot be written"):
+        talk_to_model.save(tmp_path / "d.jsonl", {"a": session})
+
+
+def test_a_path_is_no_command(folder, talk):
+    assert talk("/2/4 8\n", "--model", folder, "--max-tokens", 3).strip()
+
+
+def test_a_template_that_refuses_a_system_prompt_is_one_line(folder, tmp_path, capsys, monkeypatch):
+    path = shutil.copytree(folder, tmp_path / "strict")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}hi"
+    (path / "chat_template.jinja").write_text(refusing)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2\n"))
+    with pytest.raises(UserError, match=r"cannot render the messages .*no system"):
+        call(talk_to_model.main, "--model", path, "--system-prompt", "count")
+
+
+def test_a_model_without_a_template_is_said_to_go_on(folder, template_folder):
+    def greeting(path):
+        loaded = load(str(path))
+        return talk_to_model.greeting({"m": ChatSession(loaded.model, loaded.tokenizer)})
+
+    assert "no chat template, so your text is continued" in greeting(folder)
+    assert "chat template" not in greeting(template_folder)
+
+
 # the script as a process
 
 
@@ -306,10 +430,11 @@ PROMPT = "\n> "  # on a line of its own: a reply may hold "<unk> "
 class Terminal:
     """The script on a terminal of its own."""
 
-    def __init__(self, *words):
+    def __init__(self, cache, *words):
         self.master, slave = pty.openpty()
         command = [sys.executable, "talk_to_model.py", *map(str, words)]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave)
+        environment = {**os.environ, "TERM": "dumb", "XDG_CACHE_HOME": str(cache)}
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment)
         os.close(slave)
         self.seen = ""
 
@@ -342,9 +467,9 @@ class Terminal:
         return code
 
 
-def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder):
+def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder, tmp_path):
     """The reply would take minutes, so what is seen of it was streamed."""
-    terminal = Terminal("--model", folder, "--max-tokens", 1_000_000)
+    terminal = Terminal(tmp_path, "--model", folder, "--max-tokens", 1_000_000)
     at = terminal.wait_for(PROMPT)
     terminal.type("2 4\n")
     loaded = load(str(folder))
@@ -359,11 +484,20 @@ def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder):
     assert "Traceback" not in terminal.seen and "Interrupt" not in terminal.seen
 
 
-def test_on_a_terminal_ctrl_d_leaves(folder):
-    terminal = Terminal("--model", folder, "--max-tokens", 5)
+def test_on_a_terminal_ctrl_d_leaves_and_what_was_typed_is_kept(folder, tmp_path):
+    """What an earlier chat has left comes back by the arrow key."""
+    (tmp_path / "talk_to_model_history").write_text("2 4\n")
+    terminal = Terminal(tmp_path, "--model", folder, "--max-tokens", 5)
     at = terminal.wait_for(PROMPT)
-    terminal.type("2 4\n")
+    terminal.type("\x1b[A 6\n")
     terminal.wait_for(PROMPT, at)
     terminal.type("\x04")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.seen and terminal.seen.endswith("\n")
+    assert (tmp_path / "talk_to_model_history").read_text().splitlines() == ["2 4", "2 4 6"]
+
+
+def test_a_history_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    with talk_to_model.line_editing(tmp_path / "file" / "history"):
+        pass

@@ -17,7 +17,7 @@ from data.records import FEATURE_FLAGS
 
 import yaml
 
-# Learning rates that train each kind of adapter; chosen on the embedded model (README, "flags").
+# Learning rates that train each kind of adapter; chosen on the embedded model (docs/sft.md).
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2, "none": 1e-3}
 PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2}
 

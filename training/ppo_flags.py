@@ -13,7 +13,7 @@ ADVANTAGES = ("gae", "group", "rloo")
 
 
 def ppo_parser(description: str | None) -> config.Parser:
-    """The parser of both PPO scripts. The README says where a default differs from the walkthrough's, and why."""
+    """The parser of both PPO scripts. Its page in docs/ says where a default is not the walkthrough's."""
     parser = config.Parser(description)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     add_reward_flags(parser)

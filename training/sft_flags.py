@@ -10,7 +10,7 @@ from training import config
 
 
 def sft_parser(description: str | None) -> config.Parser:
-    """The parser of sft.py. The README says where a default differs from the walkthrough's, and why."""
+    """The parser of sft.py. Its page in docs/ says where a default is not the walkthrough's."""
     parser = config.Parser(description)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
