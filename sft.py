@@ -17,7 +17,7 @@ from data.sources import Split, find_split
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load
-from models.soft_prompt import soft_prompt_ids
+from models.soft_prompt import check_ids, soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head
 from training import config
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
@@ -64,10 +64,11 @@ def build_objective(args: argparse.Namespace, loaded: LoadedModel) -> Objective:
     return LanguageModelling(*shared, features, args.mask_prompt)
 
 
-def read(args: argparse.Namespace, objective: Objective, split: str) -> None:
-    """Read the rows of a split and say how many there are and how many were cut."""
+def read(args: argparse.Namespace, objective: Objective, split: str, model: nn.Module) -> None:
+    """Read the rows of a split for the model, and say how many there are and how many were cut."""
     source = find_split(args.data, args.data_base, split)
     count = objective.read(source)
+    check_ids(model, (example.tokens for example in objective.examples))
     of = f" of {source}" if isinstance(source, Split) else ""
     cut = f", {objective.truncated} cut to {args.max_length} tokens" if objective.truncated else ""
     empty = f", {objective.untrained} of them with nothing left to train" if objective.untrained else ""
@@ -176,11 +177,11 @@ def main() -> None:
     if args.train:
         training, validation = build_objective(args, loaded), build_objective(args, loaded)
         for split, objective in (("train", training), ("valid", validation)):
-            read(args, objective, split)
+            read(args, objective, split, loaded.model)
         train(args, trainee, training, validation)
     if args.test:
         objective = build_objective(args, loaded)
-        read(args, objective, "test")
+        read(args, objective, "test", loaded.model)
         loss, accuracy = evaluate(trainee.module, objective)
         print(f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}")
 

@@ -12,7 +12,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.batching import encode_prompt
 from data.chat import render
 from data.errors import UserError
-from models.soft_prompt import soft_prompt_ids
+from models.soft_prompt import check_ids, soft_prompt_ids
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,6 +67,7 @@ def sample(
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
     prefix = soft_prompt_ids(model)
     prompts = [prefix + list(prompt) for prompt in prompts]
+    check_ids(model, prompts)
     was_training = model.training
     model.eval()
     try:
@@ -244,6 +245,7 @@ class ChatSession:
         stream is closed early."""
         self.messages.append({"role": "user", "content": text})
         tokens = self.prompt_ids()
+        check_ids(self.model, [tokens])
         common = self._reuse_cache(tokens)
         pieces: list[str] = []
         try:

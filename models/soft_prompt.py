@@ -5,6 +5,8 @@ list of ids put before the prompt and works wherever ids do: in training, in mlx
 any architecture that has an embedding table. Those ids are never sampled and never decoded.
 """
 
+from collections.abc import Iterable, Sequence
+
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 
@@ -91,3 +93,17 @@ def soft_prompt_ids(model: nn.Module) -> list[int]:
             first_id = num_embeddings(module.embedding)
             return list(range(first_id, first_id + module.soft_prompt.shape[0]))
     return []
+
+
+def check_ids(model: nn.Module, sequences: Iterable[Sequence[int]]) -> None:
+    """Raise UserError for a token id that has no row in the model's table.
+
+    mlx does not check it: on CPU (0.32) it reads foreign memory, another one each time.
+    """
+    highest = max((max(tokens, default=0) for tokens in sequences), default=0)
+    rows = num_embeddings(find_embedding(model)[1])
+    if highest >= rows + len(soft_prompt_ids(model)):
+        raise UserError(
+            f"the tokenizer gives the token {highest}, but the model's table has {rows} rows; "
+            "use the model's own tokenizer, or resize the table to it"
+        )

@@ -22,7 +22,7 @@ from data.errors import UserError
 from models.adapters import load_adapter
 from models.generation import takes_unequal_prompts
 from models.loading import load
-from models.soft_prompt import soft_prompt_ids
+from models.soft_prompt import check_ids, soft_prompt_ids
 from synth.cache import Cache, Stored, cache_key
 
 import mlx.core as mx
@@ -134,6 +134,7 @@ def sample_shared(
     """
     if not all(prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every input some text")
+    check_ids(model, prompts)
     if not all(hasattr(cache, "merge") for cache in make_prompt_cache(model)):
         raise UserError(f"{type(model).__module__} has caches that mlx-lm cannot copy or batch; use another base model")
     width = batch_size if takes_unequal_prompts(model) else 1

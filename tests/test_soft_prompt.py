@@ -1,12 +1,23 @@
 """Soft prompts: rows with ids of their own, which leave the model as it was, learn alone, and are never sampled."""
 
 import models.fast_blas  # noqa: F401  (before mlx)
+import sft
 from data.errors import UserError
+from data.files import read_json, write_json
 from models.adapters import AdapterConfig, attach_adapter
 from models.generation import sample
-from models.soft_prompt import SoftPromptEmbedding, add_soft_prompt, find_embedding, num_embeddings, soft_prompt_ids
+from models.soft_prompt import (
+    SoftPromptEmbedding,
+    add_soft_prompt,
+    check_ids,
+    find_embedding,
+    num_embeddings,
+    soft_prompt_ids,
+)
 from models.value_head import forward
 from tests.architectures import ARCHITECTURES, VOCABULARY, build
+from tests.conftest import tiny_random_folder
+from tests.scripts import fails
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,3 +178,23 @@ def test_a_second_one_and_a_model_without_a_table_are_refused():
 
 def test_a_model_without_one_has_no_ids():
     assert soft_prompt_ids(build("llama-tied")) == []
+
+
+def test_a_token_without_a_row_is_refused_wherever_one_may_come_from(tmp_path, capsys):
+    model = build("llama-tied", vocab_size=16)
+    check_ids(model, [[3, 15], []])
+    with pytest.raises(UserError, match="the token 16, but the model's table has 16 rows"):
+        check_ids(model, [[3], [16, 2]])
+    with pytest.raises(UserError, match="the token 16"):
+        sample(model, [[1, 16]], {2}, max_tokens=1)
+    rows = add_soft_prompt(model, 2)
+    check_ids(model, [[*rows, 15]])
+    with pytest.raises(UserError, match="the token 18, but the model's table has 16 rows"):
+        check_ids(model, [[18]])
+    base = tiny_random_folder(tmp_path / "base")
+    table = {"model.embed_tokens.weight": lambda array: array[:20]}
+    weights = {k: table.get(k, lambda a: a)(v) for k, v in mx.load(str(base / "model.safetensors")).items()}
+    mx.save_safetensors(str(base / "model.safetensors"), weights, metadata={"format": "pt"})
+    write_json(base / "config.json", {**read_json(base / "config.json"), "vocab_size": 20})
+    message = fails(capsys, sft.main, "--train", "--model", base, "--iters", 1, "--output-dir", tmp_path / "run")
+    assert "but the model's table has 20 rows" in message and not (tmp_path / "run").exists()

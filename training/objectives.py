@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import models.fast_blas  # noqa: F401  (before mlx)
-from data.batching import BatchPlan, collate, draw_pairs, in_order, num_targets, truncate
+from data.batching import BatchPlan, Example, collate, draw_pairs, in_order, num_targets, truncate
 from data.errors import UserError
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
 from data.records import located, located_rows
@@ -36,6 +36,7 @@ class Objective(Protocol):
 
     truncated: int  # rows that were cut
     untrained: int  # rows of which that left nothing to train
+    examples: list[Example]  # of what was read
 
     def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
