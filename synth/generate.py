@@ -64,6 +64,8 @@ async def find_passages(
         passages = index.search(keywords, top_k=count)
     if not passages:
         raise UserError(f"no passage of the library has a word of the task {task.name}; give another, or --no-library")
+    repeated = f" ({index.repeated} near-duplicates left out)" if index.repeated else ""
+    print(f"passages: {len(passages)} of {len(index)}{repeated} for {', '.join(keywords):.200}", flush=True)
     return keywords, passages
 
 
@@ -85,8 +87,7 @@ async def generate(
     """`count` rows, dropped ones included; the passages are used in turn, the best first. index: None, no library."""
     passages: list[Passage] = []
     if index is not None:
-        keywords, passages = await find_passages(task, teacher, index, count, asking)
-        print(f"passages: {len(passages)} of {len(index)} for {', '.join(keywords):.200}", flush=True)
+        _, passages = await find_passages(task, teacher, index, count, asking)
     pattern = await summarise_pattern(task, teacher, asking)
     drawn = [passages[n % len(passages)] if passages else None for n in range(count)]
     asks = [

@@ -304,6 +304,7 @@ class Index:
 
     def __init__(self, folder: str | Path):
         self._folder = folder = Path(folder)
+        self.repeated = 0
         manifest = read_json(folder / MARKER)
         self.engine: str = manifest["engine"]
         self.vocabulary: dict[str, int] = read_json(folder / VOCABULARY)
@@ -341,7 +342,7 @@ class Index:
         """The `top_k` best passages, best first; fewer where fewer hold a word of a query or are distinct.
 
         Several queries are merged by reciprocal rank, since their scores have no common scale. Of near-duplicates
-        (ROUGE-L of at least `near_duplicates`) the best stays.
+        (ROUGE-L of at least `near_duplicates`) the best stays; `repeated` says how many others were looked at.
         """
         scores = [self.scores(query) for query in ([queries] if isinstance(queries, str) else queries)]
         depth = 2 * top_k
@@ -351,6 +352,7 @@ class Index:
             texts = [passage.text for passage in passages]
             repeated = {duplicate.number for duplicate in find_duplicates(texts, threshold=near_duplicates)}
             distinct = [passage for number, passage in enumerate(passages) if number not in repeated]
+            self.repeated = len(repeated)
             if len(distinct) >= top_k or len(passages) < depth:
                 return distinct[:top_k]
             depth *= 4

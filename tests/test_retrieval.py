@@ -119,7 +119,9 @@ def test_passages_that_differ_in_their_facts_are_all_found(tmp_path):
     assert len(index.search("town founded", top_k=40, near_duplicates=0.7)) < 5
     copies = [" ".join([*(f"word{n}" for n in range(40)), f"copy{i}"]) for i in range(5)]
     library = write_rows(tmp_path / "copies.jsonl", copies)
-    assert len(build_index(library, tmp_path / "copies").search("word1", top_k=5)) == 1
+    copied = build_index(library, tmp_path / "copies")
+    assert len(copied.search("word1", top_k=5)) == 1 and copied.repeated == 4
+    assert index.search("town founded", top_k=40) and index.repeated == 0
 
 
 def test_a_text_is_cut_at_sentences():
