@@ -40,10 +40,15 @@ def parse_args() -> argparse.Namespace:
     parser = config.Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="the base that the adapter was trained on")
     parser.add_argument(
-        "--adapter-file", default="adapters", help="adapter folder, ours or peft's, or .npz or .safetensors file"
+        "--adapter-file",
+        "--adapter-path",
+        default="adapters",
+        help="adapter folder, ours or peft's, or .npz or .safetensors file",
     )
     parser.add_argument("--save-path", default="fused_model", help="folder to write")
-    parser.add_argument("-d", "--de-quantize", action="store_true", help="write a quantized base in full precision")
+    parser.add_argument(
+        "-d", "--de-quantize", "--dequantize", action="store_true", help="write a quantized base in full precision"
+    )
     parser.add_argument(
         "--sequence-classification",
         action="store_true",

@@ -263,6 +263,7 @@ ALIASES = {
     "ppo": (ppo_training.parse_args, {**SAVES, **ADAPTERS, **FROM_TRL}),
     "evaluate": (evaluate.parse_args, {**LOADS, "--max-new-tokens": "max_completion_length"}),
     "talk": (talk_to_model.parse_args, LOADS),
+    "fuse": (fuse.parse_args, {"--adapter-path": "adapter_file", "--dequantize": "de_quantize"}),
     "check": (check.parse_args, {"--max-seq-length": "max_length", "--mask-prompt": "mask_prompt"}),
 }
 
@@ -270,7 +271,7 @@ ALIASES = {
 @pytest.mark.parametrize(("script", "flag"), [(script, flag) for script, (_, f) in ALIASES.items() for flag in f])
 def test_names_from_mlx_lm_and_trl_set_what_they_name(script, flag):
     parse, names = ALIASES[script]
-    switch = flag in ("--use-score-scaling", "--use-score-norm", "--mask-prompt")
+    switch = flag in ("--use-score-scaling", "--use-score-norm", "--mask-prompt", "--dequantize")
     value = {"--report-to": "wandb", "--fine-tune-type": "dora", "--kl-penalty": "k3"}.get(flag, "7")
     args = with_words(parse, flag) if switch else with_words(parse, f"{flag}={value}")
     read = getattr(args, names[flag])
