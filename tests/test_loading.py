@@ -1,9 +1,7 @@
-"""Opening a model by name, sharing its weights, and the fast BLAS that has to come before mlx."""
+"""Opening a model by name, and sharing its weights."""
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import models.fast_blas
@@ -11,7 +9,6 @@ import models.folders
 import models.loading
 from data.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter
-from models.fast_blas import ADVICE, LOADED, wanted
 from models.loading import load, resolve, twin
 from tests.architectures import ARCHITECTURES, build
 
@@ -200,55 +197,3 @@ def test_a_twin_of_a_quantized_model_and_of_one_with_an_adapter():
     other = twin(model)
     assert mx.array_equal(other(TOKENS), model(TOKENS)).item()
     assert list(adapter_weights(other)) == list(adapter_weights(model))
-
-
-# the fast BLAS
-
-
-def python(*words):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_script_says_which_library_is_taken():
-    """`make test` installs torch, whose own library serves where there is no other."""
-    done = python("models/fast_blas.py")
-    assert done.returncode == 0 and done.stderr == ""
-    library = done.stdout.strip()
-    if wanted():
-        assert any(name in library for name in ("openblas", "mkl_rt", "torch_cpu")), library
-    else:
-        assert library == "none needed or none found"
-    assert python("models/fast_blas.py", "--needs-mkl").returncode in (0, 1)
-
-
-@pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx needs one")
-def test_without_any_library_one_line_says_what_to_do():
-    code = (
-        "import ctypes\n"
-        "def missing(*args, **kwargs): raise OSError('not there')\n"
-        "ctypes.CDLL = missing\n"
-        "import models.fast_blas as blas\n"
-        "print(blas.LOADED)\n"
-    )
-    done = python("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", ADVICE + "\n")
-
-
-@pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx needs one")
-def test_the_library_serves_the_whole_process():
-    """mlx takes the first `cblas_sgemm` that it finds, so a global one has to be there before."""
-    code = (
-        "import ctypes\n"
-        "def found():\n"
-        "    return hasattr(ctypes.CDLL(None), 'cblas_sgemm') or hasattr(ctypes.CDLL(None), 'sgemm_')\n"
-        "assert not found()\n"
-        "import models.fast_blas\n"
-        "assert found()\n"
-    )
-    done = python("-c", code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_tests_run_on_it_too():
-    """test_imports.py walks the sources: each that imports mlx imports models.fast_blas first."""
-    assert LOADED is not None or not wanted()
