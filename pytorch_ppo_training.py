@@ -198,7 +198,7 @@ def train(
             progress.seconds += ended - started
             if not args.ground_truth_reward and not args.prompts:
                 figures["true_score"] = float(np.mean(rule.reward(scored.prompts, scored.completions)))
-            figures |= {"kl_coef": kl_coef, **stats}
+            figures |= {"kl_coef": kl_coef, **ppo_step.value_figures(args, rollout, returns), **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
             log.samples(progress.step, ppo_step.sample_rows(args, progress.step, scored))

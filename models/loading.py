@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import models.fast_blas  # before mlx
+import models.fast_sdpa
 import models.fast_swiglu  # noqa: F401  (where there is no GPU)
 from data.errors import UserError
 from data.files import read_json

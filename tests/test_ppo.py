@@ -127,6 +127,20 @@ def test_logprobs_of_the_oracle(framework):
         framework.close(ppo.logprobs_from_logits(logits, token, case["temperature"]), [[case["logprob"]]])
 
 
+@in_every_framework
+def test_explained_variance_by_hand(framework):
+    """Of the returns 1, 2, 3; the last place is a pad."""
+    mask, returns = framework.array([[1.0, 1, 1, 0]]), framework.array([[1.0, 2, 3, 1e6]])
+    for values, expected in (
+        ([1.0, 2, 3, 0], 1.0),
+        ([7.0, 7, 7, 0], 0.0),
+        ([3.0, 2, 1, 0], -3.0),
+        ([2.0, 2, 3, 0], 2 / 3),
+    ):
+        framework.close(ppo.explained_variance(framework.array([values]), returns, mask), expected)
+    framework.close(ppo.explained_variance(returns, 0.0 * returns + 5.0, mask), 0.0)
+
+
 def test_kl_controllers():
     case = ORACLE["kl_ctl"]
     adaptive = ppo.AdaptiveKLController(case["init"], case["target"], case["horizon"])

@@ -452,6 +452,36 @@ def test_logits_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
     assert_close(run.gradient(noisy, kl_coef=0.1)[2], run.gradient(rollout, kl_coef=0.1)[2], 1e-6)
 
 
+def estimates(scores, lengths, values=0.0, *words):
+    """Advantages and returns of completions of these lengths under KL 0, as lists."""
+    mask = mx.array(np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(mx.float32)
+    nothing = mx.zeros(mask.shape)
+    ids = {"tokens": nothing, "positions": nothing, "completions": nothing, "mask": mask}
+    logprobs = {"old_logprobs": nothing, "ref_logprobs": nothing, "kl": nothing}
+    rollout = Rollout(**ids, **logprobs, old_values=nothing + values, scores=mx.array(scores))
+    found = ppo_step.advantages_and_returns(parse("--ground-truth-reward", *words), rollout, 0.1)
+    return [array.tolist() for array in found]
+
+
+def test_the_value_head_is_to_learn_what_a_score_has_beyond_the_mean_of_its_batch():
+    advantages, returns = estimates([1.0, 0.0], [2, 1])
+    assert returns == [[0.5, 0.5], [-0.5, 0.0]]
+    third = 1 / 3  # whitened: over three tokens the mean of ½, ½, −½ is 1/6, the variance (Bessel's) 1/3
+    np.testing.assert_allclose(advantages, [[third * 3**0.5] * 2, [-2 * third * 3**0.5, 0.0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [0.0, mx.array([[0.3, -0.2], [0.1, 0.0], [0.0, 0.4]])], ids=["none", "some"])
+def test_a_score_that_all_have_more_of_changes_nothing(values):
+    one, other = (estimates([1.0 + more, more, 0.25 + more], [2, 1, 2], values) for more in (0.0, 4.0))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_under_a_discount_the_mean_stands_where_a_value_does():
+    """γ ½, λ 1: the advantage of a score two tokens ahead is half of it, less the value: the head's 0 and the mean."""
+    _, returns = estimates([1.0, 0.0], [2, 1], 0.0, "--gamma", "0.5")
+    np.testing.assert_allclose(returns, [[0.5 - 0.5, 1 - 0.5], [0 - 0.5, 0.0]], atol=1e-7)
+
+
 @pytest.mark.parametrize("advantage", ["gae", "group"])
 def test_an_empty_completion_is_one_score_of_its_own(setting, monkeypatch, advantage):
     run = setting("--batch-size", 4, "--mini-batch-size", 4, "--advantage", advantage, *SCORE_ALONE)
@@ -539,15 +569,20 @@ def test_the_reference_of_a_full_fine_tuning_stays_where_it_was(setting, folder)
     assert np.array_equal(reference_of(run, rollout), logits_of(load(str(folder)).model, rollout))
 
 
+def address(array):
+    """Where its numbers lie: mx.compile leaves other array objects over the same memory."""
+    return np.asarray(memoryview(array)).ctypes.data
+
+
 @pytest.mark.parametrize("words", [[], ["--use-peft"], ["--prompt-tuning"], ["--fine-tune-type", "dora"]])
 def test_the_base_is_held_once(setting, words):
     run = setting(*words)
     run.optimise(run.roll_out())
-    trained = {id(array) for _, array in tree_flatten(run.trained())}
-    base = {id(array) for _, array in tree_flatten(run.trainee.model.parameters())} - trained
+    trained = {address(array) for _, array in tree_flatten(run.trained())}
+    base = {address(array) for _, array in tree_flatten(run.trainee.model.parameters())} - trained
     reference = [array for _, array in tree_flatten(run.reference.parameters())]
-    own = [array for array in reference if id(array) not in base]
-    assert base <= {id(array) for array in reference}
+    own = [array for array in reference if address(array) not in base]
+    assert base <= {address(array) for array in reference}
     # Its own are the adapter's weights as they were.
     assert sum(array.size for array in own) == (0 if "--use-peft" in words else run.trainee.sizes()[0] - 64)
 

@@ -128,14 +128,15 @@ def test_what_is_trained_is_float32_whatever_the_base(kind, bits, dtype):
     model = adapted("llama-tied", kind, bits, dtype)
     frozen = {key: np.array(array.astype(mx.float32)) for key, array in tree_flatten(model.parameters())}
     policy = Policy(model, new_value_head(model, std=None))
-    positions = mx.broadcast_to(mx.arange(7), (2, 7))
+    positions, targets = mx.broadcast_to(mx.arange(7), (2, 7)), TOKENS[:, 1:]
+    mx.eval(targets)  # what is not would be traced back to the tokens, which are no argument there
     optimizer = make_optimizer(1e-6, 10)
 
     def loss(policy, tokens):
         prefix = mx.array([[50, 51, 52]] * 2) if kind == "soft_prompt" else mx.zeros((2, 0), mx.int32)
         logits, values = policy(mx.concatenate([prefix, tokens], axis=1), positions + prefix.shape[1])
         assert logits.dtype == dtype and values.dtype == mx.float32
-        value, _ = sft_loss(logits, TOKENS[:, 1:], mx.ones((2, 7)))
+        value, _ = sft_loss(logits, targets, mx.ones((2, 7)))
         assert value.dtype == mx.float32  # the log-softmax is taken in float32
         return value + ((values - 1.0) ** 2).mean()
 

@@ -185,6 +185,8 @@ class RewardModelling:
         """
         scores = module(tokens, lengths)
         chosen, rejected = mx.broadcast_arrays(scores[:, None], scores)
-        loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred)
         count = preferred.sum()
+        # Over the count, so that the sum of the weights is not worked out twice: mx.compile (0.32) fails to merge the
+        # two where one of them is returned.
+        loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred / count)
         return loss, Figures(loss * count, accuracy * count, count)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
+from models import fast_compile
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -159,7 +160,7 @@ def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dic
 
 
 def loss_and_gradients(module: nn.Module, loss_function: Callable) -> Callable:
-    """`nn.value_and_grad`, compiled where it pays: on a GPU. On CPU compiling calls a C++ compiler for seconds.
+    """`nn.value_and_grad`, compiled where it pays.
 
     loss_function takes the module and arrays; what it closes over is baked in, so what varies has to be an array.
     """
@@ -167,7 +168,7 @@ def loss_and_gradients(module: nn.Module, loss_function: Callable) -> Callable:
     def with_module(*arrays):
         return nn.value_and_grad(module, loss_function)(module, *arrays)
 
-    if mx.default_device() != mx.Device(mx.gpu):
+    if not fast_compile.pays():
         return with_module
 
     def without_traces(*arrays):

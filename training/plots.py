@@ -21,6 +21,7 @@ PANELS: dict[str, dict[str, str]] = {
     "entropy (nats per token)": {"entropy": "policy"},
     "clipped share": {"clip_fraction": "ratio", "value_clip_fraction": "value"},
     "losses": {"policy_loss": "policy", "value_loss": "value"},
+    "explained variance of the returns": {"explained_variance": "values"},
 }
 
 

@@ -94,6 +94,23 @@ def masked_whiten(values: Array, mask: Array, center: bool = True) -> Array:
     return whitened if center else xp.where(mask > 0, whitened + (mean + pivot), 0.0)
 
 
+def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
+    """1 − var(returns − values) / var(returns) over real tokens: a scalar array.
+
+    values, returns, mask: (B, C). 1 where values foretell the returns, 0 where they are worth no more than a constant
+    (and where all returns are equal), below 0 where they add noise. Raises ValueError if shapes differ.
+    Source: CleanRL, `ppo.py`.
+    """
+    xp = array_module(values)
+
+    def squares(x: Array) -> Array:
+        deviations = xp.where(mask > 0, x - masked_mean(x, mask), 0.0)
+        return (deviations * deviations).sum()
+
+    left, whole = squares(returns - values), squares(returns)
+    return xp.where(whole > 0, 1.0 - left / xp.where(whole > 0, whole, 1.0), 0.0)
+
+
 # --- from logits to nats ---
 
 

@@ -111,8 +111,10 @@ def token_kl(args: argparse.Namespace, logits: Array, ref_logits: Array, logprob
 def advantages_and_returns(args: argparse.Namespace, rollout: Rollout, kl_coef: float) -> tuple[Array, Array]:
     """Advantages and returns (B, C) of a rollout.
 
-    gae: of the KL-shaped rewards, advantages whitened. group and rloo: each completion's own, at all its tokens; the
-    KL stays out of them, as it stands in the loss, and returns are 0.
+    gae: of the KL-shaped rewards, advantages whitened. A value is the head's plus the batch's mean, and returns are
+    what is left for the head to learn: one linear map would take many steps to learn the mean, by features that vary
+    with the token, and be worse than none meanwhile. group and rloo: each completion's own, at all its tokens; the KL
+    stays out of them, as it stands in the loss, and returns are 0.
     """
     mask = rollout.mask
     if args.advantage == "gae":
@@ -121,13 +123,21 @@ def advantages_and_returns(args: argparse.Namespace, rollout: Rollout, kl_coef: 
         )
         if args.whiten_rewards:
             rewards = ppo.masked_whiten(rewards, mask, center=False)
-        advantages, returns = ppo.gae(rewards, rollout.old_values, mask, args.gamma, args.gae_lambda)
-        return ppo.masked_whiten(advantages, mask), returns
+        mean = rewards.sum(axis=1).mean()
+        advantages, returns = ppo.gae(rewards, rollout.old_values + mean, mask, args.gamma, args.gae_lambda)
+        return ppo.masked_whiten(advantages, mask), (returns - mean) * mask
     if args.advantage == "rloo":
         per_completion = ppo.rloo_advantages(rollout.scores, args.num_generations)
     else:
         per_completion = ppo.group_advantages(rollout.scores, args.num_generations, not args.no_group_scale)
     return per_completion[:, None] * mask, 0.0 * mask
+
+
+def value_figures(args: argparse.Namespace, rollout: Rollout, returns: Array) -> dict[str, float]:
+    """What a step reports of its value head, if it has one."""
+    if args.advantage != "gae":
+        return {}
+    return {"explained_variance": float(ppo.explained_variance(rollout.old_values, returns, rollout.mask))}
 
 
 def policy_loss(
