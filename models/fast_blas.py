@@ -92,7 +92,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next array, as mlx does itself on a GPU.
 
     By default it gives arrays of some 100 kB and more back to the kernel, which then clears every page of the next
-    one: a fifth of a PPO step of 128 completions of 80 tokens.
+    one: a sixth of a PPO step of 128 completions of 80 tokens.
     """
     with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
         mallopt = ctypes.CDLL(None).mallopt

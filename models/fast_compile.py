@@ -1,8 +1,8 @@
 """Let mx.compile on Linux CPU keep the trace of a function without fusing its operations. Importing this sets it.
 
-There mlx fuses by writing C++ and calling a compiler: seconds for each function, and an error where there is none.
-Its mode that only keeps the trace saves what Python takes to build the graph anew, a tenth of a PPO step of a small
-model. The mode has no name in Python, so the library itself is asked.
+There mlx fuses by writing C++ and calling a compiler, about a second for a function of six operations. Its mode that
+only keeps the trace saves what Python takes to build the graph anew, a tenth of a PPO step of a small model. The mode
+has no name in Python, so the library itself is asked.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Give mlx-lm on Linux CPU an attention that takes half of the time. Importing this module puts it in place.
 
-mlx's exponential on an x86 CPU takes 12 ns per element, its power 4 ns, and attention takes one of every score: with
-128 texts of 80 tokens that was a third of a PPO update of tiny-digits. Only float32 over plain key-value caches is
-replaced, and only where `models.fast_blas` is wanted; elsewhere mlx-lm keeps its own.
+mlx's exponential on an x86 CPU takes 12 ns per element, its power 4 ns, and attention takes one of every score.
+Forward and backward over 128 texts of 80 tokens (8 heads of 8) took 155 to 180 ms, and take 76 to 79. Only float32 over
+plain key-value caches is replaced, and only where `models.fast_blas` is wanted; elsewhere mlx-lm keeps its own.
 """
 
 import math
@@ -35,7 +35,7 @@ def _softmax_vjp(primals, cotangent, output):
 
 
 def attention(queries, keys, values, cache, scale: float, mask=None, sinks=None) -> mx.array:
-    """softmax(queries · keysᵀ · scale + mask) · values; within 1e-6 of mlx-lm's, gradients too.
+    """softmax(queries · keysᵀ · scale + mask) · values; within 3e-6 of the exact ones, gradients too.
 
     queries: (B, heads, L, D); keys, values: (B, kv_heads, S, D); mask: None, "causal", booleans (what is seen) or
     numbers to be added, of a shape that broadcasts to (B, heads, L, S). Returns (B, heads, L, D of values).
