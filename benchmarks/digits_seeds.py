@@ -97,7 +97,7 @@ def prepare(folder: Path) -> None:
             (folder / "models" / name).rename(folder / name)
     if not (folder / "soft_prompt").exists():
         script(
-            log, "sft.py", "--train", "--prompt-tuning", "--iters", 40, "--data", folder / "models/data",
+            log, "sft.py", "--train", "--prompt-tuning", "--iters", 80, "--data", folder / "models/data",
             "--save-file", folder / "soft_prompt", "--output-dir", folder / "models/runs/soft_prompt",
         )  # fmt: skip
 

@@ -29,7 +29,7 @@ class AdapterConfig:
     fine_tune_type: str = "lora"
     num_layers: int = 16
     lora_parameters: dict[str, Any] = field(default_factory=lambda: {"rank": 8, "scale": 10.0, "dropout": 0.0})
-    num_prompt_tokens: int = 10
+    num_prompt_tokens: int = 32
     model: str = ""
     provenance: list[dict[str, Any]] = field(default_factory=list)  # the runs that made it (training.metrics)
 

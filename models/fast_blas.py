@@ -16,6 +16,7 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
@@ -98,6 +99,16 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def replace_in_mlx_lm(original: Callable, replacement: Callable) -> None:
+    """Where `wanted`, put `replacement` in the place of `original` in every module of mlx-lm imported so far."""
+    if not wanted():
+        return
+    name = original.__name__
+    for module in [module for path, module in sys.modules.items() if path.startswith("mlx_lm.models.")]:
+        if getattr(module, name, None) is original:
+            setattr(module, name, replacement)
 
 
 LOADED = None

@@ -6,7 +6,6 @@ plain key-value caches is replaced, and only where `models.fast_blas` is wanted;
 """
 
 import math
-import sys
 
 import models.fast_blas  # before mlx
 
@@ -17,7 +16,6 @@ _TWO = mx.array(2.0)
 _LOG2_E = math.log2(math.e)
 _LOWEST = mx.array(-1e30)  # below every score, above what a mask takes off
 _original = base.scaled_dot_product_attention
-_NAME = _original.__name__
 
 
 @mx.custom_function
@@ -62,12 +60,4 @@ def _added(mask: mx.array | str, length: int, places: int) -> mx.array:
     return mask * _LOG2_E
 
 
-def install() -> None:
-    """Put `attention` in mlx-lm's place, also in the models that have imported mlx-lm's already."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.models.") and getattr(module, _NAME, None) is _original:
-            setattr(module, _NAME, attention)
-
-
-if models.fast_blas.wanted():
-    install()
+models.fast_blas.replace_in_mlx_lm(_original, attention)

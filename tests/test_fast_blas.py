@@ -1,4 +1,4 @@
-"""What mlx on Linux CPU gets before its first import: a fast BLAS, threads in turns, memory that is kept."""
+"""What mlx on Linux CPU gets: a fast BLAS, threads in turns, memory that is kept, and parts of mlx-lm replaced."""
 
 import os
 import platform
@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from models import fast_sdpa, fast_swiglu
 from models.fast_blas import ADVICE, LOADED, wanted
+from tests.architectures import build
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models import activations, base, llama
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,3 +93,20 @@ def test_freed_memory_serves_the_next_array():
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 5_000
+
+
+@pytest.mark.parametrize(
+    ("home", "ours", "theirs"),
+    [
+        (base, fast_sdpa.attention, fast_sdpa._original),
+        (activations, fast_swiglu.swiglu, fast_swiglu._original),
+    ],
+)
+def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, ours, theirs, monkeypatch):
+    name = theirs.__name__
+    assert getattr(home, name) is getattr(llama, name) is (ours if wanted() else theirs)
+    model, tokens = build("llama-tied"), mx.array([[1, 2, 3, 4]])
+    monkeypatch.setattr(llama, name, ours)
+    logits = np.array(model(tokens))
+    monkeypatch.setattr(llama, name, theirs)
+    np.testing.assert_allclose(logits, np.array(model(tokens)), rtol=0, atol=1e-5)

@@ -3,15 +3,12 @@
 import math
 from types import SimpleNamespace
 
-import models.fast_blas
 from models import fast_sdpa
-from tests.architectures import build
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from mlx_lm.models import base, llama
 
 BATCH, HEADS, KV_HEADS, LENGTH, PLACES, WIDTH = 2, 4, 2, 3, 5, 8
 SCALE = WIDTH**-0.5
@@ -108,14 +105,3 @@ def test_half_precision_sinks_and_quantized_caches_are_left_to_mlx_lm(monkeypatc
     fast_sdpa.attention(*inputs(), None, SCALE, None, mx.zeros(HEADS))
     fast_sdpa.attention(*inputs(), SimpleNamespace(bits=4), SCALE, None)
     assert len(asked) == 3
-
-
-def test_it_is_in_place_where_it_is_wanted_and_a_model_s_logits_stay(monkeypatch):
-    model, tokens = build("llama-tied"), mx.array([[1, 2, 3, 4]])
-    original = fast_sdpa._original
-    expected = fast_sdpa.attention if models.fast_blas.wanted() else original
-    assert base.scaled_dot_product_attention is llama.scaled_dot_product_attention is expected
-    monkeypatch.setattr(llama, "scaled_dot_product_attention", fast_sdpa.attention)
-    ours = model(tokens)
-    monkeypatch.setattr(llama, "scaled_dot_product_attention", original)
-    np.testing.assert_allclose(np.array(ours), np.array(model(tokens)), rtol=0, atol=1e-5)

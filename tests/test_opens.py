@@ -23,6 +23,7 @@ from models.loading import load
 from models.value_head import new_value_head
 from rewards.reward_model import load_reward_model
 from tests import test_gguf_export
+from tests.conftest import tiny_random_folder
 from tests.flag_tables import PARSERS
 from tests.opens import COLUMNS, NO, OPENS, table
 from tests.scripts import call, with_words
@@ -102,8 +103,10 @@ def reply_of(loaded):
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder, tmp_path_factory):
-    return Made(tiny_folder, tmp_path_factory.mktemp("opens"))
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("opens")
+    # A seed by which no reply ends early, and each row has a reply of its own.
+    return Made(tiny_random_folder(folder / "base", seed=1), folder)
 
 
 def is_adapter(row):

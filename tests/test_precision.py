@@ -238,7 +238,7 @@ def test_a_base_goes_through_every_script(bases, name, tmp_path, monkeypatch):
     tuned = load("policy")
     load_adapter(tuned.model, "ppo")
     difference = load("final").model(TOKENS).astype(mx.float32) - tuned.model(TOKENS).astype(mx.float32)
-    assert mx.abs(difference).mean().item() < (1e-4 if name == "4bit" else 0.05)  # of logits of about 3
+    assert mx.abs(difference).mean().item() < (1e-4 if name == "4bit" else 0.07)  # of logits of about 3
 
 
 @pytest.mark.parametrize("name", ["4bit", "8bit", "bf16"])

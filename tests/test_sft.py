@@ -37,7 +37,7 @@ KINDS: dict[str, list[Any]] = {
     "lora": ["--lora-dropout", 0.1],
     "dora": ["--fine-tune-type", "dora"],
     "full": ["--fine-tune-type", "full"],
-    "soft_prompt": ["--prompt-tuning", "--num-prompt-tokens", 4],
+    "soft_prompt": ["--prompt-tuning", "--num-prompt-tokens", 12],
 }
 
 

@@ -19,7 +19,7 @@ import yaml
 
 # Learning rates that train each kind of adapter; chosen on the embedded model (docs/sft.md).
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2, "none": 1e-3}
-PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2}
+PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 7e-2}
 
 
 class Collect(argparse.Action):
@@ -195,7 +195,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
     """Which weights are trained, and how an adapter is made. dropout: PPO wants 0, so that the ratio starts at 1."""
     group = parser.add_argument_group("adapter")
     group.add_argument("--prompt-tuning", action="store_true", help="train a soft prompt instead of LoRA")
-    group.add_argument("--num-prompt-tokens", type=int, default=10, help="length of the soft prompt, tokens")
+    group.add_argument("--num-prompt-tokens", type=int, default=32, help="length of the soft prompt, tokens")
     group.add_argument(
         "--fine-tune-type", choices=("lora", "dora", "full"), default="lora", help="which weights to train"
     )
