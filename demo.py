@@ -41,7 +41,7 @@ class Scale(NamedTuple):
     ppo_steps: int
 
 
-FULL, SHORT = Scale(sft_iters=16, reward_iters=800, ppo_steps=60), Scale(sft_iters=5, reward_iters=5, ppo_steps=2)
+FULL, SHORT = Scale(sft_iters=20, reward_iters=800, ppo_steps=60), Scale(sft_iters=5, reward_iters=5, ppo_steps=2)
 
 
 def parse_args() -> argparse.Namespace:
