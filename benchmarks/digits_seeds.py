@@ -61,6 +61,7 @@ class Result(NamedTuple):
     last_fifth: float  # mean score over the last fifth of the run
     lowest_10_steps: float  # lowest mean of 10 steps after the goal was first reached
     lowest_1000: float  # lowest mean of some 1 000 completions after the goal was first reached
+    fell_back: bool  # whether a mean of some 1 000, once one had reached the goal, was below it again
     final_kl: float  # nats per completion, mean of the last 10 steps
     seconds: float
 
@@ -148,17 +149,23 @@ def measure(rows: Sequence[dict], batch_size: int) -> Result:
     reached = np.flatnonzero(scores >= GOAL)
     first = int(reached[0]) if len(reached) else None
 
-    def lowest(window: int) -> float:
-        if first is None or len(scores) - first < window:
-            return float("nan")
-        return float(np.convolve(scores[first:], np.ones(window) / window, "valid").min())
+    def means(scores: np.ndarray, window: int) -> np.ndarray:
+        """Of every `window` steps in a row."""
+        return np.convolve(scores, np.ones(window) / window, "valid") if len(scores) >= window else scores[:0]
 
+    def lowest(window: int) -> float:
+        after = means(scores[first:], window) if first is not None else scores[:0]
+        return float(after.min()) if len(after) else float("nan")
+
+    thousand = max(round(1000 / batch_size), 1)
+    at_goal = means(scores, thousand) >= GOAL
     return Result(
         completions_to_goal=float("inf") if first is None else (first + 1) * batch_size,
         seconds_to_goal=float("inf") if first is None else rows[first]["seconds"],
         last_fifth=float(scores[-max(len(scores) // 5, 1) :].mean()),
         lowest_10_steps=lowest(10),
-        lowest_1000=lowest(max(round(1000 / batch_size), 1)),
+        lowest_1000=lowest(thousand),
+        fell_back=bool(np.any(at_goal[:-1] & ~at_goal[1:])),
         final_kl=float(np.mean([row["kl"] for row in rows[-10:]])),
         seconds=rows[-1]["seconds"],
     )
@@ -170,7 +177,8 @@ def table(results: dict[tuple[str, str], list[Result]]) -> str:
     def spread(values: list[float], digits: int) -> str:
         return f"{np.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
-    columns = ["completions to 0.9", "seconds to 0.9", "last fifth", "lowest 10 steps", "lowest 1 000", "final KL"]
+    columns = ["completions to 0.9", "seconds to 0.9", "last fifth", "lowest 10 steps", "lowest 1 000", "fell back",
+               "final KL"]  # fmt: skip
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for (framework, variant), rows in results.items():
         cells = [
@@ -179,6 +187,7 @@ def table(results: dict[tuple[str, str], list[Result]]) -> str:
             spread([r.last_fifth for r in rows], 3),
             spread([r.lowest_10_steps for r in rows], 3),
             spread([r.lowest_1000 for r in rows], 3),
+            f"{sum(r.fell_back for r in rows)} of {len(rows)}",
             spread([r.final_kl for r in rows], 1),
         ]
         lines.append(f"| {framework}, {variant} | {len(rows)} | " + " | ".join(cells) + " |")

@@ -29,6 +29,15 @@ def test_a_run_is_measured_from_where_the_goal_was_first_reached():
     assert result.final_kl == pytest.approx(34.5) and result.seconds == 80.0
 
 
+def test_a_run_falls_back_where_a_mean_of_1000_leaves_the_goal_that_one_had_reached():
+    # One good step is not yet a mean of 1 000; from the first that is on, no later one is below.
+    risen = measure(rows([0.5] * 9 + [0.9] + [0.8] * 10 + [1.0] * 20), batch_size=100)
+    dropped = measure(rows([0.5] * 9 + [1.0] * 20 + [0.8] * 10 + [1.0] * 20), batch_size=100)
+    assert (risen.fell_back, dropped.fell_back) == (False, True)
+    line = table({("mlx", "lora"): [risen, dropped]}).splitlines()[2]
+    assert "| 1 of 2 |" in line
+
+
 def test_a_run_that_never_arrives_says_so():
     result = measure(rows([0.5] * 20), batch_size=100)
     assert math.isinf(result.completions_to_goal) and math.isnan(result.lowest_1000)
