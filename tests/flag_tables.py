@@ -50,7 +50,7 @@ DIFFERENCES = {
         "--horizon": "was 10000 completions, more than a whole run here",
         "--mini-batch-size": "was 32 in the walkthrough's commands",
         "--lr-schedule": "was constant",
-        "--gae-lambda": "was 0.95, by which three seeds needed longer to reach 0.9",
+        "--gae-lambda": "was 0.95, by which three seeds took a little longer to reach 0.9",
         "--vf-coef": "was 0.1; ended higher at a lower KL in one paired run on an earlier tiny-digits",
         "--max-grad-norm": "was none",
     },
