@@ -73,7 +73,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trl-python", metavar="PATH", help="Python of an environment that has TRL")
     parser.add_argument("--make-trl-env", metavar="FOLDER", help="make such an environment there first, with pip")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="which models")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of our BLAS, as it takes itself")
+    parser.add_argument("--threads", type=int, default=1, help="of our BLAS")
     parser.add_argument("--trl-threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", default="runs/ppo_step.json", help="file of all figures; the table lies beside it")
     return parser.parse_args()

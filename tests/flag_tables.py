@@ -36,7 +36,7 @@ DIFFERENCES = {
     "sft.py": {
         "--learning-rate": "was 1e-6, which moves a LoRA's loss by 0.009 in 600 steps",
         "--save-file": "was `peft_weights.npz`; a folder is what mlx-lm opens, and a `.npz` name still works",
-        "--num-prompt-tokens": "was 10, by which PPO ended at 0.968 against 0.972 in one pair of runs",
+        "--num-prompt-tokens": "was 10; PPO ended higher with 32 in single runs that differed in more",
         "--val-batches": "was a batch size by its help; a number of batches, as in mlx-lm",
     },
     "ppo_training.py": {
