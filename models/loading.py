@@ -12,8 +12,9 @@ from typing import Any
 
 import models.fast_blas  # before mlx
 import models.fast_compile
+import models.fast_linear
 import models.fast_sdpa
-import models.fast_swiglu  # noqa: F401  (all three where there is no GPU)
+import models.fast_swiglu  # noqa: F401  (all four where there is no GPU)
 from data.errors import UserError
 from data.files import read_json
 from models.folders import OPENING_ERRORS, model_folder, reason

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import models.fast_blas  # before mlx
+import models.fast_linear
 import models.fast_sdpa
-import models.fast_swiglu  # noqa: F401  (both so that it is built of the same bits by whatever script)
+import models.fast_swiglu  # noqa: F401  (all so that it is built of the same bits by whatever script)
 from data.batching import Batch, Example, collate
 from data.errors import UserError
 from data.files import atomic_folder, user_cache, write_json

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import fast_sdpa, fast_swiglu
+from models import fast_linear, fast_sdpa, fast_swiglu
 from models.fast_blas import ADVICE, LOADED, wanted
 from tests.architectures import build
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.models import activations, base, llama
@@ -110,3 +111,7 @@ def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, o
     logits = np.array(model(tokens))
     monkeypatch.setattr(llama, name, theirs)
     np.testing.assert_allclose(logits, np.array(model(tokens)), rtol=0, atol=1e-5)
+
+
+def test_linear_layers_are_replaced_where_it_is_wanted():
+    assert nn.Linear.__call__ is (fast_linear.linear if wanted() else fast_linear._original)

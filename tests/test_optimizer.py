@@ -1,6 +1,7 @@
 """The update: schedules, Adam as PyTorch has it, clipping, the guard against NaN, saving and restoring."""
 
 import math
+from unittest.mock import Mock
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
@@ -122,10 +123,16 @@ def test_an_unknown_schedule_is_refused():
 # --- Adam ---
 
 
-@pytest.mark.parametrize("small", [0, training_optimizer.SMALL], ids=["one by one", "together"])
+@pytest.fixture(params=["by blocks", "by mlx"])
+def way(request, monkeypatch):
+    """Both ways to take a step: NumPy's, in blocks that end amid an array, and mlx's, as on a GPU."""
+    monkeypatch.setattr(training_optimizer, "BLOCK", 5)
+    if request.param == "by mlx":
+        monkeypatch.setattr(training_optimizer, "_for_numpy", lambda *arrays: False)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_several_steps_equal_pytorch_s(weight_decay, small, monkeypatch):
-    monkeypatch.setattr(training_optimizer, "SMALL", small)
+def test_several_steps_equal_pytorch_s(weight_decay, way):
     net = Net()
     optimizer = make_optimizer(1e-2, 100, weight_decay=weight_decay)
     optimizer.init(net.trainable_parameters())
@@ -161,10 +168,8 @@ def gradients_of(seed, by_columns):
     return {"weight": weight, "bias": bias}
 
 
-@pytest.mark.parametrize("small", [0, training_optimizer.SMALL], ids=["one by one", "together"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(weight_decay, small, monkeypatch):
-    monkeypatch.setattr(training_optimizer, "SMALL", small)
+def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(weight_decay, way):
     nets, ours = [Square(), Square()], [make_optimizer(1e-2, 100, weight_decay=weight_decay) for _ in range(2)]
     theirs = optim.Adam(1e-2, bias_correction=True)
     if weight_decay:
@@ -176,7 +181,7 @@ def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(
         for by_columns, (net, optimizer) in enumerate(zip(nets, ours, strict=True)):
             norm = update(net, optimizer, mx.array(1.0), gradients_of(seed, bool(by_columns)), 1.0)
         gradients = gradients_of(seed, False)
-        assert norm == pytest.approx(gradient_norm(gradients).item(), rel=1e-6) and norm > 1
+        assert norm == pytest.approx(gradient_norm(gradients), rel=1e-6) and norm > 1
         shrunk = {name: gradient / (norm + 1e-6) for name, gradient in gradients.items()}
         theirs.update(mlx_net, shrunk)
     assert same(weights(nets[0]), weights(nets[1])) and same(state_of(ours[0]), state_of(ours[1]))
@@ -186,6 +191,42 @@ def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(
     assert state_of(ours[0]).keys() - {"learning_rate"} == expected.keys() - {"learning_rate"}
     for name in expected.keys() - {"learning_rate"}:
         np.testing.assert_allclose(state_of(ours[0])[name], expected[name], rtol=1e-5, atol=1e-9)
+
+
+def taken(steps, **settings):
+    """Weights and optimizer state after steps on gradients that are shrunk alike."""
+    net, optimizer = Square(), make_optimizer(1e-2, 100, "cosine", warmup_updates=2, **settings)
+    optimizer.init(net.trainable_parameters())
+    for seed in range(steps):
+        optimizer.shrink = 0.3
+        optimizer.update(net, gradients_of(seed, by_columns=True))
+    return weights(net), state_of(optimizer)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("block", [1, 5, 100])
+def test_both_ways_to_take_a_step_give_the_same_bits(block, weight_decay, monkeypatch):
+    taken_by_blocks = Mock(side_effect=training_optimizer.Adam._apply_by_blocks)
+    monkeypatch.setattr(training_optimizer.Adam, "_apply_by_blocks", lambda *words: taken_by_blocks(*words))
+    monkeypatch.setattr(training_optimizer, "BLOCK", block)
+    ours = taken(6, weight_decay=weight_decay)
+    assert taken_by_blocks.call_count == 12  # six steps of two arrays
+    monkeypatch.setattr(training_optimizer, "_for_numpy", lambda *arrays: False)
+    theirs = taken(6, weight_decay=weight_decay)
+    assert taken_by_blocks.call_count == 12
+    assert all(same(got, expected) for got, expected in zip(ours, theirs, strict=True))
+
+
+def test_a_saved_state_does_not_move_with_later_steps():
+    net, optimizer = Net(), make_optimizer(1e-2, 10)
+    optimizer.init(net.trainable_parameters())
+    for seed in range(2):
+        take_step(net, optimizer, seed)
+    arrays = optimizer_arrays(optimizer)
+    saved = state_of(optimizer)
+    take_step(net, optimizer, 2)
+    assert same({name: np.array(array) for name, array in arrays.items()}, saved)
+    assert not same(state_of(optimizer), saved)
 
 
 def test_frozen_weights_stay():
@@ -213,9 +254,9 @@ class Record:
 
 
 def test_the_norm_is_over_all_gradients_together():
-    assert gradient_norm({"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}}).item() == 5.0
+    assert gradient_norm({"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}}) == 5.0
     # In float16 the square of 300 would overflow.
-    assert gradient_norm({"a": mx.array([300.0, 400.0], mx.float16)}).item() == 500.0
+    assert gradient_norm({"a": mx.array([300.0, 400.0], mx.float16)}) == 500.0
 
 
 @pytest.mark.parametrize(
