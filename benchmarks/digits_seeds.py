@@ -32,16 +32,18 @@ import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 SCRIPTS = {"mlx": "ppo_training.py", "torch": "pytorch_ppo_training.py"}
-# The flags of each variant; {folder} is the benchmark's. A soft prompt has no weights to be fused into: PPO goes on
-# with the one that SFT left.
+# The flags of each variant; {folder} is the benchmark's.
 FROM_SFT = ["--model", "{folder}/sft_fine_tune"]
 VARIANTS = {
     "lora": [*FROM_SFT, "--ground_truth_reward"],
     # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
     "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
-    "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward"],
+    # It has no weights to be fused into: PPO goes on with the one that SFT left. Its gradients are small against their
+    # noise, which takes larger batches and more passes over them.
+    "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],
     "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
 }
+BATCH_SIZES = {"lora": 128, "learned": 128, "soft_prompt": 256, "full": 128}
 COMPLETIONS = 25_000
 GOAL = 0.9
 
@@ -72,7 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["lora"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
-    parser.add_argument("--batch-size", type=int, default=128, help="completions a step")
+    parser.add_argument("--batch-size", type=int, help="completions a step (default: 256 for soft_prompt, else 128)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--output-dir", default="runs/digits_seeds", help="folder of all cells")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
@@ -117,10 +119,11 @@ def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) 
     if any((cell / "checkpoints").glob("[0-9]*")):
         script(log, SCRIPTS[framework], "--resume", cell)
         return
+    batch_size = args.batch_size or BATCH_SIZES[variant]
     (cell / "config.json").unlink(missing_ok=True)  # a cell that was cut before its first checkpoint starts anew
     script(
         log, SCRIPTS[framework], *(flag.format(folder=folder) for flag in VARIANTS[variant]),
-        "--batch-size", args.batch_size, "--num-steps", -(-args.completions // args.batch_size), "--seed", seed,
+        "--batch-size", batch_size, "--num-steps", -(-args.completions // batch_size), "--seed", seed,
         "--save-file", folder / "adapters" / cell.name, "--output-dir", cell, *args.flags.split(),
     )  # fmt: skip
 
