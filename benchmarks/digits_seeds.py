@@ -38,8 +38,8 @@ VARIANTS = {
     "lora": [*FROM_SFT, "--ground_truth_reward"],
     # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
     "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
-    # It has no weights to be fused into: PPO goes on with the one that SFT left. Its gradients are small against their
-    # noise, which takes larger batches and more passes over them.
+    # It has no weights to be fused into: PPO goes on with the one that SFT left. It learns more slowly; of what was
+    # tried, larger batches and more passes over them kept its rise through the goal the steadiest.
     "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],
     "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
 }

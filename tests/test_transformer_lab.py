@@ -62,9 +62,8 @@ def its_flags(model, rows, folder):
 
 def test_its_reader_finds_steps_figures_and_a_model(tmp_path, tiny_folder):
     rows = tmp_path / "rows.json"
-    rows.write_text(
-        "".join(json.dumps({"prompt": str(n)}) + "\n" for n in (2, 8, 21))
-    )  # an odd start: equal scores teach nothing
+    starts = (2, 8, 21)  # an odd one too: equal scores teach nothing
+    rows.write_text("".join(json.dumps({"prompt": str(start)}) + "\n" for start in starts))
     folder = tmp_path / "models" / "tiny_default_ppo"
     folder.mkdir(parents=True)  # as it does before the call
     process = subprocess.run(
