@@ -5,9 +5,10 @@
     python benchmarks/digits_seeds.py --variants lora learned soft_prompt full
     python benchmarks/digits_seeds.py --seeds 3 --output-dir runs/knobs --flags "--ppo-epochs 4" --label "4 epochs"
 
-A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults, from an SFT model with a mean
-score of 0.5 to 0.7, in a folder of its own: finished cells are kept, cut ones resumed. Ends with a table, a
-picture of all cells that the folder holds, and both as files. Scores are those of the digit rule, at temperature 1.
+A cell is one run of ppo_training.py (or pytorch_ppo_training.py) by its defaults and the flags of `VARIANTS`, from an
+SFT model with a mean score of 0.5 to 0.7, in a folder of its own: finished cells are kept, cut ones resumed. Ends with
+a table, a picture of all cells that the folder holds, and both as files. Scores are those of the digit rule, at
+temperature 1.
 """
 
 import argparse
