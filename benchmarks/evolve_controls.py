@@ -110,6 +110,7 @@ class Bench:
         return fixed(ACTIONS.index(max(means, key=means.__getitem__)))
 
     async def policy(self, arm: str) -> Policy:
+        """What chooses the actions in one arm; "marginal" is made from what the learned one chose."""
         if arm == "learned":
             return await self.learned(arm)
         if arm == "marginal":

@@ -115,6 +115,7 @@ def serving(latency: float) -> Iterator[str]:
 
 
 async def ask_teacher(url: str, calls: int, concurrency: int, cache: Cache) -> float:
+    """Seconds that our `Teacher` takes. Raises UserError unless every call was answered and stored."""
     limits = Limits(calls=calls, tokens=10**9, money=1e6, price_in=1.0, price_out=1.0)
     async with Teacher(f"{url}/v1", "m", cache, limits, concurrency) as teacher:
         asks = [Ask([{"role": "user", "content": f"{index} {WORDS}"}]) for index in range(calls)]
@@ -127,6 +128,7 @@ async def ask_teacher(url: str, calls: int, concurrency: int, cache: Cache) -> f
 
 
 async def ask_create(url: str, calls: int, concurrency: int, cache: Cache) -> float:
+    """Seconds that the openai package's own `create` takes."""
     del cache  # it has none
     places = asyncio.Semaphore(concurrency)
     async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
