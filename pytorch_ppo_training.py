@@ -29,6 +29,7 @@ from training import config, ppo, ppo_flags, ppo_step
 from training.checkpoint_folders import last_checkpoint
 from training.cli import Stopped, StopSignal, run
 from training.metrics import RunLog, provenance, resumed_config, start_run_folder
+from training.optimizer_groups import HEAD_RATE
 from training.plots import plot_run
 from training.rollout import Rollout, has_eos, pack
 from training.torch_checkpoint import Trainee, restore_checkpoint, save_checkpoint
@@ -178,9 +179,8 @@ def train(
     rule = ppo_step.digit_rule(args)
     gradients_of = loss_and_gradients(trainee.module, make_loss(args))
     log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
-    log.say(
-        config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate_of(args, trainee), loaded.model.device)
-    )
+    optimizer_used, device = optimizer_of(args, trainee), loaded.model.device
+    log.say(config.describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
     figures: dict[str, float] = {}
     with StopSignal() as stop:
         while progress.step < args.num_steps and not stop.requested:
@@ -218,9 +218,9 @@ def train(
     log.close(summary)
 
 
-def rate_of(args: argparse.Namespace, trainee: Trainee) -> float:
-    """The learning rate: --learning-rate, or what suits the kind of adapter."""
-    return args.learning_rate or config.PPO_LEARNING_RATES[trainee.adapter.fine_tune_type]
+def optimizer_of(args: argparse.Namespace, trainee: Trainee) -> tuple[str, float]:
+    """The optimizer and its rate: by the flags, or what suits the kind of adapter."""
+    return config.optimizer_and_rate(args, config.PPO_OPTIMIZERS[trainee.adapter.fine_tune_type])
 
 
 def main() -> None:
@@ -233,8 +233,10 @@ def main() -> None:
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
     prompts, reward = ppo_step.Prompts(args, loaded.tokenizer), build_reward(args, loaded)
     trainee, reference = build_policies(args, loaded)
+    name, rate = optimizer_of(args, trainee)
     schedule = (ppo_step.total_updates(args), args.lr_schedule, args.warmup_steps, args.weight_decay)
-    optimizer = make_optimizer(trainee.module, rate_of(args, trainee), *schedule)
+    head_rate = args.value_head_learning_rate or min(rate, HEAD_RATE)
+    optimizer = make_optimizer(trainee.module, rate, *schedule, name, head_rate)
     progress = ppo_step.Progress(ppo_step.make_controller(args))
     if args.resume:
         folder = Path(args.resume)

@@ -92,8 +92,9 @@ def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1) -> 
 def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, validation: Objective) -> None:
     """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and picture."""
     module = trainee.module
-    rate = args.learning_rate or config.LEARNING_RATES[trainee.adapter.fine_tune_type]
-    optimizer = make_optimizer(rate, args.iters, args.lr_schedule, args.warmup_steps, args.weight_decay)
+    kind = trainee.adapter.fine_tune_type
+    name, rate = config.optimizer_and_rate(args, config.SFT_OPTIMIZERS[kind])
+    optimizer = make_optimizer(rate, args.iters, args.lr_schedule, args.warmup_steps, args.weight_decay, name)
     # window: sums of the figures since the last report
     state: dict[str, Any] = {"step": 0, "window": [0.0, 0.0, 0.0], "skipped": 0}
     if args.resume:
@@ -104,7 +105,7 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
         folder = start_run_folder(args.output_dir or config.default_output_dir("sft"), vars(args))
     step, skipped = state["step"], state["skipped"]
     log = RunLog(folder, args.iters, step, args.log_with, "reward model" if args.reward_model else "sft")
-    log.say(config.describe(*trainee.sizes(), trainee.adapter.fine_tune_type, rate, mx.default_device()))
+    log.say(config.describe(trainee.sizes(), kind, (name, rate), mx.default_device()))
     gradients_of = loss_and_gradients(module, objective.loss)
 
     started = time.perf_counter()

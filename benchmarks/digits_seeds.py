@@ -39,12 +39,12 @@ VARIANTS = {
     "lora": [*FROM_SFT, "--ground_truth_reward"],
     # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
     "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
-    # It has no weights to be fused into: PPO goes on with the one that SFT left. It learns more slowly; of what was
-    # tried, larger batches and more passes over them kept its rise through the goal the steadiest.
+    # It has no weights to be fused into: PPO goes on with the one that SFT left. It learns more slowly, and a larger
+    # batch keeps its rise through the goal steady.
     "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],
     "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
 }
-BATCH_SIZES = {"lora": 128, "learned": 128, "soft_prompt": 256, "full": 128}
+BATCH_SIZES = {"lora": 128, "learned": 128, "soft_prompt": 512, "full": 128}
 COMPLETIONS = 25_000
 GOAL = 0.9
 
@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["lora"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
-    parser.add_argument("--batch-size", type=int, help="completions a step (default: 256 for soft_prompt, else 128)")
+    parser.add_argument("--batch-size", type=int, help="completions a step (default: 512 for soft_prompt, else 128)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--output-dir", default="runs/digits_seeds", help="folder of all cells")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
@@ -101,7 +101,7 @@ def prepare(folder: Path) -> None:
             (folder / "models" / name).rename(folder / name)
     if not (folder / "soft_prompt").exists():
         script(
-            log, "sft.py", "--train", "--prompt-tuning", "--iters", 80, "--data", folder / "models/data",
+            log, "sft.py", "--train", "--prompt-tuning", "--iters", 100, "--data", folder / "models/data",
             "--save-file", folder / "soft_prompt", "--output-dir", folder / "models/runs/soft_prompt",
         )  # fmt: skip
 

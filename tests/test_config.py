@@ -393,6 +393,7 @@ def test_a_batch_too_small_for_any_group_is_told_so():
         (["--temperature", 0], "--temperature is 0"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--learning-rate", -1], "--learning-rate is -1"),
+        (["--value-head-learning-rate", 0], "--value-head-learning-rate is 0"),
         (["--clip-range", -0.1], "--clip-range is -0.1"),
         (["--init-kl-coef", -1], "--init-kl-coef is -1"),
         (["--lora-dropout", 0.1], "--lora-dropout is 0.1"),
@@ -402,6 +403,26 @@ def test_a_batch_too_small_for_any_group_is_told_so():
 )
 def test_ppo_s_impossible_values_are_refused(words, named):
     assert named in refused("--ground-truth-reward", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "expected"),
+    [
+        ([], "lora", ("adam", 5e-4)),
+        ([], "soft_prompt", ("muon", 0.4)),
+        (["--learning-rate", 0.1], "soft_prompt", ("muon", 0.1)),
+        (["--optimizer", "muon"], "soft_prompt", ("muon", 0.4)),
+        (["--optimizer", "adam", "--learning-rate", 0.1], "soft_prompt", ("adam", 0.1)),
+    ],
+)
+def test_the_optimizer_and_its_rate_by_the_kind_of_adapter(words, kind, expected):
+    assert config.optimizer_and_rate(ppo(*words), config.PPO_OPTIMIZERS[kind]) == expected
+
+
+@pytest.mark.parametrize(("name", "kind"), [("muon", "lora"), ("adam", "soft_prompt")])
+def test_another_optimizer_wants_a_rate(name, kind):
+    with pytest.raises(UserError, match=f"--optimizer {name} has no default rate here; give --learning-rate"):
+        config.optimizer_and_rate(ppo("--optimizer", name), config.PPO_OPTIMIZERS[kind])
 
 
 def test_a_score_clip_of_zero_means_none():

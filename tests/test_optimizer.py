@@ -7,6 +7,7 @@ import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from models import fast_compile
 from training import optimizer as training_optimizer
+from training.muon import muon_step
 from training.optimizer import (
     gradient_norm,
     loss_and_gradients,
@@ -305,6 +306,111 @@ def test_finite_gradients_whose_norm_overflows_are_skipped():
     assert same(weights(net), before)
 
 
+# --- Muon, and a rate of its own for a value head ---
+
+
+class Judged(nn.Module):
+    """A matrix, a vector and a value head, all of which the loss moves."""
+
+    def __init__(self):
+        super().__init__()
+        mx.random.seed(1)
+        self.weight, self.bias = mx.random.normal((3, 4)), mx.random.normal((3,))
+        self.value_head = nn.Linear(3, 1, bias=False)
+
+
+def judged_gradients(seed):
+    rng = np.random.default_rng(seed)
+    weight, bias, head = (mx.array(rng.normal(size=shape), mx.float32) for shape in ((3, 4), (3,), (1, 3)))
+    return {"weight": weight, "bias": bias, "value_head": {"weight": head}}
+
+
+def judged_after(steps, **settings):
+    """The weights before and after steps at the constant rate of 0.1, and the optimizer."""
+    net, optimizer = Judged(), make_optimizer(0.1, 100, **settings)
+    optimizer.init(net.trainable_parameters())
+    before = weights(net)
+    for seed in range(steps):
+        norm = update(net, optimizer, mx.array(1.0), judged_gradients(seed), 0.5)
+        assert norm > 0.5
+    return before, weights(net), optimizer
+
+
+def test_muon_steps_matrices_as_mlx_s_does_and_adam_the_rest():
+    _, found, _ = judged_after(5, kind="muon")
+    net, muon, adam = Judged(), optim.Muon(0.1, weight_decay=0.0), optim.Adam(1e-3, bias_correction=True)
+    for seed in range(5):
+        gradients = judged_gradients(seed)
+        shrink = 0.5 / (gradient_norm(gradients) + 1e-6)
+        gradients = tree_map(lambda gradient, shrink=shrink: shrink * gradient, gradients)
+        matrix = {"weight": gradients.pop("weight")}
+        muon.update(net, matrix)
+        adam.update(net, gradients)
+    assert found.keys() == weights(net).keys() == {"weight", "bias", "value_head.weight"}
+    for name, value in weights(net).items():
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-6)
+
+
+def test_muon_moves_every_direction_by_about_the_rate():
+    before, after, _ = judged_after(1, kind="muon")
+    sizes = np.linalg.svd(after["weight"] - before["weight"], compute_uv=False) / 0.1
+    assert len(sizes) == 3 and np.all((sizes > 0.65) & (sizes < 1.25))
+    gradient_sizes = np.linalg.svd(np.array(judged_gradients(0)["weight"]), compute_uv=False)
+    assert gradient_sizes.max() / gradient_sizes.min() > 2  # which the step evens out
+
+
+def test_a_matrix_transposed_takes_the_step_transposed_and_of_several_each_its_own():
+    gradient, average = (mx.random.normal((2, 3, 5), key=mx.random.key(seed)) for seed in (0, 1))
+    steps, averages = muon_step(gradient, average)
+    np.testing.assert_allclose(averages, 0.95 * average + 0.05 * gradient, atol=1e-6)
+    turned, _ = muon_step(gradient.swapaxes(1, 2), average.swapaxes(1, 2))
+    np.testing.assert_allclose(turned.swapaxes(1, 2), steps, atol=1e-5)
+    for index in range(2):
+        np.testing.assert_allclose(muon_step(gradient[index], average[index])[0], steps[index], atol=1e-5)
+    assert mx.array_equal(muon_step(mx.zeros((2, 3)), mx.zeros((2, 3)))[0], mx.zeros((2, 3)))
+
+
+def test_muon_s_decay_shrinks_the_weights_beside_the_step():
+    before, plain, _ = judged_after(1, kind="muon")
+    _, decayed, _ = judged_after(1, kind="muon", weight_decay=0.2)
+    np.testing.assert_allclose(decayed["weight"] - plain["weight"], -0.1 * 0.2 * before["weight"], atol=1e-6)
+    assert np.abs(decayed["weight"] - plain["weight"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_a_value_head_has_the_rate_that_it_is_given(kind):
+    before, after, _ = judged_after(1, kind=kind, head_rate=0.02)
+    moved = {name: np.abs(after[name] - before[name]) for name in before}
+    np.testing.assert_allclose(moved["value_head.weight"], 0.02, rtol=1e-4)  # Adam's first step is the rate
+    np.testing.assert_allclose(moved["bias"], 0.02 if kind == "muon" else 0.1, rtol=1e-4)
+    if kind == "adam":
+        np.testing.assert_allclose(moved["weight"], 0.1, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "rate", "expected"), [("adam", 0.1, 0.1), ("muon", 0.1, 1e-3), ("muon", 1e-4, 1e-4)])
+def test_the_value_head_s_rate_where_none_is_given(kind, rate, expected):
+    net, optimizer = Judged(), make_optimizer(rate, 100, kind=kind)
+    optimizer.init(net.trainable_parameters())
+    before = weights(net)
+    update(net, optimizer, mx.array(1.0), judged_gradients(0), None)
+    moved = np.abs(weights(net)["value_head.weight"] - before["value_head.weight"])
+    np.testing.assert_allclose(moved, expected, rtol=2e-3)
+
+
+def test_muon_leaves_all_untouched_where_a_gradient_is_not_finite():
+    _, _, optimizer = judged_after(2, kind="muon")
+    net, state = Judged(), state_of(optimizer)
+    before, gradients = weights(net), judged_gradients(0)
+    gradients["bias"] = mx.array([1.0, float("nan"), 1.0])
+    assert math.isnan(update(net, optimizer, mx.array(1.0), gradients, 0.5))
+    assert same(weights(net), before) and same(state_of(optimizer), state)
+
+
+def test_an_unknown_optimizer_is_an_error():
+    with pytest.raises(UserError, match="'sgd'; use one of adam, muon"):
+        make_optimizer(0.1, 10, kind="sgd")
+
+
 # --- saving and restoring ---
 
 
@@ -324,10 +430,12 @@ def continued(cut, total=6, **settings):
     yield net, optimizer
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_what_follows_a_restore_is_bit_for_bit_what_would_have_followed(weight_decay):
-    *_, (net, optimizer) = continued(cut=None, weight_decay=weight_decay)
-    *_, (other_net, other_optimizer) = continued(cut=3, weight_decay=weight_decay)
+@pytest.mark.parametrize(
+    "settings", [{}, {"weight_decay": 0.1}, {"kind": "muon"}, {"kind": "muon", "weight_decay": 0.1}]
+)
+def test_what_follows_a_restore_is_bit_for_bit_what_would_have_followed(settings):
+    *_, (net, optimizer) = continued(cut=None, **settings)
+    *_, (other_net, other_optimizer) = continued(cut=3, **settings)
     assert same(weights(net), weights(other_net))
     assert same(state_of(optimizer), state_of(other_optimizer))
 

@@ -694,6 +694,7 @@ def bad_files(tmp_path):
         (["--train", "--batch-size", 0], "--batch-size is 0"),
         (["--train", "--val-batches", 0], "--val-batches is 0"),
         (["--train", "--learning-rate", "nan"], "--learning-rate is nan"),
+        (["--train", "--optimizer", "muon"], "--optimizer muon has no default rate"),
         (["--train", "--iters", "many"], "--iters"),
         (["--resume", "foreign"], "foreign"),
     ],

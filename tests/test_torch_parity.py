@@ -108,7 +108,7 @@ class Side:
             self.trainee.value_head.weight = mx.array(head_weight)
         elif self.trainee.value_head is not None:
             self.trainee.value_head.load_state_dict({"weight": torch.tensor(head_weight)})
-        settings = (1e-3, 100, "cosine", 2, 0.01)
+        settings = (1e-3, 100, "cosine", 2, 0.01, args.optimizer or "adam", args.value_head_learning_rate)
         self.optimizer: Any
         if self.is_mlx:
             self.optimizer = optimizer.make_optimizer(*settings)
@@ -167,6 +167,10 @@ CASES = {
     "lora, group": ["--advantage", "group", "--num-generations", "4", "--kl-penalty", "k3"],
     "soft_prompt, rloo, base": ["--advantage", "rloo", "--num-generations", "2", "--use-peft"],
     "lora, base": ["--use-peft", "--kl-penalty", "full"],
+    "soft_prompt, muon": ["--optimizer", "muon", "--value-head-learning-rate", "5e-4"],
+    "lora, muon": ["--optimizer", "muon"],
+    "full, rate of the head": ["--value-head-learning-rate", "5e-4"],
+    "soft_prompt, rloo, muon": ["--advantage", "rloo", "--num-generations", "2", "--optimizer", "muon"],
 }
 
 
@@ -504,6 +508,37 @@ def test_an_optimizer_state_of_another_model_is_refused():
     for other, state in [(made[2], arrays), (made[1], {"updates": arrays["updates"]}), (made[1], {})]:
         with pytest.raises(UserError, match="does not fit"):
             other.restore(state)
+
+
+class Judged(torch.nn.Module):
+    """A matrix, a vector and a value head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.value_head = torch.nn.Linear(3, 4), torch.nn.Linear(3, 1, bias=False)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "muon"}, {"head_rate": 0.02}, {"kind": "muon", "weight_decay": 0.1}])
+def test_what_follows_a_restore_is_bit_for_bit_what_would_have_followed(settings):
+    modules = Judged(), Judged()
+    first, second = (torch_optimizer.make_optimizer(module, 0.1, 10, "linear", **settings) for module in modules)
+    gradients = [[seed + torch.randn_like(weight) for weight in first.weights] for seed in range(4)]
+    for step in gradients[:2]:
+        torch_optimizer.update(first, torch.tensor(1.0), step, 0.5)
+    modules[1].load_state_dict(modules[0].state_dict())
+    second.restore({name: array.clone() for name, array in first.arrays().items()})
+    for step in gradients[2:]:
+        for made in (first, second):
+            torch_optimizer.update(made, torch.tensor(1.0), step, 0.5)
+    for weight, other in zip(first.weights, second.weights, strict=True):
+        assert torch.equal(weight, other)
+    assert first.arrays().keys() == second.arrays().keys()
+    assert all(torch.equal(array, second.arrays()[name]) for name, array in first.arrays().items())
+    other = torch_optimizer.make_optimizer(Judged(), 0.1, 10, "linear")
+    if settings.get("kind") == "muon":
+        with pytest.raises(UserError, match="does not fit"):
+            other.restore(first.arrays())
 
 
 def test_flags_of_both_scripts_are_the_same_but_two():

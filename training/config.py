@@ -14,12 +14,19 @@ from typing import Any, NoReturn
 
 from data.errors import UserError
 from data.records import FEATURE_FLAGS
+from training.optimizer_groups import OPTIMIZERS
 
 import yaml
 
-# Learning rates that train each kind of adapter; chosen on the embedded model (docs/sft.md).
-LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 3e-2, "none": 1e-3}
-PPO_LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 3e-4, "soft_prompt": 7e-2}
+# The optimizer and its learning rate that train each kind of adapter; chosen on the embedded model (docs/sft.md).
+SFT_OPTIMIZERS = {
+    "lora": ("adam", 5e-4),
+    "dora": ("adam", 5e-4),
+    "full": ("adam", 3e-4),
+    "soft_prompt": ("adam", 3e-2),
+    "none": ("adam", 1e-3),
+}
+PPO_OPTIMIZERS = {"lora": ("adam", 5e-4), "dora": ("adam", 5e-4), "full": ("adam", 3e-4), "soft_prompt": ("muon", 0.4)}
 
 
 class Collect(argparse.Action):
@@ -230,17 +237,38 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add_optimizer_flags(parser: argparse.ArgumentParser, rates: Mapping[str, float], schedule: str) -> None:
-    """Learning rate (by the kind of adapter, where the flag is left out), its schedule, and clipping."""
+def add_optimizer_flags(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]], schedule: str
+) -> argparse._ArgumentGroup:
+    """Optimizer and learning rate (by the kind of adapter, where the flags are left out), schedule, and clipping.
+
+    Returns the group, for more of a script's own.
+    """
     group = parser.add_argument_group("optimizer")
-    by_kind = ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items() if kind != "none")
-    group.add_argument("--learning-rate", type=float, help=f"Adam's step size (default: {by_kind})")
+    kinds = {kind: default for kind, default in defaults.items() if kind != "none"}
+    others = [f"{name} for {kind}" for kind, (name, _) in kinds.items() if name != "adam"]
+    names = ", ".join(["adam", *others])
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"what turns gradients into steps (default: {names})")
+    rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
+    group.add_argument("--learning-rate", type=float, help=f"step size (default: {rates})")
     group.add_argument(
         "--lr-schedule", choices=("constant", "linear", "cosine"), default=schedule, help="the last two end at 0"
     )
     group.add_argument("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decay; 0: Adam")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled decay of the weights; 0: none")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: don't")
+    return group
+
+
+def optimizer_and_rate(args: argparse.Namespace, default: tuple[str, float]) -> tuple[str, float]:
+    """The optimizer and its rate by the flags, or by the default for what is trained.
+
+    Raises UserError for an optimizer without a rate: a step of the one is not what a step of the other is.
+    """
+    name, rate = default
+    if args.learning_rate is None and args.optimizer not in (None, name):
+        raise UserError(f"--optimizer {args.optimizer} has no default rate here; give --learning-rate")
+    return args.optimizer or name, args.learning_rate or rate
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -268,6 +296,7 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
-def describe(trainable: int, total: int, kind: str, rate: float, device: object) -> str:
-    """One line on what is trained, by how many weights."""
-    return f"training {trainable:,} of {total:,} weights ({kind}), learning rate {rate:g}, on {device}"
+def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object) -> str:
+    """One line on what is trained, and by which optimizer. sizes: weights that are trained, and all."""
+    (trainable, total), (name, rate) = sizes, optimizer
+    return f"training {trainable:,} of {total:,} weights ({kind}) by {name}, learning rate {rate:g}, on {device}"

@@ -1,4 +1,4 @@
-"""The update that SFT, reward modelling and PPO share: Adam, a schedule, clipping, and a guard against NaN."""
+"""The update that SFT, reward modelling and PPO share: Adam or Muon, a schedule, clipping, and a guard against NaN."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from collections.abc import Callable
 import models.fast_blas  # noqa: F401  (before mlx)
 from data.errors import UserError
 from models import fast_compile
+from training.muon import muon_step
+from training.optimizer_groups import belongs_to_first, groups
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,17 +86,64 @@ def _flat(array: mx.array | np.ndarray) -> np.ndarray:
     return np.asarray(array).reshape(-1)
 
 
+class Muon(optim.Muon):
+    """Muon by `muon_step`, with a decoupled decay of the weights.
+
+    Each matrix moves along its momentum with all singular values made about 1, so a rate is a spectral norm: no
+    direction is left behind because others have the larger gradients.
+    """
+
+    def __init__(self, learning_rate: float | Callable, weight_decay: float = 0.0):
+        super().__init__(learning_rate, weight_decay=weight_decay)
+        self.shrink = 1.0  # of the next step's gradients
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        """One matrix's step."""
+        step, state["v"] = muon_step(self.shrink * gradient, state["v"])
+        rate = self.learning_rate.astype(parameter.dtype)
+        return parameter * (1 - rate * self.weight_decay) - rate * step
+
+
+class Groups(optim.MultiOptimizer):
+    """Several optimizers of one model, each for its own weights; the last for what no other takes."""
+
+    @property
+    def shrink(self) -> float:
+        """Of the next step's gradients."""
+        return self.optimizers[0].shrink
+
+    @shrink.setter
+    def shrink(self, shrink: float) -> None:
+        for optimizer in self.optimizers:
+            optimizer.shrink = shrink
+
+
 def make_optimizer(
     learning_rate: float,
     total_updates: int,
     schedule: str = "constant",
     warmup_updates: int = 0,
     weight_decay: float = 0.0,
-) -> Adam:
-    """Adam with PyTorch's bias correction, whose rate rises over the warm-up and then keeps, or falls to 0.
+    kind: str = "adam",
+    head_rate: float | None = None,
+) -> Adam | Muon | Groups:
+    """Adam with PyTorch's bias correction, or Muon, whose rate rises over the warm-up and then keeps, or falls to 0.
 
-    total_updates: optimizer steps of the whole run, at which linear and cosine schedules end.
+    total_updates: optimizer steps of the whole run, at which linear and cosine schedules end. head_rate: that of a
+    value head, where it has its own; see training.optimizer_groups.
     """
+    classes: dict[str, type[Adam] | type[Muon]] = {"adam": Adam, "muon": Muon}
+    optimizers = [
+        classes[name](scheduled(rate, total_updates, schedule, warmup_updates), weight_decay)
+        for name, rate in groups(kind, learning_rate, head_rate)
+    ]
+    if len(optimizers) == 1:
+        return optimizers[0]
+    return Groups(optimizers, [lambda name, array: belongs_to_first(name, array.ndim, kind)])
+
+
+def scheduled(learning_rate: float, total_updates: int, schedule: str, warmup_updates: int) -> Callable:
+    """The rate of each update, as `make_optimizer` has it."""
     if schedule not in SCHEDULES:
         raise UserError(f"--lr-schedule is {schedule!r}; use one of {', '.join(SCHEDULES)}")
     decay_updates = max(total_updates - warmup_updates, 1)
@@ -105,11 +154,12 @@ def make_optimizer(
         "cosine": ("cosine_decay", [learning_rate, decay_updates]),
     }
     name, values = arguments[schedule]
-    rate = build_schedule({"name": name, "arguments": values, "warmup": warmup_updates})
-    return Adam(rate, weight_decay)
+    return build_schedule({"name": name, "arguments": values, "warmup": warmup_updates})
 
 
-def update(module: nn.Module, optimizer: Adam, loss: mx.array, gradients: dict, max_grad_norm: float | None) -> float:
+def update(
+    module: nn.Module, optimizer: Adam | Muon | Groups, loss: mx.array, gradients: dict, max_grad_norm: float | None
+) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step on `module`.
 
     Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and the

@@ -7,6 +7,7 @@ from data.errors import UserError
 from data.sources import is_hub_name
 from rewards.combined import reward_weights
 from training import config
+from training.optimizer_groups import HEAD_RATE
 from training.ppo import KL_KINDS
 
 ADVANTAGES = ("gae", "group", "rloo")
@@ -32,7 +33,13 @@ def ppo_parser(description: str | None) -> config.Parser:
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    config.add_optimizer_flags(parser, config.PPO_LEARNING_RATES, schedule="linear")
+    optimizer = config.add_optimizer_flags(parser, config.PPO_OPTIMIZERS, schedule="linear")
+    optimizer.add_argument(
+        "--value-head-learning-rate",
+        "--critic-learning-rate",
+        type=float,
+        help=f"of the value head (default: --learning-rate, but at most {HEAD_RATE:g})",
+    )
     config.add_run_flags(parser)
     return parser
 
@@ -152,8 +159,9 @@ def check(args: argparse.Namespace) -> None:
         if args.num_generations < 2:
             raise UserError(f"--num-generations is {args.num_generations}; {args.advantage} needs 2 or more")
         _check_divides("batch-size", args.batch_size, "num-generations", args.num_generations, least=2)
-    if args.learning_rate is not None:
-        config.positive("learning-rate", args.learning_rate)
+    for name in ("learning-rate", "value-head-learning-rate"):
+        if getattr(args, name.replace("-", "_")) is not None:
+            config.positive(name, getattr(args, name.replace("-", "_")))
     if args.lora_dropout:
         raise UserError(f"--lora-dropout is {args.lora_dropout}; PPO needs 0, or the first ratio is not 1")
 

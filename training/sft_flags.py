@@ -33,7 +33,7 @@ def sft_parser(description: str | None) -> config.Parser:
     )
     parser.add_argument("--resume-adapter-file", help="start from this adapter")
     config.add_adapter_flags(parser, dropout=0.0)
-    config.add_optimizer_flags(parser, config.LEARNING_RATES, schedule="constant")
+    config.add_optimizer_flags(parser, config.SFT_OPTIMIZERS, schedule="constant")
     config.add_run_flags(parser)
     return parser
 

@@ -12,7 +12,7 @@ from models.adapter_config import AdapterConfig
 from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
 from models.torch_policy import Policy, ValueHead, load_value_head, save_value_head
 from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
-from training.torch_optimizer import ScheduledAdam
+from training.torch_optimizer import ScheduledOptimizer
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -37,7 +37,7 @@ def save_checkpoint(
     run_folder: str | Path,
     step: int,
     trainee: Trainee,
-    optimizer: ScheduledAdam,
+    optimizer: ScheduledOptimizer,
     state: dict[str, Any],
     keep: int = KEPT,
 ) -> Path:
@@ -50,7 +50,7 @@ def save_checkpoint(
     return last_checkpoint(run_folder)
 
 
-def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledAdam) -> dict[str, Any]:
+def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledOptimizer) -> dict[str, Any]:
     """Put weights and optimizer back as they were; returns the state that was saved with them."""
     saved = read_adapter(folder / "adapter")
     set_adapter_weights(trainee.model, saved.weights, folder)

@@ -1,15 +1,20 @@
-"""The update of PPO in PyTorch: Adam, a schedule, clipping, and a guard against NaN.
+"""The update of PPO in PyTorch: Adam or Muon, a schedule, clipping, and a guard against NaN.
 
 The twin of training.optimizer, with the same numbers: the same rate at every update, the same clipping.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from data.errors import UserError
+from training.muon import muon_step
+from training.optimizer_groups import belongs_to_first, groups
 
 import torch
 from torch import Tensor, nn
+
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(update: int, rate: float, total_updates: int, schedule: str = "constant", warmup: int = 0) -> float:
@@ -25,48 +30,94 @@ def learning_rate(update: int, rate: float, total_updates: int, schedule: str = 
     return rate * {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}[schedule]
 
 
-class ScheduledAdam:
-    """Adam, or AdamW where weights decay, over the trainable weights of a module, with its schedule.
+class Muon(torch.optim.Optimizer):
+    """Muon by `muon_step`, with a decoupled decay of the weights. (torch.optim.Muon works in bfloat16.)"""
+
+    def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
+        super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """One step of every matrix; `closure` is not called."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].get("momentum_buffer", torch.zeros_like(weight))
+                step, self.state[weight]["momentum_buffer"] = muon_step(weight.grad, average)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+
+
+STATE = {Muon: ("momentum_buffer",), torch.optim.Adam: ADAM_STATE, torch.optim.AdamW: ADAM_STATE}
+
+
+class ScheduledOptimizer:
+    """Adam, AdamW where weights decay, or Muon, over the trainable weights of a module, with its schedule.
 
     Its state is saved by the names of the weights.
     """
 
-    def __init__(self, module: nn.Module, rate_at: Callable[[int], float], weight_decay: float = 0.0):
+    def __init__(
+        self,
+        module: nn.Module,
+        rate: float,
+        rate_at: Callable[[int, float], float],
+        weight_decay: float = 0.0,
+        kind: str = "adam",
+        head_rate: float | None = None,
+    ):
+        """rate_at: the rate of an update (from 0), of the highest rate."""
         self.named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.weights = list(self.named.values())
         self.rate_at = rate_at
         self.updates = 0
-        kind = torch.optim.AdamW if weight_decay else torch.optim.Adam
-        self.adam = kind(self.weights, lr=rate_at(0), weight_decay=weight_decay)
+        adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
+        # Each with its rate, and with the names of its weights.
+        self.parts: list[tuple[torch.optim.Optimizer, float, list[str]]] = []
+        parts = groups(kind, rate, head_rate)
+        for index, (name, part_rate) in enumerate(parts):
+            mine = {
+                n: weight
+                for n, weight in self.named.items()
+                if len(parts) == 1 or belongs_to_first(n, weight.ndim, kind) == (index == 0)
+            }
+            if mine:
+                optimizer = {"adam": adam, "muon": Muon}[name](mine.values(), lr=part_rate, weight_decay=weight_decay)
+                self.parts.append((optimizer, part_rate, list(mine)))
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """One update of the weights by their gradients, in the order of `weights`."""
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
-        for group in self.adam.param_groups:
-            group["lr"] = self.rate_at(self.updates)
-        self.adam.step()
-        self.adam.zero_grad()
+        for optimizer, rate, _ in self.parts:
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate_at(self.updates, rate)
+            optimizer.step()
+            optimizer.zero_grad()
         self.updates += 1
 
     def arrays(self) -> dict[str, Tensor]:
         """The whole state by name, to be saved as safetensors."""
-        states = zip(self.named, (self.adam.state[weight] for weight in self.weights), strict=True)
-        moments = {f"{name}.{key}": value for name, state in states for key, value in state.items()}
+        moments = {
+            f"{name}.{key}": value
+            for optimizer, _, names in self.parts
+            for name in names
+            for key, value in optimizer.state[self.named[name]].items()
+        }
         return {"updates": torch.tensor(self.updates), **moments}
 
     def restore(self, arrays: dict[str, Tensor]) -> None:
         """Put back a state from `arrays`; what follows is then bit for bit what would have followed."""
         self.updates = int(arrays["updates"]) if "updates" in arrays else 0
-        shapes = {"step": (), "exp_avg": None, "exp_avg_sq": None} if self.updates else {}
-        expected = {
-            f"{n}.{key}": w.shape if s is None else s for n, w in self.named.items() for key, s in shapes.items()
-        }
-        if {name: array.shape for name, array in arrays.items()} != {"updates": (), **expected}:
+        expected: dict[str, Any] = {"updates": ()}
+        states = []
+        for optimizer, _, names in self.parts:
+            keys = STATE[type(optimizer)] if self.updates else ()
+            expected |= {f"{n}.{key}": () if key == "step" else self.named[n].shape for n in names for key in keys}
+            states.append({i: {key: arrays.get(f"{name}.{key}") for key in keys} for i, name in enumerate(names)})
+        if {name: array.shape for name, array in arrays.items()} != expected:
             raise UserError("the checkpoint's optimizer state does not fit this model; resume with the run's own flags")
         if self.updates:
-            states = {i: {key: arrays[f"{name}.{key}"] for key in shapes} for i, name in enumerate(self.named)}
-            self.adam.load_state_dict({**self.adam.state_dict(), "state": states})
+            for (optimizer, _, _), state in zip(self.parts, states, strict=True):
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def make_optimizer(
@@ -76,16 +127,20 @@ def make_optimizer(
     schedule: str = "constant",
     warmup_updates: int = 0,
     weight_decay: float = 0.0,
-) -> ScheduledAdam:
+    kind: str = "adam",
+    head_rate: float | None = None,
+) -> ScheduledOptimizer:
     """The optimizer of `module`; its arguments are those of training.optimizer.make_optimizer."""
 
-    def rate_at(update: int) -> float:
+    def rate_at(update: int, rate: float) -> float:
         return learning_rate(update, rate, total_updates, schedule, warmup_updates)
 
-    return ScheduledAdam(module, rate_at, weight_decay)
+    return ScheduledOptimizer(module, rate, rate_at, weight_decay, kind, head_rate)
 
 
-def update(optimizer: ScheduledAdam, loss: Tensor, gradients: Sequence[Tensor], max_grad_norm: float | None) -> float:
+def update(
+    optimizer: ScheduledOptimizer, loss: Tensor, gradients: Sequence[Tensor], max_grad_norm: float | None
+) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step.
 
     Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and the
