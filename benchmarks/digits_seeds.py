@@ -13,6 +13,7 @@ temperature 1.
 
 import argparse
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ VARIANTS = {
     "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],
     "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
 }
-BATCH_SIZES = {"lora": 128, "learned": 128, "soft_prompt": 512, "full": 128}
+BATCH_SIZES = {"lora": 128, "learned": 128, "soft_prompt": 1024, "full": 128}
 COMPLETIONS = 25_000
 GOAL = 0.9
 
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["lora"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
-    parser.add_argument("--batch-size", type=int, help="completions a step (default: 512 for soft_prompt, else 128)")
+    parser.add_argument("--batch-size", type=int, help="completions a step (default: 1024 for soft_prompt, else 128)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--output-dir", default="runs/digits_seeds", help="folder of all cells")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
@@ -83,11 +84,17 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def script(log: Path, *words: object) -> None:
-    """Run one script with its output in a log file; raises UserError that names the log if it fails."""
+def script(log: Path, jobs: int, *words: object) -> None:
+    """Run one script with its output in a log file; raises UserError that names the log if it fails.
+
+    jobs: how many run at the same time; each gets its share of the cores, as on CPU more threads would only wait.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(max((os.cpu_count() or 1) // jobs, 1))
+    environment = {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, **os.environ}
     with log.open("a", encoding="utf-8") as out:
-        code = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stdout=out, stderr=out).returncode
+        command = [sys.executable, *map(str, words)]
+        code = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, env=environment).returncode
     if code:
         raise UserError(f"{words[0]} failed with exit code {code}; see {log}")
 
@@ -96,12 +103,12 @@ def prepare(folder: Path) -> None:
     """What all cells start from: the SFT model and the reward model of the demo, and a soft prompt; made once."""
     log = folder / "prepare.log"
     if not (folder / "reward_model").exists():
-        script(log, "demo.py", "--stages", "models", "--output-dir", folder / "models")
+        script(log, 1, "demo.py", "--stages", "models", "--output-dir", folder / "models")
         for name in ("sft_fine_tune", "reward_model"):
             (folder / "models" / name).rename(folder / name)
     if not (folder / "soft_prompt").exists():
         script(
-            log, "sft.py", "--train", "--prompt-tuning", "--iters", 100, "--data", folder / "models/data",
+            log, 1, "sft.py", "--train", "--prompt-tuning", "--iters", 100, "--data", folder / "models/data",
             "--save-file", folder / "soft_prompt", "--output-dir", folder / "models/runs/soft_prompt",
         )  # fmt: skip
 
@@ -118,12 +125,12 @@ def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) 
         return
     log = folder / "logs" / f"{cell.name}.log"
     if any((cell / "checkpoints").glob("[0-9]*")):
-        script(log, SCRIPTS[framework], "--resume", cell)
+        script(log, args.jobs, SCRIPTS[framework], "--resume", cell)
         return
     batch_size = args.batch_size or BATCH_SIZES[variant]
     (cell / "config.json").unlink(missing_ok=True)  # a cell that was cut before its first checkpoint starts anew
     script(
-        log, SCRIPTS[framework], *(flag.format(folder=folder) for flag in VARIANTS[variant]),
+        log, args.jobs, SCRIPTS[framework], *(flag.format(folder=folder) for flag in VARIANTS[variant]),
         "--batch-size", batch_size, "--num-steps", -(-args.completions // batch_size), "--seed", seed,
         "--save-file", folder / "adapters" / cell.name, "--output-dir", cell, *args.flags.split(),
     )  # fmt: skip
