@@ -179,7 +179,7 @@ def train(
     rule = ppo_step.digit_rule(args)
     gradients_of = loss_and_gradients(trainee.module, make_loss(args))
     log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
-    optimizer_used, device = optimizer_of(args, trainee), loaded.model.device
+    optimizer_used, device = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type), loaded.model.device
     log.say(config.describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
     figures: dict[str, float] = {}
     with StopSignal() as stop:
@@ -218,11 +218,6 @@ def train(
     log.close(summary)
 
 
-def optimizer_of(args: argparse.Namespace, trainee: Trainee) -> tuple[str, float]:
-    """The optimizer and its rate: by the flags, or what suits the kind of adapter."""
-    return config.optimizer_and_rate(args, config.PPO_OPTIMIZERS[trainee.adapter.fine_tune_type])
-
-
 def main() -> None:
     args = parse_args()
     if args.resume:
@@ -233,7 +228,7 @@ def main() -> None:
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
     prompts, reward = ppo_step.Prompts(args, loaded.tokenizer), build_reward(args, loaded)
     trainee, reference = build_policies(args, loaded)
-    name, rate = optimizer_of(args, trainee)
+    name, rate = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type)
     schedule = (ppo_step.total_updates(args), args.lr_schedule, args.warmup_steps, args.weight_decay)
     head_rate = args.value_head_learning_rate or min(rate, HEAD_RATE)
     optimizer = make_optimizer(trainee.module, rate, *schedule, name, head_rate)

@@ -973,6 +973,21 @@ def test_a_failing_reward_function_is_one_line(flags, tmp_path, capsys):
     assert "returned 1 scores for 8 completions" in error and "Traceback" not in error
 
 
+def test_an_adapter_with_nothing_to_train_is_refused(flags, folder, tmp_path, capsys):
+    loaded = load(str(folder))
+    config = AdapterConfig("none", model=str(folder))
+    attach_adapter(loaded.model, config)
+    save_adapter(tmp_path / "head", loaded.model, config, new_value_head(loaded.model))
+    assert "head is a value head alone" in fails(capsys, ppo_training.main, *flags("--resume-file", "head"))
+    assert not Path("run").exists()
+
+
+def test_another_optimizer_than_the_default_wants_a_rate(flags, capsys):
+    words = flags("--prompt-tuning", "--optimizer", "adam")
+    assert "--optimizer adam has no default rate here" in fails(capsys, ppo_training.main, *words)
+    assert not Path("run").exists()
+
+
 def test_a_reward_model_of_another_folder_runs(flags, folder, tmp_path):
     loaded = load(str(folder))
     config = AdapterConfig(model=str(folder))

@@ -166,6 +166,17 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--lora-dropout is {args.lora_dropout}; PPO needs 0, or the first ratio is not 1")
 
 
+def optimizer_of(args: argparse.Namespace, kind: str) -> tuple[str, float]:
+    """The optimizer and its rate: by the flags, or what suits the kind of adapter.
+
+    Raises UserError for an adapter that has nothing to train.
+    """
+    if kind not in config.PPO_OPTIMIZERS:
+        remedy = "give it as --reward-model, or leave it out"
+        raise UserError(f"--resume-file {args.resume_file} is a value head alone, with no weight for PPO; {remedy}")
+    return config.optimizer_and_rate(args, config.PPO_OPTIMIZERS[kind])
+
+
 def _check_divides(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:
     if value % divisor:
         divisors = [d for d in range(least, value + 1) if value % d == 0]

@@ -5,7 +5,7 @@ The twin of training.optimizer, with the same numbers: the same rate at every up
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import UserError
 from training.muon import muon_step
@@ -46,6 +46,14 @@ class Muon(torch.optim.Optimizer):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
 
 
+class Part(NamedTuple):
+    """Some of a module's weights, by their names, with what steps them."""
+
+    optimizer: torch.optim.Optimizer
+    rate: float  # the highest
+    names: list[str]
+
+
 STATE = {Muon: ("momentum_buffer",), torch.optim.Adam: ADAM_STATE, torch.optim.AdamW: ADAM_STATE}
 
 
@@ -64,24 +72,23 @@ class ScheduledOptimizer:
         kind: str = "adam",
         head_rate: float | None = None,
     ):
-        """rate_at: the rate of an update (from 0), of the highest rate."""
+        """rate_at: from an update (from 0) and the highest rate to the update's rate."""
         self.named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.weights = list(self.named.values())
         self.rate_at = rate_at
         self.updates = 0
-        adam = torch.optim.AdamW if weight_decay else torch.optim.Adam
-        # Each with its rate, and with the names of its weights.
-        self.parts: list[tuple[torch.optim.Optimizer, float, list[str]]] = []
-        parts = groups(kind, rate, head_rate)
-        for index, (name, part_rate) in enumerate(parts):
+        classes = {"adam": torch.optim.AdamW if weight_decay else torch.optim.Adam, "muon": Muon}
+        self.parts: list[Part] = []
+        wanted = groups(kind, rate, head_rate)
+        for index, (name, part_rate) in enumerate(wanted):
             mine = {
-                n: weight
-                for n, weight in self.named.items()
-                if len(parts) == 1 or belongs_to_first(n, weight.ndim, kind) == (index == 0)
+                path: weight
+                for path, weight in self.named.items()
+                if len(wanted) == 1 or belongs_to_first(path, weight.ndim, kind) == (index == 0)
             }
-            if mine:
-                optimizer = {"adam": adam, "muon": Muon}[name](mine.values(), lr=part_rate, weight_decay=weight_decay)
-                self.parts.append((optimizer, part_rate, list(mine)))
+            if mine:  # there may be no value head
+                optimizer = classes[name](mine.values(), lr=part_rate, weight_decay=weight_decay)
+                self.parts.append(Part(optimizer, part_rate, list(mine)))
 
     def step(self, gradients: Sequence[Tensor]) -> None:
         """One update of the weights by their gradients, in the order of `weights`."""
