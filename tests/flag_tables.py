@@ -47,7 +47,7 @@ DIFFERENCES = {
         "--batch-size": "was 32; larger batches are steadier",
         "--ppo-epochs": "was 4",
         "--learning-rate": "chosen on this task",
-        "--optimizer": "was Adam; soft prompts are steadier by Muon",
+        "--optimizer": "was Adam; soft prompts end higher by Muon",
         "--horizon": "was 10000 completions, more than a whole run here",
         "--mini-batch-size": "was 32 in the walkthrough's commands",
         "--lr-schedule": "was constant",
