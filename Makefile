@@ -46,7 +46,7 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-setup: requirements.txt $(VENV)/.stamp-venv
 	$(PIP) install -r requirements.txt
-	if $(VENV)/bin/python models/fast_blas.py --needs-mkl; then $(PIP) install mkl; fi
+	if $(VENV)/bin/python models/cpu/blas.py --needs-mkl; then $(PIP) install mkl; fi
 	@touch $@
 
 # torch first and alone: installed together with what depends on it, pip may settle on another version.

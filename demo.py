@@ -15,15 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import write_json
-from data.prompts import held_out_starts
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+from common.cli import run
+from common.errors import UserError
+from common.files import write_json
+from common.parser import Parser
+from data.digits import DigitRule, held_out_starts
 from models.adapters import load_adapter
 from models.loading import load, resolve
-from rewards.digits import DigitRule
-from training import config
-from training.cli import run
+from rewards.digits import digit_reward
 from training.evaluation import Evaluation, evaluate_model
 from training.metrics import read_metrics
 from training.plots import plot_panels
@@ -45,7 +48,7 @@ FULL, SHORT = Scale(sft_iters=20, reward_iters=800, ppo_steps=60), Scale(sft_ite
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--short", action="store_true", help="a few steps of everything")
     parser.add_argument("--stages", choices=("all", "models"), default="all", help="models: without PPO")
     parser.add_argument("--output-dir", default="demo", help="folder for all that the demo makes; emptied first")
@@ -138,7 +141,7 @@ def evaluate_all(folder: Path) -> dict[str, Evaluation]:
         if adapter is not None:
             load_adapter(loaded.model, adapter)
         results[name] = evaluate_model(
-            loaded.model, loaded.tokenizer, prompts, RULE.reward, max_tokens=64, reference=reference
+            loaded.model, loaded.tokenizer, prompts, digit_reward(RULE), max_tokens=64, reference=reference
         )
     return results
 

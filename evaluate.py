@@ -16,22 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import atomic_file
-from data.prompts import held_out_starts
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file
+from common.parser import Parser, positive
+from data.digits import held_out_starts
 from models.adapters import load_adapter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
 from rewards.combined import Reward
-from training import config, ppo_flags, ppo_step
-from training.cli import run
+from training import ppo_flags, ppo_step
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.samples import text_table
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
@@ -56,10 +60,10 @@ def parse_args() -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that cannot work together, before anything is loaded."""
     ppo_flags.check_reward(args)
-    config.positive("num-samples", args.num_samples)
-    config.positive("max-completion-length", args.max_completion_length)
-    config.positive("temperature", args.temperature, zero=True)
-    config.positive("show-samples", args.show_samples, zero=True)
+    positive("num-samples", args.num_samples)
+    positive("max-completion-length", args.max_completion_length)
+    positive("temperature", args.temperature, zero=True)
+    positive("show-samples", args.show_samples, zero=True)
     if args.reference and not args.temperature:
         raise UserError("--reference needs a --temperature above 0: at 0 nothing is drawn, and there is no KL")
     if (args.against, args.against_adapter) in ((args.model, args.resume_file), (None, args.resume_file or "")):

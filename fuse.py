@@ -4,7 +4,8 @@
     python fuse.py --adapter-file adapters --save-path ./sft_fine_tune/ --upload-name USER/REPO
     python fuse.py --adapter-file adapters --export-peft ./peft_adapters/
 
-A soft prompt becomes tokens that the tokenizer puts first (models.fused_soft_prompt). A reward model's value head goes
+A soft prompt becomes tokens that the tokenizer puts first (models.export.fused_soft_prompt). A reward model's value
+head goes
 along, so the folder serves as `ppo_training.py --reward_model`; so does the form that --sequence-classification writes,
 which transformers' AutoModelForSequenceClassification opens as well.
 """
@@ -13,31 +14,34 @@ import argparse
 import sys
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import atomic_folder, check_replaceable
-from models.adapters import SavedAdapter, fuse_adapter, load_adapter, read_adapter, write_adapter, write_peft
-from models.classifier import save_classifier
-from models.fused_soft_prompt import fuse_soft_prompt
-from models.gguf_export import check_gguf, write_gguf
-from models.loading import LoadedModel, load, resolve
-from models.model_card import provenance_of, write_card
-from models.prompting_tokenizer import PromptingTokenizer
-from models.tiny import TINY_NAMES
-from models.upload import check_upload, upload, upload_command
-from models.value_head import ValueHead, hidden_size, save_value_head
-from training import config
-from training.cli import Stopped, run
+from models import cpu
+
+cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from common.cli import Stopped, run
+from common.errors import UserError
+from common.files import atomic_folder, check_replaceable
+from common.parser import Parser
+from models.adapters import SavedAdapter, fuse_adapter, load_adapter, read_adapter, write_adapter, write_peft
+from models.export.classifier import save_classifier
+from models.export.fused_soft_prompt import fuse_soft_prompt
+from models.export.gguf_file import check_gguf, write_gguf
+from models.export.model_card import provenance_of, write_card
+from models.export.prompting_tokenizer import PromptingTokenizer
+from models.export.upload import check_upload, upload, upload_command
+from models.loading import LoadedModel, load, resolve
+from models.tiny import TINY_NAMES
+from models.value_head import ValueHead, hidden_size, save_value_head
+
 MARKER = "config.json"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="the base that the adapter was trained on")
     parser.add_argument(
         "--adapter-file",

@@ -13,11 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from common.cli import Stopped, StopSignal, run
+from common.errors import UserError
+from common.files import check_replaceable
 from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
-from data.errors import UserError
-from data.files import check_replaceable
 from models.adapters import (
     CONFIG_FILE,
     SINGLE_FILE_SUFFIXES,
@@ -27,7 +36,7 @@ from models.adapters import (
     save_adapter,
     turn_dropout_off,
 )
-from models.fused import check_free, save_fused
+from models.export.fused import check_free, save_fused
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load, twin
@@ -35,20 +44,16 @@ from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
 from models.value_head import Policy, new_value_head
 from rewards.build import build_reward
 from rewards.combined import score
-from training import config, ppo, ppo_flags, ppo_step, transformer_lab
+from rewards.digits import digit_reward
+from training import ppo, ppo_flags, ppo_step, transformer_lab
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
-from training.cli import Stopped, StopSignal, run
+from training.flags import adapter_settings, default_output_dir, describe, resumed, step_seed
 from training.metrics import RunLog, provenance, resumed_config, start_run_folder
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.optimizer_groups import HEAD_RATE
 from training.plots import plot_run
 from training.rollout import Rollout, has_eos, pack
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_map
 
 SCORED_LOGITS = 2**22  # at most so many at once, where one mini batch has fewer: 16 MB in float32
 
@@ -62,7 +67,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
         adapter.lora_parameters["dropout"] = 0.0
         turn_dropout_off(model)
     else:
-        adapter = AdapterConfig(**config.adapter_settings(args))
+        adapter = AdapterConfig(**adapter_settings(args))
         attach_adapter(model, adapter, args.seed)
     reference = base if args.use_peft else twin(model)
     reference.freeze()
@@ -175,16 +180,16 @@ def train(
     args, loaded: LoadedModel, prompts, reward, trainee: Trainee, reference, optimizer, progress, folder: Path
 ) -> None:
     """Run the steps that are left: rollout, score, advantages, update, save; then leave adapter and picture."""
-    rule = ppo_step.digit_rule(args)
+    true_reward = digit_reward(ppo_step.digit_rule(args))
     gradients_of = loss_and_gradients(trainee.module, make_loss(args))
     log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
     optimizer_used, device = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type), mx.default_device()
-    log.say(config.describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
+    log.say(describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
     figures: dict[str, float] = {}
     with StopSignal() as stop:
         while progress.step < args.num_steps and not stop.requested:
             started, kl_coef = time.perf_counter(), progress.controller.value
-            mx.random.seed(config.step_seed(args.seed, progress.step))
+            mx.random.seed(step_seed(args.seed, progress.step))
             rollout, scored, figures = roll_out(
                 args, trainee, reference, loaded.tokenizer, prompts.batch(progress.step), reward, progress.moments
             )
@@ -198,7 +203,7 @@ def train(
             progress.step += 1
             progress.seconds += ended - started
             if not args.ground_truth_reward and not args.prompts:
-                figures["true_score"] = float(np.mean(rule.reward(scored.prompts, scored.completions)))
+                figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
             figures |= {"kl_coef": kl_coef, **ppo_step.value_figures(args, rollout, returns), **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
@@ -241,7 +246,7 @@ def check_fused_model(args: argparse.Namespace, adapter: AdapterConfig) -> None:
 
 def main() -> None:
     args = parse_args()
-    args = config.resumed(args, resumed_config(args.resume)) if args.resume else transformer_lab.own_flags(args)
+    args = resumed(args, resumed_config(args.resume)) if args.resume else transformer_lab.own_flags(args)
     ppo_flags.check(args)
     if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
@@ -259,7 +264,7 @@ def main() -> None:
         progress.restore(restore_checkpoint(last_checkpoint(folder), trainee, optimizer))
     else:
         optimizer.init(trainee.module.trainable_parameters())
-        folder = start_run_folder(args.output_dir or config.default_output_dir("ppo"), vars(args))
+        folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args))
         save_checkpoint(folder, 0, trainee, optimizer, progress.state())
     train(args, loaded, prompts, reward, trainee, reference, optimizer, progress, folder)
 

@@ -13,31 +13,33 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.cli import Stopped, StopSignal, run
+from common.files import check_replaceable
 from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
-from data.files import check_replaceable
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
 from models.torch_adapters import attach_adapter, load_adapter, save_adapter
 from models.torch_generation import sample
 from models.torch_grad_checkpoint import checkpoint_layers
 from models.torch_loading import DEVICES, LoadedModel, choose_device, load, twin
-from models.torch_policy import Policy, new_value_head
 from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_value_head import Policy, new_value_head
 from rewards.combined import Reward, rewards_from_flags, score
+from rewards.digits import digit_reward
 from rewards.torch_reward_model import load_reward_model
-from training import config, ppo, ppo_flags, ppo_step
+from training import ppo, ppo_flags, ppo_step
 from training.checkpoint_folders import last_checkpoint
-from training.cli import Stopped, StopSignal, run
+from training.flags import adapter_settings, default_output_dir, describe, resumed, step_seed
 from training.metrics import RunLog, provenance, resumed_config, start_run_folder
 from training.optimizer_groups import HEAD_RATE
 from training.plots import plot_run
 from training.rollout import Rollout, has_eos, pack
 from training.torch_checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.torch_optimizer import loss_and_gradients, make_optimizer, update
-
-import numpy as np
-import torch
-from torch import Tensor, nn
 
 
 def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
@@ -54,7 +56,7 @@ def build_policies(args: argparse.Namespace, loaded: LoadedModel) -> tuple[Train
         adapter = load_adapter(model, args.resume_file).config
         adapter.lora_parameters["dropout"] = 0.0
     else:
-        adapter = AdapterConfig(**config.adapter_settings(args))
+        adapter = AdapterConfig(**adapter_settings(args))
         attach_adapter(model, adapter, args.seed)
     reference = base if args.use_peft else twin(model)
     if args.grad_checkpoint:
@@ -176,16 +178,16 @@ def train(
     args, loaded: LoadedModel, prompts, reward, trainee: Trainee, reference, optimizer, progress, folder: Path
 ) -> None:
     """Run the steps that are left: rollout, score, advantages, update, save; then leave adapter and picture."""
-    rule = ppo_step.digit_rule(args)
+    true_reward = digit_reward(ppo_step.digit_rule(args))
     gradients_of = loss_and_gradients(trainee.module, make_loss(args))
     log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
     optimizer_used, device = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type), loaded.model.device
-    log.say(config.describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
+    log.say(describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
     figures: dict[str, float] = {}
     with StopSignal() as stop:
         while progress.step < args.num_steps and not stop.requested:
             started, kl_coef = time.perf_counter(), progress.controller.value
-            torch.manual_seed(config.step_seed(args.seed, progress.step))
+            torch.manual_seed(step_seed(args.seed, progress.step))
             rollout, scored, figures = roll_out(
                 args, trainee, reference, loaded, prompts.batch(progress.step), reward, progress.moments
             )
@@ -197,7 +199,7 @@ def train(
             progress.step += 1
             progress.seconds += ended - started
             if not args.ground_truth_reward and not args.prompts:
-                figures["true_score"] = float(np.mean(rule.reward(scored.prompts, scored.completions)))
+                figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
             figures |= {"kl_coef": kl_coef, **ppo_step.value_figures(args, rollout, returns), **stats}
             figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
             log.report(progress.step, {**figures, "seconds": progress.seconds})
@@ -221,7 +223,7 @@ def train(
 def main() -> None:
     args = parse_args()
     if args.resume:
-        args = config.resumed(args, resumed_config(args.resume))
+        args = resumed(args, resumed_config(args.resume))
     ppo_flags.check(args)
     if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
@@ -237,7 +239,7 @@ def main() -> None:
         folder = Path(args.resume)
         progress.restore(restore_checkpoint(last_checkpoint(folder), trainee, optimizer))
     else:
-        folder = start_run_folder(args.output_dir or config.default_output_dir("ppo"), vars(args))
+        folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args))
         save_checkpoint(folder, 0, trainee, optimizer, progress.state())
     train(args, loaded, prompts, reward, trainee, reference, optimizer, progress, folder)
 

@@ -11,7 +11,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from common.cli import Stopped, StopSignal, run
 from data.records import feature_names
 from data.sources import Split, find_split
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
@@ -19,18 +26,22 @@ from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, load
 from models.soft_prompt import check_ids, soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head
-from training import config
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
-from training.cli import Stopped, StopSignal, run
+from training.flags import (
+    SFT_OPTIMIZERS,
+    adapter_settings,
+    default_output_dir,
+    describe,
+    optimizer_and_rate,
+    resumed,
+    step_seed,
+)
 from training.metrics import RunLog, provenance, resumed_config, start_run_folder
 from training.objectives import LanguageModelling, Objective, RewardModelling
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.plots import plot_run
 from training.sft_flags import check, sft_parser
-
-import mlx.core as mx
-import mlx.nn as nn
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +51,7 @@ def parse_args() -> argparse.Namespace:
 def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
     """Put the adapter, and for a reward model the value head, on the base; only they are trainable."""
     model, head = loaded.model, None
-    settings = AdapterConfig(**config.adapter_settings(args))
+    settings = AdapterConfig(**adapter_settings(args))
     if args.reward_model and args.lora_layers == 0 and settings.fine_tune_type in ("lora", "dora"):
         settings.fine_tune_type = "none"  # the value head alone
     if args.resume_adapter_file:
@@ -93,7 +104,7 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
     """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and picture."""
     module = trainee.module
     kind = trainee.adapter.fine_tune_type
-    name, rate = config.optimizer_and_rate(args, config.SFT_OPTIMIZERS[kind])
+    name, rate = optimizer_and_rate(args, SFT_OPTIMIZERS[kind])
     optimizer = make_optimizer(rate, args.iters, args.lr_schedule, args.warmup_steps, args.weight_decay, name)
     # window: sums of the figures since the last report
     state: dict[str, Any] = {"step": 0, "window": [0.0, 0.0, 0.0], "skipped": 0}
@@ -102,10 +113,10 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
         state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
     else:
         optimizer.init(module.trainable_parameters())
-        folder = start_run_folder(args.output_dir or config.default_output_dir("sft"), vars(args))
+        folder = start_run_folder(args.output_dir or default_output_dir("sft"), vars(args))
     step, skipped = state["step"], state["skipped"]
     log = RunLog(folder, args.iters, step, args.log_with, "reward model" if args.reward_model else "sft")
-    log.say(config.describe(trainee.sizes(), kind, (name, rate), mx.default_device()))
+    log.say(describe(trainee.sizes(), kind, (name, rate), mx.default_device()))
     gradients_of = loss_and_gradients(module, objective.loss)
 
     started = time.perf_counter()
@@ -121,7 +132,7 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
         save()
     with StopSignal() as stop:
         while step < args.iters and not stop.requested:
-            mx.random.seed(config.step_seed(args.seed, step))
+            mx.random.seed(step_seed(args.seed, step))
             module.train()
             (loss, figures), gradients = gradients_of(*objective.batch(step))
             norm = update(module, optimizer, loss, gradients, args.max_grad_norm)
@@ -169,7 +180,7 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
 def main() -> None:
     args = parse_args()
     if args.resume:
-        args = config.resumed(args, resumed_config(args.resume))
+        args = resumed(args, resumed_config(args.resume))
     check(args)
     for split in ("train", "valid") * args.train + ("test",) * args.test:
         find_split(args.data, args.data_base, split)

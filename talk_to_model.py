@@ -16,16 +16,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import atomic_file, user_cache
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+import mlx.core as mx
+
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file, user_cache
+from common.parser import Parser, positive
 from models.adapters import load_adapter
 from models.generation import ChatSession
 from models.loading import LoadedModel, load, resolve, twin
-from training import config
-from training.cli import run
-
-import mlx.core as mx
 
 HELP = """/reset      forgets the conversation
 /save FILE  adds the conversation to FILE.jsonl, as a row that sft.py takes
@@ -38,7 +41,7 @@ Sessions = dict[str, ChatSession]  # by what stands over the replies
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
@@ -174,8 +177,8 @@ def greeting(sessions: Sessions) -> str:
 
 def main() -> None:
     args = parse_args()
-    config.positive("max-tokens", args.max_tokens)
-    config.positive("temp", args.temp, zero=True)
+    positive("max-tokens", args.max_tokens)
+    positive("temp", args.temp, zero=True)
     mx.random.seed(args.seed)
     sessions = open_sessions(args)
     print(greeting(sessions), file=sys.stderr)

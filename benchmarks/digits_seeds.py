@@ -24,14 +24,14 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from data.files import atomic_file, read_json, write_json  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
-from training.metrics import read_metrics  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file, read_json, write_json
+from common.parser import Parser
+from training.metrics import read_metrics
 
 SCRIPTS = {"mlx": "ppo_training.py", "torch": "pytorch_ppo_training.py"}
 # The flags of each variant; {folder} is the benchmark's.
@@ -71,7 +71,7 @@ class Result(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--framework", choices=("mlx", "torch", "both"), default="mlx")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=["lora"])
     parser.add_argument("--seeds", type=int, default=10)

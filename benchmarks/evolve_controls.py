@@ -23,35 +23,38 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models.fast_blas  # noqa: E402, F401  (the root has to be on the path first; before mlx)
-from data.files import atomic_file, read_json, write_json  # noqa: E402
-from data.records import read_rows  # noqa: E402
-from rewards.answers import answer_type  # noqa: E402
-from synth.cache import Cache  # noqa: E402
-from synth.evolution import Chain, Evolution, root_rows  # noqa: E402
-from synth.evolution_reward import Difficulty, Judge, Pool  # noqa: E402
-from synth.near_duplicates import tokens  # noqa: E402
-from synth.offline_instructions import read_sum, starting  # noqa: E402
-from synth.operators import ACTIONS, OPERATORS, STOP  # noqa: E402
-from synth.policy import Batch, Constant, Learning, Policy, fixed, marginal  # noqa: E402
-from synth.policy_features import Situation, features  # noqa: E402
-from synth.policy_files import make_policy  # noqa: E402
-from synth.policy_training import LOG, Training, train_policy  # noqa: E402
-from synth.stages import Row  # noqa: E402
-from synth.teacher import Teacher  # noqa: E402
-from synth.teacher_flags import offline_teacher  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
-from training.intervals import bootstrap, difference  # noqa: E402
+from models import cpu
 
-import numpy as np  # noqa: E402
+cpu.enable()  # before mlx is imported
+
+import numpy as np
+
+from common.cli import run
+from common.files import atomic_file, read_json, write_json
+from common.parser import Parser
+from data.records import read_rows
+from rewards.answers import answer_type
+from synth.evolution.chains import Chain, Evolution, root_rows
+from synth.evolution.features import Situation, features
+from synth.evolution.files import make_policy
+from synth.evolution.judge import Difficulty, Judge, Pool
+from synth.evolution.operators import ACTIONS, OPERATORS, STOP
+from synth.evolution.policy import Batch, Constant, Learning, Policy, fixed, marginal
+from synth.evolution.training import LOG, Training, train_policy
+from synth.near_duplicates import tokens
+from synth.offline.instructions import read_sum, starting
+from synth.stages import Row
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.flags import offline_teacher
+from training.intervals import bootstrap, difference
 
 ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward")
 MEASURES = ("reward a call", "kept a call", "distinct word pairs", "distinct kinds of sums")
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--policy", choices=("linucb", "reinforce", "ppo"), default="ppo")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--first-seed", type=int, default=0)

@@ -14,16 +14,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import models.fast_blas  # before mlx
-import ppo_training
-from models.loading import LoadedModel
-from training import config, ppo_flags, ppo_step
-from training.optimizer import loss_and_gradients, make_optimizer
+from models import cpu
+
+cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import PreTrainedTokenizerFast
+
+import ppo_training
+from models.loading import LoadedModel
+from training import ppo_flags, ppo_step
+from training.flags import step_seed
+from training.optimizer import loss_and_gradients, make_optimizer
 
 LORA = ["--lora-rank", "16", "--lora-layers", "-1", "--lora-keys", "self_attn.q_proj", "self_attn.v_proj"]
 
@@ -68,7 +72,7 @@ class Stepper:
         """Rollout, score, advantages, update: what the loop of ppo_training.py does, timed."""
         args, progress = self.args, self.progress
         started, kl_coef = time.perf_counter(), progress.controller.value
-        mx.random.seed(config.step_seed(args.seed, progress.step))
+        mx.random.seed(step_seed(args.seed, progress.step))
         rollout, _, figures = ppo_training.roll_out(
             args, self.trainee, self.reference, self.loaded.tokenizer, self.prompts, distinct_words, progress.moments
         )
@@ -94,7 +98,7 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints gets between the answers
     stepper = Stepper(**json.loads(sys.argv[1]))
     trainable, _ = stepper.trainee.sizes()
-    versions = {"mlx": mx.__version__, "device": str(mx.default_device()), "blas": str(models.fast_blas.LOADED)}
+    versions = {"mlx": mx.__version__, "device": str(mx.default_device()), "blas": str(cpu.BLAS)}
     print(json.dumps({"trainable": trainable, **versions}), file=answers, flush=True)
     for _ in sys.stdin:
         print(json.dumps(stepper.step()), file=answers, flush=True)

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from data.files import atomic_file, write_json  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file, write_json
+from common.parser import Parser, positive
 
 VOCABULARY = 64
 NEW_TOKENS = 24
@@ -67,7 +67,7 @@ TORCH = "torch==2.13.0"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--rounds", type=int, default=10, help="measured steps of each side, after the warm-up")
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each side that are not counted")
     parser.add_argument("--trl-python", metavar="PATH", help="Python of an environment that has TRL")
@@ -217,8 +217,8 @@ def table(comparisons: dict[str, Comparison]) -> str:
 
 def main() -> None:
     args = parse_args()
-    config.positive("rounds", args.rounds)
-    config.positive("warm-up", args.warm_up, zero=True)
+    positive("rounds", args.rounds)
+    positive("warm-up", args.warm_up, zero=True)
     if args.make_trl_env:
         args.trl_python = make_trl_environment(Path(args.make_trl_env).expanduser())
     elif args.trl_python and not Path(args.trl_python).is_file():

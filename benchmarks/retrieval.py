@@ -23,13 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.files import atomic_file, write_json  # noqa: E402  (the root has to be on the path first)
-from synth.retrieval import ENGINES, Index, best, build_index  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common.cli import run
+from common.files import atomic_file, write_json
+from common.parser import Parser
+from synth.pipeline.retrieval import ENGINES, Index, best, build_index
 
 VOCABULARY = 200_000
 EXPONENT = 1.07
@@ -40,7 +40,7 @@ MIB = 2**20
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))

@@ -22,18 +22,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from data.files import atomic_file, read_json, write_json  # noqa: E402
-from synth.offline_teacher import MODEL  # noqa: E402
-from synth.stages import Row, kept, load_rows  # noqa: E402
-from synth.task import SHIPPED, load_task  # noqa: E402
-from synth.teacher_flags import offline_teacher  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
-from training.intervals import Interval, over_seeds  # noqa: E402
+import numpy as np
+from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file, read_json, write_json
+from common.parser import Parser
+from synth.offline.server import MODEL
+from synth.stages import Row, kept, load_rows
+from synth.task import SHIPPED, load_task
+from synth.teacher.flags import offline_teacher
+from training.intervals import Interval, over_seeds
 
 # The flags of each variant. A teacher's error rate is the offline teacher's default, 0.2, in all.
 TRAINED = {
@@ -50,7 +50,7 @@ FACTS_COUNT = 200
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--variants", nargs="+", choices=(*TRAINED, *MADE), default=[*TRAINED, *MADE])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="cells at the same time")
@@ -102,8 +102,8 @@ def make_facts(cell: Path, flags: Sequence[str], seed: int) -> None:
     log, made = cell.with_name(f"{cell.name}.log"), cell / "generate.jsonl"
     with offline_teacher(f"--seed {seed}") as url:
         words = ["--task", FACTS, "--teacher-url", url, "--teacher-model", MODEL, "--cache", cell / "cache.sqlite"]
-        script(log, "synth.generate", *words, *flags, "--count", FACTS_COUNT, "--out", made)
-        script(log, "synth.verify", *words, "--in", made, "--out", cell / "verify.jsonl")
+        script(log, "synth.pipeline.generate", *words, *flags, "--count", FACTS_COUNT, "--out", made)
+        script(log, "synth.pipeline.verify", *words, "--in", made, "--out", cell / "verify.jsonl")
 
 
 def measure_run(cell: Path) -> dict[str, Any]:

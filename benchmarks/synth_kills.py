@@ -18,10 +18,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.errors import UserError
-from synth.offline_teacher import OfflineTeacher
-from training import config
-from training.cli import run
+from common.cli import run
+from common.errors import UserError
+from common.parser import Parser
+from synth.offline.server import OfflineTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("generate", "verify", "pass_rates", "difficulty")
@@ -30,7 +30,7 @@ PROGRAM = """
 import sys
 from synth import run
 from tests.test_difficulty import Adder
-from training.cli import run as run_main
+from common.cli import run as run_main
 run.base_model_from = lambda args, task: Adder()
 run.split = lambda *_: sys.exit(0)
 run_main(run.main)
@@ -143,7 +143,7 @@ def at_any_time(rng: random.Random, most: int, temporary: Path) -> None:
 
 
 def main() -> None:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--kills", type=int, default=20, help="at random moments, of each of the two")
     parser.add_argument("--seed", type=int, default=0, help="of those moments")
     args = parser.parse_args()

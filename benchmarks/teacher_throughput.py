@@ -4,8 +4,8 @@
     python benchmarks/teacher_throughput.py --latency 0.1 --clients teacher create
 
 The server runs in a process of its own and does nothing but wait, so that what is measured is the client. Ideal is
-calls * latency / concurrency. "teacher" is synth/teacher.py with its cache, limits and ledger; "create" the openai
-package's own chat.completions.create behind a semaphore. The clock starts with the first call: imports are not
+calls * latency / concurrency. "teacher" is synth/teacher/client.py with its cache, limits and ledger; "create" the
+openai package's own chat.completions.create behind a semaphore. The clock starts with the first call: imports are not
 counted, opening the connections is. The machine's load is shown, because a loaded one measures the load.
 """
 
@@ -26,15 +26,15 @@ from urllib.request import urlopen
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from synth.cache import Cache  # noqa: E402
-from synth.completions import Ask  # noqa: E402
-from synth.limits import Limits  # noqa: E402
-from synth.teacher import Teacher  # noqa: E402
-from training import config  # noqa: E402
-from training.cli import run  # noqa: E402
+from openai import AsyncOpenAI
 
-from openai import AsyncOpenAI  # noqa: E402
+from common.cli import run
+from common.errors import UserError
+from common.parser import Parser
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.completions import Ask
+from synth.teacher.limits import Limits
 
 CLIENTS = ("teacher", "create")
 WORDS = "A train leaves at noon and travels at eighty kilometres an hour. " * 8
@@ -159,7 +159,7 @@ def measure(client: str, calls: int, latency: float, concurrency: int) -> Result
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--latency", type=float, default=0.4, help="of the server, seconds")
     parser.add_argument("--concurrency", type=int, default=32, help="most calls in flight")

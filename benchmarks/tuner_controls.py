@@ -4,7 +4,7 @@
     python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir DIR
 
 Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
-classifier of reviews that the offline teacher writes, as in synth/tuner_examples (needs scikit-learn; tpe needs
+classifier of reviews that the offline teacher writes, as in synth/tuning/examples (needs scikit-learn; tpe needs
 optuna). Of each a null twin, whose metric varies as much and does not depend on the settings.
 
 Every cell, one agent on one environment by one seed, makes equally many target calls; then the settings that it calls
@@ -27,26 +27,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.errors import UserError  # noqa: E402  (the root has to be on the path first)
-from data.files import atomic_file, read_json, write_json  # noqa: E402
-from synth import structured  # noqa: E402
-from synth.completions import Ask, Reply, read_completion  # noqa: E402
-from synth.limits import Cost  # noqa: E402
-from synth.offline_reviews import Reviews  # noqa: E402
-from synth.offline_teacher import OfflineTeacher  # noqa: E402
-from synth.prompts import TEMPLATES  # noqa: E402
-from synth.sampler import Results, Sampler, Settings, Space  # noqa: E402
-from synth.targets import TargetModel, load_target  # noqa: E402
-from synth.task import SHIPPED, load_task  # noqa: E402
-from synth.task_generator import TaskGenerator  # noqa: E402
-from synth.tuner import RLTuner  # noqa: E402
-from synth.tuner_agents import Agent, Defaults, Outcome  # noqa: E402
-from synth.tuner_config import Config, config_from  # noqa: E402
-from training import config as flags  # noqa: E402
-from training.cli import run  # noqa: E402
-from training.intervals import difference  # noqa: E402
+from models import cpu
 
-from tqdm import tqdm  # noqa: E402
+cpu.enable()  # before mlx is imported
+
+from tqdm import tqdm
+
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file, read_json, write_json
+from common.parser import Parser, positive
+from synth.offline.reviews import Reviews
+from synth.offline.server import OfflineTeacher
+from synth.prompts import TEMPLATES
+from synth.task import SHIPPED, load_task
+from synth.teacher import structured
+from synth.teacher.completions import Ask, Reply, read_completion
+from synth.teacher.limits import Cost
+from synth.tuning.agents import Agent, Defaults, Outcome
+from synth.tuning.config import Config, config_from
+from synth.tuning.sampler import Results, Sampler, Settings, Space
+from synth.tuning.targets import TargetModel, load_target
+from synth.tuning.task_generator import TaskGenerator
+from synth.tuning.tuner import RLTuner
+from training.intervals import difference
 
 Rows = list[dict[str, Any]]
 FAST: dict[str, Any] = {"step_size": 0.2, "learning_rate": 0.03}  # than the defaults, 0.05 and 0.001
@@ -242,7 +246,7 @@ def compared(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> di
 
 
 def parse_args() -> argparse.Namespace:
-    parser = flags.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--environments", nargs="+", choices=ENVIRONMENTS, default=list(ENVIRONMENTS))
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=10)
@@ -255,7 +259,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     for name in ("seeds", "iterations", "fresh"):
-        flags.positive(name, getattr(args, name))
+        positive(name, getattr(args, name))
     folder = Path(args.output_dir)
     budget, settings = folder / "settings.json", {"iterations": args.iterations, "fresh": args.fresh}
     if budget.is_file() and read_json(budget) != settings:

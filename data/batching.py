@@ -6,9 +6,9 @@ What comes when is a function of (seed, step) alone, so a resumed run meets the 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from data.errors import UserError
-
 import numpy as np
+
+from common.errors import UserError
 
 
 class Example(NamedTuple):

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from common.errors import UserError
 from data.batching import Example, Rendered, encode_prompt
-from data.errors import UserError
 
 Message = dict[str, Any]
 Tools = list[Any] | None

@@ -18,8 +18,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from common.errors import UserError
 from data.batching import Example, collate, encode_prompt, num_targets, truncate
-from data.errors import UserError
 from data.examples import (
     LANGUAGE_ROWS,
     PREFERENCE_ROWS,
@@ -30,8 +32,6 @@ from data.examples import (
 )
 from data.records import Row, checked_rows, feature_names
 from data.sources import SPLIT_NAMES, Source, find_split, whole
-
-import numpy as np
 
 KINDS = [*PREFERENCE_ROWS, ("messages", "answer"), *LANGUAGE_ROWS, *PROMPT_ROWS]
 KEYS = {key for keys in KINDS for key in keys} - {"reward"}  # what makes two rows the same
@@ -60,17 +60,18 @@ class Report:
 
 def parse_args() -> argparse.Namespace:
     # Only the script needs the flags: who imports the functions below imports nothing of training.
-    from training import config
+    from common.parser import Parser, positive
+    from data.flags import add_data_flags, add_feature_flags
 
-    parser = config.Parser(__doc__)
-    config.add_data_flags(parser)
-    config.add_feature_flags(parser, ("answer",))
+    parser = Parser(__doc__)
+    add_data_flags(parser)
+    add_feature_flags(parser, ("answer",))
     parser.add_argument("--model", default="tiny-digits", help="whose tokenizer counts: a folder or Hugging Face name")
     parser.add_argument("--max-length", "--max-seq-length", type=int, default=2048, help="tokens a row is cut to")
     parser.add_argument("--rows", type=int, default=3, help="first rows of each split to show")
     args = parser.parse_args()
-    config.positive("max-length", args.max_length)
-    config.positive("rows", args.rows, zero=True)
+    positive("max-length", args.max_length)
+    positive("rows", args.rows, zero=True)
     return args
 
 
@@ -251,6 +252,9 @@ def green(text: str) -> str:
 
 
 def main() -> None:
+    from models import cpu
+
+    cpu.enable()
     from models.loading import load_tokenizer
 
     args = parse_args()
@@ -274,6 +278,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from training.cli import run
+    from common.cli import run
 
     run(main)

@@ -17,15 +17,12 @@ if __name__ == "__main__":
     # Run as a script, Python looks beside this file first; the packages lie one folder up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.errors import UserError
-from data.files import atomic_file
-from rewards.digits import DigitRule
-
 import numpy as np
 
-INCREASING_STARTS = (0, 200)  # both ends included
-DECREASING_STARTS = (100, 1000)
-MAX_STEP = 50
+from common.errors import UserError
+from common.files import atomic_file
+from data.digits import DECREASING_STARTS, INCREASING_STARTS, MAX_STEP, DigitRule
+
 NOISE_RANGE = (-100, 100)
 SPLITS = ("train", "valid", "test")
 
@@ -82,9 +79,9 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def parse_args() -> argparse.Namespace:
     # Only the script needs the flags: who imports the functions above imports nothing of training.
-    from training import config
+    from common.parser import Parser
 
-    parser = config.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--num-samples", type=int, default=100, help="rows in each of the three files")
     parser.add_argument("--min-length", type=int, default=5, help="fewest numbers in a row (below 5 none scores 1)")
     parser.add_argument("--max-length", type=int, default=15, help="most numbers in a row")
@@ -139,6 +136,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from training.cli import run
+    from common.cli import run
 
     run(main)

@@ -1,4 +1,4 @@
-"""Prompts for PPO: starts of the digit rule, or the rows of a file or data set, perhaps with answers.
+"""Prompts for PPO: the rows of a file or data set, perhaps with answers (starts of the digit rule: data/digits.py).
 
 Which come when depends on (seed, step).
 """
@@ -7,37 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.examples import PROMPT_ROWS, row_prompt
-from data.generate_digit_data import DECREASING_STARTS, INCREASING_STARTS
-from data.records import Row, located, located_rows
-from data.sources import whole
-from rewards.digits import DigitRule
-
 import numpy as np
 
-
-def held_out_starts(rule: DigitRule) -> list[int]:
-    """The starts that neither the embedded model nor PPO is trained on: every tenth multiple of the rule's n."""
-    return [start for start in starts(rule) if _is_held_out(start)]
-
-
-def _is_held_out(start: int) -> bool:
-    return start // 2 % 10 == 7
-
-
-def starts(rule: DigitRule) -> list[int]:
-    """All first numbers that the digit rule allows."""
-    low, high = INCREASING_STARTS if rule.increasing else DECREASING_STARTS
-    return [start for start in range(low, high + 1) if start % rule.multiple_of == 0]
-
-
-def digit_prompts(rule: DigitRule) -> list[str]:
-    """One prompt per start that is not held out."""
-    prompts = [str(start) for start in starts(rule) if not _is_held_out(start)]
-    if not prompts:
-        raise UserError(f"no start between the rule's bounds is a multiple of {rule.multiple_of}; use a smaller one")
-    return prompts
+from common.errors import UserError
+from data.examples import PROMPT_ROWS, row_prompt
+from data.records import Row, located, located_rows
+from data.sources import whole
 
 
 def read_prompts(source: str | Path, tokenizer: Any = None, features: Mapping[str, str] | None = None) -> list[str]:

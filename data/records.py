@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from data.errors import UserError
+from common.errors import UserError
 from data.sources import Source, contents
 
 T = TypeVar("T")

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import UserError
-from data.files import read_json
+from common.errors import UserError
+from common.files import read_json
 
 INSTALL_ARROW = "pip install pyarrow"
 INSTALL_HUB = "pip install datasets"

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import UserError
-from data.files import read_json
-from models import peft_format
-
 from safetensors import SafetensorError, safe_open
+
+from common.errors import UserError
+from common.files import read_json
+from models import peft_format
 
 FINE_TUNE_TYPES = ("lora", "dora", "full", "soft_prompt", "none")
 CONFIG_FILE = "adapter_config.json"

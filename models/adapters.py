@@ -9,9 +9,13 @@ a reward model whose value head alone is trained. On disk it is mlx-lm's folder 
 from dataclasses import dataclass
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import atomic_file, atomic_folder, write_json
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from common.errors import UserError
+from common.files import atomic_file, atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
     CONFIG_FILE,
@@ -23,11 +27,6 @@ from models.adapter_config import (
 )
 from models.soft_prompt import add_soft_prompt
 from models.value_head import ValueHead, hidden_size, load_value_head, save_value_head
-
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.files import read_json
-from models.adapter_config import HEAD_FILE
-
 import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+from common.errors import UserError
+from common.files import read_json
+from models.adapter_config import HEAD_FILE
 
 # What mlx-lm asks the hub for, so that one download serves both, and a reward model's head, which it leaves out.
 HUB_FILES = [

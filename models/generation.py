@@ -8,12 +8,6 @@ import itertools
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.batching import encode_prompt
-from data.chat import render
-from data.errors import UserError
-from models.soft_prompt import check_ids, soft_prompt_ids
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -28,6 +22,11 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from common.errors import UserError
+from data.batching import encode_prompt
+from data.chat import render
+from models.soft_prompt import check_ids, soft_prompt_ids
 
 # A batch of unequal prompts is padded. mlx-lm 0.32 hides the pads from attention, but for families whose mask does not
 # fit their heads; the state of a recurrent layer reads them (up to 1.3 nats off for mamba and jamba, float32), but for

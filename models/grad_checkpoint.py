@@ -7,11 +7,10 @@ layers of one model. Sampling, which passes caches, goes through the layer as it
 
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-
 import mlx.core as mx
 import mlx.nn as nn
+
+from common.errors import UserError
 
 
 def checkpoint_layers(model: nn.Module, dropout: float = 0.0) -> None:

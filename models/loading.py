@@ -10,20 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # before mlx
-import models.fast_compile
-import models.fast_linear
-import models.fast_sdpa
-import models.fast_swiglu  # noqa: F401  (all four where there is no GPU)
-from data.errors import UserError
-from data.files import read_json
-from models.folders import OPENING_ERRORS, model_folder, reason
-from models.tiny import TINY_NAMES, tiny_model_path
-
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from common.errors import UserError
+from common.files import read_json
+from models.folders import OPENING_ERRORS, model_folder, reason
+from models.tiny import TINY_NAMES, tiny_model_path
 
 # transformers warns about every model type it has no PyTorch class for; the weights here are mlx's.
 logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -7,14 +7,13 @@ any architecture that has an embedding table. Those ids are never sampled and ne
 
 from collections.abc import Iterable, Sequence
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
+
+from common.errors import UserError
 
 
 class SoftPromptEmbedding(nn.Module):

@@ -28,15 +28,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # before mlx
-import models.fast_linear
-import models.fast_sdpa
-import models.fast_swiglu  # noqa: F401  (all so that it is built of the same bits by whatever script)
-from data.batching import Batch, Example, collate
-from data.errors import UserError
-from data.files import atomic_folder, user_cache, write_json
-from models.tiny_measures import MEASURES
-from models.tiny_texts import TEXT_SOURCES
+from models import cpu
+
+if __name__ == "__main__":
+    cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,6 +43,12 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
+
+from common.errors import UserError
+from common.files import atomic_folder, user_cache, write_json
+from data.batching import Batch, Example, collate
+from models.tiny_measures import MEASURES
+from models.tiny_texts import TEXT_SOURCES
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 UNK, BOS, EOS, PAD = range(len(SPECIAL_TOKENS))

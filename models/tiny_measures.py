@@ -6,16 +6,14 @@ python -m pytest tests/test_tiny.py -k measure
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.decoding import completion_texts
-from data.prompts import held_out_starts
-from models.generation import sample
-from models.tiny_texts import HELD_OUT_STARTS, INCREASING, OPERAND_SIZES, is_held_out_sum, operand
-from rewards.digits import DigitRule
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+
+from data.decoding import completion_texts
+from data.digits import DigitRule, held_out_starts
+from models.generation import sample
+from models.tiny_texts import HELD_OUT_STARTS, INCREASING, OPERAND_SIZES, is_held_out_sum, operand
 
 MAX_TOKENS = 64
 

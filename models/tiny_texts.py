@@ -8,11 +8,9 @@ Leaves out the training (models/tiny.py) and what a trained model can do (models
 import zlib
 from collections.abc import Callable
 
-from data.generate_digit_data import MAX_STEP
-from data.prompts import held_out_starts, starts
-from rewards.digits import DigitRule
-
 import numpy as np
+
+from data.digits import MAX_STEP, DigitRule, held_out_starts, starts
 
 INCREASING = DigitRule(increasing=True, multiple_of=1)
 HELD_OUT_STARTS = tuple(held_out_starts(INCREASING))

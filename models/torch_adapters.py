@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
-from data.errors import UserError
-from data.files import atomic_file, atomic_folder, write_json
+import numpy as np
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import atomic_file, atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
     CONFIG_FILE,
@@ -22,15 +29,8 @@ from models.adapter_config import (
     check_head_width,
     find_adapter,
 )
-from models.torch_policy import ValueHead, head_from, hidden_size, load_value_head, save_value_head
 from models.torch_soft_prompt import add_soft_prompt
-
-import numpy as np
-import torch
-from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from models.torch_value_head import ValueHead, head_from, hidden_size, load_value_head, save_value_head
 
 # peft's names and mlx-lm's; the two matrices lie transposed to each other.
 PEFT_NAMES = {

@@ -7,14 +7,14 @@ checkpoint's own settings, and then training's logprobs would not be those of th
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.batching import in_order
-from data.errors import UserError
-from models.torch_policy import forward
-from models.torch_soft_prompt import soft_prompt_ids
-
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from common.errors import UserError
+from data.batching import in_order
+from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_value_head import forward
 
 
 def sample(

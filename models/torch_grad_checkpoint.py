@@ -5,11 +5,11 @@ The twin of models.grad_checkpoint. transformers' own switch acts in training mo
 
 from functools import partial
 
-from data.errors import UserError
-
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.errors import UserError
 
 
 def checkpoint_layers(model: nn.Module) -> None:

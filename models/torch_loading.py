@@ -1,7 +1,7 @@
 """Opening a model by name in PyTorch: the embedded one, a local folder, or a Hugging Face name.
 
 The twin of models.loading, over transformers. Never imports mlx: the embedded model is found or built by a process
-of its own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_policy).
+of its own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_value_head).
 """
 
 import copy
@@ -12,20 +12,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from models.folders import OPENING_ERRORS, model_folder, reason
-
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
+
+from common.errors import UserError
+from models.folders import OPENING_ERRORS, model_folder, reason
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ("auto", "cuda", "mps", "cpu")
 # models.tiny imports mlx, so it runs in a process of its own.
 TINY_PROGRAM = """
 import sys
-from data.errors import UserError
+from common.errors import UserError
+from models import cpu
+cpu.enable()
 from models.tiny import tiny_model_path
 try:
     print(tiny_model_path(sys.argv[1]))

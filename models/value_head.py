@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import atomic_file
-from models.adapter_config import HEAD_FILE
-from models.soft_prompt import find_embedding
-
 import mlx.core as mx
 import mlx.nn as nn
+
+from common.errors import UserError
+from common.files import atomic_file
+from models.adapter_config import HEAD_FILE
+from models.soft_prompt import find_embedding
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output")
 LAST_NORMS = ("norm",)

@@ -9,10 +9,10 @@ that the prompts come from, {"prompt", "answer"}, so the prompts have to be as t
 from collections.abc import Mapping
 from typing import Any
 
-from data.errors import UserError
-from rewards.answers import AnswerType, answer_type
-
 import yaml
+
+from common.errors import UserError
+from rewards.answers import AnswerType, answer_type
 
 
 class AnswerReward:

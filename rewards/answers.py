@@ -23,7 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data.errors import UserError
+from common.errors import UserError
 from rewards.expressions import MAX_CHARACTERS as MAX_EXPRESSION
 from rewards.expressions import canonical, rational, tidy, value
 from rewards.function import load_function

@@ -2,7 +2,6 @@
 
 import argparse
 
-import models.fast_blas  # noqa: F401  (before mlx)
 from models.loading import LoadedModel
 from rewards.combined import Reward, rewards_from_flags
 from rewards.reward_model import load_reward_model

@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.errors import UserError
+import numpy as np
+
+from common.errors import UserError
+from data.digits import DigitRule
 from data.prompts import read_answers
 from data.records import feature_names
 from rewards.answer_reward import AnswerReward, answer_from_flag
-from rewards.digits import DigitRule
+from rewards.digits import digit_reward
 from rewards.function import load_reward_function
-
-import numpy as np
 
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -133,7 +134,7 @@ def rewards_from_flags(args: argparse.Namespace, tokenizer: Any, load_model: Cal
 
     def opened(flag: str, value: str) -> Reward:
         if flag == "--ground-truth-reward":
-            return DigitRule(not args.decreasing, args.multiple_of).reward
+            return digit_reward(DigitRule(not args.decreasing, args.multiple_of))
         if flag == "--reward-model":
             return load_model(value)
         if flag == "--answer":

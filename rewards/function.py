@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 

@@ -7,17 +7,16 @@ AutoModelForSequenceClassification of one label.
 from collections.abc import Sequence
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+
+from common.errors import UserError
 from data.batching import collate, encode_text, in_order
-from data.errors import UserError
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, load_adapter, read_adapter
-from models.classifier import load_classifier
+from models.export.classifier import load_classifier
 from models.folders import is_classifier
 from models.loading import LoadedModel, load, resolve, twin
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import ScoringModel, ValueHead, load_value_head
-
-import mlx.core as mx
 
 
 class RewardModel:

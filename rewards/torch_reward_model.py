@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from common.errors import UserError
 from data.batching import collate, encode_text, in_order
-from data.errors import UserError
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
 from models.folders import is_classifier
 from models.torch_adapters import load_adapter, read_adapter
 from models.torch_loading import LoadedModel, load, resolve, twin
-from models.torch_policy import ScoringModel, ValueHead, head_from, load_value_head
 from models.torch_soft_prompt import soft_prompt_ids
-
-import torch
+from models.torch_value_head import ScoringModel, ValueHead, head_from, load_value_head
 
 
 class RewardModel:

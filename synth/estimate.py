@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from synth import prompts
-from synth.difficulty import ASKED_PER_WANTED, Spread
-from synth.evolution_reward import REVIEW_TOKENS
-from synth.limits import CHARACTERS_PER_TOKEN, Cost, Limits, count_tokens
-from synth.structured import PROBE_MESSAGES
+from synth.evolution.judge import REVIEW_TOKENS
+from synth.pipeline.difficulty import ASKED_PER_WANTED, Spread
+from synth.pipeline.verify import Voting
 from synth.task import Task
-from synth.teacher import PROBE_TOKENS
-from synth.verify import Voting
+from synth.teacher.client import PROBE_TOKENS
+from synth.teacher.limits import CHARACTERS_PER_TOKEN, Cost, Limits, count_tokens
+from synth.teacher.structured import PROBE_MESSAGES
 
 
 class Bound(NamedTuple):

@@ -24,13 +24,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import read_json, write_json
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+import numpy as np
+
+from common.cli import run
+from common.errors import UserError
+from common.files import read_json, write_json
 from synth.estimate import evolution_bounds, table
-from synth.evolution import Chain, Evolution, batch_from, figures, root_rows
-from synth.evolution_reward import Judge, Pool
-from synth.evolve_flags import (
+from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
+from synth.evolution.files import SETTINGS, load_policy, save_policy
+from synth.evolution.flags import (
     check,
     difficulty_from,
     gates_from,
@@ -40,24 +46,21 @@ from synth.evolve_flags import (
     training_from,
     weights_from,
 )
-from synth.off_policy import episode_values, value_interval
-from synth.operators import ACTIONS
-from synth.policy import Policy
-from synth.policy_files import SETTINGS, load_policy, save_policy
-from synth.policy_training import train_policy
-from synth.responses import respond, write_data
+from synth.evolution.judge import Judge, Pool
+from synth.evolution.off_policy import episode_values, value_interval
+from synth.evolution.operators import ACTIONS
+from synth.evolution.policy import Policy
+from synth.evolution.responses import respond, write_data
+from synth.evolution.training import train_policy
+from synth.pipeline.flags import asking_from
+from synth.pipeline.trainer import run_script
 from synth.run import teacher_of
-from synth.run_flags import asking_from
 from synth.stages import Row, alone, kept, stage
-from synth.teacher import Teacher
-from synth.teacher_flags import limits_from
-from synth.trainer import run_script
-from training import config
+from synth.teacher.client import Teacher
+from synth.teacher.flags import limits_from
 from training.checkpoint_folders import all_checkpoints
-from training.cli import run
+from training.flags import default_output_dir
 from training.metrics import RunLog, start_run_folder
-
-import numpy as np
 
 EXPERT_STAGES = ("evolve: rewrite", "respond")
 
@@ -191,7 +194,7 @@ def main() -> None:
     if args.dry_run:
         print(estimate(args, instructions))
         return
-    folder = Path(args.resume or start_run_folder(args.output_dir or config.default_output_dir("evolve"), vars(args)))
+    folder = Path(args.resume or start_run_folder(args.output_dir or default_output_dir("evolve"), vars(args)))
     with alone(folder) as lock:
         summary = asyncio.run(make_data(args, instructions, folder))
         write_json(folder / "summary.json", summary)

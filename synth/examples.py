@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
 from data.records import located_rows
 from data.sources import Split, contents, saved_splits
 

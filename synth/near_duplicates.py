@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from data.errors import UserError
-
 import numpy as np
 from rapidfuzz.distance import LCSseq
+
+from common.errors import UserError
 
 THRESHOLD = 0.7
 # Words as in rouge-score, and signs as well: 12 + 5 and 12 - 5 are two questions. Plain punctuation is no token.

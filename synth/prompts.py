@@ -10,9 +10,9 @@ import hashlib
 import itertools
 from typing import Annotated
 
-from synth.task import Task
-
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from synth.task import Task
 
 # Characters, above which a text is cut.
 MOST_PASSAGE, MOST_INPUT, MOST_OUTPUT, MOST_SUMMARY = 8000, 8000, 4000, 2000
@@ -190,7 +190,8 @@ def _code(text: str) -> str:
     return next(code for code in codes if code not in text)
 
 
-# What the tuner may choose between (synth/sampler.py); {request} is the request as it would be without a template.
+# What the tuner may choose between (synth/tuning/sampler.py); {request} is the request as it would be without a
+# template.
 TEMPLATES = {
     "plain": "{request}",
     "varied": "{request}\n\nChoose a subject, numbers and words that few others would choose.",
@@ -204,7 +205,7 @@ def with_template(messages: list[dict], template: str) -> list[dict]:
     return [*messages[:-1], {**request, "content": template.replace("{request}", request["content"])}]
 
 
-# --- instruction evolution (synth/operators.py, synth/generators.py) ---
+# --- instruction evolution (synth/evolution/operators.py, synth/evolution/generators.py) ---
 
 EVOLUTION_STAGES = {
     "rewrite": "You write one new instruction from a given one.",

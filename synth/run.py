@@ -16,27 +16,38 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import read_json, write_json
-from synth.cache import Cache
-from synth.difficulty import Rewriting, Tries, adapt, base_model_from, model_name, pass_rates, spread_from
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+from common.cli import run
+from common.errors import UserError
+from common.files import read_json, write_json
 from synth.estimate import table, upper_bounds
-from synth.generate import generate, open_library, passage_texts, source_rows
-from synth.offline_teacher import MODEL
-from synth.report import write_report
-from synth.retrieval import Index
-from synth.rollouts import BaseModel
-from synth.run_flags import asking_from, check, parse_run_args, selection_from, task_from
-from synth.selection import select
+from synth.offline.server import MODEL
+from synth.pipeline.difficulty import Rewriting, Tries, adapt, base_model_from, model_name, pass_rates, spread_from
+from synth.pipeline.flags import asking_from, check, parse_run_args, selection_from, task_from
+from synth.pipeline.generate import generate, open_library, passage_texts, source_rows
+from synth.pipeline.report import write_report
+from synth.pipeline.retrieval import Index
+from synth.pipeline.rollouts import BaseModel
+from synth.pipeline.selection import select
+from synth.pipeline.trainer import (
+    check_training,
+    choose_checkpoint,
+    draw_held_out,
+    evaluate,
+    evaluation_line,
+    fuse,
+    train,
+)
+from synth.pipeline.verify import verify, voting_from
 from synth.stages import Row, alone, kept, stage, summary, write_rows
 from synth.task import Task
-from synth.teacher import Teacher
-from synth.teacher_flags import limits_from, offline_teacher, open_teacher
-from synth.trainer import check_training, choose_checkpoint, draw_held_out, evaluate, evaluation_line, fuse, train
-from synth.verify import verify, voting_from
-from training import config
-from training.cli import run
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.flags import limits_from, offline_teacher, open_teacher
+from training.flags import default_output_dir
 from training.metrics import start_run_folder
 
 
@@ -154,7 +165,7 @@ def main() -> None:
         print(estimate(args, task))
         return
     args.base_model = model_name(args, task)
-    name = f"runs/{args.experiment_name}" if args.experiment_name else config.default_output_dir("synth")
+    name = f"runs/{args.experiment_name}" if args.experiment_name else default_output_dir("synth")
     folder = Path(args.resume or start_run_folder(args.output_dir or name, vars(args)))
     keep_task(task, folder)
     with alone(folder) as lock, Cache(folder / "rollouts.sqlite") as store:

@@ -15,18 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.files import atomic_file
-from data.records import read_rows
-from synth.completions import Ask, Reply
-
 from tqdm import tqdm
+
+from common.files import atomic_file
+from data.records import read_rows
+from synth.teacher.completions import Ask, Reply
 
 Row = dict[str, Any]
 REQUIRED = ("id", "input", "output")
 
 
 class Asker(Protocol):
-    """What a stage needs of a teacher (synth.teacher.Teacher)."""
+    """What a stage needs of a teacher (synth.teacher.client.Teacher)."""
 
     async def ask_all(self, asks: Sequence[Ask], progress: Callable[[Reply], object] | None = None) -> list[Reply]: ...
 

@@ -18,16 +18,17 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.files import atomic_file
+import yaml
+
+from common.errors import UserError
+from common.files import atomic_file
+from data.digits import DigitRule
 from rewards.answer_reward import answer_options
 from rewards.answers import AnswerType, answer_type
-from rewards.digits import DigitRule
+from rewards.digits import digit_reward
 from rewards.function import RewardFunction, load_reward_function
 from synth.examples import Example, read_examples
 from synth.near_duplicates import THRESHOLD, checked_threshold
-
-import yaml
 
 SHIPPED = Path(__file__).parent / "tasks"
 REASONING_GYM = "reasoning_gym:"
@@ -146,7 +147,7 @@ def task_from_flags(
 
 def _reasoning_gym_task(name: str) -> Task:
     """A task whose rows, demos and scores are reasoning-gym's; answers are read by our reader before it scores them."""
-    from synth import reasoning_gym_tasks as gym  # optional
+    from synth.pipeline import reasoning_gym_tasks as gym  # optional
 
     rows = gym.ReasoningGym(name)
     return Task(
@@ -296,4 +297,4 @@ def _reward(given: Any, place: str, folder: Path) -> tuple[RewardFunction, tuple
     if not isinstance(increasing, bool) or isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1:
         raise UserError(f"{place} has {given!r:.80} as reward; increasing is true or false, multiple_of 1 or more")
     flags = ("--ground-truth-reward", "--multiple-of", str(multiple), *["--decreasing"] * (not increasing))
-    return DigitRule(increasing, multiple).reward, flags
+    return digit_reward(DigitRule(increasing, multiple)), flags

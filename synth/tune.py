@@ -1,10 +1,10 @@
 """Tune how data is generated for a target model (docs/tuner.md).
 
-    python -m synth.tune --config synth/tuner_examples/reviews.yaml      offline: a scikit-learn classifier as target
-    python -m synth.tune --config synth/tuner_examples/digits.yaml       offline: tiny-digits as target
+    python -m synth.tune --config synth/tuning/examples/reviews.yaml      offline: a scikit-learn classifier as target
+    python -m synth.tune --config synth/tuning/examples/digits.yaml       offline: tiny-digits as target
     python -m synth.tune --resume RUN_FOLDER                             after a stop or a kill
 
-Leaves out the search itself (synth/tuner.py).
+Leaves out the search itself (synth/tuning/tuner.py).
 """
 
 import argparse
@@ -13,18 +13,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import write_json
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
+from common.cli import run
+from common.errors import UserError
+from common.files import write_json
+from common.parser import Parser
 from data.records import read_rows
 from synth.examples import read_examples
 from synth.stages import alone
-from synth.targets import SftTarget, TargetModel, load_target, takes_validation
 from synth.task import load_task
-from synth.tuner import RLTuner
-from synth.tuner_config import Config, config_from, load_config
-from training import config as flags
-from training.cli import run
+from synth.tuning.config import Config, config_from, load_config
+from synth.tuning.targets import SftTarget, TargetModel, load_target, takes_validation
+from synth.tuning.tuner import RLTuner
+from training.flags import default_output_dir
 from training.intervals import difference
 from training.metrics import resumed_config, start_run_folder
 
@@ -32,8 +36,8 @@ FEW = 5  # batches, below which an interval says nothing
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = flags.Parser(__doc__, yaml_file=False)
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; its keys stand in synth/tuner_config.py")
+    parser = Parser(__doc__, yaml_file=False)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; its keys stand in synth/tuning/config.py")
     parser.add_argument("--output-dir", help="run folder (default: the file's, or runs/tune-TIME)")
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own configuration")
     parser.add_argument(
@@ -56,7 +60,7 @@ def configuration(args: argparse.Namespace) -> Config:
         config = config_from(resumed_config(args.resume), place)
     if not config.rl_tuning.enable_rl_tuning:
         raise UserError(f"{place} sets rl_tuning.enable_rl_tuning to false; set it to true to tune")
-    folder = args.resume or args.output_dir or config.output_dir or flags.default_output_dir("tune")
+    folder = args.resume or args.output_dir or config.output_dir or default_output_dir("tune")
     return replace(config, output_dir=str(folder))
 
 

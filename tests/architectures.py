@@ -5,8 +5,6 @@ model = build("gemma2")
 
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.utils import _get_classes

@@ -1,12 +1,17 @@
 """Model folders for every test: the embedded model itself, and its untrained twin, which costs nothing."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from models.tiny import RECIPES, build, tiny_model_path
+from models import cpu
 
+cpu.enable()  # before mlx is imported
+
+import mlx.core as mx
 import pytest
+
+from models.tiny import RECIPES, build, tiny_model_path
 
 
 def tiny_random_folder(folder: Path, **changes) -> Path:
@@ -27,3 +32,12 @@ def tiny_digits() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained model. Not to be written to."""
     return tiny_random_folder(tmp_path_factory.mktemp("models") / "tiny-random")
+
+
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """mx.compile as it is on a GPU; on Linux CPU `cpu.enable` switches it off."""
+    mx.enable_compile()
+    yield
+    if cpu.wanted():
+        mx.disable_compile()

@@ -18,10 +18,14 @@ import fuse
 import ppo_training
 import sft
 import talk_to_model
+from common.parser import Parser
 from data import check, generate_digit_data
-from synth import difficulty, evolve_flags, generate, offline_teacher, report, run_flags, selection, train, tune, verify
+from synth import tune
+from synth.evolution import flags as evolve_flags
+from synth.offline import server as offline_teacher
+from synth.pipeline import difficulty, generate, report, selection, train, verify
+from synth.pipeline import flags as run_flags
 from tests import mac_memory, opens
-from training import config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +72,7 @@ def parser_of(parse_args: Callable) -> argparse.ArgumentParser:
     def capture(self, *_, **__):
         raise _Captured(self)
 
-    with mock.patch.object(config.Parser, "parse_args", capture):
+    with mock.patch.object(Parser, "parse_args", capture):
         try:
             parse_args()
         except _Captured as captured:
@@ -94,15 +98,15 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "talk_to_model.py": lambda: parser_of(talk_to_model.parse_args),
     "demo.py": lambda: parser_of(demo.parse_args),
     "synth/run.py": lambda: run_flags.run_parser(""),
-    "synth/generate.py": lambda: parser_of(generate.main),
-    "synth/verify.py": lambda: parser_of(verify.main),
-    "synth/difficulty.py": lambda: parser_of(difficulty.main),
-    "synth/selection.py": lambda: parser_of(selection.main),
-    "synth/train.py": lambda: parser_of(train.parse_args),
+    "synth/pipeline/generate.py": lambda: parser_of(generate.main),
+    "synth/pipeline/verify.py": lambda: parser_of(verify.main),
+    "synth/pipeline/difficulty.py": lambda: parser_of(difficulty.main),
+    "synth/pipeline/selection.py": lambda: parser_of(selection.main),
+    "synth/pipeline/train.py": lambda: parser_of(train.parse_args),
     "synth/evolve.py": lambda: evolve_flags.evolve_parser(""),
     "synth/tune.py": lambda: parser_of(tune.parse_args),
-    "synth/report.py": lambda: parser_of(report.main),
-    "synth/offline_teacher.py": lambda: parser_of(offline_teacher.parse_args),
+    "synth/pipeline/report.py": lambda: parser_of(report.main),
+    "synth/offline/server.py": lambda: parser_of(offline_teacher.parse_args),
 }
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-
 import mlx.core as mx
 import numpy as np
 import torch

@@ -3,9 +3,9 @@
 ScriptedTeacher(lambda ask: said("19"))
 """
 
-from synth.completions import Reply
-from synth.limits import Cost
 from synth.prompts import STAGES, NewSample
+from synth.teacher.completions import Reply
+from synth.teacher.limits import Cost
 
 
 def said(text, status="ok", parsed=None):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from training.cli import run
-
 import pytest
+
+from common.cli import run
 
 ROOT = Path(__file__).resolve().parent.parent
 

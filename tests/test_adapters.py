@@ -2,9 +2,16 @@
 
 import json
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
 import models.adapters
-import models.fast_blas
-from data.errors import UserError
+from common.errors import UserError
 from models.adapter_config import HEAD_FILE
 from models.adapters import (
     AdapterConfig,
@@ -18,14 +25,6 @@ from models.adapters import (
 from models.loading import load
 from models.value_head import ScoringModel, ValueHead, new_value_head
 from tests.architectures import build
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import mlx_lm
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8]])
 PARAMETERS = {"rank": 4, "scale": 3.0, "dropout": 0.0}

@@ -4,9 +4,10 @@ import json
 from argparse import Namespace
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import pytest
+
 import ppo_training
-from data.errors import UserError
+from common.errors import UserError
 from data.prompts import read_answers
 from models.loading import load_tokenizer
 from rewards.answer_reward import AnswerReward, answer_from_flag
@@ -16,8 +17,6 @@ from synth.task import load_task, task_from_flags
 from tests.scripts import call, fails
 from training import ppo_flags
 from training.metrics import read_metrics
-
-import pytest
 
 NO_MODEL: Any = Namespace(tokenizer=None)  # none of these rewards needs one
 

@@ -4,11 +4,11 @@ import random
 import time
 from fractions import Fraction
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from rewards.answers import answer_type
 from rewards.expressions import canonical, rational, value
-
-import pytest
 
 CHOICE = answer_type("choice")
 LABEL = answer_type("label", labels=["entailment", "neutral", "contradiction"])

@@ -1,5 +1,9 @@
 """Rows to batches: which tokens are trained, which rows come when, and that none is lost."""
 
+import numpy as np
+import pytest
+
+from common.errors import UserError
 from data.batching import (
     BatchPlan,
     Example,
@@ -10,10 +14,6 @@ from data.batching import (
     in_order,
     truncate,
 )
-from data.errors import UserError
-
-import numpy as np
-import pytest
 
 PAD, BOS, EOS = 0, 1, 2
 

@@ -3,18 +3,17 @@
 import math
 import sys
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
 from benchmarks import synth_ablation
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
 from benchmarks.ppo_step import measure as measure_sides
 from benchmarks.ppo_step import table as comparison_table
-from data.errors import UserError
-
-import mlx.core as mx
-import pytest
-from mlx.utils import tree_flatten
+from common.errors import UserError
 
 
 def rows(scores):

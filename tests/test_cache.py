@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from synth.cache import Cache, Stored, cache_key
-
 import pytest
+
+from common.errors import UserError
+from synth.teacher.cache import Cache, Stored, cache_key
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = Stored("zwölf\n'\"", "ok", "", 3, 4)
@@ -65,7 +65,7 @@ def test_every_part_of_the_key_counts():
 
 def test_a_put_survives_a_kill_at_once(tmp_path):
     code = (
-        "import os, signal, sys\nfrom synth.cache import Cache, Stored\n"
+        "import os, signal, sys\nfrom synth.teacher.cache import Cache, Stored\n"
         "cache = Cache(sys.argv[1])\ncache.put('k', Stored('a', 'ok', '', 1, 2))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )

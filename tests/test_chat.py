@@ -3,14 +3,14 @@
 import copy
 from typing import Any
 
-from data.batching import Example, Rendered, collate, encode_prompt, encode_text
-from data.chat import encode_messages, render
-from data.errors import UserError
-from data.prompts import PromptPlan
-from tests.chat_tokenizers import BRACKETS, CHATML, REWRITING, THINKING, byte_tokenizer
-
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from common.errors import UserError
+from data.batching import Example, Rendered, collate, encode_prompt, encode_text
+from data.chat import encode_messages, render
+from data.prompts import PromptPlan
+from tests.chat_tokenizers import BRACKETS, CHATML, REWRITING, THINKING, byte_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},

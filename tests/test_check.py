@@ -3,12 +3,12 @@
 import json
 import re
 
+import pytest
+
 from data import check
 from data.batching import Example
 from tests.chat_tokenizers import CHATML, byte_tokenizer
 from tests.scripts import call, fails
-
-import pytest
 
 
 @pytest.fixture

@@ -3,8 +3,13 @@
 import json
 import shutil
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter, load_adapter
 from models.loading import load
 from models.value_head import Policy, ScoringModel, ValueHead, new_value_head
@@ -12,12 +17,6 @@ from training import checkpoint, checkpoint_folders
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
 from training.optimizer import make_optimizer, optimizer_arrays, update
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten, tree_map
 
 PARTS = ["adapter/adapter_config.json", "adapter/adapters.safetensors", "optimizer.safetensors", "state.json"]
 

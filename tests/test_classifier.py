@@ -7,23 +7,6 @@ from argparse import Namespace
 from types import SimpleNamespace
 from typing import cast
 
-import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-import ppo_training
-import pytorch_ppo_training
-from data.errors import UserError
-from models import classifier, torch_loading
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
-from models.classifier import FAMILIES, classifier_class
-from models.loading import LoadedModel, load
-from models.tiny import RECIPES, build_tokenizer
-from models.value_head import new_value_head
-from rewards.reward_model import load_reward_model
-from rewards.torch_reward_model import load_reward_model as load_in_torch
-from tests import architectures
-from tests.scripts import ROOT, call, fails, with_words
-from tests.torch_models import random_llama
-
 import mlx.core as mx
 import mlx_lm.utils
 import numpy as np
@@ -33,6 +16,23 @@ from mlx.utils import tree_flatten
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import fuse
+import ppo_training
+import pytorch_ppo_training
+from common.errors import UserError
+from models import torch_loading
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
+from models.export import classifier
+from models.export.classifier import FAMILIES, classifier_class
+from models.loading import LoadedModel, load
+from models.tiny import RECIPES, build_tokenizer
+from models.value_head import new_value_head
+from rewards.reward_model import load_reward_model
+from rewards.torch_reward_model import load_reward_model as load_in_torch
+from tests import architectures
+from tests.scripts import ROOT, call, fails, with_words
+from tests.torch_models import random_llama
+
 CPU = torch.device("cpu")
 PROMPTS = ["2 4", "2 4", "10", "-6 30 7", ""]
 COMPLETIONS = [" 6 8 10", "", " 12 14 16 18 20 22 24 26 28", " 5", " 7"]
@@ -41,7 +41,7 @@ TEXTS = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS,
 BUILT = {name: name for name in ("llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")}
 BUILT |= {"gemma": "gemma2", "mistral": "llama-untied", "olmo2": "llama-untied", "smollm3": "llama-tied"}
 
-OTHER_BODIES = ("gemma", "gemma3")  # models/classifier.py says why
+OTHER_BODIES = ("gemma", "gemma3")  # models/export/classifier.py says why
 
 
 def model_folder(folder, name, tokenizer):

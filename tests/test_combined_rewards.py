@@ -1,9 +1,9 @@
 """Several rewards as one score: names, weights, the sum, and what is refused."""
 
-from rewards.combined import Scored, WeightedSum, named_rewards, reward_weights, rewards_from_flags, score
-from tests.test_config import ppo, refused
-
 import pytest
+
+from rewards.combined import Scored, WeightedSum, named_rewards, reward_weights, rewards_from_flags, score
+from tests.test_flags import ppo, refused
 
 REWARDS = """
 def long(prompts, completions):

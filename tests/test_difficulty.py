@@ -4,19 +4,19 @@ import asyncio
 import sys
 from collections import Counter
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from rewards.answers import answer_type
-from synth import difficulty as module
-from synth.cache import Cache
-from synth.difficulty import Rewriting, Spread, Tries, adapt, choose_parents, pass_rates, rewrite
-from synth.generate import Asking
-from synth.rollouts import Rollout
+from synth.pipeline import difficulty as module
+from synth.pipeline.difficulty import Rewriting, Spread, Tries, adapt, choose_parents, pass_rates, rewrite
+from synth.pipeline.generate import Asking
+from synth.pipeline.rollouts import Rollout
+from synth.pipeline.verify import Voting
 from synth.stages import drop, kept, load_rows, new_row, write_rows
 from synth.task import Task, load_task
-from synth.verify import Voting
+from synth.teacher.cache import Cache
 from tests.scripted_teacher import ScriptedTeacher, said, sample, section, stage_of
-
-import pytest
 
 TASK = Task("sums", "Add the two whole numbers.", template="{input}", answer=answer_type("number"), near_duplicates=1.0)
 MOST = 100  # from which sums on the base model is never right

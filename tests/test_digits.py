@@ -1,8 +1,9 @@
 """The digit rule, by hand-worked scores."""
 
-from rewards.digits import DigitRule
-
 import pytest
+
+from data.digits import DigitRule
+from rewards.digits import digit_reward
 
 EVEN = DigitRule(increasing=True, multiple_of=2)
 
@@ -74,17 +75,17 @@ def test_the_score_is_1_only_for_a_whole_perfect_text():
 def test_reward_scores_prompt_and_completion_joined_as_they_are():
     prompts = ["8", "8 20", "8", "7"]
     completions = [" 20 22 30 36", " 22", "0 82 84 86 88", " 20 22 30 36"]
-    assert EVEN.reward(prompts, completions) == pytest.approx([1.0, 3 / 5, 1.0, 0.0])
-    assert EVEN.reward([], []) == []
+    assert digit_reward(EVEN)(prompts, completions) == pytest.approx([1.0, 3 / 5, 1.0, 0.0])
+    assert digit_reward(EVEN)([], []) == []
 
 
 def test_an_empty_completion_is_one_score_of_its_own():
-    assert EVEN.reward(["8", ""], ["", ""]) == pytest.approx([1 / 5, 0.0])
+    assert digit_reward(EVEN)(["8", ""], ["", ""]) == pytest.approx([1 / 5, 0.0])
 
 
 def test_unequal_lists_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        EVEN.reward(["8", "10"], [" 12"])
+        digit_reward(EVEN)(["8", "10"], [" 12"])
 
 
 def test_name():

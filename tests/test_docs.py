@@ -17,12 +17,11 @@ import shutil
 import subprocess
 import sys
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from synth.offline_teacher import OfflineTeacher
+import pytest
+
+from synth.offline.server import OfflineTeacher
 from tests.flag_tables import MARKED, PAGES, PARSERS, ROOT, TABLES, with_tables
 from tests.scripts import call, with_words
-
-import pytest
 
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(

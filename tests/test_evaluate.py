@@ -3,22 +3,21 @@
 import json
 import shutil
 
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
 import evaluate
-import models.fast_blas  # noqa: F401  (before mlx)
+from data.digits import DigitRule
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS
 from data.records import read_rows
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.loading import load, twin
 from rewards.combined import WeightedSum
-from rewards.digits import DigitRule
 from tests.scripts import call, fails
 from training.evaluation import completion_logprobs, evaluate_model, per_prompt, score_difference, score_interval
 from training.intervals import wilson
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
 
 PROMPTS = ["2", "14 20", "-3 5 8"] * 4
 

@@ -8,30 +8,30 @@ import subprocess
 import sys
 from collections import Counter
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import numpy as np
+import pytest
+
 import sft
 from benchmarks.synth_kills import repeated, send_kill
-from data.errors import UserError
-from data.files import read_json
+from common.errors import UserError
+from common.files import read_json
 from data.records import read_rows
 from synth import evolve as module
-from synth import prompts, trainer
-from synth.evolve_flags import OFFLINE_ANSWERS, parse_evolve_args
-from synth.generate import Asking
-from synth.offline_instructions import starting
-from synth.offline_teacher import OfflineTeacher
-from synth.operators import ACTIONS
-from synth.policy_features import Situation, features
-from synth.policy_files import load_policy
-from synth.responses import data_row, respond, response_fault, write_data
+from synth import prompts
+from synth.evolution.features import Situation, features
+from synth.evolution.files import load_policy
+from synth.evolution.flags import OFFLINE_ANSWERS, parse_evolve_args
+from synth.evolution.operators import ACTIONS
+from synth.evolution.responses import data_row, respond, response_fault, write_data
+from synth.offline.instructions import starting
+from synth.offline.server import OfflineTeacher
+from synth.pipeline import trainer
+from synth.pipeline.generate import Asking
 from synth.stages import kept, load_rows
 from tests.scripted_teacher import ScriptedTeacher, said
 from tests.scripts import ROOT, call, fails, with_words
 from training import intervals
 from training.metrics import read_metrics
-
-import numpy as np
-import pytest
 
 SMALL = ["--rounds", 2, "--iterations", 2, "--starts", 2, "--group", 2, "--answers", 2, "--answer", "number"]
 
@@ -118,7 +118,7 @@ def test_the_expert_has_no_part_in_the_training(tmp_path, instructions):
     assert [ledger["total"]["calls"] for ledger in ledgers] == [s.calls for s in (expert, instructor, reviewer)]
 
 
-KILLABLE = "from synth import evolve\nfrom training.cli import run\nrun(evolve.main)"
+KILLABLE = "from synth import evolve\nfrom common.cli import run\nrun(evolve.main)"
 
 
 def test_killed_and_resumed_it_asks_nothing_again(tmp_path, instructions):

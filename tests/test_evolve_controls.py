@@ -2,17 +2,16 @@
 
 from contextlib import contextmanager
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from benchmarks import evolve_controls as module
-from benchmarks.evolve_controls import ARMS, MEASURES, cell_path, dealt_out, measures, table
-from data.files import read_json
-from synth.offline_teacher import OfflineTeacher
-from synth.policy import Batch
-from tests.scripts import call
-from training import intervals
-
 import numpy as np
 import pytest
+
+from benchmarks import evolve_controls as module
+from benchmarks.evolve_controls import ARMS, MEASURES, cell_path, dealt_out, measures, table
+from common.files import read_json
+from synth.evolution.policy import Batch
+from synth.offline.server import OfflineTeacher
+from tests.scripts import call
+from training import intervals
 
 
 @pytest.fixture(autouse=True)

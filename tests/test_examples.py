@@ -3,8 +3,10 @@
 import json
 from typing import Any
 
+import pytest
+
+from common.errors import UserError
 from data.batching import Rendered, num_targets
-from data.errors import UserError
 from data.examples import (
     LANGUAGE_ROWS,
     PREFERENCE_ROWS,
@@ -16,8 +18,6 @@ from data.examples import (
 from data.records import read_rows
 from tests.chat_tokenizers import CHATML, REWRITING, byte_tokenizer
 from tests.test_chat import trained
-
-import pytest
 
 TOKENIZER = byte_tokenizer(CHATML)
 USER, REPLY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}

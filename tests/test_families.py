@@ -8,10 +8,16 @@ import importlib
 import json
 from pathlib import Path
 
-import models.fast_blas
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
 import models.generation
 import ppo_training
-from data.errors import UserError
+from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, fuse_adapter
 from models.generation import sample
 from models.loading import LoadedModel
@@ -21,13 +27,6 @@ from tests.architectures import ARCHITECTURES, COMMON, build, settings_of
 from training import ppo, ppo_flags, ppo_step
 from training.losses import pairwise_reward_loss, sft_loss
 from training.optimizer import loss_and_gradients, make_optimizer, update
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.utils
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]])
 PARAMETERS = {"rank": 2, "scale": 2.0, "dropout": 0.0}

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data.files
-from data.errors import UserError
-from data.files import atomic_file, atomic_folder, check_replaceable, read_json, write_json
-
 import pytest
+
+import common.files
+from common.errors import UserError
+from common.files import atomic_file, atomic_folder, check_replaceable, read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,7 +73,7 @@ def test_a_killed_process_leaves_the_old_file_and_folder(tmp_path):
     (tmp_path / "file").write_text("old")
     write_folder(tmp_path / "folder", weights="old")
     code = (
-        "import os, sys; from data.files import *\n"
+        "import os, sys; from common.files import *\n"
         "with atomic_file('file') as f, atomic_folder('folder', 'marker.json') as d:\n"
         "    f.write_text('half'); (d / 'weights').write_text('half'); os._exit(9)\n"
     )
@@ -105,7 +105,7 @@ def test_a_folder_moved_aside_comes_back_if_the_new_one_cannot_take_its_place(tm
             raise OSError("disk")
         rename(source, target)
 
-    monkeypatch.setattr(data.files.os, "rename", second_fails)
+    monkeypatch.setattr(common.files.os, "rename", second_fails)
     with pytest.raises(OSError, match="disk"):
         write_folder(path, weights="new")
     assert (path / "weights").read_text() == "old"

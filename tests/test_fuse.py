@@ -5,14 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, save_adapter
-from models.loading import load
-from models.value_head import HEAD_FILE, new_value_head
-from rewards.reward_model import load_reward_model
-from tests.scripts import ROOT, call, fails
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -22,6 +14,13 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fuse
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, save_adapter
+from models.loading import load
+from models.value_head import HEAD_FILE, new_value_head
+from rewards.reward_model import load_reward_model
+from tests.scripts import ROOT, call, fails
 
 TOKENS = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
 TEXTS = (["2 4", "2 4", "10"], [" 6 8", "", " 12 13 14 15"])

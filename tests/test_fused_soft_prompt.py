@@ -3,20 +3,6 @@
 import importlib
 import json
 
-import fuse
-from data.errors import UserError
-from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
-from models.fused_soft_prompt import MOST_PROBABILITY, fuse_soft_prompt
-from models.loading import load
-from models.prompting_tokenizer import PromptingTokenizer
-from models.soft_prompt import find_embedding, soft_prompt_ids
-from models.tiny import RECIPES, build_tokenizer
-from models.value_head import new_value_head
-from rewards.reward_model import load_reward_model
-from tests import architectures
-from tests.scripts import call, fails
-from tests.test_classifier import BUILT, model_folder
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
@@ -29,9 +15,23 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import fuse
+from common.errors import UserError
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, save_adapter
+from models.export.fused_soft_prompt import MOST_PROBABILITY, fuse_soft_prompt
+from models.export.prompting_tokenizer import PromptingTokenizer
+from models.loading import load
+from models.soft_prompt import find_embedding, soft_prompt_ids
+from models.tiny import RECIPES, build_tokenizer
+from models.value_head import new_value_head
+from rewards.reward_model import load_reward_model
+from tests import architectures
+from tests.scripts import call, fails
+from tests.test_classifier import BUILT, model_folder
+
 ROWS = 3
 TEXTS = ["12 -4", "2 4 6 8 10 12 14 16 18 20 22 24 26 28", "a"]
-# Where mlx-lm and transformers differ already in the base (models/classifier.py says why).
+# Where mlx-lm and transformers differ already in the base (models/export/classifier.py says why).
 OTHER_BODIES = ("gemma", "gemma3")
 
 

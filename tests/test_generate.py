@@ -5,17 +5,17 @@ import json
 import sys
 from dataclasses import replace
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from rewards.answers import answer_type
-from synth import generate as module
-from synth.generate import find_passages, generate, open_library, passage_texts, read_output, source_rows
+from synth.pipeline import generate as module
+from synth.pipeline.generate import find_passages, generate, open_library, passage_texts, read_output, source_rows
 from synth.prompts import Keywords, Pattern
 from synth.stages import drop, kept, load_rows, new_row, stage, summary, write_rows
 from synth.task import Task, load_task
 from tests.faulty_server import FaultyServer, completion
 from tests.scripted_teacher import ScriptedTeacher, said, sample, section, stage_of
-
-import pytest
 
 NUMBER = answer_type("number")
 DEMOS = [{"input": "3 + 4 =", "output": "7"}]

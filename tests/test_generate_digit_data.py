@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from data.digits import DigitRule
 from data.generate_digit_data import (
     DECREASING_STARTS,
     INCREASING_STARTS,
@@ -15,10 +19,6 @@ from data.generate_digit_data import (
     digit_rows,
     digit_sequence,
 )
-from rewards.digits import DigitRule
-
-import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 7, 50)]
@@ -170,7 +170,7 @@ def test_decreasing_rows_score_by_their_own_rule(tmp_path):
     ],
 )
 def test_from_any_folder_it_writes_beside_itself(tmp_path, directory, script):
-    for package in ("data", "rewards", "training"):
+    for package in ("common", "data"):
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.jsonl", "__pycache__"))
     (tmp_path / "elsewhere").mkdir()
     before = names_below(tmp_path)

@@ -2,16 +2,6 @@
 
 from collections import Counter
 
-import models.fast_blas
-import models.generation
-from data.decoding import completion_texts
-from data.errors import UserError
-from models.adapters import AdapterConfig, attach_adapter
-from models.generation import sample, temperature_sampler
-from models.value_head import Policy
-from tests.architectures import VOCABULARY, build
-from training.rollout import pack
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -19,6 +9,15 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.utils import load_tokenizer
+
+import models.generation
+from common.errors import UserError
+from data.decoding import completion_texts
+from models.adapters import AdapterConfig, attach_adapter
+from models.generation import sample, temperature_sampler
+from models.value_head import Policy
+from tests.architectures import VOCABULARY, build
+from training.rollout import pack
 
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16], [17], [18, 19, 20]]
 FAMILIES = ["llama-tied", "qwen3", "gemma2", "gemma3", "gpt_neox", "jamba"]

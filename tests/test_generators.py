@@ -2,11 +2,11 @@
 
 import asyncio
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from synth import prompts
-from synth.cache import Cache
-from synth.generators import (
+from synth.evolution.generators import (
     TRIES,
     EvolInstructGenerator,
     SampledGenerator,
@@ -14,14 +14,13 @@ from synth.generators import (
     instructions_of,
     self_instruct_fault,
 )
-from synth.offline_instructions import read_sum, starting
-from synth.offline_teacher import OfflineTeacher
-from synth.operators import OPERATORS
-from synth.sampler import Generator, Sampler, Settings, Space
-from synth.teacher import Teacher
+from synth.evolution.operators import OPERATORS
+from synth.offline.instructions import read_sum, starting
+from synth.offline.server import OfflineTeacher
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.tuning.sampler import Generator, Sampler, Settings, Space
 from tests.scripted_teacher import said
-
-import pytest
 
 SEEDS = [{"instruction": text} for text in (
     "Name the rivers of Europe.", "Tell how glass is made.", "Which mountains feed a lake?",

@@ -5,15 +5,6 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
-from models.gguf_export import check_gguf
-from models.loading import load
-from tests import architectures
-from tests.scripts import call, fails
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -22,6 +13,14 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import fuse
+from common.errors import UserError
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
+from models.export.gguf_file import check_gguf
+from models.loading import load
+from tests import architectures
+from tests.scripts import call, fails
 
 gguf = pytest.importorskip("gguf")
 FILE = "ggml-model-f16.gguf"

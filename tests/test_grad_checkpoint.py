@@ -3,10 +3,17 @@
 import json
 from types import SimpleNamespace
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten
+from transformers import AutoModelForCausalLM
+
 import ppo_training
 import sft
-from data.errors import UserError
+from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
@@ -17,14 +24,6 @@ from tests.architectures import ARCHITECTURES, build
 from tests.scripts import call, fails
 from training.metrics import read_metrics
 from training.optimizer import loss_and_gradients
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-import torch
-from mlx.utils import tree_flatten
-from transformers import AutoModelForCausalLM
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]])
 

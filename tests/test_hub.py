@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub.constants
+import mlx.core as mx
+import pytest
+
 import evaluate
-import models.fast_blas  # noqa: F401  (before mlx)
 import pytorch_ppo_training
 from models.adapters import AdapterConfig, attach_adapter
 from models.loading import load, resolve
@@ -17,10 +20,6 @@ from models.value_head import HEAD_FILE, ScoringModel, new_value_head, save_valu
 from rewards.reward_model import load_reward_model
 from tests.hub_server import COMMIT, HubServer
 from tests.scripts import ROOT, fails
-
-import huggingface_hub.constants
-import mlx.core as mx
-import pytest
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 WORDS = ["--ground-truth-reward", "--num-samples", 2, "--max-completion-length", 2]

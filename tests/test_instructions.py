@@ -2,10 +2,10 @@
 
 import json
 
-from data.errors import UserError
-from synth.instructions import read_instructions
-
 import pytest
+
+from common.errors import UserError
+from synth.evolution.instructions import read_instructions
 
 TURNS = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Name a river."},
          {"role": "assistant", "content": "Elbe."}, {"role": "user", "content": "Another."}]  # fmt: skip

@@ -2,9 +2,9 @@
 
 import random
 
-from training.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, over_seeds, wilson
-
 import pytest
+
+from training.intervals import Interval, agresti_min, bootstrap, difference, mcnemar, mean_interval, over_seeds, wilson
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 for bit. So it does when the resumed run is stopped by SIGTERM as well.
 
 A start costs seconds, so undisturbed runs and last stretches share a process: this one for mlx, one more for torch,
-which would multiply by the BLAS of models.fast_blas in this one.
+which would multiply by the BLAS of models.cpu.blas in this one.
 
 python -m pytest tests/test_kill_resume.py
 """
@@ -18,16 +18,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import pytest
+from safetensors.numpy import load_file
+
 import ppo_training
 import sft
 from tests.scripts import ROOT, call
 from tests.torch_models import random_llama
 from training.checkpoint_folders import last_checkpoint
 from training.metrics import read_metrics, read_samples
-
-import pytest
-from safetensors.numpy import load_file
 
 HERE = {"sft": sft, "ppo_training": ppo_training}
 KINDS: dict[str, list[Any]] = {"lora": [], "soft_prompt": ["--prompt-tuning"]}

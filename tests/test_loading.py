@@ -4,14 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import models.fast_blas
-import models.folders
-import models.loading
-from data.errors import UserError
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter
-from models.loading import load, resolve, twin
-from tests.architectures import ARCHITECTURES, build
-
 import huggingface_hub.constants
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +13,13 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import models.folders
+import models.loading
+from common.errors import UserError
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter
+from models.loading import load, resolve, twin
+from tests.architectures import ARCHITECTURES, build
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = mx.array([[1, 2, 3, 4]])

@@ -4,12 +4,12 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from tests import numpy_ppo
 from tests.frameworks import FRAMEWORKS
 from training.losses import pairwise_reward_loss, sft_loss
-
-import numpy as np
-import pytest
 
 BT = json.loads((Path(__file__).parent / "oracles/ppo_cases.json").read_text(encoding="utf-8"))["bt"]
 

@@ -1,11 +1,5 @@
 """The formulas of docs/which_mac.md: counts equal those of models that are built, peaks are met within a quarter."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter
-from models.grad_checkpoint import checkpoint_layers
-from tests import mac_memory
-from tests.mac_memory import SHAPES, Shape, activations, kv_cache, logits, lora_parameters, parameters
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -13,6 +7,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
+
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter
+from models.grad_checkpoint import checkpoint_layers
+from tests import mac_memory
+from tests.mac_memory import SHAPES, Shape, activations, kv_cache, logits, lora_parameters, parameters
 
 SMALL = Shape(64, 4, 192, 4, 2, 16, 500, True)
 MB = 1e6

@@ -8,11 +8,11 @@ import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from training.metrics import RunLog, figure, read_metrics, read_samples, resumed_config, start_run_folder
 from training.plots import PANELS, plot_panels, plot_run
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -3,10 +3,10 @@
 import random
 import time
 
-from data.errors import UserError
-from synth.near_duplicates import Duplicate, find_duplicates, normalise, rouge_l, tokens
-
 import pytest
+
+from common.errors import UserError
+from synth.near_duplicates import Duplicate, find_duplicates, normalise, rouge_l, tokens
 
 
 def plain_lcs(one, other):

@@ -2,10 +2,10 @@
 
 import itertools
 
-from synth.off_policy import effective_size, episode_values, value_interval
-
 import numpy as np
 import pytest
+
+from synth.evolution.off_policy import effective_size, episode_values, value_interval
 
 LOGGING, JUDGED = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
 

@@ -3,19 +3,20 @@
 import asyncio
 from random import Random
 
-from rewards.answers import answer_type
-from synth import offline_instructions, prompts
-from synth.cache import Cache
-from synth.completions import Ask
-from synth.offline_instructions import Sum, evolved, read_sum, starting, worded
-from synth.offline_teacher import SECTION, BadRequest, OfflineTeacher
-from synth.operators import OPERATORS
-from synth.structured import read_json_answer
-from synth.task import SHIPPED, load_task
-from synth.teacher import Teacher
-from tests.test_offline_teacher import body, text
-
 import pytest
+
+from rewards.answers import answer_type
+from synth import prompts
+from synth.evolution.operators import OPERATORS
+from synth.offline import instructions as offline_instructions
+from synth.offline.instructions import Sum, evolved, read_sum, starting, worded
+from synth.offline.server import SECTION, BadRequest, OfflineTeacher
+from synth.task import SHIPPED, load_task
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.completions import Ask
+from synth.teacher.structured import read_json_answer
+from tests.test_offline_teacher import body, text
 
 NUMBER = answer_type("number")
 PLAIN = "Add 12 and 7."

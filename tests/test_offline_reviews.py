@@ -4,7 +4,7 @@ from collections import Counter
 from random import Random
 
 from synth.examples import read_examples
-from synth.offline_reviews import LABELS, WORDS, Reviews
+from synth.offline.reviews import LABELS, WORDS, Reviews
 from synth.task import SHIPPED, load_task
 
 TASK = load_task(SHIPPED / "reviews.yaml")

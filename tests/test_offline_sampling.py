@@ -2,15 +2,15 @@
 
 import math
 
-from synth import prompts
-from synth.offline_sampling import FAVOURITES, sampling_of
-from synth.offline_teacher import OfflineTeacher
-from synth.prompts import TEMPLATES, NewSample, with_template
-from synth.structured import read_json_answer
-from synth.task import SHIPPED, load_task
-from tests.test_offline_teacher import body, truth
-
 import pytest
+
+from synth import prompts
+from synth.offline.sampling import FAVOURITES, sampling_of
+from synth.offline.server import OfflineTeacher
+from synth.prompts import TEMPLATES, NewSample, with_template
+from synth.task import SHIPPED, load_task
+from synth.teacher.structured import read_json_answer
+from tests.test_offline_teacher import body, truth
 
 SUMS = load_task(SHIPPED / "arithmetic.yaml")
 

@@ -14,18 +14,20 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
+from data.digits import DigitRule
 from rewards.answers import answer_type
-from rewards.digits import DigitRule
-from synth import offline_rules, prompts, structured
-from synth.cache import Cache
-from synth.completions import Ask, read_completion
-from synth.offline_teacher import BadRequest, OfflineTeacher
+from synth import prompts
+from synth.offline import rules as offline_rules
+from synth.offline.server import BadRequest, OfflineTeacher
 from synth.prompts import Keywords, NewSample, Pattern
 from synth.task import SHIPPED, Task, load_task
-from synth.teacher import Teacher
-
-import pytest
+from synth.teacher import structured
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.completions import Ask, read_completion
 
 ROOT = Path(__file__).resolve().parent.parent
 SUMS, DIGITS, FACTS = (load_task(SHIPPED / f"{name}.yaml") for name in ("arithmetic", "digits", "library_facts"))
@@ -368,7 +370,7 @@ def test_latency_is_kept():
 
 
 def test_the_command_prints_its_url_and_ends_with_its_starter():
-    command = [sys.executable, "-m", "synth.offline_teacher", "--error_rate", "0", "--until-stdin-closes"]
+    command = [sys.executable, "-m", "synth.offline", "--error_rate", "0", "--until-stdin-closes"]
     pipe = subprocess.PIPE
     server = subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
     assert server.stdout is not None
@@ -382,11 +384,11 @@ def test_the_command_prints_its_url_and_ends_with_its_starter():
 
 def test_importing_it_loads_neither_mlx_nor_torch():
     code = (
-        "import sys, synth.offline_teacher\n"
+        "import sys, synth.offline.server\n"
         "tops = {name.partition('.')[0] for name in sys.modules}\n"
         "loaded = tops & {'mlx', 'mlx_lm', 'torch', 'transformers'}\n"
         "assert not loaded, loaded\n"
-        "from synth.offline_teacher import parse_args\n"
+        "from synth.offline.server import parse_args\n"
         "parse_args(['--eror-rate', '1'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

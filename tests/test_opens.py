@@ -13,9 +13,17 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx_lm.server
+import pytest
+import torch
+from mlx.utils import tree_map
+from openai import OpenAI
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
 import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
+from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, save_adapter
 from models.folders import OPENING_ERRORS
 from models.generation import ChatSession, sample
@@ -27,15 +35,6 @@ from tests.conftest import tiny_random_folder
 from tests.flag_tables import PARSERS
 from tests.opens import COLUMNS, NO, OPENS, table
 from tests.scripts import call, with_words
-
-import mlx.core as mx
-import mlx_lm.server
-import pytest
-import torch
-from mlx.utils import tree_map
-from openai import OpenAI
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 PROMPT, LENGTH, PATIENCE = "2 4 6", 12, 60  # words, tokens, seconds
 TEXTS = (["2 4", "10"], [" 6 8", ""])
@@ -183,7 +182,7 @@ def client(made):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = "import models.fast_blas, mlx_lm.server as s; s.main()"
+    program = "import models.cpu; models.cpu.enable(); import mlx_lm.server as s; s.main()"
     command = [sys.executable, "-c", program, "--model", made.base, "--port", str(port)]
     own = {"HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"}  # compiling costs more than a few tokens gain
     process = subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.DEVNULL)

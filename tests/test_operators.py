@@ -4,16 +4,16 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+import pytest
+
 from synth import prompts
-from synth.evolution_reward import Gates, text_fault
-from synth.generate import Asking
-from synth.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
+from synth.evolution.judge import Gates, text_fault
+from synth.evolution.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
+from synth.pipeline.generate import Asking
 from synth.prompts import Instruction, Verdict
-from synth.structured import read_json_answer
+from synth.teacher.structured import read_json_answer
 from tests.scripted_teacher import said
 from tests.test_prompts_synth import ATTACK, outside
-
-import pytest
 
 ASKED: dict[str, Callable] = {name: partial(prompts.rewrite, name) for name in OPERATORS}
 ASKED["review"] = lambda text: prompts.review(text, text)

@@ -3,9 +3,15 @@
 import math
 from unittest.mock import Mock
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models import fast_compile
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten, tree_map
+
+from common.errors import UserError
 from training import optimizer as training_optimizer
 from training.muon import muon_step
 from training.optimizer import (
@@ -16,14 +22,6 @@ from training.optimizer import (
     restore_optimizer,
     update,
 )
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-import pytest
-import torch
-from mlx.utils import tree_flatten, tree_map
 
 
 class Net(nn.Module):
@@ -466,13 +464,13 @@ def test_a_state_that_does_not_fit_is_refused(change):
 # --- compiled ---
 
 
-def test_the_compiled_path_gives_the_same_and_follows_the_weights(monkeypatch):
+def test_the_compiled_path_gives_the_same_and_follows_the_weights(monkeypatch, compiling):
     net = Net()
     optimizer = make_optimizer(0.1, 10)
     optimizer.init(net.trainable_parameters())
-    monkeypatch.setattr(fast_compile, "pays", lambda: False)
+    monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: False)
     plain = loss_and_gradients(net, square_loss)
-    monkeypatch.setattr(fast_compile, "pays", lambda: True)
+    monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: True)
     compiled = loss_and_gradients(net, square_loss)
     assert type(compiled) is not type(plain)
     for seed in range(3):
@@ -483,9 +481,9 @@ def test_the_compiled_path_gives_the_same_and_follows_the_weights(monkeypatch):
         update(net, optimizer, loss, gradients, None)
 
 
-def test_compiled_dropout_is_drawn_anew_and_from_the_seed(monkeypatch):
+def test_compiled_dropout_is_drawn_anew_and_from_the_seed(monkeypatch, compiling):
     net = Net(dropout=0.5)
-    monkeypatch.setattr(fast_compile, "pays", lambda: True)
+    monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: True)
     compiled = loss_and_gradients(net, square_loss)
 
     def losses(seed):

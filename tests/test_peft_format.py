@@ -2,17 +2,6 @@
 
 import json
 
-import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models import torch_adapters
-from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, read_adapter, save_adapter
-from models.loading import load
-from models.peft_format import our_name, peft_name, peft_settings
-from models.value_head import new_value_head
-from tests.scripts import call, fails
-from tests.torch_models import random_llama
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -21,6 +10,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+import fuse
+from common.errors import UserError
+from models import torch_adapters
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, read_adapter, save_adapter
+from models.loading import load
+from models.peft_format import our_name, peft_name, peft_settings
+from models.value_head import new_value_head
+from tests.scripts import call, fails
+from tests.torch_models import random_llama
 
 TOKENS = [[1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3, 2, 1]]
 KEYS = ["self_attn.q_proj", "mlp.down_proj"]

@@ -2,14 +2,17 @@
 
 import itertools
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import read_json, write_json
-from synth.operators import ACTIONS
-from synth.policy import Batch, Constant, Learning, LinUCB, fixed, marginal
-from synth.policy_features import BUCKETS, LAST, SIZE, Situation, features
-from synth.policy_files import KINDS, load_policy, make_policy, save_policy
-from synth.policy_gradient import (
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from synth.evolution.features import BUCKETS, LAST, SIZE, Situation, features
+from synth.evolution.files import KINDS, load_policy, make_policy, save_policy
+from synth.evolution.gradient import (
     PPO,
     Network,
     Reinforce,
@@ -18,12 +21,8 @@ from synth.policy_gradient import (
     ppo_policy_loss,
     reinforce_loss,
 )
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from synth.evolution.operators import ACTIONS
+from synth.evolution.policy import Batch, Constant, Learning, LinUCB, fixed, marginal
 
 
 def some_batch(seed=0, episodes=8, choices=3, group=4):

@@ -5,16 +5,15 @@ difference lies above 0.
 
 from functools import cache
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from synth.operators import ACTIONS
-from synth.policy import Batch, Constant, Learning, fixed, marginal
-from synth.policy_features import Situation, features
-from synth.policy_files import KINDS
-from training import intervals
-from training.intervals import difference
-
 import numpy as np
 import pytest
+
+from synth.evolution.features import Situation, features
+from synth.evolution.files import KINDS
+from synth.evolution.operators import ACTIONS
+from synth.evolution.policy import Batch, Constant, Learning, fixed, marginal
+from training import intervals
+from training.intervals import difference
 
 SEEDS, STARTS, GROUP, ITERATIONS = 20, 32, 4, 25
 NOISE = 0.3

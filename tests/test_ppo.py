@@ -7,14 +7,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from tests import numpy_ppo
-from tests.frameworks import FRAMEWORKS
-from training import ppo
-
 import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+
+from tests import numpy_ppo
+from tests.frameworks import FRAMEWORKS
+from training import ppo
 
 ROOT = Path(__file__).parent.parent
 ORACLE = json.loads((ROOT / "tests/oracles/ppo_cases.json").read_text(encoding="utf-8"))

@@ -7,29 +7,28 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import ppo_training
-from models import fast_compile
-from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
-from models.loading import load
-from models.soft_prompt import soft_prompt_ids
-from models.value_head import Policy, ValueHead, forward, new_value_head
-from rewards.combined import Scored
-from rewards.digits import DigitRule
-from rewards.reward_model import load_reward_model
-from tests.scripts import call, fails
-from training import ppo, ppo_flags, ppo_step
-from training.checkpoint_folders import last_checkpoint
-from training.cli import Stopped
-from training.metrics import read_metrics, read_samples
-from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
-from training.rollout import Rollout, pack
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+
+import ppo_training
+from common.cli import Stopped
+from data.digits import DigitRule
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
+from models.loading import load
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import Policy, ValueHead, forward, new_value_head
+from rewards.combined import Scored
+from rewards.reward_model import load_reward_model
+from tests.scripts import call, fails
+from training import optimizer as training_optimizer
+from training import ppo, ppo_flags, ppo_step
+from training.checkpoint_folders import last_checkpoint
+from training.metrics import read_metrics, read_samples
+from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
+from training.rollout import Rollout, pack
 
 KINDS: dict[str, list[Any]] = {
     "lora": [],
@@ -779,7 +778,7 @@ class Toy(nn.Module):
         return self.lm_head(mx.tanh(self.embed_tokens(tokens)))
 
 
-def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monkeypatch):
+def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monkeypatch, compiling):
     mx.random.seed(0)
     policy = Policy(Toy(), ValueHead(4, std=1.0))
     packed = pack([[1, 2], [3], [4], [5, 6, 7]], [[8, 9], [10], [11, 12, 13], [14]], {15}, 0)
@@ -791,9 +790,9 @@ def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monk
     rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores)
     args = parse("--ground-truth-reward", "--batch-size", 4, "--mini-batch-size", 4)
     advantages, returns = ppo_step.advantages_and_returns(args, rollout, 0.0)
-    monkeypatch.setattr(fast_compile, "pays", lambda: False)
+    monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: False)
     plain = loss_and_gradients(policy, ppo_training.make_loss(args))
-    monkeypatch.setattr(fast_compile, "pays", lambda: True)
+    monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: True)
     compiled = loss_and_gradients(policy, ppo_training.make_loss(args))
     optimizer = make_optimizer(0.1, 10)
     optimizer.init(policy.trainable_parameters())

@@ -5,11 +5,17 @@ What is trained stays float32, and so does what is made of the logits.
 
 import json
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
 import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
 import sft
-from data.errors import UserError
+from common.errors import UserError
 from models.adapters import (
     AdapterConfig,
     adapter_weights,
@@ -28,13 +34,6 @@ from tests.test_ppo_training import Setting
 from training.losses import sft_loss
 from training.metrics import read_metrics
 from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.utils
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]])
 FAMILIES = ("llama-tied", "mixtral", "qwen3_moe", "qwen3_next", "gemma2", "phi", "gpt2")

@@ -4,12 +4,12 @@ import argparse
 import json
 from collections import Counter
 
-from data.errors import UserError
-from data.prompts import PromptPlan, digit_prompts, held_out_starts, read_prompts, starts
-from rewards.digits import DigitRule
-from training.ppo_step import Prompts
-
 import pytest
+
+from common.errors import UserError
+from data.digits import DigitRule, digit_prompts, held_out_starts, starts
+from data.prompts import PromptPlan, read_prompts
+from training.ppo_step import Prompts
 
 EVEN = DigitRule(increasing=True, multiple_of=2)
 RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 7)]

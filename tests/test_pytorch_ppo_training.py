@@ -8,20 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import ppo_training as mlx_script
-import pytorch_ppo_training as script
-from data.errors import UserError
-from models import torch_adapters, torch_loading
-from models.adapter_config import AdapterConfig
-from models.torch_policy import ValueHead
-from tests.scripts import ROOT, call, fails
-from tests.torch_models import random_llama
-from training.cli import Stopped
-from training.metrics import read_metrics, read_samples
-
 import pytest
 import torch
+
+import ppo_training as mlx_script
+import pytorch_ppo_training as script
+from common.cli import Stopped
+from common.errors import UserError
+from models import torch_adapters, torch_loading
+from models.adapter_config import AdapterConfig
+from models.torch_value_head import ValueHead
+from tests.scripts import ROOT, call, fails
+from tests.torch_models import random_llama
+from training.metrics import read_metrics, read_samples
 
 SMALL = ("--batch-size", 8, "--mini-batch-size", 4, "--max-completion-length", 6, "--device", "cpu", "--save-every", 1)
 RATE = ("--lr-schedule", "cosine", "--warmup-steps", 3)

@@ -2,13 +2,13 @@
 
 import json
 
-from data.batching import draw_pairs
-from data.errors import UserError
-from data.records import read_rows
-from data.sources import find_split
-
 import numpy as np
 import pytest
+
+from common.errors import UserError
+from data.batching import draw_pairs
+from data.records import read_rows
+from data.sources import find_split
 
 TEXT = [("text",)]
 SCORED = [("text", "reward"), ("chosen", "rejected")]

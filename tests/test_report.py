@@ -6,13 +6,13 @@ import json
 import re
 from html.parser import HTMLParser
 
-import synth.report
-from data.errors import UserError
-from synth.charts import curve, intervals, ticks
-from synth.report import as_script, margin_counts, rate_bins, rate_counts, read_run, samples, write_report
-from synth.stages import drop, kept, new_row, write_rows
-
 import pytest
+
+import synth.pipeline.report
+from common.errors import UserError
+from synth.pipeline.charts import curve, intervals, ticks
+from synth.pipeline.report import as_script, margin_counts, rate_bins, rate_counts, read_run, samples, write_report
+from synth.stages import drop, kept, new_row, write_rows
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!-- \u2028\u2029 {{rows}} {{end}} \"'& \ud800"
 
@@ -258,7 +258,7 @@ def test_every_control_and_picture_has_a_name(folder):
     assert all(
         svg.get("aria-hidden") == "true" or (svg["role"] == "img" and svg["aria-label"]) for svg in page.all("svg")
     )
-    text = synth.report.TEMPLATE.read_text()
+    text = synth.pipeline.report.TEMPLATE.read_text()
     labelled = re.findall(r"<label[^>]*>[^<]+<(?:input|select) id", text)
     assert len(labelled) == len(page.all("input")) + len(page.all("select")) == 5
     ids = [attrs["id"] for _, attrs in page.tags if "id" in attrs]
@@ -330,7 +330,7 @@ def test_a_file_that_cannot_be_read_is_named(folder, file, content, said):
 
 def test_the_command_writes_the_report_and_names_it(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report", str(folder)])
-    synth.report.main()
+    synth.pipeline.report.main()
     assert capsys.readouterr().out.strip() == str(folder / "report.html") and (folder / "report.html").is_file()
     for wrong, said in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no run")):
         with pytest.raises(UserError, match=said):

@@ -10,14 +10,14 @@ import random
 import tracemalloc
 from itertools import pairwise
 
-import synth.retrieval
-from benchmarks.retrieval import make_queries, overlap, write_library
-from data.errors import UserError
-from synth.retrieval import ENGINES, Index, best, build_index, cut, library_files, merge, words
-from synth.task import load_task
-
 import numpy as np
 import pytest
+
+import synth.pipeline.retrieval
+from benchmarks.retrieval import make_queries, overlap, write_library
+from common.errors import UserError
+from synth.pipeline.retrieval import ENGINES, Index, best, build_index, cut, library_files, merge, words
+from synth.task import load_task
 
 ANIMALS = ["the cat sat on the mat", "the dog sat", "a bird sang in the old tree", "Stones do not sing."]
 
@@ -66,7 +66,7 @@ def test_both_engines_give_the_same_scores_and_top_10(large):
 
 
 def test_the_engine_follows_the_size(animals, tmp_path, monkeypatch):
-    monkeypatch.setattr(synth.retrieval, "LARGE", 4)
+    monkeypatch.setattr(synth.pipeline.retrieval, "LARGE", 4)
     assert build_index(animals, tmp_path / "four").engine == "rank-bm25"
     write_rows(animals, [*ANIMALS, "one more"])
     assert build_index(animals, tmp_path / "five").engine == "bm25s"
@@ -208,7 +208,7 @@ def test_half_a_surrogate_pair_becomes_a_question_mark(tmp_path):
 
 
 def marker_time(folder):
-    return (folder / synth.retrieval.MARKER).stat().st_mtime_ns
+    return (folder / synth.pipeline.retrieval.MARKER).stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -232,7 +232,7 @@ def test_an_unchanged_library_is_opened_and_a_changed_one_indexed_anew(animals, 
 
 def test_an_unchanged_library_is_not_read(animals, tmp_path, monkeypatch):
     build_index(animals, tmp_path / "index")
-    monkeypatch.setattr(synth.retrieval, "_lines", None)
+    monkeypatch.setattr(synth.pipeline.retrieval, "_lines", None)
     assert build_index(animals, tmp_path / "index").search("bird")
 
 
@@ -251,9 +251,9 @@ def test_the_text_is_never_held_whole(tmp_path):
     line = " ".join(f"word{i}" for i in range(100))
     path = write_rows(tmp_path / "a.jsonl", [line] * 6000)
     (tmp_path / "out").mkdir()
-    with synth.retrieval.tqdm(disable=True) as bar:
+    with synth.pipeline.retrieval.tqdm(disable=True) as bar:
         tracemalloc.start()
-        synth.retrieval._write_passages({"a.jsonl": path}, tmp_path / "out", 200, 40, None, bar)
+        synth.pipeline.retrieval._write_passages({"a.jsonl": path}, tmp_path / "out", 200, 40, None, bar)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert path.stat().st_size > 4e6 and peak < 1e6

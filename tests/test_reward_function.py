@@ -5,11 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data.errors import UserError
-from rewards.function import checked, load_reward_function
-
 import numpy as np
 import pytest
+
+from common.errors import UserError
+from rewards.function import checked, load_reward_function
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -2,18 +2,17 @@
 
 import shutil
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
 import rewards.reward_model
-from data.errors import UserError
+from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import forward, new_value_head
 from rewards.reward_model import RewardModel, load_reward_model
-
-import mlx.core as mx
-import pytest
-from mlx.utils import tree_flatten
 
 PROMPTS = ["2 4", "2 4", "10", "-6 30 7", "2 4"]
 COMPLETIONS = [" 6 8 10", "", " 12 14 16 18 20 22 24", " 5", " 7"]

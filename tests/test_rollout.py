@@ -1,9 +1,9 @@
 """Packing sampled completions: masks, positions, EOS, empty completions."""
 
-from training.rollout import Rollout, has_eos, pack, through_eos
-
 import numpy as np
 import pytest
+
+from training.rollout import Rollout, has_eos, pack, through_eos
 
 EOS, OTHER_EOS, PAD = 2, 7, 0
 

@@ -2,17 +2,16 @@
 
 from collections import Counter
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models.adapters import AdapterConfig, attach_adapter, save_adapter
-from models.generation import sample
-from synth.cache import Cache
-from synth.rollouts import BaseModel, Rollout, draw, fingerprint, own_sampler, sample_shared
-from tests.architectures import build
-
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache
+
+from common.errors import UserError
+from models.adapters import AdapterConfig, attach_adapter, save_adapter
+from models.generation import sample
+from synth.pipeline.rollouts import BaseModel, Rollout, draw, fingerprint, own_sampler, sample_shared
+from synth.teacher.cache import Cache
+from tests.architectures import build
 
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
 

@@ -6,25 +6,25 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
 import ppo_training
 import sft
 from benchmarks.synth_kills import repeated
-from data.errors import UserError
-from data.files import read_json
+from common.errors import UserError
+from common.files import read_json
 from synth import run as module
-from synth import run_flags, trainer
-from synth.difficulty import model_name
-from synth.offline_teacher import OfflineTeacher
+from synth.offline.server import OfflineTeacher
+from synth.pipeline import flags as run_flags
+from synth.pipeline import trainer
+from synth.pipeline.difficulty import model_name
 from synth.stages import kept, load_rows
 from synth.task import load_task
 from tests.scripts import ROOT, call, fails, with_words
 from tests.test_difficulty import Adder
 from tests.test_task import save
 from training.metrics import read_metrics
-
-import pytest
 
 SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
 SUMS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 4]

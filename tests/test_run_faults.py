@@ -9,21 +9,20 @@ import hashlib
 import sys
 from collections import Counter
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import synth.teacher
-from data.files import read_json
+import pytest
+
+import synth.teacher.client
+from common.files import read_json
 from synth import run as module
-from synth.cache import Cache
-from synth.completions import SAMPLE_HEADER
-from synth.offline_teacher import OfflineTeacher
-from synth.pace import backoff
+from synth.offline.server import OfflineTeacher
 from synth.prompts import STAGES
 from synth.stages import kept, load_rows
+from synth.teacher.cache import Cache
+from synth.teacher.completions import SAMPLE_HEADER
+from synth.teacher.pace import backoff
 from tests.faulty_server import FaultyServer
 from tests.scripts import call
 from tests.test_difficulty import Adder
-
-import pytest
 
 PASSING = ["429", "429 seconds", "429 date", "500", "503", "drop", "slow", "html", "broken json", "half", "no choices"]
 PASSING += ["null choice", "list"]  # these fail once
@@ -89,7 +88,8 @@ class FailingTeacher(FaultyServer):
 @pytest.fixture
 def quick(monkeypatch):
     """Short waits, a base model without weights, and no training."""
-    monkeypatch.setattr(synth.teacher, "backoff", lambda attempt, base, asked=None: backoff(attempt, 0.02, asked))
+    client = synth.teacher.client
+    monkeypatch.setattr(client, "backoff", lambda attempt, base, asked=None: backoff(attempt, 0.02, asked))
     monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
     monkeypatch.setattr(module, "train", lambda *_: sys.exit(0))
 

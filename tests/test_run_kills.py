@@ -17,19 +17,18 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import pytest
+from tqdm import tqdm
+
 import ppo_training
 from benchmarks.synth_kills import repeated, tables
-from data.files import read_json
+from common.files import read_json
 from synth import run as module
-from synth import trainer
-from synth.offline_teacher import OfflineTeacher
+from synth.offline.server import OfflineTeacher
+from synth.pipeline import trainer
 from tests.scripts import with_words
 from tests.test_difficulty import Adder
 from training.metrics import read_metrics
-
-import pytest
-from tqdm import tqdm
 
 WORDS = [
     "--task",

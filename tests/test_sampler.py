@@ -1,9 +1,9 @@
 """The sampler: what can be set, what is refused, and how settings become numbers."""
 
-from data.errors import UserError
-from synth.sampler import METHODS, Sampler, Settings, Space, in_turn
-
 import pytest
+
+from common.errors import UserError
+from synth.tuning.sampler import METHODS, Sampler, Settings, Space, in_turn
 
 WIDE = Space((0.0, 2.0), (0.1, 1.0), ("plain", "varied", "careful"), METHODS)
 

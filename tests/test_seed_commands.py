@@ -14,17 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.files import read_json
+import pytest
+
+from common.files import read_json
+from data.digits import DigitRule
 from data.records import read_rows
 from models.adapter_config import HEAD_FILE
 from models.adapters import read_adapter
 from models.loading import load
-from rewards.digits import DigitRule
 from tests.scripts import ROOT, call, fails
 from training.metrics import read_metrics
-
-import pytest
 
 GENERATE = "python generate_digit_data.py --increasing --multiple-of 2 --num-samples 150 --noise 0.0"
 SFT = """python sft.py --model <path_to_model> \\

@@ -3,12 +3,12 @@
 import sys
 from collections import Counter
 
-from data.errors import UserError
-from synth import selection as module
-from synth.selection import Selection, select
-from synth.stages import drop, kept, load_rows, new_row, write_rows
-
 import pytest
+
+from common.errors import UserError
+from synth.pipeline import selection as module
+from synth.pipeline.selection import Selection, select
+from synth.stages import drop, kept, load_rows, new_row, write_rows
 
 
 def tried(*rates):

@@ -9,27 +9,26 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import sft
-from data.batching import encode_text
-from data.chat import render
-from data.errors import UserError
-from models import fast_compile
-from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
-from models.loading import load
-from models.soft_prompt import soft_prompt_ids
-from models.value_head import ScoringModel, new_value_head
-from tests.scripts import ROOT, call, fails
-from training.cli import Stopped
-from training.metrics import read_metrics
-from training.objectives import LanguageModelling, RewardModelling
-from training.plots import plot_run
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+
+import sft
+from common.cli import Stopped
+from common.errors import UserError
+from data.batching import encode_text
+from data.chat import render
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
+from models.loading import load
+from models.soft_prompt import soft_prompt_ids
+from models.value_head import ScoringModel, new_value_head
+from tests.scripts import ROOT, call, fails
+from training import optimizer
+from training.metrics import read_metrics
+from training.objectives import LanguageModelling, RewardModelling
+from training.plots import plot_run
 
 SPLITS = ("train", "valid", "test")
 TIMES = ("steps_per_second",)
@@ -294,7 +293,7 @@ def test_training_goes_on_with_dropout_after_an_evaluation(flags, monkeypatch):
         return real(self, module, *arrays)
 
     monkeypatch.setattr(LanguageModelling, "loss", recorded)
-    monkeypatch.setattr(fast_compile, "pays", lambda: False)  # a compiled loss is called once a shape
+    monkeypatch.setattr(optimizer, "compiling_pays", lambda: False)  # a compiled loss is called once a shape
     call(sft.main, *flags("--train", "--val-batches", 1, "--lora-dropout", 0.1))
     # Validation before step 1, after steps 4 and 6, and of everything (5 batches) at the end.
     assert modes == [False, *[True] * 4, False, *[True] * 2, False, *[False] * 5]

@@ -1,9 +1,14 @@
 """Soft prompts: rows with ids of their own, which leave the model as it was, learn alone, and are never sampled."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
 import sft
-from data.errors import UserError
-from data.files import read_json, write_json
+from common.errors import UserError
+from common.files import read_json, write_json
 from models.adapters import AdapterConfig, attach_adapter
 from models.generation import sample
 from models.soft_prompt import (
@@ -18,12 +23,6 @@ from models.value_head import forward
 from tests.architectures import ARCHITECTURES, VOCABULARY, build
 from tests.conftest import tiny_random_folder
 from tests.scripts import fails
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten, tree_unflatten
 
 TOKENS = mx.array([[1, 2, 3, 0, VOCABULARY - 1], [5, 5, 5, 5, 5]])
 SOFT_PROMPT = AdapterConfig("soft_prompt", num_prompt_tokens=4)

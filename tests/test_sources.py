@@ -6,13 +6,13 @@ import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 import data.sources
-from data.errors import UserError
+from common.errors import UserError
 from data.prompts import read_answers, read_prompts
 from data.records import located_rows, read_rows
 from data.sources import Split, contents, find_split, is_hub_name, saved_splits, whole
-
-import pytest
 
 ROWS = [{"Input": f"question {n}", "Output": f"answer {n}"} for n in range(20)]
 PAIR = [("prompt", "completion")]

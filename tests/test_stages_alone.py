@@ -6,18 +6,17 @@ python -m pytest tests/test_stages_alone.py
 import json
 import sys
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import pytest
+
 import ppo_training
-from data.files import read_json
-from synth import difficulty, generate, selection, trainer, verify
+from common.files import read_json
 from synth import run as whole
-from synth import train as alone
-from synth.offline_teacher import OfflineTeacher
+from synth.offline.server import OfflineTeacher
+from synth.pipeline import difficulty, generate, selection, trainer, verify
+from synth.pipeline import train as alone
 from synth.stages import kept, load_rows
 from tests.scripts import call, fails
 from tests.test_difficulty import Adder
-
-import pytest
 
 TASK = ["--task", "synth/tasks/arithmetic.yaml"]
 VOTES, TRIES = ["--votes", 3], ["--rollouts", 2, "--most-rollouts", 2, "--wanted", 12, "--rounds", 1]
@@ -88,7 +87,7 @@ def test_the_last_stage_trains_chooses_evaluates_and_goes_on(tmp_path, tiny_fold
         read_json(folder / "checkpoints.json")["held_out"] == 2
         and read_json(folder / "evaluation.json")["questions"] == 1
     )
-    assert started == [("ppo_training.py", f"python -m synth.train --resume {folder}")]
+    assert started == [("ppo_training.py", f"python -m synth.pipeline.train --resume {folder}")]
     assert "report: " in capsys.readouterr().out and (folder / "report.html").is_file()
     call(alone.main, "--resume", folder)
     assert len(started) == 1 and "training: finished before" in capsys.readouterr().out

@@ -12,10 +12,12 @@ import sys
 import time
 from itertools import islice
 
-import models.fast_blas
+import mlx.core as mx
+import pytest
+
 import models.generation
 import talk_to_model
-from data.errors import UserError
+from common.errors import UserError
 from data.examples import LANGUAGE_ROWS, language_examples
 from data.records import read_rows
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
@@ -24,9 +26,6 @@ from models.loading import load
 from models.value_head import new_value_head
 from tests.architectures import build
 from tests.scripts import ROOT, call, fails
-
-import mlx.core as mx
-import pytest
 
 # A dialogue in words of the tiny tokenizer.
 TEMPLATE = (

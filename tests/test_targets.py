@@ -5,16 +5,15 @@ import math
 import shutil
 from functools import partial
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import sft
-from data.errors import UserError
-from synth import targets
-from synth.targets import SftTarget, call_target, load_target, sft_row, takes_validation
-from synth.task import SHIPPED, load_task
-from tests.scripts import call
-
 import numpy as np
 import pytest
+
+import sft
+from common.errors import UserError
+from synth.task import SHIPPED, load_task
+from synth.tuning import targets
+from synth.tuning.targets import SftTarget, call_target, load_target, sft_row, takes_validation
+from tests.scripts import call
 
 DIGITS = load_task(SHIPPED / "digits.yaml")
 ROWS = [{"input": "8", "output": "20 22 30 36"}, {"input": "14", "output": "18 24 40 52"}]

@@ -6,15 +6,15 @@ import sys
 import types
 from typing import Any
 
-import synth.reasoning_gym_tasks as gym
-from data.errors import UserError
+import pytest
+
+import synth.pipeline.reasoning_gym_tasks as gym
+from common.errors import UserError
+from data.digits import DigitRule
 from data.sources import INSTALL_ARROW
-from rewards.digits import DigitRule
 from rewards.function import load_reward_function
 from synth.examples import read_examples
 from synth.task import KNOWN_KEYS, SHIPPED, load_task, task_from_flags
-
-import pytest
 
 NAMES = (
     *("arithmetic", "cfa", "cqa", "digits", "gpqa", "gsm8k", "library_facts", "logiqa", "math", "mednli", "medqa"),

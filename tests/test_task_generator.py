@@ -3,17 +3,17 @@
 import json
 from argparse import Namespace
 
-from data.errors import UserError
-from data.files import read_json
+import pytest
+
+from common.errors import UserError
+from common.files import read_json
 from rewards.answers import answer_type
 from synth.prompts import TEMPLATES, NewSample
-from synth.sampler import METHODS, Sampler, Settings, Space
 from synth.task import SHIPPED, Task, load_task
-from synth.task_generator import REPEATED, TaskGenerator, task_generator, teacher_args
+from synth.tuning.sampler import METHODS, Sampler, Settings, Space
+from synth.tuning.task_generator import REPEATED, TaskGenerator, task_generator, teacher_args
 from tests.faulty_server import FaultyServer, completion
 from tests.scripted_teacher import said, sample, section, stage_of
-
-import pytest
 
 DEMOS = [{"input": "3 + 4 =", "output": "7"}, {"input": "12 + 7 =", "output": "19"}]
 TASK = Task("sums", "Add the two whole numbers.", answer=answer_type("number"), demos=DEMOS)

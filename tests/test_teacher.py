@@ -11,17 +11,17 @@ import time
 from email.utils import formatdate
 from pathlib import Path
 
-from data.errors import UserError
-from synth import structured
-from synth.cache import Cache
-from synth.completions import SAMPLE_HEADER, Ask, read_completion
-from synth.limits import Cost, LimitReached, Limits, count_tokens
-from synth.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
-from synth.teacher import OPENAI_URL, EndpointDown, Teacher
-from tests.faulty_server import FaultyServer, completion, error
-
 import pytest
 from pydantic import BaseModel, Field, field_validator
+
+from common.errors import UserError
+from synth.teacher import structured
+from synth.teacher.cache import Cache
+from synth.teacher.client import OPENAI_URL, EndpointDown, Teacher
+from synth.teacher.completions import SAMPLE_HEADER, Ask, read_completion
+from synth.teacher.limits import Cost, LimitReached, Limits, count_tokens
+from synth.teacher.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
+from tests.faulty_server import FaultyServer, completion, error
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-secret-0123456789"
@@ -556,8 +556,8 @@ def test_a_teacher_serves_one_event_loop(tmp_path):
 
 CHILD = """
 import asyncio, sys
-from synth.cache import Cache
-from synth.teacher import Ask, Teacher
+from synth.teacher.cache import Cache
+from synth.teacher.client import Ask, Teacher
 
 async def main(url, path):
     with Cache(path) as cache:

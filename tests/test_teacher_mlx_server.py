@@ -10,12 +10,12 @@ import time
 import urllib.error
 import urllib.request
 
-from synth.cache import Cache
-from synth.completions import Ask
-from synth.prompts import NewSample
-from synth.teacher import Teacher
-
 import pytest
+
+from synth.prompts import NewSample
+from synth.teacher.cache import Cache
+from synth.teacher.client import Teacher
+from synth.teacher.completions import Ask
 
 PATIENCE = 60  # seconds
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -34,7 +34,7 @@ def server(tiny_folder):
     command = [
         sys.executable,
         "-c",
-        "import models.fast_blas, mlx_lm.server as s; s.main()",
+        "import models.cpu; models.cpu.enable(); import mlx_lm.server as s; s.main()",
         "--model",
         str(tiny_folder),
     ]

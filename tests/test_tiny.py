@@ -10,14 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models import tiny
-from models.tiny import BOS, EOS, PAD, RECIPES, UNK, build, build_tokenizer, recipe_key
-from models.tiny_measures import measure_digits, measure_sums
-from models.tiny_texts import HELD_OUT_STARTS, INCREASING
-from tests.conftest import tiny_random_folder
-
 import mlx.core as mx
 import mlx_lm
 import numpy as np
@@ -25,6 +17,13 @@ import pytest
 import torch
 from mlx.utils import tree_flatten
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import UserError
+from models import tiny
+from models.tiny import BOS, EOS, PAD, RECIPES, UNK, build, build_tokenizer, recipe_key
+from models.tiny_measures import measure_digits, measure_sums
+from models.tiny_texts import HELD_OUT_STARTS, INCREASING
+from tests.conftest import tiny_random_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = RECIPES["tiny-digits"]

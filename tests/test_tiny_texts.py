@@ -2,12 +2,12 @@
 
 import re
 
+import numpy as np
+import pytest
+
 from models.tiny import BOS, EOS, PAD, RECIPES, WORD_END, _batches, build_tokenizer
 from models.tiny_texts import FORGOTTEN_CARRIES, _sum_with_slips, is_held_out_sum, operand, sums
 from synth.task import SHIPPED, load_task
-
-import numpy as np
-import pytest
 
 ARITHMETIC = RECIPES["tiny-arithmetic"]
 EVALUATION = load_task(SHIPPED / "arithmetic.yaml").evaluation

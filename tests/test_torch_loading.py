@@ -1,14 +1,13 @@
 """Opening a model in PyTorch: a folder that lacks a weight is named, where transformers would draw it at random."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models.torch_loading import load
-from tests.torch_models import random_llama
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
+
+from common.errors import UserError
+from models.torch_loading import load
+from tests.torch_models import random_llama
 
 CPU = torch.device("cpu")
 

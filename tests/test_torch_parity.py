@@ -5,10 +5,17 @@ What is compared are the scripts' own stages, ppo_training.py against pytorch_pp
 
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+from mlx.utils import tree_flatten, tree_unflatten
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
+
 import ppo_training as mlx_script
 import pytorch_ppo_training as torch_script
-from data.errors import UserError
+from common.errors import UserError
 from models import (
     adapters,
     generation,
@@ -17,23 +24,16 @@ from models import (
     torch_adapters,
     torch_generation,
     torch_loading,
-    torch_policy,
     torch_soft_prompt,
     value_head,
 )
+from models import torch_value_head as torch_policy
 from models.adapter_config import AdapterConfig
+from rewards.digits import digit_reward
 from rewards.reward_model import load_reward_model
 from rewards.torch_reward_model import load_reward_model as load_torch_reward_model
 from tests.torch_models import TOKENIZER, random_llama
 from training import optimizer, ppo, ppo_flags, ppo_step, torch_optimizer
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-import torch
-from mlx.utils import tree_flatten, tree_unflatten
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
@@ -121,7 +121,7 @@ class Side:
     def roll_out(self, monkeypatch, completions):
         monkeypatch.setattr(self.script, "sample", lambda *_: completions)
         source = self.loaded.tokenizer if self.is_mlx else self.loaded
-        reward = ppo_step.digit_rule(self.args).reward
+        reward = digit_reward(ppo_step.digit_rule(self.args))
         return self.script.roll_out(
             self.args, self.trainee, self.reference, source, TEXTS, reward, ppo.RunningMoments()
         )

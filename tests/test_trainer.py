@@ -4,16 +4,16 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from data.files import read_json, write_json
+import pytest
+
+from common.files import read_json, write_json
 from models.adapters import CONFIG_FILE
 from rewards.answers import answer_type
-from synth import trainer
+from synth.pipeline import trainer
+from synth.pipeline.trainer import choose_checkpoint, evaluate, evaluation_line
 from synth.stages import new_row
 from synth.task import Task
-from synth.trainer import choose_checkpoint, evaluate, evaluation_line
 from training.intervals import agresti_min, wilson
-
-import pytest
 
 STORE: Any = None  # completions are given, not drawn
 ARGS = Namespace(model=None, base_model="base", base_adapter=None)

@@ -6,21 +6,20 @@ import subprocess
 import sys
 import threading
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx_lm
+import pytest
+
 import ppo_training
 from data.batching import encode_prompt
 from models.adapters import read_adapter
-from models.fused import check_free
+from models.export.fused import check_free
 from models.loading import load
 from rewards.build import build_reward
 from tests.scripts import ROOT, fails, with_words
 from training import ppo_step
 from training.metrics import read_metrics, resumed_config
 from training.transformer_lab import own_flags, reader_line
-
-import mlx.core as mx
-import mlx_lm
-import pytest
 
 # What its trainer looks for in every line of stdout and stderr together.
 STEP = re.compile(r"Step - (\d+)")

@@ -9,15 +9,16 @@ import subprocess
 import sys
 import time
 
-import models.fast_blas  # noqa: F401  (before mlx)
-import sft
-from data.files import read_json
-from synth import targets, tune, tuner_log
-from synth.tuner_config import load_config
-from tests.scripts import ROOT, call, fails
-
 import pytest
 import yaml
+
+import sft
+from common.files import read_json
+from synth import tune
+from synth.tuning import log as tuner_log
+from synth.tuning import targets
+from synth.tuning.config import load_config
+from tests.scripts import ROOT, call, fails
 
 EXAMPLES = ROOT / "synth" / "tuner_examples"
 DOCS = (ROOT / "docs" / "tuner.md").read_text(encoding="utf-8")

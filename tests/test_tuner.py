@@ -5,24 +5,23 @@ import os
 import signal
 from dataclasses import asdict
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from data.files import read_json
-from synth import tuner_log
-from synth.policy_agents import PolicyAgent
-from synth.prompts import TEMPLATES
-from synth.sampler import METHODS, Results, Sampler, Settings
-from synth.tuner import FRESH, RLTuner, make_agent
-from synth.tuner_agents import Outcome
-from synth.tuner_config import config_from
-from synth.tuner_log import Iteration, batch_features, panels
-from tests.faulty_server import FaultyServer
-from tests.test_task_generator import new_sums
-from training.cli import Stopped
-from training.metrics import read_metrics
-
 import pytest
 from safetensors.numpy import load_file
+
+from common.cli import Stopped
+from common.errors import UserError
+from common.files import read_json
+from synth.prompts import TEMPLATES
+from synth.tuning import log as tuner_log
+from synth.tuning.agents import Outcome
+from synth.tuning.config import config_from
+from synth.tuning.gradient_agents import PolicyAgent
+from synth.tuning.log import Iteration, batch_features, panels
+from synth.tuning.sampler import METHODS, Results, Sampler, Settings
+from synth.tuning.tuner import FRESH, RLTuner, make_agent
+from tests.faulty_server import FaultyServer
+from tests.test_task_generator import new_sums
+from training.metrics import read_metrics
 
 CHOICES = {"templates": ["plain", "careful"], "methods": list(METHODS)}
 

@@ -4,12 +4,12 @@ import json
 import sys
 from collections import Counter
 
-from data.errors import UserError
-from synth.sampler import METHODS, Settings, Space
-from synth.tuner_agents import Defaults, Outcome, RandomSearch, TreeParzen, rng_from, rng_state
-
 import numpy as np
 import pytest
+
+from common.errors import UserError
+from synth.tuning.agents import Defaults, Outcome, RandomSearch, TreeParzen, rng_from, rng_state
+from synth.tuning.sampler import METHODS, Settings, Space
 
 SPACE = Space((0.0, 2.0), (0.1, 1.0), ("plain", "careful"), METHODS)
 PLAIN = Space((0.0, 2.0), (0.1, 1.0))

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from data.errors import UserError
-from data.files import read_json, write_json
-from synth.prompts import TEMPLATES
-from synth.sampler import Settings, Space
-from synth.tuner_config import Config, RLTuningConfig, config_from, load_config
-
 import pytest
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from synth.prompts import TEMPLATES
+from synth.tuning.config import Config, RLTuningConfig, config_from, load_config
+from synth.tuning.sampler import Settings, Space
 
 
 def test_the_defaults_are_the_specified_ones():
@@ -39,7 +39,7 @@ def test_yaml_is_read_with_its_paths_relative_to_it(tmp_path):
 def test_templates_of_ones_own(tmp_path):
     own = {"plain": "{request}", "brief": "{request} Be brief."}
     assert config_from({"templates": own}, "x").space.templates == ("plain", "brief")
-    assert load_config(Path("synth/tuner_examples/digits.yaml")).rl_tuning.enable_rl_tuning
+    assert load_config(Path("synth/tuning/examples/digits.yaml")).rl_tuning.enable_rl_tuning
 
 
 @pytest.mark.parametrize(

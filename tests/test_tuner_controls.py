@@ -1,14 +1,13 @@
 """The arithmetic of the tuner's benchmark, and a cell of each kind."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import pytest
+
 from benchmarks import tuner_controls as module
 from benchmarks.tuner_controls import cell_path, compared, holm, quality, run_cell, sign_flip, table
-from data.files import read_json, write_json
-from synth.sampler import Settings
+from common.files import read_json, write_json
+from synth.tuning.sampler import Settings
 from tests.scripts import call, fails
 from training import intervals
-
-import pytest
 
 
 def test_the_exact_test_by_hand():

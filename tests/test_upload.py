@@ -6,20 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fuse
-import models.fast_blas  # noqa: F401  (before mlx)
-import sft
-from data.files import read_json, write_json
-from models.model_card import PROVENANCE_FILE, provenance_of, write_card
-from tests.flag_tables import parser_of
-from tests.scripts import call, fails, with_words
-from tests.upload_server import HubServer
-from training.cli import run
-
 import huggingface_hub.utils._http
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
+
+import fuse
+import sft
+from common.cli import run
+from common.files import read_json, write_json
+from models.export.model_card import PROVENANCE_FILE, provenance_of, write_card
+from tests.flag_tables import parser_of
+from tests.scripts import call, fails, with_words
+from tests.upload_server import HubServer
 
 TOKEN = "hf_secret_of_the_test"
 NAME = "alice/digits"

@@ -1,7 +1,12 @@
 """Hidden states, logits at positions and the value head, over the families of mlx-lm."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter
 from models.soft_prompt import add_soft_prompt
 from models.value_head import (
@@ -16,12 +21,6 @@ from models.value_head import (
     save_value_head,
 )
 from tests.architectures import ARCHITECTURES, VOCABULARY, build
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16, 17]])
 POSITIONS = mx.array([[0, 6, 3], [5, 5, 1]])

@@ -7,16 +7,16 @@ import random
 import sys
 from dataclasses import replace
 
-from data.errors import UserError
+import pytest
+
+from common.errors import UserError
 from rewards.answers import answer_type
-from synth import verify as module
+from synth.pipeline import verify as module
+from synth.pipeline.verify import Ballot, Voting, drop_duplicates, verify
 from synth.stages import kept, load_rows, new_row, write_rows
 from synth.task import Task, load_task
-from synth.verify import Ballot, Voting, drop_duplicates, verify
 from tests.faulty_server import FaultyServer, completion
 from tests.scripted_teacher import ScriptedTeacher, said, section, stage_of
-
-import pytest
 
 NUMBER = answer_type("number")
 TASK = Task("sums", "Add the two whole numbers.", answer=NUMBER)

@@ -6,11 +6,10 @@ folder = random_llama(tmp_path)
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from models.tiny import RECIPES, build_tokenizer
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from models.tiny import RECIPES, build_tokenizer
 
 TOKENIZER = build_tokenizer(RECIPES["tiny-digits"])
 

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
-from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
-from training.optimizer import optimizer_arrays, restore_optimizer
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
+
+from common.errors import UserError
+from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
+from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
+from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
+from training.optimizer import optimizer_arrays, restore_optimizer
 
 
 @dataclass

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.files import atomic_folder, read_json, write_json
+from common.errors import UserError
+from common.files import atomic_folder, read_json, write_json
 
 STATE_FILE = "state.json"
 KEPT = 2  # newest checkpoints, where nothing else is said

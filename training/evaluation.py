@@ -7,7 +7,10 @@ models is better on the same prompts.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
 from data.batching import encode_prompt
 from data.decoding import completion_texts
 from models.generation import sample
@@ -17,10 +20,6 @@ from rewards.combined import Reward, score
 from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
 from training.rollout import pack
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 
 
 class Evaluation(NamedTuple):

@@ -16,11 +16,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from data.files import atomic_file, read_json, write_json
-from training.trackers import check_tracker, open_tracker
-
 from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import atomic_file, read_json, write_json
+from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
 ESCAPED = "backslashreplace"  # half a surrogate pair, which no file can hold, becomes \\udXXX, as JSON writes it
@@ -109,7 +109,7 @@ class RunLog:
 
 
 def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter keeps of the run that made it: script, flags, and its last figures (models.model_card)."""
+    """What an adapter keeps of the run that made it: script, flags, and its last figures (models.export.model_card)."""
     numbers = {name: _finite(value) for name, value in figures.items() if isinstance(value, int | float)}
     return {"script": script, "flags": dict(flags), "figures": numbers}
 

@@ -7,17 +7,16 @@ comes at a step, what its loss is, and which batches evaluate it.
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple, Protocol
 
-import models.fast_blas  # noqa: F401  (before mlx)
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from common.errors import UserError
 from data.batching import BatchPlan, Example, collate, draw_pairs, in_order, num_targets, truncate
-from data.errors import UserError
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
 from data.records import located, located_rows
 from data.sources import Source
 from training.losses import pairwise_reward_loss, sft_loss
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 
 
 class Figures(NamedTuple):

@@ -3,18 +3,16 @@
 import math
 from collections.abc import Callable
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models import fast_compile
-from training.muon import muon_step
-from training.optimizer_groups import belongs_to_first, groups
-
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import build_schedule
+
+from common.errors import UserError
+from training.muon import muon_step
+from training.optimizer_groups import belongs_to_first, groups
 
 SCHEDULES = ("constant", "linear", "cosine")
 BLOCK = 2**15  # weights: five arrays of them fit a core's cache
@@ -200,6 +198,11 @@ def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dic
     optimizer.state = tree_unflatten(list(arrays.items()))
 
 
+def compiling_pays() -> bool:
+    """Whether mx.compile is worth its first call: on a GPU. On CPU it runs a C++ compiler for little gain."""
+    return mx.default_device() == mx.Device(mx.gpu)
+
+
 def loss_and_gradients(module: nn.Module, loss_function: Callable) -> Callable:
     """`nn.value_and_grad`, compiled where it pays.
 
@@ -209,7 +212,7 @@ def loss_and_gradients(module: nn.Module, loss_function: Callable) -> Callable:
     def with_module(*arrays):
         return nn.value_and_grad(module, loss_function)(module, *arrays)
 
-    if not fast_compile.pays():
+    if not compiling_pays():
         return with_module
 
     def without_traces(*arrays):

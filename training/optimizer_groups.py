@@ -1,6 +1,6 @@
 """Which optimizer a weight is trained by, and at which rate: the same in both frameworks."""
 
-from data.errors import UserError
+from common.errors import UserError
 
 OPTIMIZERS = ("adam", "muon")
 HEAD_RATE = 1e-3  # of a value head beside an adapter, at most: a linear layer does not need a soft prompt's rates

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.files import atomic_file
+from common.files import atomic_file
 from training.metrics import read_metrics
 
 # One panel per entry: its title, and the metrics drawn in it by their label.

@@ -3,26 +3,28 @@
 import argparse
 from pathlib import Path
 
-from data.errors import UserError
+from common.errors import UserError
+from common.parser import Collect, Parser, boolean, positive
+from data.flags import add_feature_flags
 from data.sources import is_hub_name
 from rewards.combined import reward_weights
-from training import config
+from training.flags import PPO_OPTIMIZERS, add_adapter_flags, add_optimizer_flags, add_run_flags, optimizer_and_rate
 from training.optimizer_groups import HEAD_RATE
 from training.ppo import KL_KINDS
 
 ADVANTAGES = ("gae", "group", "rloo")
 
 
-def ppo_parser(description: str | None) -> config.Parser:
+def ppo_parser(description: str | None) -> Parser:
     """The parser of both PPO scripts. Its page in docs/ says where a default is not the walkthrough's."""
-    parser = config.Parser(description)
+    parser = Parser(description)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     add_reward_flags(parser)
     _add_score_flags(parser)
     _add_prompt_flags(parser)
     _add_ppo_flags(parser)
     _add_kl_flags(parser)
-    config.add_adapter_flags(parser, dropout=0.0)
+    add_adapter_flags(parser, dropout=0.0)
     group = parser.add_argument_group("weights")
     group.add_argument(
         "--save-file",
@@ -33,24 +35,24 @@ def ppo_parser(description: str | None) -> config.Parser:
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
-    optimizer = config.add_optimizer_flags(parser, config.PPO_OPTIMIZERS, schedule="linear")
+    optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS, schedule="linear")
     optimizer.add_argument(
         "--value-head-learning-rate",
         "--critic-learning-rate",
         type=float,
         help=f"of the value head (default: --learning-rate, but at most {HEAD_RATE:g})",
     )
-    config.add_run_flags(parser)
+    add_run_flags(parser)
     return parser
 
 
-def add_reward_flags(parser: config.Parser) -> None:
+def add_reward_flags(parser: Parser) -> None:
     """Where scores come from."""
     group = parser.add_argument_group("reward (one of the first four, or several with --reward-weights)")
     group.add_argument("--ground-truth-reward", action="store_true", help="score by the digit rule")
-    group.add_argument("--reward-model", metavar="DIR", nargs="+", action=config.Collect,
+    group.add_argument("--reward-model", metavar="DIR", nargs="+", action=Collect,
                        help="score by a reward model: a fused folder, or an adapter; or by several")  # fmt: skip
-    group.add_argument("--reward-function", metavar="FILE.py:NAME", nargs="+", action=config.Collect,
+    group.add_argument("--reward-function", metavar="FILE.py:NAME", nargs="+", action=Collect,
                        help="score by your own f(prompts, completions), or by several")  # fmt: skip
     group.add_argument(
         "--answer", metavar="TYPE", help='score 1 for the "answer" of the prompt\'s row; number, say, or {type: ...}'
@@ -59,14 +61,14 @@ def add_reward_flags(parser: config.Parser) -> None:
         "--reward-weights",
         metavar="NAME=WEIGHT",
         nargs="+",
-        action=config.Collect,
+        action=Collect,
         help="score by the weighted sum of the rewards given: digit_rule, answer, a function's or folder's name",
     )
     group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
     group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
 
 
-def _add_score_flags(parser: config.Parser) -> None:
+def _add_score_flags(parser: Parser) -> None:
     group = parser.add_argument_group("score")
     group.add_argument("--missing-eos-penalty", type=float, default=0.0, help="taken off a score without an EOS")
     group.add_argument("--score-clip", type=float, default=0.0, help="hold scores within ± this; 0: don't")
@@ -85,10 +87,10 @@ def add_prompt_source(group: argparse._ActionsContainer) -> None:
         metavar="FILE.jsonl",
         help='rows with "prompt" or "messages", or a data set (default: starts of the digit rule)',
     )
-    config.add_feature_flags(group, ("prompt", "chat", "answer"))
+    add_feature_flags(group, ("prompt", "chat", "answer"))
 
 
-def _add_prompt_flags(parser: config.Parser) -> None:
+def _add_prompt_flags(parser: Parser) -> None:
     group = parser.add_argument_group("rollout")
     add_prompt_source(group)
     group.add_argument("--batch-size", type=int, default=128, help="completions a step")
@@ -100,7 +102,7 @@ def _add_prompt_flags(parser: config.Parser) -> None:
     )
 
 
-def _add_ppo_flags(parser: config.Parser) -> None:
+def _add_ppo_flags(parser: Parser) -> None:
     group = parser.add_argument_group("PPO")
     group.add_argument("--advantage", choices=ADVANTAGES, default="gae", help="gae (value head), group (GRPO) or rloo")
     group.add_argument("--num-generations", type=int, default=8, help="completions a prompt, for group and rloo")
@@ -123,10 +125,10 @@ def _add_ppo_flags(parser: config.Parser) -> None:
     group.add_argument("--ratio-threshold", type=float, default=10.0, help="skip a mini batch of a higher mean ratio")
 
 
-def _add_kl_flags(parser: config.Parser) -> None:
+def _add_kl_flags(parser: Parser) -> None:
     group = parser.add_argument_group("KL to the reference policy")
     group.add_argument("--init-kl-coef", type=float, default=0.01, help="penalty per nat, in score units")
-    group.add_argument("--adap-kl-ctrl", type=config.boolean, default=True, nargs="?", const=True,
+    group.add_argument("--adap-kl-ctrl", type=boolean, default=True, nargs="?", const=True,
                        help="adapt the coefficient to --target (True or False)")  # fmt: skip
     group.add_argument("--target", type=float, default=6.0, help="KL aimed at, nats per completion")
     group.add_argument("--horizon", type=float, default=2000, help="completions over which it adapts")
@@ -135,7 +137,7 @@ def _add_kl_flags(parser: config.Parser) -> None:
 
 def check_reward(args: argparse.Namespace) -> None:
     """Raise UserError unless one reward is named, or several and the weight of each."""
-    config.positive("multiple-of", args.multiple_of)
+    positive("multiple-of", args.multiple_of)
     reward_weights(args)
     if args.answer and not args.prompts:
         raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')
@@ -148,10 +150,10 @@ def check(args: argparse.Namespace) -> None:
     check_reward(args)
     for name in ("batch-size", "mini-batch-size", "gradient-accumulation-steps", "ppo-epochs", "num-steps",
                  "max-completion-length", "temperature", "save-every", "horizon", "target"):  # fmt: skip
-        config.positive(name, getattr(args, name.replace("-", "_")))
+        positive(name, getattr(args, name.replace("-", "_")))
     for name in ("init-kl-coef", "clip-range", "value-clip-range", "vf-coef", "target-kl", "score-clip",
                  "steps-per-samples"):  # fmt: skip
-        config.positive(name, getattr(args, name.replace("-", "_")), zero=True)
+        positive(name, getattr(args, name.replace("-", "_")), zero=True)
     pieces = args.gradient_accumulation_steps
     _check_divides("batch-size", args.batch_size, "mini-batch-size", args.mini_batch_size)
     _check_divides("mini-batch-size", args.mini_batch_size, "gradient-accumulation-steps", pieces)
@@ -161,7 +163,7 @@ def check(args: argparse.Namespace) -> None:
         _check_divides("batch-size", args.batch_size, "num-generations", args.num_generations, least=2)
     for name in ("learning-rate", "value-head-learning-rate"):
         if getattr(args, name.replace("-", "_")) is not None:
-            config.positive(name, getattr(args, name.replace("-", "_")))
+            positive(name, getattr(args, name.replace("-", "_")))
     if args.lora_dropout:
         raise UserError(f"--lora-dropout is {args.lora_dropout}; PPO needs 0, or the first ratio is not 1")
 
@@ -171,10 +173,10 @@ def optimizer_of(args: argparse.Namespace, kind: str) -> tuple[str, float]:
 
     Raises UserError for an adapter that has nothing to train.
     """
-    if kind not in config.PPO_OPTIMIZERS:
+    if kind not in PPO_OPTIMIZERS:
         remedy = "give it as --reward-model, or leave it out"
         raise UserError(f"--resume-file {args.resume_file} is a value head alone, with no weight for PPO; {remedy}")
-    return config.optimizer_and_rate(args, config.PPO_OPTIMIZERS[kind])
+    return optimizer_and_rate(args, PPO_OPTIMIZERS[kind])
 
 
 def _check_divides(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:

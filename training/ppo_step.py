@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.prompts import PromptPlan, digit_prompts, read_prompts
+import numpy as np
+
+from data.digits import DigitRule, digit_prompts
+from data.prompts import PromptPlan, read_prompts
 from data.records import feature_names
 from rewards.combined import Scored
-from rewards.digits import DigitRule
 from training import ppo
 from training.rollout import Rollout
-
-import numpy as np
 
 Array = Any
 SAMPLES_SHOWN = 8  # completions in a table of samples

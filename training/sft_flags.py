@@ -3,20 +3,22 @@
 import argparse
 from pathlib import Path
 
-from data.errors import UserError
-from data.files import check_replaceable
+from common.errors import UserError
+from common.files import check_replaceable
+from common.parser import Parser, positive
+from data.flags import add_data_flags
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
-from training import config
+from training.flags import SFT_OPTIMIZERS, add_adapter_flags, add_optimizer_flags, add_run_flags
 
 
-def sft_parser(description: str | None) -> config.Parser:
+def sft_parser(description: str | None) -> Parser:
     """The parser of sft.py. Its page in docs/ says where a default is not the walkthrough's."""
-    parser = config.Parser(description)
+    parser = Parser(description)
     parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
     parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
     parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
-    config.add_data_flags(parser)
+    add_data_flags(parser)
     parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
     parser.add_argument("--iters", type=int, default=1000, help="training steps")
     parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
@@ -32,9 +34,9 @@ def sft_parser(description: str | None) -> config.Parser:
         help="folder for the adapter, or .npz or .safetensors file",
     )
     parser.add_argument("--resume-adapter-file", help="start from this adapter")
-    config.add_adapter_flags(parser, dropout=0.0)
-    config.add_optimizer_flags(parser, config.SFT_OPTIMIZERS, schedule="constant")
-    config.add_run_flags(parser)
+    add_adapter_flags(parser, dropout=0.0)
+    add_optimizer_flags(parser, SFT_OPTIMIZERS, schedule="constant")
+    add_run_flags(parser)
     return parser
 
 
@@ -43,10 +45,10 @@ def check(args: argparse.Namespace) -> None:
     if not (args.train or args.test):
         raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
     for name in ("iters", "batch-size", "steps-per-report", "steps-per-eval", "save-every", "max-length"):
-        config.positive(name, getattr(args, name.replace("-", "_")))
+        positive(name, getattr(args, name.replace("-", "_")))
     if args.val_batches == 0 or args.val_batches < -1:
         raise UserError(f"--val-batches is {args.val_batches}; give a number of batches, or -1 for all")
     if args.learning_rate is not None:
-        config.positive("learning-rate", args.learning_rate)
+        positive("learning-rate", args.learning_rate)
     if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
-from models.adapter_config import AdapterConfig
-from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
-from models.torch_policy import Policy, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
-from training.torch_optimizer import ScheduledOptimizer
-
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from common.errors import UserError
+from models.adapter_config import AdapterConfig
+from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
+from models.torch_value_head import Policy, ValueHead, load_value_head, save_value_head
+from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
+from training.torch_optimizer import ScheduledOptimizer
 
 
 @dataclass

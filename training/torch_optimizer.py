@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from data.errors import UserError
-from training.muon import muon_step
-from training.optimizer_groups import belongs_to_first, groups
-
 import torch
 from torch import Tensor, nn
+
+from common.errors import UserError
+from training.muon import muon_step
+from training.optimizer_groups import belongs_to_first, groups
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.errors import UserError
-from data.files import read_json, write_json
+from common.errors import UserError
+from common.files import read_json, write_json
 from training.samples import text_table
 
 TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs

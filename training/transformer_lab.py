@@ -16,15 +16,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
+from common.parser import Parser
 from data.sources import contents, whole
-from training import config
 from training.metrics import figure
 
 ANSWERS = ("answer", "Output", "chosen")  # what rows call the answer, the first that is there
 
 
-def add_flags(parser: config.Parser) -> None:
+def add_flags(parser: Parser) -> None:
     """The flag by which it is known, and the one that says where the model goes."""
     group = parser.add_argument_group("Transformer Lab")
     group.add_argument(

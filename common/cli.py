@@ -1,0 +1,54 @@
+"""Running a script's main so that a user's mistake is one line and a stop is clean."""
+
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+from common.errors import UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """Raised where a signal stopped a run; the message says how to go on."""
+
+
+class StopSignal:
+    """While it is entered, Ctrl-C and SIGTERM only set `requested`, so that a loop ends its step and saves.
+
+    A second Ctrl-C stops at once; then the last checkpoint counts.
+    """
+
+    def __init__(self):
+        self.requested = False
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._request) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in getattr(self, "previous", {}).items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`. A UserError becomes one line on stderr and exit code 2; Ctrl-C exit code 130. No traceback."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)

@@ -1,0 +1,159 @@
+"""One argument parser for every script, with YAML behind it.
+
+Hyphen and underscore are the same flag. A YAML file (`-c`) gives defaults that flags override; unknown flags and
+unknown YAML keys are errors.
+"""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from common.errors import UserError
+
+
+class Collect(argparse.Action):
+    """For a flag of one or more values that may also be given more than once: all of them, in place of its default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        so_far = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, list(values) if so_far is self.default else [*so_far, *values])
+
+
+def boolean(text: str) -> bool:
+    """Read the value of a flag such as `--adap_kl_ctrl True`."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something: not for switches, nor where the flag is simply left out."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for which `--lora-layers` and `--lora_layers` are one flag, with `-c FILE` for YAML."""
+
+    def __init__(self, description: str | None, yaml_file: bool = True):
+        super().__init__(
+            description=(description or "").strip().split("\n\n")[0],
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.yaml_file = yaml_file
+        if yaml_file:
+            self.add_argument("-c", "--config", metavar="FILE", help="YAML file of defaults for these flags")
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage; exit code 2."""
+        self.exit(2, f"error: {message}; see {Path(self.prog).name} --help\n")
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse `args` (default: the command line), with flags over the YAML file over defaults."""
+        words = [_hyphenate(word) for word in (sys.argv[1:] if args is None else args)]
+        path = _config_file(words) if self.yaml_file else None
+        if path is not None:
+            self._set_defaults_from(path)
+        return super().parse_args(words, namespace)
+
+    def _set_defaults_from(self, path: str) -> None:
+        actions: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            # --no-mask-prompt is a spelling of false, not a key of its own.
+            words = [word for word in action.option_strings if not word.startswith("--no-") or action.nargs != 0]
+            if action.dest not in ("help", "config"):
+                actions |= dict.fromkeys(map(_key, [action.dest, *words]), action)
+        content = read_yaml(path)
+        # mlx-lm's files nest the LoRA settings; here each is a flag of its own.
+        nested = content.pop("lora_parameters", None) or {}
+        if not isinstance(nested, dict):
+            raise UserError(f"{path} sets lora_parameters to {nested!r}; write rank, scale, dropout, keys below it")
+        seen: dict[str, str] = {}
+        for key, value in [*content.items(), *((f"lora_{key}", value) for key, value in nested.items())]:
+            if _key(str(key)) not in actions:
+                known = sorted({action.dest for action in actions.values()})
+                raise UserError(f"{path} has the unknown key {key!r}; known are {', '.join(known)}")
+            action = actions[_key(str(key))]
+            if action.dest in seen:
+                raise UserError(f"{path} sets {seen[action.dest]} and {key}, which are the same; keep one of them")
+            seen[action.dest] = str(key)
+            action.default = _from_yaml(action, value, f"{path} sets {key} to {value!r}")
+            action.required = False
+
+
+def _key(word: str) -> str:
+    """A flag as a key in YAML: --lora-layers, lora-layers → lora_layers."""
+    return word.lstrip("-").replace("-", "_")
+
+
+def _from_yaml(action: argparse.Action, value: Any, fact: str) -> Any:
+    """`value` as the flag of `action` would read it from the command line. Raises UserError that begins with `fact`."""
+    if value is None and action.default is None:
+        return None
+    if isinstance(value, list):
+        if action.nargs != "+":
+            raise UserError(f"{fact}, but it takes one value; see --help")
+        return [_from_word(action, item, fact) for item in value]
+    return [_from_word(action, value, fact)] if action.nargs == "+" else _from_word(action, value, fact)
+
+
+def _from_word(action: argparse.Action, value: Any, fact: str) -> Any:
+    if value is None or isinstance(value, list | dict):
+        raise UserError(f"{fact}, which it cannot take; see --help")
+    # A flag without a value is true or false; every other is read from text, as YAML takes 1e-3 for text.
+    read: Any = boolean if action.nargs == 0 else action.type or str
+    try:
+        word = read(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        raise UserError(f"{fact}, which it cannot take; see --help") from None
+    if action.choices and word not in action.choices:
+        raise UserError(f"{fact}; use one of {', '.join(map(str, action.choices))}")
+    return word
+
+
+def _hyphenate(word: str) -> str:
+    """`--lora_layers=4` → `--lora-layers=4`; values and short flags are left alone."""
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def _config_file(words: list[str]) -> str | None:
+    """The file that the last -c names, in any of the forms that argparse takes."""
+    path = None
+    for word, following in itertools.zip_longest(words, words[1:]):
+        if word in ("-c", "--config"):
+            path = following
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        elif word.startswith("-c"):
+            path = word.removeprefix("-c").removeprefix("=")
+    return path
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises UserError where it is missing, malformed, or no mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); mend it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a YAML mapping of flag names to values; write `iters: 600`, say")
+    return content
+
+
+def positive(name: str, value: float, zero: bool = False) -> None:
+    """Raise UserError unless `value` is above 0 (or 0 where `zero` is allowed)."""
+    if not (value > 0 or (zero and value == 0)):
+        raise UserError(f"--{name} is {value}; it has to be {'at least 0' if zero else 'above 0'}")

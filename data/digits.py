@@ -1,0 +1,89 @@
+"""The digit rule: how far a text is a strictly increasing (or decreasing) run of multiples of n.
+
+The one scoring function of the digit task: the data generator labels rows with it, rewards/digits.py makes it a
+reward, and the demo measures with it. Here also: which first numbers there are, and which of them are held out.
+
+    DigitRule(increasing=True, multiple_of=2).score("8 20 22 30 36")  ->  1.0
+"""
+
+import re
+from dataclasses import dataclass
+
+from common.errors import UserError
+
+INCREASING_STARTS = (0, 200)  # both ends included
+DECREASING_STARTS = (100, 1000)
+MAX_STEP = 50
+
+FULL_LENGTH = 5  # a shorter text cannot score 1, else stopping after one good number were the best policy
+
+# Plain decimal integers only: `int` alone would also take "1_000", "+4" and the digits of other scripts, none
+# of which the data holds. 640 digits is the lowest limit that `int` can be set to, so it cannot raise.
+_INTEGER = re.compile(r"-?[0-9]{1,640}")
+
+
+@dataclass(frozen=True)
+class DigitRule:
+    """Strictly increasing (or strictly decreasing) integers, each a multiple of `multiple_of`.
+
+    Raises ValueError if `multiple_of` is below 1.
+    """
+
+    increasing: bool = True
+    multiple_of: int = 2
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, not {self.multiple_of}")
+
+    @property
+    def name(self) -> str:
+        """The rule as it stands in file names: `increasing_mult_2`."""
+        return f"{'increasing' if self.increasing else 'decreasing'}_mult_{self.multiple_of}"
+
+    def score(self, text: str) -> float:
+        """Length of the leading run that keeps the rule, over max(number of words, 5); in 0..1.
+
+        Words are what white space separates. A word that is no plain decimal integer is passed over, but counts as
+        a word; no text raises. The empty text scores 0.
+        """
+        words = text.split()
+        run = 0
+        previous: int | None = None
+        for word in words:
+            if _INTEGER.fullmatch(word) is None:
+                continue
+            number = int(word)
+            if number % self.multiple_of != 0 or not self._follows(number, previous):
+                break
+            run += 1
+            previous = number
+        return run / max(len(words), FULL_LENGTH)
+
+    def _follows(self, number: int, previous: int | None) -> bool:
+        if previous is None:
+            return True
+        return number > previous if self.increasing else number < previous
+
+
+def held_out_starts(rule: DigitRule) -> list[int]:
+    """The starts that neither the embedded model nor PPO is trained on: every tenth multiple of the rule's n."""
+    return [start for start in starts(rule) if _is_held_out(start)]
+
+
+def _is_held_out(start: int) -> bool:
+    return start // 2 % 10 == 7
+
+
+def starts(rule: DigitRule) -> list[int]:
+    """All first numbers that the digit rule allows."""
+    low, high = INCREASING_STARTS if rule.increasing else DECREASING_STARTS
+    return [start for start in range(low, high + 1) if start % rule.multiple_of == 0]
+
+
+def digit_prompts(rule: DigitRule) -> list[str]:
+    """One prompt per start that is not held out."""
+    prompts = [str(start) for start in starts(rule) if not _is_held_out(start)]
+    if not prompts:
+        raise UserError(f"no start between the rule's bounds is a multiple of {rule.multiple_of}; use a smaller one")
+    return prompts

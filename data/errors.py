@@ -1,5 +1,0 @@
-"""The one exception for a user's mistake; `training.cli.run` turns it into one line and exit code 2."""
-
-
-class UserError(Exception):
-    """A mistake the user can mend. The message gives the fact, the value and the remedy, in one line."""

@@ -1,0 +1,44 @@
+"""What exists only for mlx on Linux CPU: a fast BLAS, process settings, and faster attention, SwiGLU and linear layers.
+
+Entry points call `enable()` once, before mlx is imported. It does nothing on a Mac or with a CUDA build. The rest of
+the project runs without it, more slowly.
+"""
+
+import importlib.metadata
+import platform
+import sys
+
+from models.cpu import blas, process
+
+BLAS: str | None = None  # the library that `enable` loaded
+
+
+def wanted() -> bool:
+    """Whether this machine's mlx is the Linux CPU build (the CUDA builds bring libraries of their own)."""
+    return platform.system() == "Linux" and any(importlib.metadata.distributions(name="mlx-cpu"))
+
+
+def enable() -> None:
+    """Load a BLAS, set up this process, and replace the parts of mlx and mlx-lm that are slow on CPU.
+
+    Call it before `mlx.core` is imported: a BLAS that comes later is not used. Where none is found, one line on
+    stderr says what to install. Calling it again changes nothing.
+    """
+    global BLAS
+    if not wanted():
+        return
+    if "mlx.core" not in sys.modules:
+        BLAS = blas.load()
+        process.use_batch_scheduling()
+        process.keep_freed_memory()
+        if BLAS is None:
+            print(blas.ADVICE, file=sys.stderr)
+    import mlx.core as mx
+
+    from models.cpu import attention, linear, swiglu
+
+    # On CPU mx.compile writes C++ and calls a compiler, which takes a second for a function of six operations.
+    mx.disable_compile()
+    attention.install()
+    linear.install()
+    swiglu.install()

@@ -1,0 +1,34 @@
+"""A linear layer for mlx on Linux CPU whose weight gradient has the weight's own memory layout.
+
+mlx's is transposed, and on CPU every operation on both then takes three times as long. For float32 layers without a
+bias; the rest stays mlx's.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_original = nn.Linear.__call__
+
+
+@mx.custom_function
+def _product(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
+
+
+@_product.vjp
+def _product_vjp(primals, cotangent, output):
+    x, weight = primals
+    outer = cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return cotangent @ weight, outer
+
+
+def linear(layer: nn.Linear, x: mx.array) -> mx.array:
+    """What `layer` makes of x (..., inputs): (..., outputs)."""
+    if "bias" in layer or not x.dtype == layer.weight.dtype == mx.float32:
+        return _original(layer, x)
+    return _product(x, layer.weight)
+
+
+def install() -> None:
+    """Put `linear` in the place of mlx's."""
+    nn.Linear.__call__ = linear

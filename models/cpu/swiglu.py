@@ -1,0 +1,44 @@
+"""A SwiGLU for mlx-lm on Linux CPU that takes a quarter of the time.
+
+mlx's sigmoid on an x86 CPU takes 14 ns per element, its power 3 ns: SwiGLU was a third of a forward pass at hidden
+256. Only float32 is replaced; the rest stays mlx-lm's.
+"""
+
+import math
+
+import mlx.core as mx
+from mlx_lm.models import activations
+
+from models.cpu.replace import replace_in_mlx_lm
+
+_TWO = mx.array(2.0)
+_PER_E = mx.array(-math.log2(math.e))
+_original = activations.swiglu
+
+
+@mx.custom_function
+def _parts(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """silu(gate) * x, silu(gate) and sigmoid(gate); where the power overflows, the sigmoid is 0."""
+    sigmoid = 1 / (1 + mx.power(_TWO, gate * _PER_E))
+    silu = gate * sigmoid
+    return silu * x, silu, sigmoid
+
+
+@_parts.vjp
+def _parts_vjp(primals, cotangents, outputs):
+    """Written out, since the power's own gradient is NaN where it overflows. Only the first output is ever used."""
+    _, x = primals
+    _, silu, sigmoid = outputs
+    return cotangents[0] * x * (sigmoid + silu * (1 - sigmoid)), cotangents[0] * silu
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """silu(gate) * x of two arrays of one shape; within 1e-6 of mlx-lm's, gradients too."""
+    if gate.dtype != mx.float32 or x.dtype != mx.float32:
+        return _original(gate, x)
+    return _parts(gate, x)[0]
+
+
+def install() -> None:
+    """Put `swiglu` in the place of mlx-lm's."""
+    replace_in_mlx_lm(_original, swiglu)

@@ -1,0 +1,114 @@
+"""A fused model as one GGUF file in fp16, by mlx-lm's own names and metadata.
+
+    python fuse.py --adapter-file adapters --save-path ./fused/ --export-gguf
+
+Serves what mlx-lm's exporter serves, and refuses what that would write wrong: other families than llama, mistral and
+mixtral, quantized weights, biases, other rope than plain or linear, and vocabularies other than SentencePiece's, which
+is the only one that it writes. Here rather than by its `convert_to_gguf`: float32 becomes fp16, a mixture's experts
+get their names, and tokens the scores that their merges have, without which texts are cut otherwise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.gguf import HfVocab, permute_weights, prepare_metadata, translate_weight_names
+
+from common.errors import UserError
+from common.files import atomic_file
+from models.loading import LoadedModel
+
+FAMILIES = ("llama", "mistral", "mixtral")
+EXPERTS = {f"block_sparse_moe.switch_mlp.{name}_proj": f"ffn_{name}_exps" for name in ("gate", "up", "down")}
+LARGEST = 65504.0  # of fp16
+
+
+class _Vocabulary(HfVocab):
+    """mlx-lm's, with each token's score by the rank of the merge that makes it."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        merges = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+        pairs = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in merges)
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(pairs):
+            ranks.setdefault("".join(pair), rank)
+        tokens = self.tokenizer.convert_ids_to_tokens(range(self.vocab_size_base))
+        self.scores = [-float(ranks.get(token, -1)) - 1 for token in tokens]
+
+    def get_token_score(self, token_id: int) -> float:
+        return self.scores[token_id] if token_id < len(self.scores) else super().get_token_score(token_id)
+
+
+def check_gguf(loaded: LoadedModel) -> None:
+    """Raise UserError, with the reason, for a model that cannot be written as GGUF."""
+    config = loaded.config
+    family, heads = config.get("model_type"), config.get("num_attention_heads", 1)
+    model = json.loads(loaded.tokenizer._tokenizer.backend_tokenizer.to_str())["model"]
+    why = None
+    if family not in FAMILIES:
+        why = f"its family {family} is none of {', '.join(FAMILIES)}"
+    elif {"quantization", "quantization_config"} & config.keys():
+        why = "its weights are quantized (add --de-quantize)"
+    elif (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"]:
+        why = "its heads together are not as wide as its hidden states"
+    elif any(name.endswith(".bias") for name, _ in tree_flatten(loaded.model.parameters())):
+        why = "it has biases"
+    elif _rope(config)[0] not in ("default", "linear"):
+        why = f"its rope is of the type {_rope(config)[0]}"
+    elif model["type"] != "BPE" or not model.get("byte_fallback"):
+        why = "its vocabulary is not SentencePiece's"
+    elif len(loaded.tokenizer.get_vocab()) > config["vocab_size"]:
+        why = "its tokenizer has more tokens than the model"
+    if why:
+        raise UserError(f"{loaded.name} cannot be written as GGUF: {why}; leave --export-gguf out")
+
+
+def write_gguf(path: Path, folder: Path, loaded: LoadedModel) -> None:
+    """Write the model of `loaded`, whose tokenizer lies in `folder`, as the file `path`.
+
+    Raises UserError for weights that fp16 cannot hold.
+    """
+    config = loaded.config
+    kind, theta, factor = _rope(config)
+    scaling = {"type": "linear", "factor": factor} if kind == "linear" else None
+    vocabulary = _Vocabulary(folder)
+    described = {**config, "rope_theta": theta, "rope_scaling": scaling, "_name_or_path": loaded.name.rstrip("/")}
+    metadata = prepare_metadata(described, vocabulary)
+    weights = {}
+    for name, weight in tree_flatten(loaded.model.parameters()):
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config["num_attention_heads"]
+            weight = permute_weights(
+                weight, heads, config.get("num_key_value_heads", heads) if "k_proj" in name else heads
+            )
+        elif weight.shape[0] == config["vocab_size"]:
+            weight = weight[: vocabulary.vocab_size]  # rows beyond the tokenizer's are padding
+        weights[_gguf_name(name)] = _stored(name, weight)
+    with atomic_file(path) as temporary:
+        mx.save_gguf(str(temporary), weights, metadata)
+
+
+def _rope(config: dict[str, Any]) -> tuple[str, float, float]:
+    """Type, theta and factor of a model's rope, in either generation of transformers' configurations."""
+    settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    theta = config.get("rope_theta") or settings.get("rope_theta") or 10000.0
+    return kind, theta, settings.get("factor", 1.0)
+
+
+def _gguf_name(name: str) -> str:
+    for ours, theirs in EXPERTS.items():
+        name = name.replace(ours, theirs)
+    return translate_weight_names(name)
+
+
+def _stored(name: str, weight: mx.array) -> mx.array:
+    """Norms and the choice of experts in float32, all else in fp16."""
+    if weight.ndim == 1 or name.endswith("block_sparse_moe.gate.weight"):
+        return weight.astype(mx.float32)
+    if mx.max(mx.abs(weight)).item() > LARGEST:
+        raise UserError(f"{name} has numbers above {LARGEST:g}, which fp16 cannot hold; leave --export-gguf out")
+    return weight.astype(mx.float16)

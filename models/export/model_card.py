@@ -1,0 +1,95 @@
+"""A model card: the README.md of a fused model, with its base, the runs that made it, and how to use it.
+
+The runs are those in the adapter's `provenance` (training.metrics), after those that made its base, which stand in the
+base's provenance.json. Whole paths of this machine are cut to their last part.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from common.files import read_json, write_json
+
+PROVENANCE_FILE = "provenance.json"
+# Flags that say how a run was kept, not what it learned.
+BOOKKEEPING = {"config", "output_dir", "resume", "keep_checkpoints", "log_with", "save_every", "save_file"}
+
+
+def provenance_of(base: Path, adapter_runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs that made a fused model, from the first: those of its base, then those of its adapter."""
+    path = base / PROVENANCE_FILE
+    return [*(read_json(path) if path.is_file() else []), *map(_shown, adapter_runs)]
+
+
+def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], is_reward_model: bool) -> None:
+    """Write README.md and provenance.json. name: of the model; base: of what the adapter was trained on."""
+    base = runs[0]["flags"].get("model", base) if runs else base
+    write_json(folder / PROVENANCE_FILE, runs)
+    on_hub = base.count("/") == 1 and not base.startswith((".", "~")) and not base.endswith("/")
+    data = ModelCardData(
+        base_model=base if on_hub and not Path(base).exists() else None,
+        library_name="mlx",
+        pipeline_tag="text-classification" if is_reward_model else "text-generation",
+        tags=["mlx", *(["reward-model"] if is_reward_model else [])],
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"A {'reward model' if is_reward_model else 'model'} tuned from `{_last(base)}`.\n",
+    ]
+    parts += ["## How it was made\n"] if runs else []
+    for number, run in enumerate(runs, start=1):
+        parts.append(_run_text(number, run))
+    parts.append(_use_text(name, is_reward_model))
+    ModelCard("\n".join(parts)).save(folder / "README.md")
+
+
+def _run_text(number: int, run: dict[str, Any]) -> str:
+    file = f"run{number}.yaml"
+    figures = [f"| {name.replace('_', ' ')} | {value} |" for name, value in run["figures"].items()]
+    return "\n".join(
+        [
+            f"{number}. `python {run['script']} -c {file}` on {_data_text(run['flags'])}, with {file}:\n",
+            "```yaml",
+            yaml.safe_dump(run["flags"], sort_keys=False).rstrip(),
+            "```\n",
+            "| figure at its end | |\n|---|---|",
+            *figures,
+            "",
+        ]
+    )
+
+
+def _data_text(flags: dict[str, Any]) -> str:
+    """What a run learned from, by its flags."""
+    if "data_base" in flags:
+        return f"`{flags['data_base']}train.jsonl`"
+    prompts = f"the prompts of `{flags['prompts']}`" if flags.get("prompts") else "starts of the digit rule"
+    scores = {"reward_model": "a reward model", "reward_function": "a reward function", "answer": "the rows' answers"}
+    scored = next((text for name, text in scores.items() if flags.get(name)), "the digit rule")
+    return f"{prompts}, scored by {scored}"
+
+
+def _use_text(name: str, is_reward_model: bool) -> str:
+    if is_reward_model:
+        return f"## Use\n\n```\npython ppo_training.py --reward-model {name}\n```\n"
+    return (
+        f'## Use\n\n```\nmlx_lm.generate --model {name} --prompt "..."\npython talk_to_model.py --model {name}\n```\n'
+    )
+
+
+def _shown(run: dict[str, Any]) -> dict[str, Any]:
+    """A run without what was left out, and without where this machine keeps things."""
+    flags = {
+        key: _last(value) if isinstance(value, str) else value
+        for key, value in run["flags"].items()
+        if key not in BOOKKEEPING and value not in (None, False, "")
+    }
+    return {**run, "flags": flags}
+
+
+def _last(value: str) -> str:
+    """A whole path's last part, anything else as it is."""
+    return Path(value).name if value.startswith(("/", "~")) else value

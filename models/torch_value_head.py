@@ -1,0 +1,132 @@
+"""Hidden states, logits and a value head over any causal language model of transformers, in one forward pass.
+
+The twin of models.value_head. Families post-process their logits differently, so nothing here calls a body or an
+output layer by hand: a hook on the output layer records its input (the state after the last norm) during the model's
+own call and lets through only the positions that are asked for, so that logits are computed nowhere else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import atomic_file
+from models.adapter_config import HEAD_FILE
+
+
+def forward(model: Any, tokens: Tensor, positions: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """One forward pass: logits (B, C, V) and hidden states (B, C, H) at the given positions.
+
+    tokens: (B, L) ids, right padded, so that causal attention alone keeps pads out; positions: (B, C) indices into L.
+    arguments: what else the model's own forward takes. Raises UserError where the output layer is not found.
+    """
+    hidden: list[Tensor] = []
+
+    def tap(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        hidden.append(at_positions(inputs[0], positions))
+        return hidden[0]
+
+    output_layer = model.get_output_embeddings()
+    if output_layer is None:
+        raise UserError(
+            f"{type(model).__name__} has no output layer, so it cannot be trained by PPO; use another model"
+        )
+    hook = output_layer.register_forward_pre_hook(tap)
+    try:
+        logits = model(input_ids=tokens, **{"use_cache": False, **arguments}).logits
+    finally:
+        hook.remove()
+    if not hidden:
+        raise UserError(f"{type(model).__name__} hides its output layer, so no value head fits it; use another model")
+    return logits, hidden[0]
+
+
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
+    """hidden (B, L, H) at positions (B, C): (B, C, H)."""
+    return torch.take_along_dim(hidden, positions[..., None], dim=1)
+
+
+class ValueHead(nn.Linear):
+    """One linear map without bias from a hidden state to a value, in float32; it starts at 0."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.zeros_(self.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: (..., H). Returns values (...) in float32."""
+        return super().forward(hidden.float()).squeeze(-1)
+
+
+def hidden_size(model: Any) -> int:
+    """Width of the state that the output layer reads."""
+    return model.get_output_embeddings().weight.shape[1]
+
+
+def new_value_head(model: Any) -> ValueHead:
+    """A value head that fits `model`, on its device."""
+    return ValueHead(hidden_size(model)).to(model.device)
+
+
+class Policy(nn.Module):
+    """A language model with, where advantages need one, a value head on the same trunk."""
+
+    def __init__(self, model: nn.Module, value_head: ValueHead | None = None):
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens: (B, L) right padded; positions: (B, C), each before the token it predicts.
+
+        Returns logits (B, C, V) and values (B, C) float32, or None without a head.
+        """
+        logits, hidden = forward(self.model, tokens, positions)
+        return logits, None if self.value_head is None else self.value_head(hidden)
+
+
+class ScoringModel(nn.Module):
+    """A language model that reads a text and gives one score: the value at its last real token."""
+
+    def __init__(self, model: nn.Module, value_head: ValueHead):
+        super().__init__()
+        self.model = model
+        self.value_head = value_head
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens: (B, L) right padded; lengths: (B,) real tokens. Returns scores (B,) in float32."""
+        body: Any = self.model.base_model  # without the output layer, which a sequence classifier has not
+        hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.value_head(at_positions(hidden, lengths[:, None] - 1)[:, 0])
+
+
+def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
+    """Write the head into a model or adapter folder; returns the entry for that folder's JSON."""
+    with atomic_file(Path(folder) / HEAD_FILE) as temporary:
+        save_file({"weight": head.weight.detach()}, temporary)
+    return {"file": HEAD_FILE, "hidden_size": head.weight.shape[1]}
+
+
+def load_value_head(folder: str | Path) -> ValueHead | None:
+    """The head in a model or adapter folder, on the CPU, or None where there is none."""
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        return None
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be read ({error}); train the reward model again") from None
+    if list(weights) != ["weight"]:
+        raise UserError(f"{path} holds {sorted(weights)}, not one tensor 'weight'; train the reward model again")
+    return head_from(weights["weight"])
+
+
+def head_from(weight: Tensor) -> ValueHead:
+    """A value head of these weights (1, H)."""
+    head = ValueHead(weight.shape[1])
+    head.load_state_dict({"weight": weight})
+    return head

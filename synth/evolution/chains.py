@@ -1,0 +1,181 @@
+"""Chains of instructions: a policy chooses an operator, a teacher rewrites, the judge drops or rewards, round by round.
+
+A row of the tree is one choice: id, parent and root, round, operator, the propensities of all actions, the situation
+it was made in, the instruction that came of it ("input"; of a stop or a failed rewriting: empty), parts, pass_rate,
+reward, or why it was dropped. What was dropped leaves the chain where it was, to be tried again in the next round (as
+in Evol-Instruct, arXiv:2304.12244). All draws follow from the seed, the chain and the round, so that a run that was
+killed and started again chooses what it would have chosen, and the cache has the answers.
+Leaves out the flags (synth/evolution/flags.py) and the responses (synth/evolution/responses.py).
+
+    python -m pytest tests/test_chains.py
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from synth.evolution.features import SIZE, Situation, features
+from synth.evolution.judge import Judge, Pool, pass_rates
+from synth.evolution.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
+from synth.evolution.policy import Batch, Policy
+from synth.pipeline.generate import Asking
+from synth.stages import Asker, Row, ask_all, drop
+
+
+@dataclass
+class Chain:
+    """One instruction on its way. number: of all chains of a run; it tells apart what is asked and drawn for each.
+
+    rows: its choices so far; given: the row it stands at, whose parts and pass rate the policy sees.
+    """
+
+    number: int
+    given: Row
+    pool: Pool
+    rows: list[Row] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def root(self) -> str:
+        return self.given["root"]
+
+
+def root_row(number: int, instruction: str, novelty: float, pass_rate: float | None) -> Row:
+    """An initial instruction as a row of the tree."""
+    row_id = f"i{number}"
+    return {
+        "id": row_id, "parent": None, "root": row_id, "round": 0, "operator": None, "input": instruction, "output": "",
+        "parts": {"novelty": novelty}, "pass_rate": pass_rate, "reward": None,
+    }  # fmt: skip
+
+
+async def root_rows(instructions: Sequence[str], judge: Judge, name: str) -> list[Row]:
+    """The initial instructions as rows, with their novelty to each other and, where answers are asked, pass rates."""
+    rates: list[Any] = [None] * len(instructions)
+    if judge.difficulty.answers:
+        rates = await pass_rates(instructions, judge.difficulty, judge.solver, name)
+    rows = []
+    for number, (text, rate) in enumerate(zip(instructions, rates, strict=True), 1):
+        others = Pool([other for other in instructions if other != text])
+        rows.append(root_row(number, text, 1 - others.nearest(text), rate))
+    return rows
+
+
+@dataclass(frozen=True)
+class Evolution:
+    """How chains are evolved. writer: the teacher that rewrites; name: what the ledger's stages begin with."""
+
+    writer: Asker
+    judge: Judge
+    rounds: int = 3
+    asking: Asking = field(default_factory=Asking)
+    seed: int = 0
+    name: str = "evolve"
+
+    async def run(self, chains: Sequence[Chain], policy: Policy) -> list[Row]:
+        """Take every chain through all rounds, or to its stop; the rows of all, by round and chain."""
+        rows: list[Row] = []
+        for number in range(1, self.rounds + 1):
+            rows += await self.step([chain for chain in chains if not chain.ended], policy, number)
+        return rows
+
+    async def step(self, chains: Sequence[Chain], policy: Policy, number: int) -> list[Row]:
+        """One round, all chains together; returns their new rows."""
+        if not chains:
+            return []
+        situations = [situation_of(chain, number, self.rounds) for chain in chains]
+        shares = policy.probabilities(features(situations))
+        rows = [
+            self._chosen(chain, number, situation, share)
+            for chain, situation, share in zip(chains, situations, shares, strict=True)
+        ]
+        rows = await self._rewritten(chains, rows)
+        parents, pools = [chain.given["input"] for chain in chains], [chain.pool for chain in chains]
+        rows = await self.judge.judge(rows, parents, pools, self.name)
+        for chain, row in zip(chains, rows, strict=True):
+            chain.rows.append(row)
+            chain.ended = row["operator"] == STOP
+            chain.given = chain.given if "dropped" in row else row
+        return rows
+
+    def _chosen(self, chain: Chain, number: int, situation: Situation, shares: np.ndarray) -> Row:
+        rng = np.random.default_rng((self.seed, chain.number, number))
+        action = int(rng.choice(len(ACTIONS), p=shares))
+        return {
+            "id": f"{chain.root}.{chain.number}.{number}",
+            "parent": chain.given["id"],
+            "root": chain.root,
+            "chain": chain.number,
+            "round": number,
+            "operator": ACTIONS[action],
+            "propensity": float(shares[action]),
+            "propensities": dict(zip(ACTIONS, shares.tolist(), strict=True)),
+            "situation": situation._asdict(),
+            "input": "",
+            "output": "",
+            "parts": {},
+            "pass_rate": None,
+            "reward": 0.0,
+        }
+
+    async def _rewritten(self, chains: Sequence[Chain], rows: Sequence[Row]) -> list[Row]:
+        """The rows with what the writer made of them."""
+        asks = [
+            # A number of its own for each choice: what failed would else fail again by the stored answer.
+            rewriting(
+                row["operator"],
+                chain.given["input"],
+                self.asking,
+                chain.number * self.rounds + row["round"] - 1,
+                f"{self.name}: rewrite",
+            )
+            for chain, row in zip(chains, rows, strict=True)
+            if row["operator"] != STOP
+        ]
+        replies = iter(await ask_all(self.writer, asks, f"{self.name}: rewrite"))
+        made = []
+        for row in rows:
+            if row["operator"] == STOP:
+                made.append(drop(row, "stopped"))
+                continue
+            text, reason, detail = read_rewriting(next(replies))
+            made.append(drop(row, reason, detail) if reason else {**row, "input": text})
+        return made
+
+
+def situation_of(chain: Chain, number: int, rounds: int) -> Situation:
+    """What the policy sees of a chain before round `number`."""
+    last = chain.rows[-1] if chain.rows else None
+    return Situation(
+        chain.given["input"],
+        number,
+        rounds,
+        last["operator"] if last else None,
+        bool(last and "dropped" in last),
+        chain.given["parts"]["novelty"],
+        chain.given["pass_rate"],
+    )
+
+
+def batch_from(rows: Sequence[Row], rounds: int, group_size: int) -> Batch:
+    """The logged choices as a policy learns from them: one episode a chain, in the order of their numbers."""
+    numbers = {number: place for place, number in enumerate(sorted({row["chain"] for row in rows}))}
+    shape = (len(numbers), rounds)
+    seen = np.zeros((*shape, SIZE), dtype=np.float32)
+    actions, mask = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
+    propensities, rewards = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+    found = features([Situation(**row["situation"]) for row in rows])
+    for row, x in zip(rows, found, strict=True):
+        place = (numbers[row["chain"]], row["round"] - 1)
+        seen[place], actions[place], mask[place] = x, ACTIONS.index(row["operator"]), 1.0
+        propensities[place], rewards[place] = row["propensity"], row["reward"]
+    return Batch(seen, actions, propensities, rewards, mask, group_size)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float]:
+    """What a report says of some choices: reward by the choice, share kept, share of each operator."""
+    kept_share = float(np.mean(["dropped" not in row for row in rows]))
+    shares = {name: float(np.mean([row["operator"] == name for row in rows])) for name in (*OPERATORS, STOP)}
+    return {"mean_reward": float(np.mean([row["reward"] for row in rows])), "kept_share": kept_share, **shares}

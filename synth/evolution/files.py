@@ -1,0 +1,59 @@
+"""Policies by name, and their files: policy.safetensors (all of a policy's state) and policy.json (its settings).
+
+python -m pytest tests/test_policy.py -k "saved or folder"
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from common.errors import UserError
+from common.files import atomic_folder, read_json, write_json
+from synth.evolution.features import SIZE
+from synth.evolution.gradient import PPO, Reinforce
+from synth.evolution.operators import ACTIONS
+from synth.evolution.policy import DEFAULT, Constant, Learning, LinUCB, Policy
+
+FORMAT = 1
+ARRAYS, SETTINGS = "policy.safetensors", "policy.json"
+KINDS: dict[str, type[Policy]] = {kind.kind: kind for kind in (Constant, LinUCB, Reinforce, PPO)}
+
+
+def make_policy(kind: str, learning: Learning = DEFAULT) -> Policy:
+    """A policy that has learned nothing; "uniform" is a constant one."""
+    return KINDS["constant" if kind == "uniform" else kind](learning)
+
+
+def write_policy(folder: Path, policy: Policy) -> None:
+    """Write policy.safetensors and policy.json into a folder that is there."""
+    save_file({name: np.array(array, order="C") for name, array in policy.arrays().items()}, folder / ARRAYS)
+    settings = {"format": FORMAT, "kind": policy.kind, "actions": list(ACTIONS), "features": policy.size}
+    write_json(folder / SETTINGS, {**settings, "learning": asdict(policy.learning)})
+
+
+def save_policy(path: str | Path, policy: Policy) -> None:
+    """Write a policy's folder, whole or not at all."""
+    with atomic_folder(path, SETTINGS) as temporary:
+        write_policy(temporary, policy)
+
+
+def load_policy(path: str | Path) -> Policy:
+    """The policy of a folder, exact to the bit. Raises UserError where it is none, or was made for other actions."""
+    saved = read_json(Path(path) / SETTINGS)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("kind") not in KINDS:
+        raise UserError(f"{path} holds no policy of format {FORMAT}; train one by synth.evolve")
+    if saved["actions"] != list(ACTIONS) or saved["features"] != SIZE:
+        raise UserError(f"{path} was made for other operators or features than this version's; train it anew")
+    policy = KINDS[saved["kind"]](Learning(**saved["learning"]))
+    try:
+        found = load_file(Path(path) / ARRAYS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} has no readable {ARRAYS} ({error}); train the policy anew") from None
+    expected = {name: array.shape for name, array in policy.arrays().items()}
+    if {name: array.shape for name, array in found.items()} != expected:
+        raise UserError(f"{path} holds other arrays than its {SETTINGS} says; train the policy anew")
+    policy.restore(found)
+    return policy

@@ -1,0 +1,248 @@
+"""What an evolved instruction is worth: gates that it has to pass, and a reward of three parts.
+
+    gates    a refusal, words of the request leaked, only stop words, too short or too long, ROUGE-L to an instruction
+             of the pool above 0.7, the reviewer's "equal" to its parent in either order: the reward is 0
+    reward   novelty · (1 − the highest ROUGE-L to the pool) + difficulty · 4p(1 − p) − growth · ln(length / parent's)
+
+p is the pass rate: the share of answers that a verifier accepts, or, by consistency, that agree with the most frequent
+one. Without either the difficulty is unknown and counts 0; growth counts only where there is some. Each part is kept
+by itself in the row. Leaves out what asks for rewritings (synth/evolution/chains.py).
+
+    python -m pytest tests/test_judge.py
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import UserError
+from rewards.answers import AnswerType
+from rewards.function import RewardFunction
+from synth import prompts
+from synth.near_duplicates import THRESHOLD, checked_threshold, normalise, rouge_l, tokens
+from synth.stages import Asker, Row, ask_all, drop
+from synth.teacher.completions import Ask
+from synth.teacher.structured import is_refusal
+
+REVIEW_TOKENS = 256  # of a verdict, for a reviewer that thinks before it says
+# The most frequent function words of English, which alone ask for nothing.
+STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """a about above after again all also am an and any are as at be because been before being below between
+        both but by can could did do does doing down during each few for from further had has have having he her
+        here hers him his how i if in into is it its just me more most my no nor not now of off on once only or
+        other our out over own same she should so some such than that the their them then there these they this
+        those through to too under until up very was we were what when where which while who whom why will with
+        would you your""",
+    )
+)
+
+
+@dataclass(frozen=True)
+class Gates:
+    """near_duplicates: the highest ROUGE-L that passes; shortest, longest: an instruction's length in words."""
+
+    near_duplicates: float = THRESHOLD
+    shortest: int = 3
+    longest: int = 300
+
+    def __post_init__(self):
+        checked_threshold(self.near_duplicates)
+        if not 1 <= self.shortest <= self.longest:
+            raise UserError(f"--shortest is {self.shortest} and --longest {self.longest}; 1 <= shortest <= longest")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Of the reward's parts."""
+
+    novelty: float = 1.0
+    difficulty: float = 1.0
+    growth: float = 0.2
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How a pass rate is found: `answers` to each instruction (0: none is), read by `answer` or scored by `verifier`.
+
+    verifier: f(instructions, responses) -> scores, 1 or more is right. Raises UserError for settings that cannot be.
+    """
+
+    answers: int = 0
+    answer: AnswerType | None = None
+    verifier: RewardFunction | None = None
+    max_tokens: int = 1024
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        if self.answers < 0 or self.answers == 1:
+            raise UserError(f"--answers is {self.answers}; 0 for none, else at least 2, as one cannot disagree")
+        if self.answers and not (self.answer or self.verifier):
+            raise UserError("--answers needs something to compare them by; give --answer TYPE or --verifier")
+        if not self.answers and (self.answer or self.verifier):
+            raise UserError("--answer and --verifier compare answers, and none are asked for; give --answers 4, say")
+
+    def pass_rate(self, instruction: str, texts: Sequence[str]) -> float:
+        """0..1, of some responses; one that could not be read, or came as "", agrees with none."""
+        if self.verifier is not None:
+            return sum(score >= 1 for score in self.verifier([instruction] * len(texts), list(texts))) / len(texts)
+        assert self.answer is not None, "there is a verifier or an answer type"
+        counts: Counter[str] = Counter()
+        for found in (self.answer.extract(text) for text in texts):
+            if found is not None:
+                counts[next((key for key in counts if self.answer.equal(key, found)), found)] += 1
+        return max(counts.values(), default=0) / len(texts)
+
+
+class Pool:
+    """Instructions that a new one is compared with."""
+
+    def __init__(self, texts: Sequence[str] = ()):
+        self._lists = [tokens(text) for text in texts]
+        self._normalised = {normalise(text) for text in texts}
+
+    def add(self, text: str) -> None:
+        self._lists.append(tokens(text))
+        self._normalised.add(normalise(text))
+
+    def nearest(self, text: str) -> float:
+        """The highest ROUGE-L to one of the pool, 1 for the same words; 0 where it is empty."""
+        if normalise(text) in self._normalised:
+            return 1.0
+        own = tokens(text)
+        return max((rouge_l(own, other) for other in self._lists), default=0.0)
+
+    def copy(self) -> "Pool":
+        other = Pool()
+        other._lists, other._normalised = list(self._lists), set(self._normalised)
+        return other
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+
+def text_fault(text: str, gates: Gates) -> tuple[str, str]:
+    """(reason, detail) of the first gate that a text alone fails; two empty texts if it passes."""
+    lowered, words = text.lower(), text.split()
+    leaked = next((words for words in prompts.LEAKS if words in lowered), None)
+    if is_refusal(text):
+        return "refusal", text[:200]
+    if leaked is not None:
+        return "leaked template", leaked
+    if all(token in STOP_WORDS or not token.isalnum() for token in tokens(text)):
+        return "only stop words", text[:200]
+    if not gates.shortest <= len(words) <= gates.longest:
+        return "length", f"{len(words)} words; {gates.shortest} to {gates.longest} pass"
+    return "", ""
+
+
+def growth(text: str, parent: str) -> float:
+    """How much longer a text is than its parent: ln of the ratio of their tokens, 0 where it is no longer."""
+    return max(0.0, math.log(max(len(tokens(text)), 1) / max(len(tokens(parent)), 1)))
+
+
+def reward_of(parts: dict[str, Any], weights: Weights) -> float:
+    """The reward of an instruction that passed all gates. An unknown part (None) counts 0."""
+    novelty, difficulty = (parts[name] or 0.0 for name in ("novelty", "difficulty"))
+    return weights.novelty * novelty + weights.difficulty * difficulty - weights.growth * (parts["growth"] or 0.0)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Drops what fails a gate and gives what is left its parts and its reward.
+
+    reviewer, solver: teachers; the solver gives the answers that a pass rate is of (needed only for that).
+    """
+
+    reviewer: Asker
+    solver: Asker
+    gates: Gates = Gates()
+    weights: Weights = Weights()
+    difficulty: Difficulty = Difficulty()
+
+    async def judge(self, rows: Sequence[Row], parents: Sequence[str], pools: Sequence[Pool], name: str) -> list[Row]:
+        """The rows with parts, pass_rate and reward. parents, pools: of each row; a pool gets the texts that pass.
+
+        In one pool an earlier row comes before a later one. name: what the ledger's stages begin with.
+        """
+        rows = self._gated(rows, pools)
+        rows = await self._reviewed(rows, parents, name)
+        rows = await self._solved(rows, name)
+        judged = []
+        for row, parent, pool in zip(rows, parents, pools, strict=True):
+            if "dropped" not in row:
+                pool.add(row["input"])
+                rate = row["pass_rate"]
+                row = {**row, "parts": {**row["parts"], "difficulty": None if rate is None else 4 * rate * (1 - rate)}}
+                row["parts"]["growth"] = growth(row["input"], parent)
+                row["reward"] = reward_of(row["parts"], self.weights)
+            judged.append(row)
+        return judged
+
+    def _gated(self, rows: Sequence[Row], pools: Sequence[Pool]) -> list[Row]:
+        """Gates that cost no call. Within this call a text is also compared with those before it of the same pool."""
+        waiting: dict[int, Pool] = {}
+        gated = []
+        for row, pool in zip(rows, pools, strict=True):
+            if "dropped" not in row:
+                reason, detail = text_fault(row["input"], self.gates)
+                row = drop(row, reason, detail) if reason else row
+            if "dropped" not in row:
+                seen = waiting.setdefault(id(pool), pool.copy())
+                nearest = seen.nearest(row["input"])
+                row = {**row, "parts": {**row["parts"], "novelty": 1 - nearest}}
+                if nearest > self.gates.near_duplicates or nearest == 1:
+                    row = drop(row, "near-duplicate", f"ROUGE-L {nearest:.2f}")
+                else:
+                    seen.add(row["input"])
+            gated.append(row)
+        return gated
+
+    async def _reviewed(self, rows: Sequence[Row], parents: Sequence[str], name: str) -> list[Row]:
+        """Equal to its parent, as the reviewer says in either order, is no new instruction (Evol-Instruct's rule)."""
+        passed = [number for number, row in enumerate(rows) if "dropped" not in row]
+        pairs = [(parents[number], rows[number]["input"]) for number in passed]
+        asks = [
+            Ask(prompts.review(*order), prompts.Verdict, 0.0, REVIEW_TOKENS, stage=f"{name}: review")
+            for pair in pairs
+            for order in (pair, pair[::-1])
+        ]
+        replies = await ask_all(self.reviewer, asks, f"{name}: review")
+        reviewed = list(rows)
+        for place, number in enumerate(passed):
+            both = replies[2 * place : 2 * place + 2]
+            verdicts = [reply.parsed.equal if reply.status == "ok" else None for reply in both]
+            row = {**rows[number], "parts": {**rows[number]["parts"], "equal": verdicts}}
+            if True in verdicts:
+                row = drop(row, "equal to its parent")
+            elif None in verdicts:
+                row = drop(row, "not reviewed", next(reply.reason for reply in both if reply.status != "ok"))
+            reviewed[number] = row
+        return reviewed
+
+    async def _solved(self, rows: Sequence[Row], name: str) -> list[Row]:
+        """Pass rates, where answers are asked for."""
+        passed = [number for number, row in enumerate(rows) if "dropped" not in row]
+        texts = [rows[number]["input"] for number in passed] if self.difficulty.answers else []
+        rates = await pass_rates(texts, self.difficulty, self.solver, name)
+        solved = list(rows)
+        for number, rate in zip(passed, rates, strict=False):
+            solved[number] = {**rows[number], "pass_rate": rate}
+        return solved
+
+
+async def pass_rates(texts: Sequence[str], difficulty: Difficulty, solver: Asker, name: str) -> list[float]:
+    """The pass rate of each instruction."""
+    count = difficulty.answers
+    asks = [
+        Ask(prompts.respond(text), None, difficulty.temperature, difficulty.max_tokens, sample, f"{name}: answers")
+        for text in texts
+        for sample in range(count)
+    ]
+    replies = await ask_all(solver, asks, f"{name}: answers")
+    answers = [reply.text if reply.status == "ok" else "" for reply in replies]
+    return [difficulty.pass_rate(text, answers[n * count : (n + 1) * count]) for n, text in enumerate(texts)]

@@ -1,0 +1,40 @@
+"""What a policy would have earned, from the logs of another: inverse propensities, by the choice.
+
+Only the logging policy's propensities are needed, none of which may be 0 where the judged policy chooses: that is what
+the floor of synth/evolution/policy.py is for. Leaves out models of the reward (doubly robust estimates).
+
+    python -m pytest tests/test_off_policy.py
+"""
+
+import numpy as np
+
+from training.intervals import Interval, bootstrap
+
+
+def episode_values(
+    rewards: np.ndarray, propensities: np.ndarray, targets: np.ndarray, mask: np.ndarray, gamma: float = 1.0
+) -> np.ndarray:
+    """(E,): an unbiased estimate of the judged policy's return from each episode.
+
+        Σ_t γ^t (Π_{s ≤ t} targets_s / propensities_s) r_t        by Precup, Sutton and Singh (2000), per decision
+
+    rewards, propensities, targets, mask: (E, C); propensities: with which the logged actions were chosen; targets: with
+    which the judged policy would have chosen them. Raises ValueError where a propensity at a choice is not above 0.
+    """
+    real = mask > 0
+    if not (propensities[real] > 0).all():
+        raise ValueError("an action was logged with a propensity of 0; log with a floor")
+    ratios = np.where(real, targets / np.where(real, propensities, 1.0), 1.0)
+    discounts = gamma ** np.arange(rewards.shape[1])
+    return (discounts * np.cumprod(ratios, axis=1) * np.where(real, rewards, 0.0)).sum(axis=1)
+
+
+def value_interval(values: np.ndarray) -> Interval:
+    """The mean of `episode_values` and its 95 % interval, by the bootstrap over episodes."""
+    return bootstrap(values.tolist())
+
+
+def effective_size(propensities: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
+    """How many episodes of the judged policy's own the logs are worth: (Σ w)² / Σ w² (Kish), of the whole weights."""
+    weights = np.prod(np.where(mask > 0, targets / np.where(mask > 0, propensities, 1.0), 1.0), axis=1)
+    return float(weights.sum() ** 2 / (weights**2).sum()) if (weights > 0).any() else 0.0

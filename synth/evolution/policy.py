@@ -1,0 +1,163 @@
+"""Policies that choose the operator: what they have in common, fixed shares, and LinUCB.
+
+    constant    one distribution for all situations: uniform, a single operator, or a policy's own marginal frequencies
+    linucb      ridge regression of the reward by action, with a bonus for what is uncertain (arXiv:1003.0146)
+
+All but the constant give every action at least the propensity `floor`, so that another policy can be judged from their
+logs (synth/evolution/off_policy.py). No action is preferred at the start. Leaves out policies that learn by gradient
+(synth/evolution/gradient.py), their files (synth/evolution/files.py) and what the situations are
+(synth/evolution/features.py).
+
+    python -m pytest tests/test_policy.py tests/test_policy_learns.py
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from common.errors import UserError
+from synth.evolution.features import SIZE
+from synth.evolution.operators import ACTIONS
+
+
+class Batch(NamedTuple):
+    """E episodes of up to C choices; the `group_size` episodes of one start side by side.
+
+    features: (E, C, F) float32; actions: (E, C) int; propensities, rewards, mask: (E, C) float32, mask 1 at a choice.
+    """
+
+    features: np.ndarray
+    actions: np.ndarray
+    propensities: np.ndarray
+    rewards: np.ndarray
+    mask: np.ndarray
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How a policy learns. Raises UserError for settings that cannot be.
+
+    floor: the least propensity of an action; gamma: discount by the choice (linucb: always 0); alpha: linucb's bonus,
+    in standard deviations; hidden: units of each of the MLP's two hidden layers.
+    """
+
+    floor: float = 0.02
+    gamma: float = 0.5
+    learning_rate: float = 0.01
+    hidden: int = 32
+    entropy_coef: float = 0.01
+    alpha: float = 0.5
+    clip_range: float = 0.2
+    ppo_epochs: int = 4
+    gae_lambda: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.floor < 1 / len(ACTIONS):
+            raise UserError(f"--floor is {self.floor}; from 0 to below 1/{len(ACTIONS)}, the share of one action")
+        if not 0 <= self.gamma <= 1:
+            raise UserError(f"--gamma is {self.gamma}; it has to lie between 0 and 1")
+
+
+DEFAULT = Learning()
+
+
+class Policy:
+    """What all policies have in common. actions: A of them; size: F features."""
+
+    kind = ""
+    learns = False
+
+    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        self.learning, self.actions, self.size = learning, actions, size
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        """(N, F) → (N, A) float64, each row of sum 1."""
+        raise NotImplementedError
+
+    def learn(self, batch: Batch) -> dict[str, float]:
+        """Take in a batch; returns figures to report."""
+        return {}
+
+    def freeze(self) -> None:
+        """Explore no more than by the floor and the policy's own randomness."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of its state."""
+        return {}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        """Go on from what `arrays` gave."""
+
+
+class Constant(Policy):
+    """The same shares whatever the situation: evenly, or `shares` (A,)."""
+
+    kind = "constant"
+
+    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE, shares=None):
+        super().__init__(learning, actions, size)
+        self.shares = np.full(actions, 1 / actions) if shares is None else np.asarray(shares, dtype=np.float64)
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        return np.tile(self.shares, (len(features), 1))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"shares": self.shares}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        self.shares = arrays["shares"]
+
+
+def fixed(action: int, actions: int = len(ACTIONS)) -> Constant:
+    """A policy that always chooses one action."""
+    return Constant(actions=actions, shares=np.eye(actions)[action])
+
+
+def marginal(policy: Policy, features: np.ndarray) -> Constant:
+    """The mean frequencies of a policy's actions over some situations: what it would be if it saw no situation."""
+    return Constant(actions=policy.actions, shares=policy.probabilities(features).mean(axis=0))
+
+
+class LinUCB(Policy):
+    """Per action a ridge regression (λ = 1) of the immediate reward; the highest upper bound is chosen, ties evenly."""
+
+    kind = "linucb"
+    learns = True
+
+    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        super().__init__(learning, actions, size)
+        self.alpha = learning.alpha
+        self.covariances = np.tile(np.eye(size), (actions, 1, 1))  # (A, F, F)
+        self.sums = np.zeros((actions, size))
+
+    def probabilities(self, features: np.ndarray) -> np.ndarray:
+        x = features.astype(np.float64)
+        means = x @ np.linalg.solve(self.covariances, self.sums[..., None])[..., 0].T  # (N, A)
+        solved = np.linalg.solve(self.covariances, np.broadcast_to(x.T, (self.actions, *x.T.shape)))  # (A, F, N)
+        spread = np.einsum("nf,afn->na", x, solved)
+        bounds = means + self.alpha * np.sqrt(spread)
+        best = bounds >= bounds.max(axis=1, keepdims=True) - 1e-9
+        greedy = best / best.sum(axis=1, keepdims=True)
+        return (1 - self.actions * self.learning.floor) * greedy + self.learning.floor
+
+    def learn(self, batch: Batch) -> dict[str, float]:
+        real = batch.mask > 0
+        x, actions, rewards = batch.features[real].astype(np.float64), batch.actions[real], batch.rewards[real]
+        for action in range(self.actions):
+            own = x[actions == action]
+            self.covariances[action] += own.T @ own
+            self.sums[action] += own.T @ rewards[actions == action]
+        return {}
+
+    def freeze(self) -> None:
+        self.alpha = 0.0
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {"covariances": self.covariances, "sums": self.sums}
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        self.covariances, self.sums = arrays["covariances"].copy(), arrays["sums"].copy()

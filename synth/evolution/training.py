@@ -1,0 +1,96 @@
+"""Training the policy with the instructor and the reviewer, without the expert (TeaMs-RL, arXiv:2403.08694).
+
+An iteration draws some initial instructions, takes `group` chains from each through all rounds, and learns from their
+rewards. Each chain has a pool of its own, the initial instructions and what it has made itself, so that the chains of
+a group can be compared. Policy and log are saved together after every iteration: RUN/policy_training.
+
+    python -m pytest tests/test_evolve.py -k policy
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import atomic_folder, read_json, write_json
+from data.records import read_rows
+from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
+from synth.evolution.files import SETTINGS, load_policy, write_policy
+from synth.evolution.judge import Pool
+from synth.evolution.policy import Batch, Policy
+from synth.stages import Row, write_rows
+
+LOG, PROGRESS = "choices.jsonl", "progress.json"
+Report = Callable[[int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Training:
+    """iterations: updates; starts: initial instructions of an iteration; group: chains from each.
+
+    Raises UserError for values that cannot be.
+    """
+
+    iterations: int = 20
+    starts: int = 8
+    group: int = 4
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.iterations < 0 or self.starts < 1 or self.group < 2:
+            raise UserError(
+                f"--iterations {self.iterations}, --starts {self.starts} and --group {self.group}: at least 0, 1 and 2 "
+                "(a chain is compared with the others of its group)"
+            )
+
+
+async def train_policy(
+    policy: Policy,
+    instructions: Sequence[str],
+    evolution: Evolution,
+    training: Training,
+    folder: Path,
+    report: Report,
+    relabel: Callable[[Batch], Batch] = lambda batch: batch,
+) -> Policy:
+    """The policy after all iterations, from the last saved one if FOLDER/policy_training is there.
+
+    report: called with the iteration (from 1) and its figures; relabel: what is learned of a batch instead of it.
+    """
+    path, log, done = folder / "policy_training", [], 0
+    if (path / SETTINGS).is_file():
+        policy, done = load_policy(path), read_json(path / PROGRESS)["iterations"]
+        log = read_rows(path / LOG, [("id",)]) if (path / LOG).stat().st_size else []
+    if done < training.iterations and policy.learns:
+        roots = await root_rows(instructions, evolution.judge, evolution.name)
+    for iteration in range(done, training.iterations if policy.learns else 0):
+        rows = await evolution.run(chains_of(roots, training, iteration), policy)
+        batch = batch_from(rows, evolution.rounds, training.group)
+        learned = policy.learn(relabel(batch))
+        log += [{**row, "iteration": iteration + 1} for row in rows]
+        _save(path, policy, log, iteration + 1)
+        report(iteration + 1, {**figures(rows), **learned})
+    return policy
+
+
+def _save(path: Path, policy: Policy, log: Sequence[Row], iterations: int) -> None:
+    with atomic_folder(path, SETTINGS) as temporary:
+        write_policy(temporary, policy)
+        write_rows(temporary / LOG, log)
+        write_json(temporary / PROGRESS, {"iterations": iterations})
+
+
+def chains_of(roots: Sequence[Row], training: Training, iteration: int) -> list[Chain]:
+    """The chains of an iteration; those of a group have one start and follow each other."""
+    count = min(training.starts, len(roots))
+    # All instructions come before any comes again, in a new order each time.
+    needed = (iteration + 1) * count
+    order: list[Row] = []
+    while len(order) < needed:
+        round_number = len(order) // len(roots)
+        order += random.Random(f"{training.seed} starts {round_number}").sample(roots, len(roots))
+    starts = [root for root in order[needed - count : needed] for _ in range(training.group)]
+    first = iteration * count * training.group
+    texts = [root["input"] for root in roots]
+    return [Chain(first + number, root, Pool(texts)) for number, root in enumerate(starts)]

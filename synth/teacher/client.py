@@ -1,0 +1,352 @@
+"""The teacher: one async client for any endpoint that speaks OpenAI's Chat Completions API.
+
+Every response goes through the cache (synth/teacher/cache.py) and is committed there before it is reported; requests
+are bounded, paced and retried (synth/teacher/pace.py), counted and limited (synth/teacher/limits.py), and read as JSON
+where a schema
+is given (synth/teacher/structured.py, synth/teacher/completions.py). Leaves out streaming, tools and what to ask
+(synth/prompts.py).
+
+    with Cache("runs/mine/cache.sqlite") as cache:
+        async with Teacher("http://127.0.0.1:8080/v1", "default_model", cache) as teacher:
+            reply = await teacher.ask([{"role": "user", "content": "What is 2 + 2?"}])
+
+    python -m pytest tests/test_teacher.py
+"""
+
+import asyncio
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx2
+from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
+from pydantic import BaseModel
+
+from common.errors import UserError
+from synth.teacher import structured
+from synth.teacher.cache import Cache, Stored, cache_key
+from synth.teacher.completions import SAMPLE_HEADER, Ask, Reply, read_completion
+from synth.teacher.limits import Cost, Ledger, Limits, count_tokens
+from synth.teacher.pace import Fault, Gate, backoff, fault_of
+
+OPENAI_URL = "https://api.openai.com/v1"
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+PROBE_TOKENS = 1024  # some teachers think before they answer
+
+
+class EndpointDown(UserError):
+    """The endpoint refuses every request, or fails again and again; everything that was in flight is stored."""
+
+
+class Estimate(NamedTuple):
+    """What some asks may cost: tokens of prompts about, of completions at most. Retries and corrections not counted."""
+
+    calls: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    money: float
+
+
+class Teacher:
+    """Asks one model at one endpoint. Use it as an async context manager, within one event loop.
+
+    url: up to and with `/v1`. concurrency: most requests in flight. retries: per request. timeout: seconds per
+    attempt. breaker: failed attempts in a row, per ask under way, after which the endpoint counts as down.
+    base_wait: seconds of the first backoff. key_name: the environment variable with the key (local servers need
+    none). endpoint: the name the cache knows the endpoint by, for one whose port changes (default: the url).
+    Raises UserError for a bad argument, LimitReached or EndpointDown, each once nothing is in flight any more.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cache: Cache,
+        limits: Limits | None = None,
+        concurrency: int = 8,
+        retries: int = 6,
+        timeout: float = 120.0,
+        breaker: int = 10,
+        base_wait: float = 1.0,
+        key_name: str = "OPENAI_API_KEY",
+        endpoint: str | None = None,
+    ):
+        self.url, self.model, self.cache = _checked_url(url), model, cache
+        self.endpoint = endpoint or self.url
+        self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
+        self.breaker, self.base_wait = breaker, base_wait
+        if concurrency < 1 or retries < 0 or timeout <= 0 or breaker < 1:
+            raise UserError(
+                f"concurrency {concurrency}, retries {retries}, timeout {timeout} and breaker {breaker}: "
+                "at least 1, 0, above 0 and at least 1 are possible"
+            )
+        self._key = os.environ.get(key_name, "")
+        if not self._key and self.url == OPENAI_URL:
+            raise UserError(f"{self.url} needs a key, and {key_name} is not set in the environment; export it")
+        self.ledger = Ledger(limits)
+
+    async def __aenter__(self) -> "Teacher":
+        size = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        local = urlsplit(self.url).hostname in LOOPBACK  # a proxy of the environment could not reach it
+        self._http = DefaultAsyncHttpxClient(limits=size, timeout=self.timeout, trust_env=not local)
+        self._client = AsyncOpenAI(
+            base_url=self.url, api_key=self._key or "none", max_retries=0, http_client=self._http, timeout=self.timeout
+        )
+        self.gate = Gate(self.concurrency)
+        self._loop = asyncio.get_running_loop()
+        self._begun = asyncio.Semaphore(self.concurrency)
+        self._probing = asyncio.Lock()
+        self._asking: dict[str, asyncio.Event] = {}
+        self._active = self._failures = 0  # asks under way; failed attempts in a row
+        self._answered = False
+        self._not_native: set[type[BaseModel]] = set()  # schemas that the endpoint declined
+        self._native = self._noted("structured")
+        self._tokens_name = "max_completion_tokens" if self._noted("max_completion_tokens") else "max_tokens"
+        return self
+
+    async def __aexit__(self, *_: Any) -> None:
+        await self._client.close()
+
+    async def ask(
+        self,
+        messages: list[dict],
+        schema: type[BaseModel] | None = None,
+        temperature: float = 1.0,
+        max_tokens: int = 1024,
+        sample: int = 0,
+        stage: str = "",
+    ) -> Reply:
+        """One answer, from the cache or the endpoint; the arguments are those of `Ask`."""
+        return await self._ask(Ask(messages, schema, temperature, max_tokens, sample, stage))
+
+    async def ask_all(self, asks: Sequence[Ask], progress: Callable[[Reply], object] | None = None) -> list[Reply]:
+        """The replies in the order of the asks. progress: called with each reply, once it is stored."""
+        replies: dict[int, Reply] = {}
+        waiting = deque(enumerate(asks))
+
+        async def work() -> None:
+            while waiting:
+                index, ask = waiting.popleft()
+                try:
+                    replies[index] = await self._ask(ask)
+                    if progress:
+                        progress(replies[index])
+                except BaseException:
+                    waiting.clear()
+                    raise
+
+        workers = (work() for _ in range(min(self.concurrency, len(waiting))))
+        # Not a TaskGroup: it would cancel what is in flight, and that is paid for.
+        for result in await asyncio.gather(*workers, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+        return [replies[index] for index in range(len(asks))]
+
+    def estimate(self, asks: Sequence[Ask]) -> Estimate:
+        """What the asks would cost, those in the cache counted apart. Sends nothing."""
+        keys = {self._key_of(ask): ask for ask in asks}
+        missing = [ask for key, ask in keys.items() if self.cache.get(key) is None]
+        costs = [self._most(ask) for ask in missing]
+        if any(ask.schema for ask in missing) and self._noted("structured") is None:
+            costs.append(self._most(Ask(structured.PROBE_MESSAGES, structured.Probe, max_tokens=PROBE_TOKENS)))
+        cost = Cost(sum(c.prompt_tokens for c in costs), sum(c.completion_tokens for c in costs))
+        return Estimate(len(costs), len(keys) - len(missing), *cost, self.ledger.limits.price(cost))
+
+    async def _ask(self, ask: Ask) -> Reply:
+        if asyncio.get_running_loop() is not self._loop:
+            raise RuntimeError("a Teacher belongs to the event loop it was entered in")
+        async with self._begun:
+            self._active += 1
+            try:
+                reply = await self._reply(ask)
+                if reply.status != "malformed":
+                    return reply
+                again = replace(ask, messages=ask.messages + structured.correction(reply.text, reply.reason))
+                second = await self._reply(again)
+                both = Cost(*(a + b for a, b in zip(reply.usage, second.usage, strict=True)))
+                return second._replace(usage=both, cached=reply.cached and second.cached)
+            finally:
+                self._active -= 1
+
+    async def _reply(self, ask: Ask) -> Reply:
+        """One response as a Reply, without a correction turn."""
+        key = self._key_of(ask)
+        while key in self._asking:  # the same ask is under way: its answer serves both
+            await self._asking[key].wait()
+        stored = self.cache.get(key)
+        cached = stored is not None
+        if stored is not None:
+            self.ledger.found(ask.stage)
+        else:
+            self._asking[key] = asyncio.Event()
+            try:
+                if ask.schema and self._native is None and ask.schema is not structured.Probe:
+                    await self._probe()
+                stored = await self._fetch(ask, key)
+            finally:
+                self._asking.pop(key).set()
+        status, reason, parsed = stored.status, stored.reason, None
+        if ask.schema and status in ("ok", "malformed"):
+            # Anew: the class may check more than its schema says, and may have changed since the answer was stored.
+            parsed, reason = structured.read_json_answer(stored.text, ask.schema)
+            status = "malformed" if parsed is None else "ok"
+        return Reply(stored.text, parsed, status, Cost(stored.prompt_tokens, stored.completion_tokens), cached, reason)
+
+    async def _fetch(self, ask: Ask, key: str) -> Stored:
+        """The endpoint's answer, stored; or, not stored, one of status "failed"."""
+        fault, not_before = Fault("again", ""), 0.0
+        for attempt in range(self.retries + 1):
+            try:
+                return await self._attempt(ask, key, attempt, not_before)
+            except Fault as error:
+                fault = error
+            await self.gate.check()
+            if fault.kind in ("again", "crowded"):
+                not_before = self._loop.time() + backoff(attempt, self.base_wait, fault.wait)
+            elif fault.kind != "form":
+                break
+        return Stored("", "failed", fault.reason, 0, 0)
+
+    async def _attempt(self, ask: Ask, key: str, attempt: int, not_before: float) -> Stored:
+        """Send once and store the answer. Raises Fault."""
+        cost = self._most(ask)
+        entered = await self.gate.enter(lambda: self.ledger.reserve(ask.stage, cost, attempt > 0), not_before)
+        form = self._form(ask)
+        try:
+            try:
+                stored = read_completion(await self._post(form, ask.sample), ask, self._safe)
+            except Fault as fault:
+                fault.reason = self._safe(fault.reason)
+                if fault.kind != "refusal":
+                    self._failed(fault, ask, form, entered)
+                    raise
+                stored = Stored("", "refusal", fault.reason, 0, 0)
+            self._failures, self._answered = 0, True
+            self.gate.answered()
+            self.ledger.receive(ask.stage, Cost(stored.prompt_tokens, stored.completion_tokens))
+            self.cache.put(key, stored)
+            return stored
+        except UserError as error:  # the cache: no use in paying for answers that cannot be kept
+            self.gate.stop(error)
+            raise
+        finally:
+            self.ledger.release(cost)
+            self.gate.leave()
+
+    async def _post(self, form: dict, sample: int) -> dict:
+        """The response's JSON. Raises Fault.
+
+        The package's own `create` costs a third more time per call, and returns a str for HTML with status 200.
+        """
+        try:
+            # httpx's time-outs are between bytes, so a server that drips would never reach one.
+            async with asyncio.timeout(self.timeout):
+                response = await self._client.post(
+                    "/chat/completions",
+                    cast_to=httpx2.Response,
+                    body=form,
+                    options={"headers": {SAMPLE_HEADER: str(sample)}},
+                )
+            if response.content.lstrip()[:1] == b"<":
+                raise Fault("again", "a web page instead of an answer (most URLs end in /v1)")
+            found = json.loads(response.content)
+        except (OpenAIError, TimeoutError, ValueError, RecursionError) as error:
+            raise fault_of(error) from None
+        if not isinstance(found, dict):
+            raise Fault("again", f"the response is no JSON object but a {type(found).__name__}")
+        return found
+
+    def _form(self, ask: Ask) -> dict:
+        """The request's body, in the form the endpoint takes."""
+        form = {"model": self.model, "messages": ask.messages, "temperature": ask.temperature}
+        form[self._tokens_name] = ask.max_tokens
+        form |= {"top_p": ask.top_p} if ask.top_p is not None else {}
+        native = self._native and ask.schema not in self._not_native
+        if ask.schema and (native or ask.schema is structured.Probe):
+            form["response_format"] = structured.response_format(ask.schema)
+        elif ask.schema:
+            form["messages"] = structured.with_schema(ask.messages, ask.schema)
+        return form
+
+    async def _probe(self) -> None:
+        """Find out, once per endpoint and model, whether a JSON schema is accepted and obeyed."""
+        async with self._probing:
+            if self._native is not None:
+                return
+            ask = Ask(structured.PROBE_MESSAGES, structured.Probe, max_tokens=PROBE_TOKENS, stage="probe")
+            status = (await self._reply(ask)).status
+            if status in ("ok", "malformed"):
+                self._note("structured", status == "ok")
+            self._native = status == "ok"  # undecided counts as no, until the next start
+
+    def _adapted(self, ask: Ask, form: dict, fault: Fault) -> bool:
+        """After a request was declined: whether another form of it may do, which is then taken."""
+        if "max_tokens" in form and "max_completion_tokens" in fault.reason:
+            self._tokens_name = "max_completion_tokens"
+            self._note("max_completion_tokens", True)
+            return True
+        if "response_format" not in form or ask.schema is None:
+            return False
+        if ask.schema is structured.Probe:
+            self._note("structured", False)
+            return False
+        self._not_native.add(ask.schema)
+        return True
+
+    def _failed(self, fault: Fault, ask: Ask, form: dict, entered: float) -> None:
+        """Change the form, slow down or stop, as a failed attempt asks for."""
+        if fault.kind == "request" and self._adapted(ask, form, fault):
+            fault.kind = "form"
+            return
+        if fault.kind == "fatal":
+            self.gate.stop(EndpointDown(f"{self.url} refuses {self.model}: {fault.reason}"))
+            return
+        if fault.kind == "crowded":
+            self.gate.crowded(entered)
+        if fault.wait:
+            self.gate.pause(fault.wait)
+        self._failures += 1
+        # Before the first answer a declined request is likely a wrong setting, which no other request will mend.
+        each = 1 if fault.kind == "request" and not self._answered else max(1, self._active)
+        if self._failures >= self.breaker * each:
+            self.gate.stop(
+                EndpointDown(
+                    f"{self.url} failed {self._failures} times in a row, the last time with: {fault.reason}; "
+                    "see that it runs, then start again: nothing stored is asked for twice"
+                )
+            )
+
+    def _most(self, ask: Ask) -> Cost:
+        return Cost(count_tokens(ask.messages), ask.max_tokens)
+
+    def _key_of(self, ask: Ask) -> str:
+        parameters = {"temperature": ask.temperature, "max_tokens": ask.max_tokens}
+        parameters |= {"top_p": ask.top_p} if ask.top_p is not None else {}  # where it is not sent, as ever
+        schema = structured.schema_of(ask.schema) if ask.schema else None
+        return cache_key(self.endpoint, self.model, ask.messages, parameters, schema, ask.sample)
+
+    def _noted(self, name: str) -> bool | None:
+        value = self.cache.note(f"{name} {self.endpoint} {self.model}")
+        return None if value is None else value == "yes"
+
+    def _note(self, name: str, value: bool) -> None:
+        self.cache.set_note(f"{name} {self.endpoint} {self.model}", "yes" if value else "no")
+
+    def _safe(self, text: str) -> str:
+        """Without the key, should a server send it back, and without halves of characters, which UTF-8 cannot hold."""
+        text = text.encode("utf-8", "replace").decode()
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _checked_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"the teacher's URL {url} is not of the form http://HOST:PORT/v1; mend it")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError(f"the teacher's URL at {parts.hostname} holds more than an address; keys go in the environment")
+    return url.rstrip("/")

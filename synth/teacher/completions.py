@@ -1,0 +1,90 @@
+"""What is asked of a teacher and what comes back: the question, the reply, and the reading of a chat completion.
+
+Refusals, truncated, empty and malformed answers are told apart here. Leaves out the sending (synth/teacher/client.py).
+
+    python -m pytest tests/test_teacher.py -k "faulty or malformed or key"
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from synth.teacher import structured
+from synth.teacher.cache import Stored
+from synth.teacher.limits import Cost, count_tokens
+from synth.teacher.pace import Fault
+
+# The index of one of several equal requests, sent along. Servers pass over headers they do not know; the offline
+# teacher answers by it, so that its answers do not depend on the order in which the requests arrive.
+SAMPLE_HEADER = "X-Sample"
+
+
+class Reply(NamedTuple):
+    """One answer. parsed: set where a schema was given and status is "ok".
+
+    status: "ok"; "refusal", "truncated", "empty"; "malformed": the schema was not obeyed, after a correction
+    turn too; "failed": no response came (not stored, so asked again after a restart). reason: why, if not "ok".
+    cached: no call was made for it.
+    """
+
+    text: str
+    parsed: Any
+    status: str
+    usage: Cost
+    cached: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question. sample: index among separate calls with the same rest; stage: the ledger's row.
+
+    temperature and max_tokens are always sent, because servers differ in their defaults; top_p where it is given.
+    """
+
+    messages: list[dict]
+    schema: type[BaseModel] | None = None
+    temperature: float = 1.0
+    max_tokens: int = 1024
+    sample: int = 0
+    stage: str = ""
+    top_p: float | None = None
+
+
+def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Stored:
+    """What a response holds, as it is stored. safe: applied to every text. Raises Fault if it is no completion at all.
+
+    Where the endpoint reports no usage, the tokens are guessed from the texts.
+    """
+    try:
+        if not response["choices"]:
+            raise Fault("again", f"empty choices {response.get('error') or ''}".strip())
+        choice = response["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        content, refused = message.get("content") or "", message.get("refusal")
+        if isinstance(content, list):
+            content = "".join(part.get("text") or "" for part in content)
+        usage = response.get("usage") or {}
+        counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        text = safe(content).encode(errors="replace").decode()  # half of a surrogate pair could not be stored
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Fault("again", f"the response is no completion ({type(error).__name__}: {error})") from None
+    guessed = (count_tokens(ask.messages), count_tokens([{"content": text}]))
+    tokens = [int(c) if isinstance(c, int | float) else g for c, g in zip(counted, guessed, strict=True)]
+    if refused or finish == "content_filter":
+        return Stored(text, "refusal", safe(str(refused or "content filter")), *tokens)
+    return Stored(text, *_status(text, finish, ask), *tokens)
+
+
+def _status(text: str, finish: str | None, ask: Ask) -> tuple[str, str]:
+    """The status of an answer that was not declined outright, and the reason if it is not "ok"."""
+    if finish == "length":
+        return "truncated", f"cut at {ask.max_tokens} tokens"
+    if not text.strip():
+        return "empty", "no text in the answer"
+    parsed, reason = structured.read_json_answer(text, ask.schema) if ask.schema else (None, "")
+    if parsed is None and structured.is_refusal(text):
+        return "refusal", "an apology instead of an answer"
+    return ("malformed", reason) if reason else ("ok", "")

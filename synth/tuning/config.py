@@ -1,0 +1,150 @@
+"""The tuner's configuration: one YAML file, read strictly, or the same as Python objects.
+
+    task: tasks/my_task.yaml             what samples are of; a path, relative to this file, or reasoning_gym:NAME
+    teacher: {teacher_url: URL, teacher_model: NAME}     flags of a teacher; none: the offline one
+    templates: [plain, careful]          what the agent may choose between
+    rl_tuning: {enable_rl_tuning: true, rl_algorithm: random_search, target_model_path: my_target.py:accuracy}
+
+Leaves out the flags of synth.tune.
+
+    python -m pytest tests/test_tuner_config.py
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from common.errors import UserError
+from common.parser import read_yaml
+from synth.prompts import TEMPLATES
+from synth.task import REASONING_GYM
+from synth.tuning.sampler import Settings, Space
+
+ALGORITHMS = ("random_search", "reinforce", "ppo", "tpe", "defaults")
+PATHS = ("task", "seed_data")  # and, in rl_tuning:
+TUNING_PATHS = ("target_model_path", "validation_data_path")
+STRICT = ConfigDict(extra="forbid")
+
+
+def _named(given: Any) -> Any:
+    """A list of the shipped templates' names as name → text."""
+    if isinstance(given, list | tuple):
+        unknown = [name for name in given if name not in TEMPLATES]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(TEMPLATES)}; write its text: {{name: text}}")
+        return {name: TEMPLATES[name] for name in given}
+    return given
+
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RLTuningConfig:
+    """How the settings are learned.
+
+    target_model_path: file.py:function, or None for sft.py on the rows; validation_data_path: its rows. baseline: the
+    metric that the first iteration is compared with; None measures it, on a batch by the settings it starts from.
+    step_size: of temperature and top_p, in one iteration. The rest is of REINFORCE and PPO: update_every in
+    iterations; batch_features: the state holds features of the last batch.
+    """
+
+    enable_rl_tuning: bool = False
+    num_iterations: Positive = 10
+    batch_size: Positive = 100
+    rl_algorithm: Literal[ALGORITHMS] = "random_search"  # type: ignore[valid-type]
+    learning_rate: Annotated[float, Field(gt=0)] = 0.001
+    reward_metric: str = "accuracy"
+    target_model_path: str | None = None
+    validation_data_path: str | None = None
+    baseline: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    step_size: Annotated[float, Field(gt=0)] = 0.05
+    update_every: Annotated[int, Field(ge=2)] = 5
+    gamma: Share = 0.9
+    gae_lambda: Share = 0.95
+    clip_range: Annotated[float, Field(gt=0)] = 0.2
+    ppo_epochs: Positive = 4
+    batch_features: bool = False
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """What generates, by which settings at first, and within which the agent may choose.
+
+    templates: name → text with {request}, or a list of shipped names; sft_* and eval_temperature: of the built-in
+    target, whose completions are the most likely ones at 0.
+    """
+
+    task: str = ""
+    seed_data: str | None = None
+    teacher: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
+    top_p: float = 1.0
+    template: str = "plain"
+    method: str = "generate_from_seed"
+    temperature_range: Range = (0.0, 2.0)
+    top_p_range: Range = (0.05, 1.0)
+    templates: Annotated[dict[str, str], BeforeValidator(_named)] = field(
+        default_factory=lambda: {"plain": TEMPLATES["plain"]}
+    )
+    methods: tuple[str, ...] = ("generate_from_seed",)
+    sft_model: str = "tiny-digits"
+    sft_iters: Positive = 100
+    sft_flags: str = ""
+    eval_temperature: Annotated[float, Field(ge=0)] = 0.0
+    output_dir: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    rl_tuning: RLTuningConfig = field(default_factory=RLTuningConfig)
+
+    @property
+    def space(self) -> Space:
+        """What the agent may choose. Raises UserError as Space does."""
+        return Space(self.temperature_range, self.top_p_range, tuple(self.templates), self.methods)
+
+    @property
+    def settings(self) -> Settings:
+        """What the run starts from, and what its result is compared with."""
+        return Settings(self.temperature, self.top_p, self.template, self.method)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `config_from` reads it."""
+        return asdict(self)
+
+
+def config_from(content: Mapping[str, Any], place: str) -> Config:
+    """The configuration of a mapping. Raises UserError, which begins with `place`, for a wrong key or value."""
+    try:
+        config = TypeAdapter(Config).validate_python(dict(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "unexpected_keyword_argument":
+            known = RLTuningConfig if key.startswith("rl_tuning.") else Config
+            names = ", ".join(known.__dataclass_fields__)
+            raise UserError(f"{place} has the unknown key {key!r}; known are {names}") from None
+        raise UserError(f"{place} sets {key} to {first['input']!r:.60}: {first['msg']}; mend it") from None
+    config.space.check(config.settings)
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration of a YAML file, whose paths are relative to it. Raises UserError."""
+    content = read_yaml(path)
+    folder = Path(path).parent
+    _resolve(content, PATHS, folder)
+    if isinstance(content.get("rl_tuning"), dict):
+        _resolve(content["rl_tuning"], TUNING_PATHS, folder)
+    return config_from(content, str(path))
+
+
+def _resolve(content: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
+    for key in keys:
+        given = content.get(key)
+        if isinstance(given, str) and given and not given.startswith(REASONING_GYM):
+            content[key] = str((folder / Path(given).expanduser()).resolve())

@@ -1,0 +1,139 @@
+"""What is written of a tuner's run: each iteration with some of its rows, metrics, the picture of the search.
+
+RUN/iterations.jsonl    settings, metrics, reward, numbers of rows and a sample of them, one iteration a line
+RUN/metrics.jsonl       its figures alone            RUN/data/000003.jsonl    a batch whole
+RUN/search.png          metric, reward and settings  RUN/summary.json         the best settings
+
+python -m pytest tests/test_tuner.py -k "log or picture"
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from synth.stages import write_rows
+from synth.tuning.agents import Outcome
+from synth.tuning.sampler import Settings, Space
+from training.metrics import RunLog, read_metrics
+from training.plots import plot_panels
+
+PICTURE, ITERATIONS = "search.png", "iterations.jsonl"
+LONGEST_LINE = 150  # characters of a row that is shown
+FEATURES = 4
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one iteration was; number 0 is the baseline. reward: the metric's improvement over the iteration before.
+
+    asked: rows that the generator was asked for; rows: that it gave; sample: some of them.
+    """
+
+    number: int
+    settings: Settings
+    metrics: dict[str, float]
+    metric: float
+    reward: float
+    asked: int
+    rows: int
+    dropped: dict[str, int]
+    features: tuple[float, ...]
+    sample: list[dict[str, Any]]
+
+    @property
+    def outcome(self) -> Outcome:
+        """What an agent is told of it."""
+        return Outcome(self.settings, self.metric, self.reward, self.features)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Iteration":
+        return cls(**{**saved, "settings": Settings(**saved["settings"]), "features": tuple(saved["features"])})
+
+
+def best_of(history: Sequence[Iteration]) -> Iteration:
+    """The iteration with the highest metric, the earliest of equal ones."""
+    return max(history, key=lambda one: one.metric)
+
+
+class TunerLog:
+    """The log of a run in its folder, from an empty history or from that of a resumed run."""
+
+    def __init__(self, folder: Path, total: int, history: Sequence[Iteration], space: Space, metric: str, name: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.space, self.metric = folder, space, metric
+        done = max(len(history) - 1, 0)
+        self.log = RunLog(folder, total, done, description=name)
+        reported = {row["step"] for row in read_metrics(folder)}
+        for one in history:  # those that were saved and, before a kill, not yet reported
+            if one.number not in reported:
+                self._figures(one, best_of(history[: one.number + 1]))
+
+    def report(self, history: Sequence[Iteration]) -> None:
+        """Show and record the last iteration."""
+        last = history[-1]
+        lost = f", dropped: {last.dropped}" if last.dropped else ""
+        self.log.say(f"Iteration {last.number}: {last.settings}; {last.rows} rows{lost}")
+        for row in last.sample:
+            self.log.say(f"    {row}"[:LONGEST_LINE])
+        self._figures(last, best_of(history))
+        write_rows(self.folder / ITERATIONS, [one.as_dict() for one in history])
+        if last.number:
+            self.log.advance()
+
+    def _figures(self, one: Iteration, best: Iteration) -> None:
+        settings = {"temperature": one.settings.temperature, "top_p": one.settings.top_p}
+        figures = {**one.metrics, "reward": one.reward, "best": best.metric, **settings, "rows": one.rows}
+        self.log.report(one.number, figures)
+
+    def close(self, history: Sequence[Iteration], finished: bool) -> None:
+        """Draw the picture; of a finished run write and print the summary."""
+        if not history:
+            self.log.close()
+            return
+        best, path = best_of(history), self.folder / PICTURE
+        plot_panels(path, panels(history, self.space, self.metric), self.folder.name, "iteration")
+        summary = {"iterations": history[-1].number, "best_iteration": best.number, **asdict(best.settings)}
+        summary |= {f"best_{self.metric}": best.metric, f"baseline_{self.metric}": history[0].metric}
+        self.log.close({**summary, "picture": str(path)} if finished else None)
+
+
+def panels(history: Sequence[Iteration], space: Space, metric: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The search as curves over the iterations. Names are drawn by their place in the space."""
+
+    def curve(values: Iterable[float]) -> list[tuple[float, float]]:
+        return [(float(number), float(value)) for number, value in enumerate(values)]
+
+    best = curve(best_of(history[:end]).metric for end in range(1, len(history) + 1))
+    found = {
+        metric: {"iteration": curve(one.metric for one in history), "best so far": best},
+        "reward": {"improvement": curve(one.reward for one in history)},
+        "temperature": {"temperature": curve(one.settings.temperature for one in history)},
+        "top_p": {"top_p": curve(one.settings.top_p for one in history)},
+        "rows of the batch": {"rows": curve(one.rows for one in history)},
+    }
+    for name, known in (("template", space.templates), ("method", space.methods)):
+        if len(known) > 1:
+            listed = ", ".join(f"{place} {one}" for place, one in enumerate(known))
+            found[listed] = {name: curve(known.index(getattr(one.settings, name)) for one in history)}
+    return found
+
+
+def batch_features(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """A batch as FEATURES numbers, some 0 to 1: mean lengths of inputs and outputs, distinct words, distinct pairs.
+
+    Lengths in log10 of characters over 4; distinct ones as shares of all.
+    """
+    if not rows:
+        return (0.0,) * FEATURES
+    lengths = [[len(str(row.get(key, ""))) for row in rows] for key in ("input", "output")]
+    words = [f"{row.get('input', '')} {row.get('output', '')}".split() for row in rows]
+    pairs = [pair for some in words for pair in itertools.pairwise(some)]
+    single = [word for some in words for word in some]
+    means = [math.log10(1 + sum(some) / len(some)) / 4 for some in lengths]
+    return (*means, *(len(set(some)) / max(len(some), 1) for some in (single, pairs)))

@@ -1,0 +1,146 @@
+"""Target models: the function that trains on rows and returns metrics, the user's own or the built-in one.
+
+    def target_model(rows) -> {"accuracy": 0.81}                  rows: [{"input": ..., "output": ...}, ...]
+    def target_model(rows, validation_dataset) -> {...}           the same, told what to evaluate on
+
+The built-in one runs sft.py on the rows as a process, then has the trained model complete the validation rows' prompts.
+Leaves out the search (synth/tuning/tuner.py).
+
+    python -m pytest tests/test_targets.py
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.cli import Stopped
+from common.errors import UserError
+from common.files import read_json
+from rewards.function import error_summary, load_function
+from synth.pipeline.rollouts import BaseModel, Rollout, draw
+from synth.pipeline.trainer import run_script, scores_of, sft_row
+from synth.stages import write_rows
+from synth.task import Task
+from synth.teacher.cache import Cache
+from training.checkpoint_folders import all_checkpoints
+
+Row = dict[str, Any]
+Metrics = dict[str, float]
+TargetModel = Callable[..., Mapping[str, Any]]
+WHAT = "target model"
+COMPLETION_TOKENS = 64
+BATCH = 64  # completions at once
+
+
+def load_target(spec: str) -> TargetModel:
+    """The function that "file.py:function" names. Importing runs the file's code, with all the user's rights."""
+    return load_function(spec, WHAT)
+
+
+def takes_validation(function: TargetModel) -> bool:
+    """Whether a target has a second positional parameter that it needs, or one whose name begins with "valid"."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some callables of C have none
+        return False
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    second = positional[1] if len(positional) > 1 else None
+    return second is not None and (second.default is second.empty or second.name.startswith("valid"))
+
+
+def call_target(function: TargetModel, rows: Sequence[Row], validation: Sequence[Row], metric: str) -> Metrics:
+    """The metrics of a target, as finite floats (others than `metric` may be NaN and are then left out).
+
+    Raises UserError where it fails, returns no metrics, or `metric` is missing or not finite: never a 0 in its place.
+    """
+    label = str(getattr(function, "__name__", type(function).__name__))
+    # Copies: what the function does to its rows is not done to ours.
+    given = [[dict(row) for row in some] for some in (rows, validation)]
+    try:
+        found = function(*given) if takes_validation(function) else function(given[0])
+    except (UserError, Stopped):
+        raise
+    except Exception as error:
+        raise UserError(f"{WHAT} {label} failed: {error_summary(error)}; mend it") from error
+    if not isinstance(found, Mapping):
+        raise UserError(f"{WHAT} {label} returned {found!r:.60}; return a dict of metrics such as {{{metric!r}: 0.8}}")
+    metrics = {str(name): _number(value) for name, value in found.items()}
+    if metric not in metrics:
+        raise UserError(
+            f"{WHAT} {label} returned the metrics {', '.join(metrics) or 'none'}, but reward_metric is {metric!r}; "
+            "return it, or name another"
+        )
+    if not math.isfinite(metrics[metric]):
+        raise UserError(
+            f"{WHAT} {label} returned {found[metric]!r:.60} as {metric}, which is no finite number; mend it"
+        )
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _number(value: Any) -> float:
+    """A metric as a float; NaN for text and all else that is no number."""
+    try:
+        return math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+class SftTarget:
+    """The built-in target: sft.py from the base model on the rows, then the task's score on the validation rows.
+
+    Metrics: accuracy (the mean of the task's scores), also as mean_score; valid_loss, of the validation rows. What it
+    does for a set of rows is kept in a folder named by their digest: a call that was cut goes on from its last
+    checkpoint, and one that was finished is not made again. flags: further ones of sft.py, as one text; temperature: of
+    the completions; go_on: the command by which to go on; files: open files that the script keeps open as long as it
+    runs, even if this process is killed. Raises UserError where the script fails, Stopped where it was stopped.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        folder: str | Path,
+        model: str = "tiny-digits",
+        iters: int = 100,
+        flags: str = "",
+        temperature: float = 0.0,
+        seed: int = 0,
+        go_on: str = "",
+        files: Sequence[int] = (),
+    ):
+        self.task, self.folder, self.model = task, Path(folder) / "target", model
+        self.iters, self.flags, self.temperature, self.seed = iters, flags, temperature, seed
+        self.go_on, self.files = go_on, files
+
+    def __call__(self, rows: Sequence[Row], validation: Sequence[Row]) -> Metrics:
+        made_of = json.dumps([rows, validation, self.model, self.iters, self.flags, self.seed], sort_keys=True)
+        folder = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:12]
+        training = folder / "training"
+        if not (training / "summary.json").is_file():
+            self._train(folder, training, rows, validation)
+        with Cache(folder / "completions.sqlite") as store:
+            model = BaseModel(self.model, folder / "adapter", COMPLETION_TOKENS, self.temperature, self.seed, BATCH)
+            prompts = [Rollout(self.task.prompt(row["input"]), 0) for row in validation]
+            scores = scores_of(self.task, validation, draw(prompts, model, store))
+        score = sum(scores) / len(scores)
+        loss = read_json(training / "summary.json")["valid_loss"]
+        return {"accuracy": score, "mean_score": score, "valid_loss": math.nan if loss is None else loss}
+
+    def _train(self, folder: Path, training: Path, rows: Sequence[Row], validation: Sequence[Row]) -> None:
+        words = ["sft.py", "--train", "--model", self.model, "--iters", self.iters, "--seed", self.seed]
+        words += ["--data", folder, "--data-base", "", "--output-dir", training, "--save-file", folder / "adapter"]
+        words += shlex.split(self.flags)
+        if all_checkpoints(training):
+            words = ["sft.py", "--resume", training]
+        else:
+            shutil.rmtree(training, ignore_errors=True)  # ended before its first checkpoint
+            for split, some in (("train", rows), ("valid", validation)):
+                write_rows(folder / f"{split}.jsonl", [sft_row(self.task, row) for row in some])
+        run_script([*map(str, words)], self.go_on, self.files)

@@ -1,0 +1,269 @@
+"""The tuner: learns how to generate, by how much better a target model gets on what was generated.
+
+One iteration: an agent chooses settings, the generator makes a batch by them, the target model is trained on it and
+evaluated, and the agent learns from the improvement. Iteration 0 is the baseline: a batch by the settings that the run
+starts from. All is saved after each target call, so a stopped run repeats none.
+
+    with RLTuner(load_config("tuner.yaml"), my_target, validation_rows) as tuner:
+        tuner.train(num_iterations=10, batch_size=100)
+        print(tuner.best.settings, tuner.confirm(5))
+
+Leaves out what chooses (synth/tuning/agents.py, synth/tuning/gradient_agents.py) and what generates
+(synth/tuning/task_generator.py).
+
+    python -m pytest tests/test_tuner.py
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from common.cli import Stopped, StopSignal
+from common.errors import UserError
+from common.files import atomic_folder, read_json, write_json
+from synth.examples import read_examples
+from synth.stages import write_rows
+from synth.task import load_task
+from synth.tuning.agents import Agent, Defaults, RandomSearch, TreeParzen
+from synth.tuning.config import Config
+from synth.tuning.gradient_agents import Learning, PolicyAgent
+from synth.tuning.log import FEATURES, Iteration, TunerLog, batch_features, best_of
+from synth.tuning.sampler import Generator, Results, Sampler, Settings
+from synth.tuning.targets import Metrics, TargetModel, call_target
+from synth.tuning.task_generator import TaskGenerator, task_generator, teacher_args
+
+STATE, ARRAYS = "tuner.json", "agent.safetensors"
+FORMAT = 1
+SHOWN = 3  # rows of a batch in the log
+FRESH = 1_000_000  # rows from this number on are for `confirm`: no search comes so far
+# What a loaded state may differ in: places, the teacher's address, and how long the search is.
+FREE = ("output_dir", "teacher", "task", "seed_data")
+FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "validation_data_path")
+
+
+class RLTuner:
+    """The search for settings of a generator. history: every iteration so far.
+
+    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: as synth/tuning/sampler.py describes
+    one
+    (default: samples of config.task, by config.teacher); rl_agent: as synth/tuning/agents.py describes one (default: by
+    config.rl_tuning.rl_algorithm). With config.output_dir, a run folder, everything is logged and saved there.
+    Raises UserError for a configuration that cannot be.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        target_model: TargetModel,
+        validation_dataset: Sequence[Mapping[str, Any]],
+        generator: Generator | None = None,
+        rl_agent: Agent | None = None,
+    ):
+        config.space.check(config.settings)
+        self.config, self.target_model = config, target_model
+        self.validation_dataset = [dict(row) for row in validation_dataset]
+        self.folder = Path(config.output_dir) if config.output_dir else None
+        self.history: list[Iteration] = []
+        self.agent = rl_agent if rl_agent is not None else make_agent(config)
+        self._open = ExitStack()
+        self.generator: Generator = (
+            generator if generator is not None else self._open.enter_context(default_generator(config))
+        )
+
+    def __enter__(self) -> "RLTuner":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._open.close()
+
+    @property
+    def best(self) -> Iteration:
+        """The iteration with the highest metric, the earliest of equal ones; the baseline may be it.
+
+        Its metric is the highest of several that vary by chance, so it promises too much: see `confirm`.
+        """
+        if not self.history:
+            raise UserError("the tuner has not been trained; call train first")
+        return best_of(self.history)
+
+    def train(self, num_iterations: int | None = None, batch_size: int | None = None) -> list[Iteration]:
+        """Search until `num_iterations` have been made, those of a loaded state counted; returns the history.
+
+        At the end the generator's sampler has the best settings. Defaults: the configuration's. Raises UserError where
+        a batch has no row or the target fails, and Stopped after a Ctrl-C or SIGTERM.
+        """
+        tuning = self.config.rl_tuning
+        total, size = num_iterations or tuning.num_iterations, batch_size or tuning.batch_size
+        log = self._log(total)
+        try:
+            with StopSignal() as stop:
+                while len(self.history) <= total:
+                    self.history.append(self._iterate(size) if self.history else self._baseline(size))
+                    if self.folder and log:
+                        self.save(self.folder / "tuner")
+                        log.report(self.history)
+                    if stop.requested and len(self.history) <= total:
+                        raise Stopped(f"{len(self.history) - 1} of {total} iterations are done; {self._go_on()}")
+            self.generator.sampler.set(self.best.settings)
+        finally:
+            if log:
+                log.close(self.history, finished=len(self.history) > total)
+        return self.history
+
+    def confirm(self, batches: int) -> dict[str, list[float]]:
+        """The metric of the best settings ("best") and of those of the start ("start"), on fresh batches of each.
+
+        Batch by batch both get rows of the same numbers: the two lists are paired. With a run folder the figures are
+        kept in confirmation.json, and none is measured twice.
+        """
+        settings = {"start": self.config.settings, "best": self.best.settings}
+        path = self.folder / "confirmation.json" if self.folder else None
+        found: dict[str, Any] = {"best_iteration": self.best.number, "start": [], "best": []}
+        if path and path.is_file() and read_json(path)["best_iteration"] == self.best.number:
+            found = read_json(path)
+        size = self.config.rl_tuning.batch_size
+        for name, number in ((name, n) for n in range(batches) for name in settings):
+            if len(found[name]) <= number:
+                rows = self.generate(settings[name], size, FRESH + number * size).data
+                found[name].append(self._metrics(rows)[self.config.rl_tuning.reward_metric])
+                if path:
+                    write_json(path, found)
+        self.generator.sampler.set(self.best.settings)
+        return {name: found[name][:batches] for name in settings}
+
+    def _baseline(self, size: int) -> Iteration:
+        """Iteration 0: by the settings of the start, or a number that the configuration gives."""
+        tuning = self.config.rl_tuning
+        if tuning.baseline is None:
+            return self._evaluated(self.config.settings, size, None)
+        metrics = {tuning.reward_metric: tuning.baseline}
+        return Iteration(0, self.config.settings, metrics, tuning.baseline, 0.0, 0, 0, {}, (), [])
+
+    def _iterate(self, size: int) -> Iteration:
+        last = self.history[-1]
+        iteration = self._evaluated(self.agent.propose(last.outcome), size, last.metric)
+        self.agent.learn(iteration.outcome)
+        return iteration
+
+    def _evaluated(self, settings: Settings, size: int, before: float | None) -> Iteration:
+        """Generate, call the target, work out the reward. before: the metric of the iteration before, if any."""
+        number, first = len(self.history), 1 + sum(one.asked for one in self.history)
+        results = self.generate(settings, size, first)
+        if self.folder:
+            write_rows(self.folder / "data" / f"{number:06d}.jsonl", results.data)
+        metrics = self._metrics(results.data)
+        metric = metrics[self.config.rl_tuning.reward_metric]
+        reward = 0.0 if before is None else metric - before
+        features = batch_features(results.data) if self.config.rl_tuning.batch_features else ()
+        shown, count, dropped = results.data[:SHOWN], len(results.data), dict(results.dropped)
+        return Iteration(number, settings, metrics, metric, reward, size, count, dropped, features, shown)
+
+    def _metrics(self, rows: list[dict[str, Any]]) -> Metrics:
+        return call_target(self.target_model, rows, self.validation_dataset, self.config.rl_tuning.reward_metric)
+
+    def generate(self, settings: Settings, size: int, first: int) -> Results:
+        """A batch by the settings, which the generator's sampler has from then on. Raises UserError where it is empty.
+
+        first: the number of its first row.
+        """
+        self.generator.sampler.set(settings)
+        results: Results = getattr(self.generator, settings.method)(size, first)
+        if not results.data:
+            lost = ", ".join(f"{count} {reason}" for reason, count in results.dropped.items()) or "none came"
+            raise UserError(
+                f"by {settings} no row of {size} is left ({lost}); narrow the ranges, or see to the teacher"
+            )
+        return results
+
+    def save(self, path: str | Path) -> None:
+        """Write the whole state to a folder, atomically: configuration, history, agent, sampler."""
+        arrays = self.agent.arrays()
+        state = {
+            "format": FORMAT,
+            "config": self.config.as_dict(),
+            "agent": self.agent.state(),
+            "sampler": asdict(self.generator.sampler.get()),
+            "history": [one.as_dict() for one in self.history],
+        }
+        with atomic_folder(path, STATE) as temporary:
+            if arrays:
+                mx.save_safetensors(str(temporary / ARRAYS), arrays)
+            write_json(temporary / STATE, state)
+
+    def load(self, path: str | Path) -> None:
+        """Go on from what `save` wrote, to the bit. Raises UserError where it was saved by another configuration.
+
+        Paths, the teacher and the number of iterations may differ.
+        """
+        state = read_json(Path(path) / STATE)
+        if state.get("format") != FORMAT:
+            raise UserError(f"{path} was written by another version (format {state.get('format')}); start a new run")
+        saved, own = (fixed(config) for config in (state["config"], self.config.as_dict()))
+        for key, value in own.items():
+            if saved.get(key) != value:
+                raise UserError(f"{path} was saved with {key} {saved.get(key)!r}, and now it is {value!r}; set it back")
+        arrays = Path(path) / ARRAYS
+        self.agent.restore(state["agent"], dict(mx.load(str(arrays))) if arrays.is_file() else {})
+        self.generator.sampler.set(Settings(**state["sampler"]))
+        self.history = [Iteration.from_dict(one) for one in state["history"]]
+
+    def _log(self, total: int) -> TunerLog | None:
+        if self.folder is None:
+            return None
+        tuning = self.config.rl_tuning
+        return TunerLog(self.folder, total, self.history, self.config.space, tuning.reward_metric, tuning.rl_algorithm)
+
+    def _go_on(self) -> str:
+        if self.folder is None:
+            return "save it, and go on with load and train"
+        return f"go on with: python -m synth.tune --resume {self.folder}"
+
+
+def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration has to stay from a save to a load, as text: JSON makes lists of tuples."""
+    tuning = {f"rl_tuning.{key}": value for key, value in config["rl_tuning"].items() if key not in FREE_TUNING}
+    rest = {key: value for key, value in config.items() if key not in (*FREE, "rl_tuning")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in (rest | tuning).items()}
+
+
+def make_agent(config: Config) -> Agent:
+    """The agent that config.rl_tuning.rl_algorithm names. Raises UserError where its package is missing."""
+    tuning, space = config.rl_tuning, config.space
+    if tuning.rl_algorithm == "random_search":
+        return RandomSearch(space, tuning.step_size, config.seed)
+    if tuning.rl_algorithm == "tpe":
+        return TreeParzen(space, config.seed)
+    if tuning.rl_algorithm == "defaults":
+        return Defaults()
+    ppo = tuning.rl_algorithm == "ppo"
+    learning = Learning(
+        tuning.learning_rate,
+        tuning.step_size,
+        tuning.update_every,
+        tuning.gamma,
+        tuning.gae_lambda,
+        tuning.clip_range,
+        epochs=tuning.ppo_epochs if ppo else 1,
+        value_head=ppo,
+    )
+    return PolicyAgent(space, learning, FEATURES if tuning.batch_features else 0, config.seed)
+
+
+@contextmanager
+def default_generator(config: Config) -> Iterator[TaskGenerator]:
+    """Samples of config.task by config.teacher, whose cache is in config.output_dir, or else in no lasting place."""
+    if not config.task:
+        raise UserError("no task is named; write `task: FILE.yaml`, or hand in a generator")
+    task = load_task(config.task)
+    rows = None
+    if config.seed_data:
+        rows = read_examples(config.seed_data, config.seed_data, task.answer.readable if task.answer else None)
+    sampler = Sampler(config.space, config.settings, config.templates)
+    with ExitStack() as stack:
+        folder = config.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
+        yield stack.enter_context(task_generator(task, sampler, teacher_args(config.teacher), folder, rows))

@@ -1,0 +1,132 @@
+"""The flag groups that the training scripts share. A flag's default stands in one place, here or in its script."""
+
+import argparse
+import itertools
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from training.optimizer_groups import OPTIMIZERS
+
+# The optimizer and its learning rate that train each kind of adapter; chosen on the embedded model (docs/sft.md).
+SFT_OPTIMIZERS = {
+    "lora": ("adam", 5e-4),
+    "dora": ("adam", 5e-4),
+    "full": ("adam", 3e-4),
+    "soft_prompt": ("adam", 3e-2),
+    "none": ("adam", 1e-3),
+}
+PPO_OPTIMIZERS = {"lora": ("adam", 5e-4), "dora": ("adam", 5e-4), "full": ("adam", 3e-4), "soft_prompt": ("muon", 0.4)}
+
+
+def default_output_dir(script: str) -> str:
+    """A run folder name that is free: runs/SCRIPT-YYYYMMDD-HHMMSS, and -2, -3 where a second has several."""
+    name = f"runs/{script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    numbered = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+    return next(free for free in numbered if not Path(free).exists())
+
+
+def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
+    """Which weights are trained, and how an adapter is made. dropout: PPO wants 0, so that the ratio starts at 1."""
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--prompt-tuning", action="store_true", help="train a soft prompt instead of LoRA")
+    group.add_argument("--num-prompt-tokens", type=int, default=32, help="length of the soft prompt, tokens")
+    group.add_argument(
+        "--fine-tune-type", choices=("lora", "dora", "full"), default="lora", help="which weights to train"
+    )
+    group.add_argument("--lora-layers", "--num-layers", type=int, default=16, help="last layers to adapt; -1: all")
+    group.add_argument("--lora-rank", type=int, default=8, help="LoRA rank")
+    group.add_argument("--lora-scale", type=float, default=10.0, help="multiplier of the LoRA update")
+    group.add_argument("--lora-dropout", type=float, default=dropout, help="dropout before the LoRA, probability")
+    group.add_argument(
+        "--lora-keys",
+        nargs="+",
+        default=None,
+        help="module names within a layer, such as self_attn.q_proj (default: all)",
+    )
+    group.add_argument("--grad-checkpoint", action="store_true", help="work layers out twice to hold less in memory")
+
+
+def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_adapter_flags` as the fields of `models.adapters.AdapterConfig`."""
+    if not 0 <= args.lora_dropout < 1:
+        raise UserError(f"--lora-dropout is {args.lora_dropout}; it has to be at least 0 and below 1")
+    if args.num_prompt_tokens < 1:
+        raise UserError(f"--num-prompt-tokens is {args.num_prompt_tokens}; it has to be at least 1")
+    lora = {"rank": args.lora_rank, "scale": args.lora_scale, "dropout": args.lora_dropout}
+    if args.lora_keys:
+        lora["keys"] = list(args.lora_keys)
+    return {
+        "fine_tune_type": "soft_prompt" if args.prompt_tuning else args.fine_tune_type,
+        "num_layers": args.lora_layers,
+        "lora_parameters": lora,
+        "num_prompt_tokens": args.num_prompt_tokens,
+        "model": args.model,
+    }
+
+
+def add_optimizer_flags(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]], schedule: str
+) -> argparse._ArgumentGroup:
+    """Optimizer and learning rate (by the kind of adapter, where the flags are left out), schedule, and clipping.
+
+    Returns the group, for more of a script's own.
+    """
+    group = parser.add_argument_group("optimizer")
+    kinds = {kind: default for kind, default in defaults.items() if kind != "none"}
+    others = [f"{name} for {kind}" for kind, (name, _) in kinds.items() if name != "adam"]
+    names = ", ".join(["adam", *others])
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"what turns gradients into steps (default: {names})")
+    rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
+    group.add_argument("--learning-rate", type=float, help=f"step size (default: {rates})")
+    group.add_argument(
+        "--lr-schedule", choices=("constant", "linear", "cosine"), default=schedule, help="the last two end at 0"
+    )
+    group.add_argument("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled decay of the weights; 0: none")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: don't")
+    return group
+
+
+def optimizer_and_rate(args: argparse.Namespace, default: tuple[str, float]) -> tuple[str, float]:
+    """The optimizer and its rate by the flags, or by the default for what is trained.
+
+    Raises UserError for an optimizer without a rate: a step of the one is not what a step of the other is.
+    """
+    name, rate = default
+    if args.learning_rate is None and args.optimizer not in (None, name):
+        raise UserError(f"--optimizer {args.optimizer} has no default rate here; give --learning-rate")
+    return args.optimizer or name, args.learning_rate or rate
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Where a run lies, how it is resumed, and who is told of it."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--output-dir", default=None, help="run folder (default: runs/SCRIPT-TIME)")
+    group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own flags")
+    group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
+    group.add_argument(
+        "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+
+
+def resumed(args: argparse.Namespace, config: dict[str, Any]) -> argparse.Namespace:
+    """The flags of the run that `--resume` names, in place of those of this call."""
+    unknown = sorted(config.keys() - vars(args).keys())
+    if unknown:
+        raise UserError(f"{args.resume} was written by another version or script (flags {', '.join(unknown)})")
+    return argparse.Namespace(**{**vars(args), **config, "resume": args.resume, "output_dir": args.resume})
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's own randomness, so that a resumed run draws what it would have drawn."""
+    return seed * 1_000_003 + step
+
+
+def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object) -> str:
+    """One line on what is trained, and by which optimizer. sizes: weights that are trained, and all."""
+    (trainable, total), (name, rate) = sizes, optimizer
+    return f"training {trainable:,} of {total:,} weights ({kind}) by {name}, learning rate {rate:g}, on {device}"
