@@ -129,7 +129,7 @@ def reviews(identity: str, count: int) -> Rows:
 
 def reviews_target(null: bool) -> TargetModel:
     """The example's classifier; for the null twin trained on right rows that vary with the given ones and no more."""
-    accuracy = load_target(str(ROOT / "synth" / "tuner_examples" / "classifier.py:accuracy"))
+    accuracy = load_target(str(ROOT / "synth" / "tuning" / "examples" / "classifier.py:accuracy"))
     if not null:
         return accuracy
     return lambda rows, validation: accuracy(reviews(digest(rows), CLEAN), validation)

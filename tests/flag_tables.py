@@ -33,7 +33,8 @@ MARKED = re.compile(r"<!-- table: (.+?) -->\n.*?<!-- end -->", flags=re.DOTALL)
 COMMON = {"help", "config"}
 # Script → the one whose flags its table leaves out where it has the same.
 SHARED = {"pytorch_ppo_training.py": "ppo_training.py"}
-SHARED |= {f"synth/{stage}.py": "synth/run.py" for stage in ("generate", "verify", "difficulty", "selection", "train")}
+STAGES = ("generate", "verify", "difficulty", "selection", "train")
+SHARED |= {f"synth/pipeline/{stage}.py": "synth/run.py" for stage in STAGES}
 
 # Where a default is not that of the walkthrough this toolkit grew out of, and why.
 DIFFERENCES = {
@@ -106,7 +107,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "synth/evolve.py": lambda: evolve_flags.evolve_parser(""),
     "synth/tune.py": lambda: parser_of(tune.parse_args),
     "synth/pipeline/report.py": lambda: parser_of(report.main),
-    "synth/offline/server.py": lambda: parser_of(offline_teacher.parse_args),
+    "synth/offline/__main__.py": lambda: parser_of(offline_teacher.parse_args),
 }
 
 

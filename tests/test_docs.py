@@ -25,7 +25,7 @@ from tests.scripts import call, with_words
 
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
-    r"RUN_FOLDER|USER/REPO|OWNER/NAME|MODEL|runs/mine|benchmarks/|offline_teacher|demo\.py|synth/evolve|synth/tune"
+    r"RUN_FOLDER|USER/REPO|OWNER/NAME|MODEL|runs/mine|benchmarks/|synth/offline|demo\.py|synth/evolve|synth/tune"
     r"|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
 # What is appended to a script's flags: of two equal ones the later counts.
@@ -107,8 +107,14 @@ def run_command(command, patch):
         run_python(shlex.split(command, comments=True)[1:], patch, shlex.split(typed)[1] if typed else "2 4")
 
 
+def module_path(module):
+    """The file that `python -m MODULE` runs."""
+    path = module.replace(".", "/")
+    return f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py"
+
+
 def run_python(words, patch, typed):
-    path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+    path = module_path(words[1]) if words[0] == "-m" else words[0]
     words = words[2:] if words[0] == "-m" else words[1:]
     name = path.removesuffix(".py").replace("/", ".")
     assert (ROOT / path).is_file()
@@ -147,7 +153,7 @@ def test_the_tables_are_what_the_code_makes():
 def test_every_table_stands_on_one_page_and_every_script_has_one():
     found = [table for text in PAGE.values() for table in re.findall(r"<!-- table: (.+?) -->", text)]
     assert sorted(found) == sorted(TABLES) == sorted(table for text in PAGE.values() for table in MARKED.findall(text))
-    folders = (ROOT, ROOT / "data", ROOT / "synth")
+    folders = [ROOT, *(ROOT / name for name in ("data", "synth", "synth/pipeline", "synth/offline"))]
     scripts = [
         path for folder in folders for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text()
     ]
