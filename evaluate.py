@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models import cpu
 
 cpu.enable()  # before mlx is imported
@@ -28,7 +30,6 @@ from data.digits import held_out_starts
 from models.adapters import load_adapter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
-from rewards.combined import Reward
 from training import ppo_flags, ppo_step
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.samples import text_table
@@ -71,14 +72,22 @@ def check(args: argparse.Namespace) -> None:
 
 
 def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
-    """--num-samples prompts: every one as often as the others, but for the remainder."""
+    """--num-samples prompts of those that the flags name, as `spread` chooses them."""
     if args.held_out and not args.prompts:
         prompts = [str(start) for start in held_out_starts(ppo_step.digit_rule(args))]
     else:
         prompts = ppo_step.choose_prompts(args, tokenizer)
     if not prompts:
         raise UserError(f"no held-out start is a multiple of {args.multiple_of}; leave --held-out out")
-    return [prompts[i % len(prompts)] for i in range(args.num_samples)]
+    return spread(prompts, args.num_samples, args.seed)
+
+
+def spread(prompts: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` prompts: all of them, in turn, or a random sample in their order where there are more than `count`."""
+    if count >= len(prompts):
+        return [prompts[i % len(prompts)] for i in range(count)]
+    drawn = np.random.default_rng(seed).choice(len(prompts), count, replace=False)
+    return [prompts[i] for i in sorted(drawn)]
 
 
 def open_beside(name: str, base: LoadedModel) -> LoadedModel:
@@ -96,33 +105,16 @@ def check_reference(reference: LoadedModel, candidate: LoadedModel) -> None:
         )
 
 
-def evaluated(
-    args: argparse.Namespace, candidate: LoadedModel, known: list[str], reward: Reward, reference: LoadedModel | None
-) -> Evaluation:
-    """Evaluate a model on the prompts as its own tokenizer renders them. known: as the reward knows them."""
-    return evaluate_model(
-        candidate.model,
-        candidate.tokenizer,
-        choose_prompts(args, candidate.tokenizer),
-        reward,
-        args.max_completion_length,
-        args.temperature,
-        reference.model if reference else None,
-        args.seed,
-        known_prompts=known,
-    )
-
-
-def show(args: argparse.Namespace, title: str, prompts: Sequence[str], result: Evaluation) -> None:
-    """Samples as a table, and the figures."""
-    count = min(args.show_samples, len(result.rows))
+def show(title: str, prompts: Sequence[str], result: Evaluation, num_rows: int, with_kl: bool) -> None:
+    """Print `num_rows` of the samples as a table, and the figures."""
+    count = min(num_rows, len(result.rows))
     print(f"{title}\n{text_table([result.rows[i * len(result.rows) // count] for i in range(count)])}".rstrip())
     figures = {
         "mean_score": str(score_interval(prompts, result.scores)),
         **{name: f"{mean:.3f}" for name, mean in result.part_scores.items()},
         "perfect_share": f"{result.perfect_share:.3f}",
         "completion_length": f"{result.completion_length:.1f}",
-        **({"kl": f"{result.kl:.3f}"} if args.reference else {}),
+        **({"kl": f"{result.kl:.3f}"} if with_kl else {}),
     }
     print(" | ".join(f"{name}: {value}" for name, value in figures.items()) + "\n")
 
@@ -168,8 +160,18 @@ def main() -> None:
     prompts = choose_prompts(args, loaded.tokenizer)
     results = {}
     for title, candidate in candidates.items():
-        results[title] = evaluated(args, candidate, prompts, reward, reference)
-        show(args, title, prompts, results[title])
+        results[title] = evaluate_model(
+            candidate.model,
+            candidate.tokenizer,
+            choose_prompts(args, candidate.tokenizer),  # as its own chat template renders them
+            reward,
+            args.max_completion_length,
+            args.temperature,
+            reference.model if reference else None,
+            args.seed,
+            known_prompts=prompts,
+        )
+        show(title, prompts, results[title], args.show_samples, with_kl=reference is not None)
     if len(results) > 1:
         show_difference(prompts, *results.values())
     distinct = len(set(prompts))

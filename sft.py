@@ -57,6 +57,7 @@ def build(args: argparse.Namespace, loaded: LoadedModel) -> Trainee:
     if args.resume_adapter_file:
         saved = load_adapter(model, args.resume_adapter_file)
         settings, head = saved.config, saved.value_head
+        mx.random.seed(args.seed)  # which a new value head draws from
     elif args.train:
         attach_adapter(model, settings, args.seed)
     if args.train and args.grad_checkpoint:

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from models import cpu
@@ -54,27 +55,27 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_sessions(args: argparse.Namespace) -> Sessions:
-    """The conversation with --model, and that with --compare. Raises UserError where both are the same."""
-    loaded = load(args.model)
-    # Opened before the adapter is put on: the base then shares its weights with the model that has the adapter.
-    other = _open_beside(loaded, args) if args.compare else None
-    if args.resume_file:
-        saved = load_adapter(loaded.model, args.resume_file)
+def open_sessions(model: str, adapter: str | None, compare: str | None, system_prompt: str | None) -> Sessions:
+    """The conversation with `model` under `adapter`, and that with `compare`. Raises UserError if both are the same."""
+    loaded = load(model)
+    # Opened before the adapter is attached, so that the base shares its weights with the model that has the adapter.
+    other = _open_beside(loaded, adapter, compare) if compare else None
+    if adapter:
+        saved = load_adapter(loaded.model, adapter)
         if saved.value_head is not None:
-            raise UserError(f"{args.resume_file} is a reward model: it scores and does not talk; name another adapter")
-    sessions = {args.resume_file or args.model: ChatSession(loaded.model, loaded.tokenizer, args.system_prompt)}
-    if other is not None:
-        sessions[args.compare] = ChatSession(other.model, other.tokenizer, args.system_prompt)
+            raise UserError(f"{adapter} is a reward model: it scores and does not talk; name another adapter")
+    sessions = {adapter or model: ChatSession(loaded.model, loaded.tokenizer, system_prompt)}
+    if compare and other is not None:
+        sessions[compare] = ChatSession(other.model, other.tokenizer, system_prompt)
     return sessions
 
 
-def _open_beside(loaded: LoadedModel, args: argparse.Namespace) -> LoadedModel:
-    if resolve(args.compare).resolve() != loaded.path.resolve():
-        return load(args.compare)
-    if not args.resume_file:
-        raise UserError(f"--compare {args.compare} is --model itself; name another model, or give --resume-file")
-    return LoadedModel(twin(loaded.model), loaded.tokenizer, loaded.config, loaded.path, args.compare)
+def _open_beside(loaded: LoadedModel, adapter: str | None, compare: str) -> LoadedModel:
+    if resolve(compare).resolve() != loaded.path.resolve():
+        return load(compare)
+    if not adapter:
+        raise UserError(f"--compare {compare} is --model itself; name another model, or give --resume-file")
+    return replace(loaded, model=twin(loaded.model), name=compare)
 
 
 def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
@@ -180,7 +181,7 @@ def main() -> None:
     positive("max-tokens", args.max_tokens)
     positive("temp", args.temp, zero=True)
     mx.random.seed(args.seed)
-    sessions = open_sessions(args)
+    sessions = open_sessions(args.model, args.resume_file, args.compare, args.system_prompt)
     print(greeting(sessions), file=sys.stderr)
     with line_editing(user_cache() / "talk_to_model_history") if sys.stdin.isatty() else nullcontext():
         chat(sessions, args.max_tokens, args.temp)

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from common.cli import run
 from common.errors import UserError
+from common.parser import Parser, positive
 from data.batching import Example, collate, encode_prompt, num_targets, truncate
 from data.examples import (
     LANGUAGE_ROWS,
@@ -30,8 +32,10 @@ from data.examples import (
     preference_examples,
     row_prompt,
 )
+from data.flags import add_data_flags, add_feature_flags
 from data.records import Row, checked_rows, feature_names
 from data.sources import SPLIT_NAMES, Source, find_split, whole
+from data.tokenizer import open_tokenizer
 
 KINDS = [*PREFERENCE_ROWS, ("messages", "answer"), *LANGUAGE_ROWS, *PROMPT_ROWS]
 KEYS = {key for keys in KINDS for key in keys} - {"reward"}  # what makes two rows the same
@@ -39,6 +43,16 @@ WHOLE = ("preference pairs", "texts with rewards", "prompts", "prompts with answ
 BINS = 8  # of a histogram
 LABELS = 12  # so many different labels are counted one by one, and so many duplicates named
 SHOWN = 1200  # characters of a row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows are read. features: keys by other names; max_length: tokens; rows: the number to keep for printing."""
+
+    features: dict[str, str]
+    mask_prompt: bool = True
+    max_length: int = 2048
+    rows: int = 3
 
 
 @dataclass
@@ -59,10 +73,6 @@ class Report:
 
 
 def parse_args() -> argparse.Namespace:
-    # Only the script needs the flags: who imports the functions below imports nothing of training.
-    from common.parser import Parser, positive
-    from data.flags import add_data_flags, add_feature_flags
-
     parser = Parser(__doc__)
     add_data_flags(parser)
     add_feature_flags(parser, ("answer",))
@@ -91,21 +101,21 @@ def sources(data: str, base: str) -> list[tuple[str, Source]]:
     return found
 
 
-def read(name: str, source: Source, tokenizer: Any, args: argparse.Namespace) -> Report:
+def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Report:
     """Look at every row of a split; a row that does not fit is counted as a bad line and left out of the rest."""
     report = Report(name, source)
-    for place, row in progress(checked_rows(source, KINDS, feature_names(args), chat=True), name):
+    for place, row in progress(checked_rows(source, KINDS, settings.features, chat=True), name):
         try:
             if isinstance(row, UserError):
                 raise row
-            kind, examples = encode(tokenizer, row, args.mask_prompt)
+            kind, examples = encode(tokenizer, row, settings.mask_prompt)
         except UserError as error:
             text = str(error).removeprefix(place).lstrip(": ").partition("; write")[0]
             report.bad.append(f"{place}: {text}")
             continue
         report.kinds[kind] += 1
         report.lengths.append(max(len(example.tokens) for example in examples))
-        cut = [truncate(example, args.max_length) for example in examples]
+        cut = [truncate(example, settings.max_length) for example in examples]
         report.targets.append(sum(map(num_targets, cut)))
         report.untrained += kind not in WHOLE and not any(map(num_targets, cut))
         if "reward" in row:
@@ -113,7 +123,7 @@ def read(name: str, source: Source, tokenizer: Any, args: argparse.Namespace) ->
         if "answer" in row:
             report.answers[row["answer"]] += 1
         report.places[repr(sorted((key, row[key]) for key in KEYS & row.keys()))].append(place)
-        if len(report.first) < args.rows:
+        if len(report.first) < settings.rows:
             report.first.append((place, examples))
     return report
 
@@ -252,17 +262,13 @@ def green(text: str) -> str:
 
 
 def main() -> None:
-    from models import cpu
-
-    cpu.enable()
-    from models.loading import load_tokenizer
-
     args = parse_args()
     splits = sources(args.data, args.data_base)
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = open_tokenizer(args.model)
+    settings = Settings(feature_names(args), args.mask_prompt, args.max_length, args.rows)
     reports = []
     for name, source in splits:
-        reports.append(read(name, source, tokenizer, args))
+        reports.append(read(name, source, tokenizer, settings))
         show(reports[-1], tokenizer, args.max_length)
         print()
     shared, bad = across(reports), [line for report in reports for line in report.bad]
@@ -278,6 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from common.cli import run
-
     run(main)

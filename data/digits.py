@@ -66,24 +66,28 @@ class DigitRule:
         return number > previous if self.increasing else number < previous
 
 
-def held_out_starts(rule: DigitRule) -> list[int]:
-    """The starts that neither the embedded model nor PPO is trained on: every tenth multiple of the rule's n."""
-    return [start for start in starts(rule) if _is_held_out(start)]
-
-
-def _is_held_out(start: int) -> bool:
-    return start // 2 % 10 == 7
-
-
 def starts(rule: DigitRule) -> list[int]:
     """All first numbers that the digit rule allows."""
     low, high = INCREASING_STARTS if rule.increasing else DECREASING_STARTS
     return [start for start in range(low, high + 1) if start % rule.multiple_of == 0]
 
 
+def held_out_starts(rule: DigitRule) -> list[int]:
+    """The starts that PPO is not trained on: every tenth of the rule's, from the eighth on.
+
+    Where there are fewer than eight, the last one, unless it is the only one. For n = 1 they go in pairs (14, 15, 34,
+    35, ...), so that they include those of n = 2; the embedded model is not trained on these.
+    """
+    every = starts(rule)
+    if rule.multiple_of == 1:
+        return [start for start in every if start // 2 % 10 == 7]
+    return every[min(7, len(every) - 1) :: 10] if len(every) > 1 else []
+
+
 def digit_prompts(rule: DigitRule) -> list[str]:
     """One prompt per start that is not held out."""
-    prompts = [str(start) for start in starts(rule) if not _is_held_out(start)]
+    held_out = held_out_starts(rule)
+    prompts = [str(start) for start in starts(rule) if start not in held_out]
     if not prompts:
         raise UserError(f"no start between the rule's bounds is a multiple of {rule.multiple_of}; use a smaller one")
     return prompts

@@ -25,6 +25,7 @@ from models.adapter_config import (
     check_head_width,
     find_adapter,
 )
+from models.random_state import kept_random_state
 from models.soft_prompt import add_soft_prompt
 from models.value_head import ValueHead, hidden_size, load_value_head, save_value_head
 
@@ -32,8 +33,9 @@ from models.value_head import ValueHead, hidden_size, load_value_head, save_valu
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
     """Freeze `model` and put a fresh adapter on it, which alone is trainable.
 
-    What is trained is float32, whatever the base. A fresh LoRA or DoRA leaves the model's output as it was, and every
-    type the mode. Raises UserError where no layer matches the keys, and where mlx-lm cannot train it so.
+    seed: mlx's global random stream, from which new LoRA layers draw, is seeded with it. Trained weights are float32,
+    whatever the base's precision. A fresh LoRA or DoRA does not change the output, and no type changes the mode.
+    Raises UserError if no layer matches the keys or mlx-lm cannot train the model this way.
     """
     mx.random.seed(seed)
     try:
@@ -179,11 +181,12 @@ def _value_head(path: Path, weights: dict[str, mx.array], single: bool) -> Value
 def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
     """Put a saved adapter on its base `model`: the layers first, then the weights, strictly.
 
-    Raises UserError that lists every tensor which is missing, unknown or of another shape, and for a value head of
-    another width.
+    mlx's global random stream is left as it was. Raises UserError that lists every tensor which is missing, unknown or
+    of another shape, and for a value head of another width.
     """
-    saved = read_adapter(path)
-    attach_adapter(model, saved.config)
+    with kept_random_state():
+        saved = read_adapter(path)
+        attach_adapter(model, saved.config)
     set_adapter_weights(model, saved.weights, saved.path)
     if saved.value_head is not None:
         check_head_width(path, saved.value_head.weight.shape[1], hidden_size(model))

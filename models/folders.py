@@ -6,7 +6,7 @@ import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-from common.errors import UserError
+from common.errors import UserError, reason
 from common.files import read_json
 from models.adapter_config import HEAD_FILE
 
@@ -15,8 +15,6 @@ HUB_FILES = [
     *("*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl"),
     *("*.jinja", HEAD_FILE),
 ]
-# What a damaged or unknown folder makes mlx-lm and transformers raise.
-OPENING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def model_folder(name: str) -> Path:
@@ -60,8 +58,3 @@ def is_classifier(folder: Path) -> bool:
     """Whether a model folder is a transformers AutoModelForSequenceClassification by its configuration."""
     architectures = read_json(folder / "config.json").get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error that may have many or none, with its kind, without which some say nothing."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

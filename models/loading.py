@@ -6,18 +6,19 @@ head (models.value_head).
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from common.errors import UserError
-from common.files import read_json
-from models.folders import OPENING_ERRORS, model_folder, reason
+from common.errors import OPENING_ERRORS, UserError, reason
+from models.folders import model_folder
+from models.random_state import kept_random_state
 from models.tiny import TINY_NAMES, tiny_model_path
 
 # transformers warns about every model type it has no PyTorch class for; the weights here are mlx's.
@@ -26,13 +27,17 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 @dataclass
 class LoadedModel:
-    """A model as mlx-lm opens it, in eval mode and unfrozen, with what saving it again needs."""
+    """A model as mlx-lm opens it, in eval mode and unfrozen, with what saving it again needs.
+
+    dtypes: precision of every parameter as saved, by name.
+    """
 
     model: nn.Module
     tokenizer: TokenizerWrapper
     config: dict[str, Any]
     path: Path
     name: str
+    dtypes: dict[str, mx.Dtype] = field(default_factory=dict)
 
 
 def resolve(name: str) -> Path:
@@ -46,23 +51,19 @@ def resolve(name: str) -> Path:
 
 
 def load(name: str) -> LoadedModel:
-    """Open the model `name` (see `resolve`). Raises UserError if it is missing or cannot be opened."""
+    """Open the model `name` (see `resolve`); mlx's global random stream is left as it was.
+
+    Raises UserError if the model is missing or cannot be opened.
+    """
     path = resolve(name)
     try:
-        model, config = mlx_lm.utils.load_model(path)
+        with kept_random_state():  # mlx's layers draw weights, which those of the file replace
+            model, config = mlx_lm.utils.load_model(path)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except OPENING_ERRORS as error:
         raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is whole") from None
-    return LoadedModel(model, tokenizer, config, path, name)
-
-
-def load_tokenizer(name: str) -> TokenizerWrapper:
-    """The tokenizer of the model `name`, without its weights. Raises UserError as `load` does."""
-    path = resolve(name)
-    try:
-        return mlx_lm.utils.load_tokenizer(path, eos_token_ids=read_json(path / "config.json").get("eos_token_id"))
-    except OPENING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is whole") from None
+    dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
+    return LoadedModel(model, tokenizer, config, path, name, dtypes)
 
 
 def twin(model: nn.Module) -> nn.Module:

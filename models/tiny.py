@@ -47,6 +47,7 @@ from transformers import PreTrainedTokenizerFast
 from common.errors import UserError
 from common.files import atomic_folder, user_cache, write_json
 from data.batching import Batch, Example, collate
+from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
 from models.tiny_texts import TEXT_SOURCES
 
@@ -162,7 +163,7 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
     """
     # Metal adds up the gradients of embedding rows in no fixed order; its CPU does, and is fast enough.
     device = mx.cpu if platform.system() == "Darwin" else mx.default_device()
-    with atomic_folder(folder, marker="recipe.json") as temporary, _random_state_kept(), mx.stream(device):
+    with atomic_folder(folder, marker="recipe.json") as temporary, kept_random_state(), mx.stream(device):
         tokenizer = build_tokenizer(recipe)
         with _one_blas_thread():
             model = _train(recipe, tokenizer)
@@ -175,16 +176,6 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "pt"})
     return Path(folder)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """A build must not change what the script draws afterwards, else its first run differs from its second."""
-    high, low = mx.random.state[0].tolist()
-    try:
-        yield
-    finally:
-        mx.random.seed((high << 32) | low)
 
 
 @contextmanager

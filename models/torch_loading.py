@@ -5,8 +5,6 @@ of its own. Leaves out adapters (models.torch_adapters) and the value head (mode
 """
 
 import copy
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,24 +15,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from common.errors import UserError
-from models.folders import OPENING_ERRORS, model_folder, reason
+from common.errors import OPENING_ERRORS, UserError, reason
+from common.locate import locate
+from models.folders import model_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICES = ("auto", "cuda", "mps", "cpu")
-# models.tiny imports mlx, so it runs in a process of its own.
-TINY_PROGRAM = """
-import sys
-from common.errors import UserError
-from models import cpu
-cpu.enable()
-from models.tiny import tiny_model_path
-try:
-    print(tiny_model_path(sys.argv[1]))
-except UserError as error:
-    sys.exit(f"error: {error}")
-"""
-
 logging.set_verbosity_error()  # what transformers warns of (new layers of a head, say) is checked here
 logging.disable_progress_bar()
 
@@ -72,16 +57,8 @@ def resolve(name: str) -> Path:
     Raises UserError where there is no such folder and no such model on the hub, or no network.
     """
     if name.startswith("tiny-") and not Path(name).exists():
-        return _tiny_folder(name)
+        return locate(name)
     return model_folder(name)
-
-
-def _tiny_folder(name: str) -> Path:
-    command = [sys.executable, "-c", TINY_PROGRAM, name]
-    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its progress bar goes to stderr
-    if process.returncode:
-        raise UserError(f"{name} could not be built (see above); building takes mlx: pip install -r requirements.txt")
-    return Path(process.stdout.splitlines()[-1])
 
 
 def load(name: str, device: torch.device, tokenizer: str | None = None, classifier: bool = False) -> LoadedModel:

@@ -9,7 +9,7 @@ import pytest
 import ppo_training
 from common.errors import UserError
 from data.prompts import read_answers
-from models.loading import load_tokenizer
+from data.tokenizer import open_tokenizer
 from rewards.answer_reward import AnswerReward, answer_from_flag
 from rewards.answers import answer_type
 from rewards.build import build_reward
@@ -113,7 +113,7 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
     monkeypatch.setattr(ppo_training, "sample", watched)
     call(ppo_training.main, *words, "--prompts", path, "--keep-checkpoints", 0)
     # The model is given the same tokens in either form: one BOS, and what was asked.
-    ids = map(load_tokenizer(str(tiny_folder)).encode, asked)
+    ids = map(open_tokenizer(str(tiny_folder)).encode, asked)
     assert {tuple(prompt) for prompt in given} == set(map(tuple, ids)) and len(given) == 8
     assert sorted(seen) == ["4"] * 4 + ["6"] * 4
     assert [row["mean_score"] for row in read_metrics(tmp_path / "run")] == [0.5, 0.5]

@@ -10,6 +10,7 @@ from common.errors import UserError
 from data.batching import Example, Rendered, collate, encode_prompt, encode_text
 from data.chat import encode_messages, render
 from data.prompts import PromptPlan
+from data.tokenizer import open_tokenizer
 from tests.chat_tokenizers import BRACKETS, CHATML, REWRITING, THINKING, byte_tokenizer
 
 TALK = [
@@ -112,9 +113,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_per_turn():
 
 
 def test_the_embedded_model_s_template_goes_on_from_the_last_message(tiny_digits):
-    from models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(str(tiny_digits))
+    tokenizer = open_tokenizer(str(tiny_digits))
     messages = [{"role": "user", "content": "8 20"}, {"role": "assistant", "content": "22 30"}]
     (example,) = encode_messages(tokenizer, messages)
     assert example == Example([*tokenizer.encode("8 20 22 30"), tokenizer.eos_token_id], len(tokenizer.encode("8 20")))

@@ -14,9 +14,7 @@ from tests.scripts import call, fails
 @pytest.fixture
 def tokenizer(monkeypatch):
     """The tokenizer of every --model: a byte is a token, so lengths can be counted by eye."""
-    import models.loading
-
-    monkeypatch.setattr(models.loading, "load_tokenizer", lambda name: byte_tokenizer(CHATML))
+    monkeypatch.setattr(check, "open_tokenizer", lambda name: byte_tokenizer(CHATML))
 
 
 @pytest.fixture
@@ -115,9 +113,7 @@ def test_every_bad_line_is_named_and_the_rest_is_counted(shown):
 
 
 def test_what_the_template_refuses_is_a_bad_line_too(shown, monkeypatch):
-    import models.loading
-
-    monkeypatch.setattr(models.loading, "load_tokenizer", lambda name: byte_tokenizer(None))
+    monkeypatch.setattr(check, "open_tokenizer", lambda name: byte_tokenizer(None))
     row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x"}]}
     out, code = shown({"train.jsonl": [{"text": "a"}, row]})
     assert code == 2 and "train.jsonl:2: the model's tokenizer has no chat template" in out

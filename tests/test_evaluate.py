@@ -76,6 +76,15 @@ def test_the_script_scores_and_keeps_rows(tiny_folder, tmp_path, capsys):
     assert {row["text"].split()[0] for row in kept} <= {str(start) for start in range(14, 201, 20)}
 
 
+def test_fewer_samples_than_prompts_are_a_seeded_sample_of_them():
+    prompts = [str(n) for n in range(100)]
+    assert evaluate.spread(prompts[:3], 7, seed=0) == ["0", "1", "2", "0", "1", "2", "0"]
+    assert evaluate.spread(prompts, 100, seed=1) == prompts
+    drawn = evaluate.spread(prompts, 10, seed=1)
+    assert drawn == evaluate.spread(prompts, 10, seed=1) == sorted(set(drawn), key=int) and len(drawn) == 10
+    assert drawn != prompts[:10] and drawn != evaluate.spread(prompts, 10, seed=2)
+
+
 def by_length(prompts, completions):
     return [len(completion) / 10 for completion in completions]
 
@@ -207,5 +216,5 @@ def test_mistakes_are_one_line(tiny_folder, capsys):
     assert "give one, or several" in fails(capsys, evaluate.main, *words)
     words += ["--ground-truth-reward"]
     assert "--num-samples is 0" in fails(capsys, evaluate.main, *words, "--num-samples", 0)
-    assert "multiple of 10" in fails(capsys, evaluate.main, *words, "--held-out", "--multiple-of", 10)
+    assert "multiple of 201" in fails(capsys, evaluate.main, *words, "--held-out", "--multiple-of", 201)
     assert "does not exist" in fails(capsys, evaluate.main, *words, "--prompts", "nowhere.jsonl")

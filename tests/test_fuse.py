@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fuse
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, save_adapter
+from models.export.fused import save_fused
 from models.loading import load
 from models.value_head import HEAD_FILE, new_value_head
 from rewards.reward_model import load_reward_model
@@ -70,7 +71,7 @@ def is_quantized(model):
 
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 3.0), ("lora", 0.5), ("dora", 3.0), ("full", 3.0), ("none", 3.0)])
 def test_the_fused_model_says_what_the_adapter_said(tiny_folder, tmp_path, kind, scale):
-    """FACTS: a LoRA fused at twice its scale."""
+    """Neither at another scale nor not at all."""
     adapted = save_trained(tmp_path / "adapters", tiny_folder, kind, scale=scale)
     model, _ = fused(tiny_folder, tmp_path / "adapters", tmp_path / "out")
     close(logits_of(model), logits_of(adapted))
@@ -85,6 +86,22 @@ def test_the_fused_model_says_what_the_adapter_said(tiny_folder, tmp_path, kind,
             if hasattr(module, "lora_a"):
                 module.scale *= 2
         assert np.abs(logits_of(model) - logits_of(adapted)).max() > 0.05 * np.abs(base).max()
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("by", ["fuse.py", "--fused-model"])
+def test_the_fused_model_has_the_precision_of_its_base(tiny_folder, tmp_path, kind, by):
+    loaded = load(str(tiny_folder))
+    loaded.model.set_dtype(mx.bfloat16)
+    mlx_lm.utils.save(tmp_path / "base", tiny_folder, loaded.model, loaded.tokenizer, loaded.config)
+    save_trained(tmp_path / "adapters", tmp_path / "base", kind)
+    if by == "fuse.py":
+        fused(tmp_path / "base", tmp_path / "adapters", tmp_path / "out")
+    else:
+        base = load(str(tmp_path / "base"))
+        load_adapter(base.model, tmp_path / "adapters")
+        save_fused(base, tmp_path / "out")
+    assert {weight.dtype for weight in mx.load(str(tmp_path / "out/model.safetensors")).values()} == {mx.bfloat16}
 
 
 @pytest.mark.parametrize("form", ["adapters.npz", "adapters.safetensors"])

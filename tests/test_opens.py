@@ -23,9 +23,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fuse
-from common.errors import UserError
+from common.errors import OPENING_ERRORS, UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, load_adapter, save_adapter
-from models.folders import OPENING_ERRORS
 from models.generation import ChatSession, sample
 from models.loading import load
 from models.value_head import new_value_head

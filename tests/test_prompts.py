@@ -12,7 +12,7 @@ from data.prompts import PromptPlan, read_prompts
 from training.ppo_step import Prompts
 
 EVEN = DigitRule(increasing=True, multiple_of=2)
-RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 7)]
+RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 4, 5, 7, 8, 10, 50, 100)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -31,7 +31,22 @@ def test_the_ranges_of_starts():
     assert (min(falling), max(falling)) == (100, 1000)
 
 
-def test_what_is_held_out_for_one_rule_is_held_out_for_every_other():
+def test_every_tenth_multiple_is_held_out():
+    assert held_out_starts(EVEN) == [14, 34, 54, 74, 94, 114, 134, 154, 174, 194]
+    assert held_out_starts(DigitRule(True, 4)) == [28, 68, 108, 148, 188]
+    assert held_out_starts(DigitRule(True, 5)) == [35, 85, 135, 185]
+    assert held_out_starts(DigitRule(True, 10)) == [70, 170]
+    assert held_out_starts(DigitRule(False, 8)) == [160, 240, 320, 400, 480, 560, 640, 720, 800, 880, 960]
+    assert held_out_starts(DigitRule(False, 2))[:2] == [114, 134]
+    assert held_out_starts(DigitRule(True, 1))[:4] == [14, 15, 34, 35]  # as tiny-digits was trained
+
+
+def test_of_few_multiples_one_is_held_out_but_never_the_only_one():
+    assert held_out_starts(DigitRule(True, 50)) == [200] and held_out_starts(DigitRule(True, 200)) == [200]
+    assert held_out_starts(DigitRule(True, 201)) == [] and digit_prompts(DigitRule(True, 201)) == ["0"]
+
+
+def test_what_is_held_out_of_the_embedded_model_is_held_out_for_multiples_of_2():
     every = set(held_out_starts(DigitRule(True, 1)))
     assert set(held_out_starts(EVEN)) <= every
     assert not every & {int(prompt) for prompt in digit_prompts(EVEN)}

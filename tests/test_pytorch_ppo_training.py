@@ -13,6 +13,7 @@ import torch
 
 import ppo_training as mlx_script
 import pytorch_ppo_training as script
+from common import locate
 from common.cli import Stopped
 from common.errors import UserError
 from models import torch_adapters, torch_loading
@@ -242,10 +243,16 @@ def test_a_run_of_one_script_is_not_resumed_by_the_other(base, tmp_path, capsys)
 
 
 def test_the_embedded_model_is_the_last_line_of_the_program_that_builds_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch_loading, "TINY_PROGRAM", "import sys; print('notes'); print(sys.argv[1] + '/folder')")
+    def program(code):
+        monkeypatch.setattr(locate, "COMMAND", (sys.executable, "-c", f"import sys; {code}"))
+
+    program("print('notes'); print(sys.argv[1] + '/folder')")
     assert torch_loading.resolve("tiny-digits") == Path("tiny-digits/folder")
-    monkeypatch.setattr(torch_loading, "TINY_PROGRAM", "import sys; sys.exit('no room')")
-    with pytest.raises(UserError, match="could not be built"):
+    program("print('no room'); sys.exit(2)")
+    with pytest.raises(UserError, match=r"^no room$"):
+        torch_loading.resolve("tiny-digits")
+    program("sys.exit('a bug')")
+    with pytest.raises(UserError, match="could not be located"):
         torch_loading.resolve("tiny-digits")
 
 

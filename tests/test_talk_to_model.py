@@ -289,8 +289,12 @@ def test_turns_build_on_each_other_and_blank_lines_are_none(folder, talk):
     assert got == expected
 
 
-def test_sampling_by_flags(folder, talk):
-    words = ("--model", folder, "--temp", 1.0, "--max-tokens", 30)
+@pytest.mark.parametrize("kind", [None, "lora", "soft_prompt"])
+def test_the_seed_decides_what_is_sampled_with_an_adapter_and_without(folder, tmp_path, talk, kind):
+    words = ["--model", folder, "--temp", 1.0, "--max-tokens", 30]
+    if kind:
+        save_trained(tmp_path / "a", folder, kind)
+        words += ["--resume-file", tmp_path / "a"]
     assert talk("2\n", *words, "--seed", 1) == talk("2\n", *words, "--seed", 1) != talk("2\n", *words, "--seed", 2)
 
 

@@ -87,7 +87,7 @@ def test_a_broken_upload_leaves_the_folder_whole(tiny_folder, adapter, tmp_path,
     output = capsys.readouterr()
     line = output.err.splitlines()[-1]
     assert line.startswith(f"error: the upload to {NAME} failed (") and why in line
-    assert line.endswith(f"{tmp_path}/out is whole; go on with: hf upload {NAME} {tmp_path}/out . --private")
+    assert line.endswith(f"{tmp_path}/out is complete; continue with: hf upload {NAME} {tmp_path}/out . --private")
     assert "Traceback" not in output.err and TOKEN not in output.err + output.out
     call(fuse.main, *words(tiny_folder, adapter, tmp_path)[:4], "--save-path", tmp_path / "alone")
     written, alone = content_of(tmp_path / "out"), content_of(tmp_path / "alone")
@@ -100,7 +100,7 @@ def test_the_command_it_names_goes_on(tiny_folder, adapter, tmp_path, at_home, c
         at_home(hub)
         with pytest.raises(SystemExit):
             with_words(lambda: run(fuse.main), *words(tiny_folder, adapter, tmp_path))
-        command = shlex.split(capsys.readouterr().err.splitlines()[-1].partition("go on with: ")[2])
+        command = shlex.split(capsys.readouterr().err.splitlines()[-1].partition("continue with: ")[2])
         hub.refuse = {}
         own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
         tool = Path(sys.executable).parent / command[0]
@@ -120,7 +120,7 @@ def test_ctrl_c_says_how_to_go_on(tiny_folder, adapter, tmp_path, at_home, capsy
     with pytest.raises(SystemExit) as stopped:
         with_words(lambda: run(fuse.main), *words(tiny_folder, adapter, tmp_path))
     assert stopped.value.code == 130
-    assert f"go on with: hf upload {NAME} {tmp_path}/out . --private" in capsys.readouterr().err
+    assert f"continue with: hf upload {NAME} {tmp_path}/out . --private" in capsys.readouterr().err
 
 
 def test_a_public_repository_gets_nothing_that_is_to_be_private(tiny_folder, adapter, tmp_path, at_home, capsys):

@@ -18,10 +18,10 @@ from mlx.utils import tree_flatten
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from common.errors import UserError
+from common.errors import OPENING_ERRORS, UserError, reason
 from data.batching import encode_text
-from models.folders import OPENING_ERRORS, reason
 from models.loading import LoadedModel, resolve
+from models.random_state import kept_random_state
 from models.value_head import ValueHead
 
 # Dense families whose tensors mlx-lm and transformers call alike (tests/test_classifier.py opens each in both). Scores
@@ -118,13 +118,15 @@ def load_classifier(name: str) -> tuple[LoadedModel, ValueHead]:
         return Classifier, arguments
 
     try:
-        model, config = mlx_lm.utils.load_model(path, get_model_classes=classes)
+        with kept_random_state():
+            model, config = mlx_lm.utils.load_model(path, get_model_classes=classes)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except OPENING_ERRORS as error:
         raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is whole") from None
     if list(score) != [HEAD] or score[HEAD].shape[0] != 1:
         raise UserError(f"{name} is a classifier, but not with one score and no bias; use a model with num_labels 1")
-    head = ValueHead(score[HEAD].shape[1])
+    with kept_random_state():
+        head = ValueHead(score[HEAD].shape[1])
     head.weight = score[HEAD].astype(mx.float32)
     return LoadedModel(model, tokenizer, config, path, name), head
 

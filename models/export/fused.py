@@ -1,17 +1,21 @@
-"""Leaving a trained model in a folder that stands alone, beside what else lies there.
+"""Fusing a model with its adapter, and writing it as a folder that mlx_lm and transformers open.
 
-python -m pytest tests/test_transformer_lab.py
+python -m pytest tests/test_fuse.py tests/test_transformer_lab.py
 """
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import mlx_lm.utils
+from mlx.utils import tree_map_with_path
 
 from common.errors import UserError
 from models.adapters import fuse_adapter
 from models.loading import LoadedModel
+from models.value_head import ValueHead, save_value_head
 
 MARKER = "config.json"
 
@@ -25,15 +29,43 @@ def check_free(folder: str | Path, again: bool = False) -> None:
         raise UserError(f"{folder} holds a model or a run already; name another folder")
 
 
+def fuse(loaded: LoadedModel, de_quantize: bool = False) -> None:
+    """Fuse the adapter of `loaded` into its weights, in place, in the precision that the base was saved in.
+
+    de_quantize: turn a quantized base into an unquantized one.
+    """
+    fuse_adapter(loaded.model, de_quantize)
+
+    def as_saved(name: str, weight: mx.array) -> mx.array:
+        dtype = loaded.dtypes.get(name, weight.dtype)
+        return weight.astype(dtype) if mx.issubdtype(dtype, mx.floating) else weight
+
+    # Full fine-tuning trains in float32.
+    loaded.model.update(tree_map_with_path(as_saved, loaded.model.parameters()))
+    if de_quantize:
+        mlx_lm.utils.dequantize_model(loaded.model)
+        loaded.config.pop("quantization", None)
+        loaded.config.pop("quantization_config", None)
+
+
+def write_model(folder: Path, loaded: LoadedModel, head: ValueHead | None = None, tokenizer: Any = None) -> None:
+    """Write model, tokenizer and value head into `folder`. tokenizer: instead of the model's own."""
+    loaded.config.pop("value_head", None)  # of a reward model that was the base
+    if head is not None:
+        loaded.config["value_head"] = save_value_head(folder, head)
+    tokenizer = tokenizer or loaded.tokenizer
+    mlx_lm.utils.save(folder, loaded.path, loaded.model, tokenizer, loaded.config, donate_model=False)
+
+
 def save_fused(loaded: LoadedModel, folder: str | Path) -> None:
-    """Fuse the adapter of `loaded`, in place, and put model and tokenizer into `folder`, its configuration last."""
+    """Fuse the adapter of `loaded`, in place, and write the model beside what `folder` holds, config.json last."""
     folder = Path(folder)
-    fuse_adapter(loaded.model)
+    fuse(loaded)
     temporary = folder / f".model.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        mlx_lm.utils.save(temporary, loaded.path, loaded.model, loaded.tokenizer, loaded.config, donate_model=False)
+        write_model(temporary, loaded)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == MARKER):
             os.replace(file, folder / file.name)
     finally:

@@ -24,8 +24,7 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from common.errors import UserError
-from models.folders import OPENING_ERRORS, reason
+from common.errors import OPENING_ERRORS, UserError, reason
 from models.soft_prompt import SoftPromptEmbedding, find_embedding, soft_prompt_ids
 from models.value_head import OUTPUT_LAYERS
 

@@ -12,8 +12,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from common.errors import UserError
-from models.folders import reason
+from common.errors import UserError, reason
 
 # What a refusal or a broken connection makes the hub's API raise.
 UPLOAD_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueError, KeyError)
@@ -51,7 +50,7 @@ def upload(folder: str | Path, name: str, public: bool) -> str:
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a fused model")
     except UPLOAD_ERRORS as error:
         raise UserError(
-            f"the upload to {name} failed ({reason(error)}); {folder} is whole; go on with: "
+            f"the upload to {name} failed ({reason(error)}); {folder} is complete; continue with: "
             f"{upload_command(folder, name, public)}"
         ) from None
     if seen_by_all and not public:

@@ -1,0 +1,46 @@
+"""Opening a model's tokenizer without its weights.
+
+python -m pytest tests/test_tokenizer.py
+"""
+
+from pathlib import Path
+from typing import Any
+
+from common.errors import OPENING_ERRORS, UserError, reason
+from common.files import read_json
+from common.locate import locate
+
+
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of the model `name`: an embedded one, a folder or a Hugging Face name.
+
+    Where mlx-lm is installed it is mlx-lm's, so that chat templates render as they do in training, and transformers'
+    elsewhere. Either way `eos_token_ids` is the set of all tokens that end a turn. Raises UserError if the model is
+    not found or its tokenizer cannot be opened.
+    """
+    folder = locate(name)
+    try:
+        return _open(folder, _configured_eos(folder))
+    except OPENING_ERRORS as error:
+        raise UserError(f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is whole") from None
+
+
+def _configured_eos(folder: Path) -> int | list[int] | None:
+    """generation_config.json takes precedence over config.json, as in mlx-lm."""
+    generation = folder / "generation_config.json"
+    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    return named or read_json(folder / "config.json").get("eos_token_id")
+
+
+def _open(folder: Path, eos: int | list[int] | None) -> Any:
+    try:
+        from mlx_lm.utils import load_tokenizer
+    except ImportError:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        # Setting the attribute would call transformers' own setter, which takes a single token.
+        vars(tokenizer)["eos_token_ids"] = ids
+        return tokenizer
+    return load_tokenizer(folder, eos_token_ids=eos)
