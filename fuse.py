@@ -33,8 +33,7 @@ from models.export.gguf_file import check_gguf, write_gguf
 from models.export.model_card import provenance_of, write_card
 from models.export.prompting_tokenizer import PromptingTokenizer
 from models.export.upload import check_upload, upload, upload_command
-from models.loading import LoadedModel, load, resolve
-from models.tiny import TINY_NAMES
+from models.loading import LoadedModel, is_made_here, load, resolve
 from models.value_head import hidden_size
 
 
@@ -70,7 +69,7 @@ def export_adapter(adapter_file: str, model: str, peft_folder: str | None, mlx_f
     saved = read_adapter(adapter_file)
     if peft_folder:
         base = saved.config.model or model
-        write_peft(peft_folder, saved, str(resolve(base)) if base in TINY_NAMES else base)
+        write_peft(peft_folder, saved, str(resolve(base)) if is_made_here(base) else base)
         print(f"wrote {adapter_file} in peft's format: {peft_folder}")
     if mlx_folder:
         write_adapter(mlx_folder, saved.weights, saved.config, saved.value_head)

@@ -1,4 +1,4 @@
-"""Opening a model by name: the embedded one, a local folder, or a Hugging Face name.
+"""Opening a model by name: an embedded one, a local folder, a GGUF file, or a Hugging Face name.
 
 Everything that opens a model goes through `load`. Leaves out adapters (models.adapters) and the value
 head (models.value_head).
@@ -18,7 +18,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import OPENING_ERRORS, UserError, reason
 from models.folders import model_folder
+from models.four_bit import four_bit_folder
+from models.gguf_folder import gguf_folder, is_gguf
 from models.random_state import kept_random_state
+from models.smollm2 import FOUR_BIT, SMOLLM2_NAMES, smollm2_file, smollm2_folder
 from models.tiny import TINY_NAMES, tiny_model_path
 
 # transformers warns about every model type it has no PyTorch class for; the weights here are mlx's.
@@ -41,13 +44,27 @@ class LoadedModel:
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a model: built (tiny models), as it is (folders), or downloaded (hub names).
+    """The local folder of a model: built (tiny models), as it is (folders), converted (GGUF files, smollm2-*), or
+    downloaded (hub names).
 
     Raises UserError where there is no such folder and no such model on the hub, or no network.
     """
     if name in TINY_NAMES:
         return tiny_model_path(name)
+    # bfloat16 is what models for a GPU come in; on Linux CPU its products take ten times as long as float32's.
+    dtype = "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
+    if name == FOUR_BIT:
+        return four_bit_folder(smollm2_file(), smollm2_folder(name, dtype))
+    if name in SMOLLM2_NAMES:
+        return smollm2_folder(name, dtype)
+    if is_gguf(name):
+        return gguf_folder(name, dtype)
     return model_folder(name)
+
+
+def is_made_here(name: str) -> bool:
+    """Whether a name stands for a folder that `resolve` makes in the user's cache, which the hub does not know."""
+    return name in (*TINY_NAMES, *SMOLLM2_NAMES) or is_gguf(name)
 
 
 def load(name: str) -> LoadedModel:

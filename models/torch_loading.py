@@ -1,7 +1,7 @@
-"""Opening a model by name in PyTorch: the embedded one, a local folder, or a Hugging Face name.
+"""Opening a model by name in PyTorch: an embedded one, a local folder, a GGUF file, or a Hugging Face name.
 
-The twin of models.loading, over transformers. Never imports mlx: the embedded model is found or built by a process
-of its own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_value_head).
+The twin of models.loading, over transformers. Never imports mlx: the tiny models are found or built by a process of
+their own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_value_head).
 """
 
 import copy
@@ -18,6 +18,8 @@ from transformers.utils import logging
 from common.errors import OPENING_ERRORS, UserError, reason
 from common.locate import locate
 from models.folders import model_folder
+from models.gguf_folder import gguf_folder, is_gguf
+from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 logging.set_verbosity_error()  # what transformers warns of (new layers of a head, say) is checked here
@@ -52,12 +54,20 @@ def choose_device(name: str) -> torch.device:
 
 
 def resolve(name: str) -> Path:
-    """The local folder of a model: found or built (tiny models), as it is (folders), or downloaded (hub names).
+    """The local folder of a model: found or built (tiny models), as it is (folders), converted (GGUF files, smollm2-*),
+    or downloaded (hub names).
 
     Raises UserError where there is no such folder and no such model on the hub, or no network.
     """
     if name.startswith("tiny-") and not Path(name).exists():
         return locate(name)
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if name == FOUR_BIT:
+        raise UserError(f"{FOUR_BIT} is for MLX, whose 4 bits PyTorch cannot read; use {NAME}")
+    if name in SMOLLM2_NAMES:
+        return smollm2_folder(name, dtype)
+    if is_gguf(name):
+        return gguf_folder(name, dtype)
     return model_folder(name)
 
 

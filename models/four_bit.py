@@ -1,0 +1,70 @@
+"""A GGUF file of 4-bit numbers as a folder for MLX that holds these very numbers, in the user's cache.
+
+Quantizing the float32 weights anew would cost more than the file's own quantization did: at mlx-lm's defaults (4 bits
+in groups of 64) SmolLM2-135M-Instruct loses 0.43 nats a token on English text. Serves the quantizations that mlx
+computes with as they are: Q4_0, Q4_1 and Q8_0.
+"""
+
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+
+from common.files import atomic_folder, read_json, write_json
+from models.gguf_folder import cache_errors, is_complete, only_one
+from models.gguf_reader import halves_of_heads, read_gguf
+
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+GROUP_SIZE = 32  # GGUF's
+
+
+def four_bit_folder(path: Path, source: Path) -> Path:
+    """The folder of the GGUF file at `path` with its own quantized numbers, made first where it is missing.
+
+    source: the folder that the file was converted to; scales and norms are in its precision. Raises UserError where
+    the folder cannot be written or the file is of another quantization.
+    """
+    folder = source.with_name(f"{source.name}-4bit")
+    with cache_errors(folder.name):
+        if is_complete(folder):
+            return folder
+        with only_one(folder):
+            if not is_complete(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                _write(path, source, folder)
+    return folder
+
+
+def _write(path: Path, source: Path, folder: Path) -> None:
+    file, config = read_gguf(path), read_json(source / "config.json")
+    arrays = mx.load(str(path))
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights, bits = {}, {}
+    for name, (theirs, _) in file.shapes.items():
+        stem, module = name.removesuffix(".weight"), theirs.removesuffix(".weight")
+        kind = file.tensors[name].tensor_type.name
+        if kind in BITS:
+            bits[module] = BITS[kind]
+        elif kind != "F32":
+            raise file.refuse(f"{name} is {kind}, none of {', '.join(BITS)}, in which MLX computes")
+        for part in ("weight", "scales", "biases") if kind in BITS else ("weight",):
+            array = arrays[f"{stem}.{part}"]
+            count = heads.get(stem.split(".")[-1])
+            array = halves_of_heads(array, count) if count else array
+            weights[f"{module}.{part}"] = array if array.dtype == mx.uint32 else array.astype(_dtype(config))
+    others = {name: _quantization(count) for name, count in bits.items() if count != 4}
+    config["quantization"] = config["quantization_config"] = {**_quantization(4), "mode": "affine", **others}
+    with atomic_folder(folder, marker="config.json") as temporary:
+        mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "mlx"})
+        write_json(temporary / "config.json", config)
+        for other in source.iterdir():
+            if not (temporary / other.name).exists():
+                shutil.copy(other, temporary)
+
+
+def _dtype(config: dict) -> mx.Dtype:
+    return getattr(mx, config["dtype"])
+
+
+def _quantization(bits: int) -> dict[str, int]:
+    return {"group_size": GROUP_SIZE, "bits": bits}
