@@ -277,10 +277,7 @@ def test_the_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
 
 def test_the_command_prints_the_folder_and_needs_neither_mlx_nor_torch(tmp_path, cache):
     path = write_gguf_file(tmp_path / "model.gguf")
-    code = (
-        "import sys\nsys.modules['torch'] = sys.modules['mlx'] = None\n"
-        "from models.gguf_folder import main\nmain()\n"
-    )
+    code = "import sys\nsys.modules['torch'] = sys.modules['mlx'] = None\nfrom models.gguf_folder import main\nmain()\n"
     done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(cache)) and done.stdout.rstrip().endswith("-bfloat16-v1")
