@@ -53,6 +53,12 @@ SPLITS = {
 WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "tekken"}
 
 
+def split_of(inner: Tokenizer) -> str | None:
+    """The name in SPLITS of a tokenizer's pre-tokenizer, or None where it is none of them."""
+    own = inner.pre_tokenizer and inner.pre_tokenizer.__getstate__()
+    return next((name for name, make in SPLITS.items() if make().__getstate__() == own), None)
+
+
 def tokenizer_of(file: GGUFFile) -> PreTrainedTokenizerFast:
     """The file's tokenizer, with its special tokens and chat template. Raises UserError for a kind not served."""
     kind = _setting(file, "model")

@@ -9,12 +9,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from mlx.utils import tree_flatten
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fuse
 import talk_to_model
 from common.errors import UserError
 from models import gguf_folder
+from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.gguf_folder import convert, is_gguf
 from models.gguf_reader import read_gguf
 from models.gguf_tokenizer import SPLITS, tokenizer_of
@@ -361,14 +363,37 @@ def test_without_the_gguf_package_one_line_says_so(tmp_path, monkeypatch):
         resolve(str(path))
 
 
-def test_peft_is_told_the_folder_of_a_gguf_base(tmp_path):
-    path = write_gguf_file(tmp_path / "model.gguf")
-    from models.adapters import AdapterConfig, attach_adapter, save_adapter
+# what comes after
 
+
+def lora(path, tmp_path):
     model = load(str(path)).model
     config = AdapterConfig("lora", -1, {"rank": 4, "scale": 2.0, "dropout": 0.0}, model=str(path))
     attach_adapter(model, config)
     save_adapter(tmp_path / "adapters", model, config)
-    call(fuse.main, "--adapter-file", tmp_path / "adapters", "--export-peft", tmp_path / "peft")
+    return tmp_path / "adapters"
+
+
+def test_peft_is_told_the_folder_of_a_gguf_base(tmp_path):
+    path = write_gguf_file(tmp_path / "model.gguf")
+    call(fuse.main, "--adapter-file", lora(path, tmp_path), "--export-peft", tmp_path / "peft")
     named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(resolve(str(path)))
+
+
+@pytest.mark.parametrize("split", ["smollm", "llama-bpe"])
+def test_a_byte_level_model_goes_out_and_comes_back(tmp_path, split):
+    path = write_gguf_file(tmp_path / "model.gguf", byte_level(pre=split, eot_token_id=0), tied=split == "smollm")
+    call(fuse.main, "--model", path, "--adapter-file", lora(path, tmp_path), "--save-path", tmp_path / "out",
+         "--export-gguf")  # fmt: skip
+    back, fused_ = load(str(tmp_path / "out" / "ggml-model-f16.gguf")), load(str(tmp_path / "out"))
+    expected = dict(tree_flatten(fused_.model.parameters()))
+    for name, array in tree_flatten(back.model.parameters()):
+        stored = expected[name].astype(mx.float16) if array.ndim > 1 else expected[name]
+        assert mx.array_equal(array, stored).item(), name
+    for text in ("hello  world 123's", "a<|im_end|>\n<think>é", ""):
+        assert back.tokenizer.encode(text) == fused_.tokenizer.encode(text)
+    assert back.tokenizer.chat_template == fused_.tokenizer.chat_template
+    assert (back.tokenizer.eos_token_id, back.tokenizer.pad_token_id) == (2, 2)
+    kinds = read_gguf(tmp_path / "out" / "ggml-model-f16.gguf").metadata["tokenizer.ggml.token_type"]
+    assert kinds[:5] == [3, 3, 3, 4, 1]

@@ -3,9 +3,9 @@
     python fuse.py --adapter-file adapters --save-path ./fused/ --export-gguf
 
 Serves what mlx-lm's exporter serves, and refuses what that would write wrong: other families than llama, mistral and
-mixtral, quantized weights, biases, other rope than plain or linear, and vocabularies other than SentencePiece's, which
-is the only one that it writes. Here rather than by its `convert_to_gguf`: float32 becomes fp16, a mixture's experts
-get their names, and tokens the scores that their merges have, without which texts are cut otherwise.
+mixtral, quantized weights, biases and other rope than plain or linear. Here rather than by its `convert_to_gguf`:
+float32 becomes fp16, a mixture's experts get their names, and tokens the scores that their merges have, without which
+texts are cut otherwise; byte-level vocabularies with a known pre-tokenizer are written too, and the chat template.
 """
 
 import json
@@ -18,6 +18,7 @@ from mlx_lm.gguf import HfVocab, permute_weights, prepare_metadata, translate_we
 
 from common.errors import UserError
 from common.files import atomic_file
+from models.gguf_tokenizer import CONTROL, NORMAL, USER_DEFINED, split_of
 from models.loading import LoadedModel
 
 FAMILIES = ("llama", "mistral", "mixtral")
@@ -46,7 +47,8 @@ def check_gguf(loaded: LoadedModel) -> None:
     """Raise UserError, with the reason, for a model that cannot be written as GGUF."""
     config = loaded.config
     family, heads = config.get("model_type"), config.get("num_attention_heads", 1)
-    model = json.loads(loaded.tokenizer._tokenizer.backend_tokenizer.to_str())["model"]
+    inner = loaded.tokenizer._tokenizer.backend_tokenizer
+    model = json.loads(inner.to_str())["model"]
     why = None
     if family not in FAMILIES:
         why = f"its family {family} is none of {', '.join(FAMILIES)}"
@@ -58,8 +60,8 @@ def check_gguf(loaded: LoadedModel) -> None:
         why = "it has biases"
     elif _rope(config)[0] not in ("default", "linear"):
         why = f"its rope is of the type {_rope(config)[0]}"
-    elif model["type"] != "BPE" or not model.get("byte_fallback"):
-        why = "its vocabulary is not SentencePiece's"
+    elif model["type"] != "BPE" or not (model.get("byte_fallback") or split_of(inner)):
+        why = "its vocabulary is neither SentencePiece's nor byte-level with a known pre-tokenizer"
     elif len(loaded.tokenizer.get_vocab()) > config["vocab_size"]:
         why = "its tokenizer has more tokens than the model"
     if why:
@@ -76,7 +78,7 @@ def write_gguf(path: Path, folder: Path, loaded: LoadedModel) -> None:
     scaling = {"type": "linear", "factor": factor} if kind == "linear" else None
     vocabulary = _Vocabulary(folder)
     described = {**config, "rope_theta": theta, "rope_scaling": scaling, "_name_or_path": loaded.name.rstrip("/")}
-    metadata = prepare_metadata(described, vocabulary)
+    metadata = prepare_metadata(described, vocabulary) | _tokenizer_metadata(vocabulary.tokenizer)
     weights = {}
     for name, weight in tree_flatten(loaded.model.parameters()):
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -89,6 +91,31 @@ def write_gguf(path: Path, folder: Path, loaded: LoadedModel) -> None:
         weights[_gguf_name(name)] = _stored(name, weight)
     with atomic_file(path) as temporary:
         mx.save_gguf(str(temporary), weights, metadata)
+
+
+def _tokenizer_metadata(tokenizer: Any) -> dict[str, Any]:
+    """What mlx-lm's metadata lacks or says of every vocabulary as if it were SentencePiece's."""
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]
+    metadata: dict[str, Any] = {"tokenizer.ggml.add_bos_token": mx.array(adds_bos)}
+    if tokenizer.pad_token_id is not None:
+        metadata["tokenizer.ggml.padding_token_id"] = mx.array(tokenizer.pad_token_id, dtype=mx.uint32)
+    if isinstance(tokenizer.chat_template, str):
+        metadata["tokenizer.chat_template"] = tokenizer.chat_template
+    if (split := split_of(tokenizer.backend_tokenizer)) is None:
+        return metadata
+    added = tokenizer.added_tokens_decoder
+    kinds = [
+        (CONTROL if added[index].special else USER_DEFINED) if index in added else NORMAL
+        for index in range(len(tokenizer))
+    ]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    return metadata | {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": tokenizer.convert_ids_to_tokens(range(len(tokenizer))),
+        "tokenizer.ggml.token_type": mx.array(kinds, dtype=mx.int32),
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
+    }
 
 
 def _rope(config: dict[str, Any]) -> tuple[str, float, float]:
