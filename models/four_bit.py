@@ -7,12 +7,13 @@ computes with as they are: Q4_0, Q4_1 and Q8_0.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from common.files import atomic_folder, read_json, write_json
 from models.gguf_folder import cache_errors, is_complete, only_one
-from models.gguf_reader import halves_of_heads, read_gguf
+from models.gguf_reader import GGUFFile, halves_of_heads, read_gguf
 
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 GROUP_SIZE = 32  # GGUF's
@@ -37,23 +38,10 @@ def four_bit_folder(path: Path, source: Path) -> Path:
 
 def _write(path: Path, source: Path, folder: Path) -> None:
     file, config = read_gguf(path), read_json(source / "config.json")
-    arrays = mx.load(str(path))
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    weights, bits = {}, {}
-    for name, (theirs, _) in file.shapes.items():
-        stem, module = name.removesuffix(".weight"), theirs.removesuffix(".weight")
-        kind = file.tensors[name].tensor_type.name
-        if kind in BITS:
-            bits[module] = BITS[kind]
-        elif kind != "F32":
-            raise file.refuse(f"{name} is {kind}, none of {', '.join(BITS)}, in which MLX computes")
-        for part in ("weight", "scales", "biases") if kind in BITS else ("weight",):
-            array = arrays[f"{stem}.{part}"]
-            count = heads.get(stem.split(".")[-1])
-            array = halves_of_heads(array, count) if count else array
-            weights[f"{module}.{part}"] = array if array.dtype == mx.uint32 else array.astype(_dtype(config))
-    others = {name: _quantization(count) for name, count in bits.items() if count != 4}
+    bits = _bits(file)
+    others = {module: _quantization(count) for module, count in bits.items() if count != 4}
     config["quantization"] = config["quantization_config"] = {**_quantization(4), "mode": "affine", **others}
+    weights = _weights(file, config, bits)
     with atomic_folder(folder, marker="config.json") as temporary:
         mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "mlx"})
         write_json(temporary / "config.json", config)
@@ -62,7 +50,34 @@ def _write(path: Path, source: Path, folder: Path) -> None:
                 shutil.copy(other, temporary)
 
 
-def _dtype(config: dict) -> mx.Dtype:
+def _bits(file: GGUFFile) -> dict[str, int]:
+    """The bits of every quantized module. Raises UserError for a quantization that mlx does not compute with."""
+    bits = {}
+    for name, (theirs, _) in file.shapes.items():
+        kind = file.tensors[name].tensor_type.name
+        if kind in BITS:
+            bits[theirs.removesuffix(".weight")] = BITS[kind]
+        elif kind != "F32":
+            raise file.refuse(f"{name} is {kind}, none of {', '.join(BITS)}, in which MLX computes")
+    return bits
+
+
+def _weights(file: GGUFFile, config: dict[str, Any], bits: dict[str, int]) -> dict[str, mx.array]:
+    """The file's numbers as they are, with their rows in transformers' order, and scales and norms as floats."""
+    arrays = mx.load(str(file.path))
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    weights = {}
+    for name, (theirs, _) in file.shapes.items():
+        stem, module = name.removesuffix(".weight"), theirs.removesuffix(".weight")
+        count = heads.get(stem.split(".")[-1])
+        for part in ("weight", "scales", "biases") if module in bits else ("weight",):
+            array = arrays[f"{stem}.{part}"]
+            array = halves_of_heads(array, count) if count else array
+            weights[f"{module}.{part}"] = array if array.dtype == mx.uint32 else array.astype(_dtype(config))
+    return weights
+
+
+def _dtype(config: dict[str, Any]) -> mx.Dtype:
     return getattr(mx, config["dtype"])
 
 

@@ -1,5 +1,6 @@
 """GGUF files for tests: a small Llama with a tokenizer of either kind, in any quantization that gguf can write."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def byte_level(**changes: Any) -> Fields:
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
     tokens = [*specials, *ALPHABET.values(), *(merge.replace(" ", "") for merge in merges)]
     kinds = [CONTROL, CONTROL, CONTROL, USER_DEFINED, *[NORMAL] * (len(tokens) - 4)]
-    fields = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": kinds, "merges": merges}
+    fields: Fields = {"model": "gpt2", "pre": "smollm", "tokens": tokens, "token_type": kinds, "merges": merges}
     fields |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "padding_token_id": 2}
     return {**fields, "add_bos_token": False, "chat_template": CHAT_TEMPLATE, **changes}
 
@@ -37,7 +38,7 @@ def sentence_pieces(**changes: Any) -> Fields:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *scored, *singles]
     kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(scored) + len(singles))]
     scores = [0.0] * 259 + [*scored.values(), *(-100.0 - n for n in range(len(singles)))]
-    fields = {"model": "llama", "tokens": tokens, "token_type": kinds, "scores": scores}
+    fields: Fields = {"model": "llama", "tokens": tokens, "token_type": kinds, "scores": scores}
     return {**fields, "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, **changes}
 
 
@@ -47,13 +48,22 @@ def write_gguf_file(
     kind: str = "F32",
     tied: bool = True,
     settings: Fields | None = None,
-    tensors: dict[str, np.ndarray | None] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
     architecture: str = "llama",
+    blocks: Mapping[str, tuple[str, np.ndarray]] | None = None,
 ) -> Path:
-    """A random Llama. settings: metadata beside the usual, or None to leave one out; tensors: likewise."""
+    """A random Llama. settings: metadata beside the usual, or None to leave one out; tensors: likewise.
+
+    blocks: tensors in the quantized form that they are written in, which gguf itself cannot make.
+    """
     tokenizer = byte_level() if tokenizer is None else tokenizer
     writer = gguf.GGUFWriter(path, architecture)
-    usual = {"block_count": LAYERS, "context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INNER}
+    usual: Fields = {
+        "block_count": LAYERS,
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "feed_forward_length": INNER,
+    }
     usual |= {"attention.head_count": HEADS, "attention.head_count_kv": KV_HEADS, "rope.freq_base": 5000.0}
     usual |= {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": HIDDEN // HEADS}
     named = {f"llama.{key}": value for key, value in usual.items()} | {"general.name": "random"} | (settings or {})
@@ -61,9 +71,11 @@ def write_gguf_file(
         named["tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"] = value
     for key, value in named.items():
         add(writer, key, value)
-    for name, array in (weights(len(tokenizer["tokens"]), tied) | (tensors or {})).items():
+    for name, array in (weights(len(tokenizer["tokens"]), tied) | dict(tensors or {})).items():
         if array is not None:
             add_tensor(writer, name, array, kind)
+    for name, (block_kind, array) in (blocks or {}).items():
+        writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[block_kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,8 +84,8 @@ def write_gguf_file(
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    adders[list] = writer.add_array
+    adders: dict[type, Callable[[str, Any], None]] = {bool: writer.add_bool, int: writer.add_uint32}
+    adders |= {float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     if value is not None:
         adders[type(value)](key, value)
 

@@ -1,8 +1,11 @@
 """A GGUF file as a model: the same logits and tokens as transformers' own loader reads from it, or one line."""
 
 import json
+import shutil
 import subprocess
 import sys
+import threading
+from typing import Any
 
 import gguf
 import mlx.core as mx
@@ -17,6 +20,7 @@ import talk_to_model
 from common.errors import UserError
 from models import gguf_folder
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
+from models.four_bit import four_bit_folder
 from models.gguf_folder import convert, is_gguf
 from models.gguf_reader import read_gguf
 from models.gguf_tokenizer import SPLITS, tokenizer_of
@@ -55,6 +59,71 @@ def test_logits_equal_transformers_in_every_quantization(tmp_path, kind):
     path = write_gguf_file(tmp_path / "model.gguf", kind=kind, tied=kind != "Q4_1")
     np.testing.assert_allclose(ours(path), theirs(path), atol=1e-4)
     assert read_gguf(path).quantization == kind
+
+
+def k_blocks(kind, rows):
+    """Rows of one block of 256 random numbers with plausible scales, which stand at either end of a block."""
+    size, scales = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,)), "Q2_K": (84, (80, 82))}[kind]
+    rng = np.random.default_rng(1)
+    data = rng.integers(0, 256, (rows, size), dtype=np.uint8)
+    for start in scales:
+        data[:, start : start + 2] = rng.uniform(1e-3, 2e-3, (rows, 1)).astype(np.float16).view(np.uint8)
+    return data
+
+
+def q4_k(block):
+    """One block by the format's definition: 8 groups of 32 numbers, each with a scale and a minimum of 6 bits."""
+    scale, least = block[:4].view(np.float16).astype(np.float64)
+    packed, nibbles = block[4:16].astype(int), block[16:].astype(int).reshape(4, 32)
+    numbers = []
+    for group in range(8):
+        if group < 4:
+            factor, minimum = packed[group] & 63, packed[group + 4] & 63
+        else:
+            factor = packed[group + 4] & 15 | packed[group - 4] >> 6 << 4
+            minimum = packed[group + 4] >> 4 | packed[group] >> 6 << 4
+        row = nibbles[group // 2]
+        numbers.append(scale * factor * (row >> 4 if group % 2 else row & 15) - least * minimum)
+    return np.concatenate(numbers)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q2_K"])
+def test_k_quantizations(tmp_path, kind):
+    """Against Q4_K by hand, as mlx 0.32.4 misreads every other group of it; else against mlx's reader, in fp16."""
+    wide = {f"blk.{n}.ffn_{k}.weight": np.full((256, 64), 0.1, np.float32) for n in range(2) for k in ("gate", "up")}
+    blocks = k_blocks(kind, 64)
+    path = write_gguf_file(
+        tmp_path / "model.gguf",
+        settings={"llama.feed_forward_length": 256},
+        tensors={**wide, **{f"blk.{n}.ffn_down.weight": None for n in range(2)}},
+        blocks={f"blk.{n}.ffn_down.weight": (kind, blocks) for n in range(2)},
+    )
+    if kind == "Q4_K":
+        expected = np.stack([q4_k(block) for block in blocks])
+    else:
+        expected = np.array(mx.load(str(path))["blk.1.ffn_down.weight"].astype(mx.float32))
+    got = dict(read_gguf(path).weights())["model.layers.1.mlp.down_proj.weight"]
+    assert got.shape == (64, 256) and expected.std() > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)
+    assert np.isfinite(ours(path)).all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_four_bit_files_keep_their_own_numbers_for_mlx(tmp_path, kind):
+    path = write_gguf_file(tmp_path / "model.gguf", kind=kind, tied=kind == "Q4_0")
+    source = resolve(str(path))
+    folder = four_bit_folder(path, source)
+    model = load(str(folder)).model
+    assert model.model.layers[1].mlp.up_proj.bits == (8 if kind == "Q8_0" else 4)
+    got = np.array(model(mx.array([TOKENS])))
+    np.testing.assert_allclose(got, ours(path), atol=2e-3)
+    assert four_bit_folder(path, source) == folder
+
+
+def test_numbers_that_mlx_does_not_compute_with_are_no_four_bit_form(tmp_path):
+    path = write_gguf_file(tmp_path / "model.gguf", kind="Q5_0")
+    with pytest.raises(UserError, match=r"token_embd\.weight is Q5_0, none of Q4_0, Q4_1, Q8_0"):
+        four_bit_folder(path, resolve(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +330,22 @@ def test_an_incomplete_folder_is_made_anew(tmp_path):
     assert resolve(str(path)) == folder and (folder / "model.safetensors").is_file()
 
 
+def test_one_process_converts_while_others_wait(tmp_path, monkeypatch, capsys):
+    path = write_gguf_file(tmp_path / "model.gguf")
+    folder = resolve(str(path))
+    shutil.move(folder, tmp_path / "made")
+    waiting = threading.Thread(target=resolve, args=(str(path),))
+    with gguf_folder.only_one(folder):
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        monkeypatch.setattr(gguf_folder, "convert", lambda *_: 1 / 0)  # it finds what was made meanwhile
+        shutil.move(tmp_path / "made", folder)
+    waiting.join(10)
+    assert not waiting.is_alive() and resolve(str(path)) == folder
+    assert f"another process is making {folder.name}; waiting for it" in capsys.readouterr().err
+
+
 def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
     path = write_gguf_file(tmp_path / "model.gguf")
     with monkeypatch.context() as patch:
@@ -288,7 +373,7 @@ def test_the_command_prints_the_folder_and_needs_neither_mlx_nor_torch(tmp_path,
 # refusals
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "qwen2": ({"architecture": "qwen2"}, "its architecture is qwen2, not llama"),
     "a part": ({"settings": {"split.count": 3}}, "it is one of 3 parts"),
     "experts": ({"settings": {"llama.expert_count": 8}}, "it is a mixture of experts"),
