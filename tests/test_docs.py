@@ -2,7 +2,7 @@
 
 A command is an indented line that begins with python, make, pip, echo, cat or for. All are run, on few rows and steps
 (SHORTER), the PyTorch script's too: first the README's walkthrough, then each page's in the folder it leaves. Those of
-NOT_RUN are parsed by the script's own parser and not run: they need a network or a run to go on with (tested in
+NOT_RUN are parsed by the script's own parser and not run: they need a network, a model from it or a run to go on with (tested in
 test_upload, test_hub, test_run and test_kill_resume), serve for ever, or take minutes (benchmarks; demo.py, which is
 that walkthrough; synth.run, evolve and tune in full, which have tests of their own). For make the target has to be
 there, for pip the file and the pinned version.
@@ -25,7 +25,7 @@ from tests.scripts import call, with_words
 
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
-    r"RUN_FOLDER|USER/REPO|OWNER/NAME|MODEL|runs/mine|benchmarks/|synth/offline|demo\.py|synth/evolve|synth/tune"
+    r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/mine|benchmarks/|synth/offline|demo\.py|synth/evolve|synth/tune"
     r"|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
 # What is appended to a script's flags: of two equal ones the later counts.
