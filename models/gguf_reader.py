@@ -1,8 +1,9 @@
 """Reading a GGUF file of the llama architecture: its metadata as a config.json, its tensors as transformers names them.
 
-Serves Llama, Mistral and SmolLM files of any quantization that the gguf package can undo. Other architectures, parts
-of split files and mixtures of experts are refused in one line. Not by mx.load: mlx 0.32.4 misreads every other group of Q4_K. Needs neither mlx nor
-torch. Leaves out the tokenizer (models.gguf_tokenizer) and the folder (models.gguf_folder).
+Serves Llama, Mistral and SmolLM files of any quantization that the gguf package can undo (mlx's own reader gives every
+other group of Q4_K wrong, as of 0.32.4). Other architectures, parts of split files and mixtures of experts are refused
+in one line. Needs neither mlx nor torch. Leaves out the tokenizer (models.gguf_tokenizer) and the folder
+(models.gguf_folder).
 """
 
 from collections import Counter
