@@ -3,9 +3,9 @@
 A command is an indented line that begins with python, make, pip, echo, cat or for. All are run, on few rows and steps
 (SHORTER), the PyTorch script's too: first the README's walkthrough, then each page's in the folder it leaves. Those of
 NOT_RUN are parsed by the script's own parser and not run: they need a network or a run to go on with (tested in
-test_upload, test_hub, test_smollm2, test_run, test_kill_resume), serve for ever, or take minutes (benchmarks; demo.py, which
-is that walkthrough; synth.run, evolve and tune in full, which have tests of their own). For make the target has to be
-there, for pip the file and the pinned version.
+test_upload, test_hub, test_smollm2, test_run, test_kill_resume), serve for ever, or take minutes (benchmarks; demo.py,
+which is that walkthrough; synth.run, evolve and tune in full, which have tests of their own). For make the target has
+to be there, for pip the file and the pinned version.
 """
 
 import importlib
