@@ -39,14 +39,14 @@ from synth.evolution.features import Situation, features
 from synth.evolution.files import make_policy
 from synth.evolution.judge import Difficulty, Judge, Pool
 from synth.evolution.operators import ACTIONS, OPERATORS, STOP
-from synth.evolution.policy import Batch, Constant, Learning, Policy, fixed, marginal
+from synth.evolution.policy import Batch, Constant, OperatorPolicy, PolicySettings, fixed, marginal
 from synth.evolution.training import LOG, Training, train_policy
 from synth.near_duplicates import tokens
 from synth.offline.instructions import read_sum, starting
-from synth.stages import Row
+from synth.stages import StageRow
 from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
-from synth.teacher.flags import offline_teacher
+from synth.teacher.connect import offline_teacher
 from training.intervals import bootstrap, difference
 
 ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward")
@@ -86,8 +86,8 @@ class Bench:
         judge = Judge(self.teacher, self.teacher, difficulty=difficulty)
         return Evolution(self.teacher, judge, self.args.rounds, seed=self.seed, name=name)
 
-    async def learned(self, name: str, relabel=lambda batch: batch) -> Policy:
-        policy = make_policy(self.args.policy, Learning(seed=self.seed))
+    async def learned(self, name: str, relabel=lambda batch: batch) -> OperatorPolicy:
+        policy = make_policy(self.args.policy, PolicySettings(seed=self.seed))
         self.folder.mkdir(parents=True, exist_ok=True)
         policy = await train_policy(
             policy, self.train, self.evolution("train"), self.training, self.folder / name, lambda *_: None, relabel
@@ -95,7 +95,7 @@ class Bench:
         policy.freeze()
         return policy
 
-    async def best_fixed(self) -> Policy:
+    async def best_fixed(self) -> OperatorPolicy:
         """The best on the training instructions, measured there as the arms are on the held-out ones."""
         path = self.folder / "fixed.json"
         if not path.is_file():
@@ -112,7 +112,7 @@ class Bench:
         means = read_json(path)
         return fixed(ACTIONS.index(max(means, key=means.__getitem__)))
 
-    async def policy(self, arm: str) -> Policy:
+    async def policy(self, arm: str) -> OperatorPolicy:
         """What chooses the actions in one arm; "marginal" is made from what the learned one chose."""
         if arm == "learned":
             return await self.learned(arm)
@@ -127,11 +127,11 @@ class Bench:
         without_stop = [1 / len(OPERATORS)] * len(OPERATORS) + [0.0]
         return Constant(shares=without_stop if arm == "uniform without stop" else None)
 
-    async def chains(self, policy: Policy, instructions: Sequence[str], name: str) -> list[list[Row]]:
+    async def chains(self, policy: OperatorPolicy, instructions: Sequence[str], name: str) -> list[list[StageRow]]:
         """The choices made from each instruction, until its rewritings are used; its chains share a pool."""
         evolution, budget = self.evolution(name), self.args.calls
         roots = await root_rows(instructions, evolution.judge, name)
-        pools, rows = [Pool(instructions) for _ in roots], [list[Row]() for _ in roots]
+        pools, rows = [Pool(instructions) for _ in roots], [list[StageRow]() for _ in roots]
 
         def left(place: int) -> int:
             return budget - sum(row["operator"] != STOP for row in rows[place])
@@ -175,7 +175,7 @@ def dealt_out(seed: int):
     return relabel
 
 
-def measures(rows: Sequence[Row], budget: int) -> dict[str, float]:
+def measures(rows: Sequence[StageRow], budget: int) -> dict[str, float]:
     """What the choices made from one held-out instruction came to."""
     kept = [row["input"] for row in rows if "dropped" not in row]
     pairs = {pair for text in kept for pair in itertools.pairwise(tokens(text))}

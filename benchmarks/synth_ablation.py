@@ -29,10 +29,10 @@ from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
 from common.parser import Parser
-from synth.offline.server import MODEL
-from synth.stages import Row, kept, load_rows
+from synth.chat_api import OFFLINE_MODEL
+from synth.stages import StageRow, kept, load_rows
 from synth.task import SHIPPED, load_task
-from synth.teacher.flags import offline_teacher
+from synth.teacher.connect import offline_teacher
 from training.intervals import Interval, over_seeds
 
 # The flags of each variant. A teacher's error rate is the offline teacher's default, 0.2, in all.
@@ -101,7 +101,8 @@ def make_facts(cell: Path, flags: Sequence[str], seed: int) -> None:
     cell.mkdir(parents=True, exist_ok=True)
     log, made = cell.with_name(f"{cell.name}.log"), cell / "generate.jsonl"
     with offline_teacher(f"--seed {seed}") as url:
-        words = ["--task", FACTS, "--teacher-url", url, "--teacher-model", MODEL, "--cache", cell / "cache.sqlite"]
+        words = ["--task", FACTS, "--teacher-url", url, "--teacher-model", OFFLINE_MODEL]
+        words += ["--cache", cell / "cache.sqlite"]
         script(log, "synth.pipeline.generate", *words, *flags, "--count", FACTS_COUNT, "--out", made)
         script(log, "synth.pipeline.verify", *words, "--in", made, "--out", cell / "verify.jsonl")
 
@@ -118,17 +119,17 @@ def measure_run(cell: Path) -> dict[str, Any]:
     }
 
 
-def is_right_sum(row: Row) -> bool:
+def is_right_sum(row: StageRow) -> bool:
     """Whether a sample's output is the sum of the two numbers in its input."""
     numbers = [int(number) for number in re.findall("[0-9]+", row["input"])]
     return len(numbers) == 2 and row["output"] == str(sum(numbers))
 
 
-def measure_facts(rows: Sequence[Row]) -> dict[str, Any]:
+def measure_facts(rows: Sequence[StageRow]) -> dict[str, Any]:
     """Which of the kept samples tell what the library tells; a town that is none of its towns is wrong."""
     years = dict(re.findall(r"town of (\w+) was founded in ([0-9]+)", " ".join(load_task(FACTS).passages)))
 
-    def is_right(row: Row) -> bool:
+    def is_right(row: StageRow) -> bool:
         return any(town in row["input"] and row["output"] == year for town, year in years.items())
 
     return {"kept": len(kept(rows)), "correct": share(is_right(row) for row in kept(rows))}

@@ -29,9 +29,10 @@ STAGES = ("generate", "verify", "pass_rates", "difficulty")
 PROGRAM = """
 import sys
 from synth import run
+from synth.pipeline.pass_rates import BaseModelSettings
 from tests.test_difficulty import Adder
 from common.cli import run as run_main
-run.base_model_from = lambda args, task: Adder()
+BaseModelSettings.open = lambda self: Adder()
 run.split = lambda *_: sys.exit(0)
 run_main(run.main)
 """
@@ -74,7 +75,7 @@ def tables(folder: Path) -> dict[str, bytes]:
 
 def left_by(folder: Path) -> dict[str, bytes]:
     """All that a whole run leaves and that has no times in it, by file."""
-    names = ("held_out.jsonl", "select.jsonl", "prompts.jsonl", "checkpoints.json", "evaluation.json")
+    names = ("held_out.jsonl", "selection.jsonl", "prompts.jsonl", "checkpoints.json", "evaluation.json")
     weights = (f"{name}/adapters.safetensors" for name in ("adapter", "last_adapter"))
     return {**tables(folder), **{name: (folder / name).read_bytes() for name in (*names, *weights)}}
 

@@ -40,13 +40,13 @@ from common.parser import Parser, positive
 from synth.offline.reviews import Reviews
 from synth.offline.server import OfflineTeacher
 from synth.prompts import TEMPLATES
+from synth.sampler import Results, Sampler, Settings, Space
 from synth.task import SHIPPED, load_task
 from synth.teacher import structured
 from synth.teacher.completions import Ask, Reply, read_completion
 from synth.teacher.limits import Cost
 from synth.tuning.agents import Agent, Defaults, Outcome
 from synth.tuning.config import Config, config_from
-from synth.tuning.sampler import Results, Sampler, Settings, Space
 from synth.tuning.targets import TargetModel, load_target
 from synth.tuning.task_generator import TaskGenerator
 from synth.tuning.tuner import RLTuner

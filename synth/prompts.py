@@ -190,7 +190,7 @@ def _code(text: str) -> str:
     return next(code for code in codes if code not in text)
 
 
-# What the tuner may choose between (synth/tuning/sampler.py); {request} is the request as it would be without a
+# What the tuner may choose between (synth/sampler.py); {request} is the request as it would be without a
 # template.
 TEMPLATES = {
     "plain": "{request}",

@@ -31,7 +31,6 @@ from synth.examples import Example, read_examples
 from synth.near_duplicates import THRESHOLD, checked_threshold
 
 SHIPPED = Path(__file__).parent / "tasks"
-REASONING_GYM = "reasoning_gym:"
 PLACES = ("instruction", "input_format", "output_format", "input")  # what a prompt template may name in braces
 _PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
 TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain", "base_model")
@@ -95,12 +94,10 @@ class Task:
 
 
 def load_task(path: str | Path) -> Task:
-    """The task of a YAML file, or of reasoning-gym for `reasoning_gym:NAME`.
+    """The task of a YAML file. (Commands call synth.pipeline.tasks.open_task, which knows reasoning-gym's as well.)
 
     Raises UserError where the file, a key, a value, a path or a row is wrong.
     """
-    if str(path).startswith(REASONING_GYM):
-        return _reasoning_gym_task(str(path).removeprefix(REASONING_GYM))
     content = _read_yaml(Path(path))
     return _task({"name": Path(path).stem, **content}, str(path), Path(path).parent)
 
@@ -143,26 +140,6 @@ def task_from_flags(
     }  # fmt: skip
     content = {key: given for key, given in content.items() if given is not None}
     return _task({"name": task_name, **content}, f"the flags of task {task_name}", Path(), base)
-
-
-def _reasoning_gym_task(name: str) -> Task:
-    """A task whose rows, demos and scores are reasoning-gym's; answers are read by our reader before it scores them."""
-    from synth.pipeline import reasoning_gym_tasks as gym  # optional
-
-    rows = gym.ReasoningGym(name)
-    return Task(
-        name=REASONING_GYM + name,
-        instruction=gym.INSTRUCTION,
-        output_format=gym.OUTPUT_FORMAT,
-        answer=gym.ANSWER,
-        reward=rows.reward,
-        template=rows.prompt("{input}"),
-        demos=rows.demos(),
-        evaluation=rows.evaluation(),
-        source=rows.source,
-        near_duplicates=1.0,  # rows made by rule share their frame's words and are told apart by what stands in it
-        scoring_flags=("--reward-function", f"{Path(gym.__file__).resolve()}:{name}"),
-    )
 
 
 def _demos(given: str | Sequence[Any] | None) -> Any:

@@ -23,8 +23,8 @@ from common.files import write_json
 from common.parser import Parser
 from data.records import read_rows
 from synth.examples import read_examples
+from synth.pipeline.tasks import open_task
 from synth.stages import alone
-from synth.task import load_task
 from synth.tuning.config import Config, config_from, load_config
 from synth.tuning.targets import SftTarget, TargetModel, load_target, takes_validation
 from synth.tuning.tuner import RLTuner
@@ -77,7 +77,7 @@ def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
         return function, rows
     if not config.task:
         raise UserError("neither a target nor a task is named; write target_model_path: file.py:function, or `task:`")
-    task = load_task(config.task)
+    task = open_task(config.task)
     rows = task.evaluation
     if tuning.validation_data_path:
         check = task.answer.readable if task.answer else None

@@ -9,12 +9,13 @@ import pytest
 from common.errors import UserError
 from rewards.answers import answer_type
 from synth.pipeline import difficulty as module
-from synth.pipeline.difficulty import Rewriting, Spread, Tries, adapt, choose_parents, pass_rates, rewrite
-from synth.pipeline.generate import Asking
-from synth.pipeline.rollouts import Rollout
+from synth.pipeline.difficulty import Rewriting, Spread, adapt, choose_parents, rewrite
+from synth.pipeline.pass_rates import Tries, pass_rates
+from synth.pipeline.rollouts import Draw
 from synth.pipeline.verify import Voting
 from synth.stages import drop, kept, load_rows, new_row, write_rows
 from synth.task import Task, load_task
+from synth.teacher.asking import Asking
 from synth.teacher.cache import Cache
 from tests.scripted_teacher import ScriptedTeacher, said, sample, section, stage_of
 
@@ -39,7 +40,7 @@ class Adder:
     identity = "adder"
 
     def __init__(self):
-        self.drawn: Counter[Rollout] = Counter()
+        self.drawn: Counter[Draw] = Counter()
 
     def sample(self, wanted, done):
         for index, rollout in enumerate(wanted):
@@ -252,7 +253,7 @@ def test_the_command_with_a_real_model(tmp_path, tiny_folder, monkeypatch, capsy
     write_rows(tmp_path / "in.jsonl", [row(0, "2 + 3 ="), row(1, "1 + 1 =")])
     command = ["difficulty", "--task", "synth/tasks/arithmetic.yaml", "--in", str(tmp_path / "in.jsonl")]
     command += ["--out", str(tmp_path / "out.jsonl"), "--base-model", str(tiny_folder), "--rounds", "0"]
-    command += ["--rollout-store", str(tmp_path / "r.sqlite"), "--max-completion-length", "3", "--most-rollouts", "16"]
+    command += ["--rollout-store", str(tmp_path / "r.sqlite"), "--max-completion-length", "3", "--max-rollouts", "16"]
     monkeypatch.setattr(sys, "argv", command)
     module.main()
     rows = load_rows(tmp_path / "out.jsonl")

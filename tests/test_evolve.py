@@ -20,14 +20,13 @@ from synth import evolve as module
 from synth import prompts
 from synth.evolution.features import Situation, features
 from synth.evolution.files import load_policy
-from synth.evolution.flags import OFFLINE_ANSWERS, parse_evolve_args
+from synth.evolution.flags import OFFLINE_ANSWERS, evolve_settings, parse_evolve_args
 from synth.evolution.operators import ACTIONS
 from synth.evolution.responses import data_row, respond, response_fault, write_data
 from synth.offline.instructions import starting
 from synth.offline.server import OfflineTeacher
-from synth.pipeline import trainer
-from synth.pipeline.generate import Asking
 from synth.stages import kept, load_rows
+from synth.teacher.asking import Asking
 from tests.scripted_teacher import ScriptedTeacher, said
 from tests.scripts import ROOT, call, fails, with_words
 from training import intervals
@@ -168,7 +167,6 @@ def test_sft_is_one_flag(tmp_path, teacher, instructions, tiny_folder, monkeypat
     (folder / "training" / "summary.json").unlink()
     call(module.main, "--resume", folder)
     assert started[1] == ["sft.py", "--resume", str(folder / "training")]
-    assert trainer.run_script is not module.run_script
 
 
 @pytest.mark.parametrize("policy", ["linucb", "breadth", "uniform"])
@@ -240,6 +238,14 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, ca
     (tmp_path / "names.txt").write_text("Name a river.\n")
     assert message in fails(capsys, module.main, *words)
     assert [path.name for path in tmp_path.iterdir()] == ["names.txt"]
+
+
+def test_answer_types_with_options_are_read():
+    """As synth.run and a task file have them."""
+    words = ["--answers", 2, "--answer", "{type: choice, choices: [A, B]}"]
+    answer = evolve_settings(with_words(lambda: parse_evolve_args(None), *words)).difficulty.answer
+    assert answer is not None and answer.name == "choice"
+    assert answer.extract("B") == "B" and answer.extract("C") is None
 
 
 def test_where_nothing_is_left_it_says_so(tmp_path, instructions, capsys):

@@ -76,7 +76,7 @@ def test_the_instruction_is_searched_for_where_no_keyword_serves(tmp_path, capsy
     index = library(tmp_path, ["To add numbers, begin at the right.", "Nothing to see here."])
     keywords, passages = asyncio.run(find_passages(TASK, ScriptedTeacher(lambda ask: reply), index, 5))
     assert keywords == [TASK.instruction] and [passage.id for passage in passages] == ["library.jsonl#0"]
-    assert "keywords: none that serve" in capsys.readouterr().out
+    assert "keywords: not usable" in capsys.readouterr().out
 
 
 def test_a_library_without_any_word_of_the_task_is_an_error(tmp_path):

@@ -17,9 +17,9 @@ from synth.evolution.generators import (
 from synth.evolution.operators import OPERATORS
 from synth.offline.instructions import read_sum, starting
 from synth.offline.server import OfflineTeacher
+from synth.sampler import Generator, Sampler, Settings, Space
 from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
-from synth.tuning.sampler import Generator, Sampler, Settings, Space
 from tests.scripted_teacher import said
 
 SEEDS = [{"instruction": text} for text in (

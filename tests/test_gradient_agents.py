@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from synth.sampler import METHODS, Settings, Space
 from synth.tuning.agents import Outcome
-from synth.tuning.gradient_agents import HIDDEN, Learning, Policy, PolicyAgent
-from synth.tuning.sampler import METHODS, Settings, Space
+from synth.tuning.gradient_agents import HIDDEN, AgentSettings, PolicyAgent, SettingsPolicy
 
 SPACE = Space((0.0, 2.0), (0.1, 1.0), ("plain", "varied", "careful"), METHODS)
 KINDS = {"reinforce": {}, "ppo": {"epochs": 4, "value_head": True}}
 
 
 def agent_of(kind="reinforce", seed=0, features=0, **changes):
-    return PolicyAgent(SPACE, Learning(**{**KINDS[kind], **changes}), features, seed)
+    return PolicyAgent(SPACE, AgentSettings(**{**KINDS[kind], **changes}), features, seed)
 
 
 def play(agent, count, metric, last=None):
@@ -33,7 +33,7 @@ def play(agent, count, metric, last=None):
 
 
 def test_the_log_probability_of_an_action_by_hand():
-    policy = Policy(3, (2, 1))
+    policy = SettingsPolicy(3, (2, 1))
     policy.log_std = mx.array([0.0, math.log(2.0)])
     states = mx.array([[0.1, -0.2, 0.3]])
     hidden = np.tanh(np.array(policy.hidden.weight) @ [0.1, -0.2, 0.3] + np.array(policy.hidden.bias))

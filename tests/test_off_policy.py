@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from synth.evolution.off_policy import effective_size, episode_values, value_interval
+from synth.evolution.off_policy import episode_values, value_interval
 
 LOGGING, JUDGED = np.array([0.7, 0.2, 0.1]), np.array([0.1, 0.3, 0.6])
 
@@ -38,9 +38,6 @@ def test_one_choice_by_hand():
     rewards, logged, judged = np.array([[1.0], [3.0]]), np.array([[0.5], [0.25]]), np.array([[0.25], [0.5]])
     found = episode_values(rewards, logged, judged, np.ones((2, 1)))
     assert found.tolist() == [0.5, 6.0] and value_interval(found).mean == 3.25
-    assert effective_size(logged, judged, np.ones((2, 1))) == pytest.approx(2.5**2 / 4.25)
-    assert effective_size(logged, logged, np.ones((2, 1))) == 2
-    assert effective_size(logged, 0 * logged, np.ones((2, 1))) == 0
 
 
 def test_what_the_log_cannot_tell_is_refused_and_pads_are_not_read():

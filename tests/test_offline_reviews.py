@@ -37,7 +37,7 @@ def test_common_words_come_more_often():
 
 
 def test_the_tasks_own_rows_are_right():
-    rows = read_examples(SHIPPED.parent / "tuner_examples" / "reviews_valid.jsonl", "v") + TASK.demos
+    rows = read_examples(SHIPPED.parent / "tuning" / "examples" / "reviews_valid.jsonl", "v") + TASK.demos
     assert len(rows) == 204
     assert all(RULE.solve(Random(0), row["input"], None) == row["output"] for row in rows)
     assert all(TASK.score(row["input"], f"It is {row['output']}.", row["output"]) == 1.0 for row in rows)

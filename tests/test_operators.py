@@ -9,8 +9,8 @@ import pytest
 from synth import prompts
 from synth.evolution.judge import Gates, text_fault
 from synth.evolution.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
-from synth.pipeline.generate import Asking
 from synth.prompts import Instruction, Verdict
+from synth.teacher.asking import Asking
 from synth.teacher.structured import read_json_answer
 from tests.scripted_teacher import said
 from tests.test_prompts_synth import ATTACK, outside

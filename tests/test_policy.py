@@ -22,7 +22,7 @@ from synth.evolution.gradient import (
     reinforce_loss,
 )
 from synth.evolution.operators import ACTIONS
-from synth.evolution.policy import Batch, Constant, Learning, LinUCB, fixed, marginal
+from synth.evolution.policy import Batch, Constant, LinUCB, PolicySettings, fixed, marginal
 
 
 def some_batch(seed=0, episodes=8, choices=3, group=4):
@@ -66,7 +66,7 @@ def test_no_action_is_preferred_at_the_start(kind):
 
 @pytest.mark.parametrize("kind", ["linucb", "reinforce", "ppo"])
 def test_the_floor_holds_however_sure_a_policy_is(kind):
-    policy = make_policy(kind, Learning(floor=0.05, learning_rate=0.1))
+    policy = make_policy(kind, PolicySettings(floor=0.05, learning_rate=0.1))
     batch = some_batch()
     rng = np.random.default_rng(3)
     for _ in range(40):
@@ -84,7 +84,7 @@ def test_the_floor_holds_however_sure_a_policy_is(kind):
 
 def test_constant_policies():
     assert fixed(2).probabilities(np.zeros((2, SIZE))).tolist() == [[0, 0, 1, 0, 0, 0, 0]] * 2
-    policy = Reinforce(Learning(learning_rate=0.1))
+    policy = Reinforce(PolicySettings(learning_rate=0.1))
     batch = some_batch()
     for _ in range(5):
         policy.learn(batch)
@@ -116,7 +116,7 @@ def losses(learning):
 @pytest.mark.parametrize("name", ["reinforce", "ppo"])
 def test_gradients_agree_with_finite_differences(name):
     """Along 20 random directions, at weights that are nowhere 0; mlx's exp has 7 digits in float64, too."""
-    learning = Learning(entropy_coef=0.1)
+    learning = PolicySettings(entropy_coef=0.1)
     loss, arrays = losses(learning)[name]
     with mx.stream(mx.cpu):
         given = tuple(
@@ -185,7 +185,7 @@ def test_the_leave_one_out_gradient_is_unbiased():
 
 def test_linucb_by_hand():
     """One feature: A = 1 + Σx², b = Σxr; action 0 was seen with x = 2, r = 3, so its estimate is 6/5."""
-    policy = LinUCB(Learning(alpha=2.0, floor=0.0), actions=2, size=1)
+    policy = LinUCB(PolicySettings(alpha=2.0, floor=0.0), actions=2, size=1)
     ones = np.ones((1, 1), dtype=np.float32)
     policy.learn(Batch(np.array([[[2.0]]]), np.array([[0]]), ones, 3 * ones, ones, 1))
     assert policy.covariances.tolist() == [[[5.0]], [[1.0]]] and policy.sums.tolist() == [[6.0], [0.0]]
@@ -198,7 +198,7 @@ def test_linucb_by_hand():
 
 
 def test_ppo_learns_nothing_from_what_its_critic_expected():
-    policy, batch = PPO(Learning(gamma=0.0, entropy_coef=0.0)), some_batch()
+    policy, batch = PPO(PolicySettings(gamma=0.0, entropy_coef=0.0)), some_batch()
     policy.network.critic[-1].weight = mx.array(np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32))
     values = np.array(policy.network.values(mx.array(batch.features)))
     before = policy.arrays()
@@ -209,7 +209,7 @@ def test_ppo_learns_nothing_from_what_its_critic_expected():
 
 
 def test_ppo_learns_the_value_of_a_situation():
-    policy, batch = PPO(Learning(learning_rate=0.02, gamma=0.0)), some_batch()
+    policy, batch = PPO(PolicySettings(learning_rate=0.02, gamma=0.0)), some_batch()
     batch = batch._replace(rewards=batch.features[..., 0] * 4)
     for _ in range(60):
         policy.learn(batch)
@@ -219,13 +219,13 @@ def test_ppo_learns_the_value_of_a_situation():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_saved_and_loaded_it_goes_on_bit_for_bit(tmp_path, kind):
-    learning = Learning(floor=0.03, seed=5)
+    learning = PolicySettings(floor=0.03, seed=5)
     policy = make_policy(kind, learning)
     for number in range(2):
         policy.learn(some_batch(number))
     save_policy(tmp_path / "p", policy)
     other = load_policy(tmp_path / "p")
-    assert type(other) is type(policy) and other.learning == learning
+    assert type(other) is type(policy) and other.settings == learning
     for number in range(2, 4):
         for one in (policy, other):
             one.learn(some_batch(number))
@@ -257,4 +257,4 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path):
 @pytest.mark.parametrize("wrong", [{"floor": 0.2}, {"floor": -0.1}, {"gamma": 1.5}])
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
-        Learning(**wrong)
+        PolicySettings(**wrong)

@@ -11,7 +11,7 @@ import pytest
 from synth.evolution.features import Situation, features
 from synth.evolution.files import KINDS
 from synth.evolution.operators import ACTIONS
-from synth.evolution.policy import Batch, Constant, Learning, fixed, marginal
+from synth.evolution.policy import Batch, Constant, PolicySettings, fixed, marginal
 from training import intervals
 from training.intervals import difference
 
@@ -50,7 +50,7 @@ def fewer_resamples(monkeypatch):
 
 
 def learning(seed):
-    return Learning(seed=seed, gamma=0.0, learning_rate=0.02, ppo_epochs=2)
+    return PolicySettings(seed=seed, gamma=0.0, learning_rate=0.02, ppo_epochs=2)
 
 
 @cache

@@ -66,7 +66,7 @@ def stages():
     harder = tried(voted(new_row("g1h", "11 + 11", "22", "harder", "g1", "p1"), {"22": 10}), 3)
     done += [harder, drop(new_row("g1hh", "", "", "harder", "g1h", "p1"), "no sample: truncated", "cut")]
     selected = [drop(r, "pass rate outside the band", "0") if r["pass_rate"] in (0, 1) else r for r in kept(done)]
-    return {"generate": rows, "verify": verified, "difficulty": done, "select": selected}
+    return {"generate": rows, "verify": verified, "difficulty": done, "selection": selected}
 
 
 SPENT = {"cached": 5, "retries": 6, "prompt_tokens": 70, "completion_tokens": 8, "money": 0.25}
@@ -82,7 +82,7 @@ CHECKPOINTS = {
     "chosen": 4,
     "checkpoints": [{"step": 0, "mean_score": 0.25}, {"step": 4, "mean_score": 1}],
 }
-PARTS = ["generate.jsonl", "verify.jsonl", "difficulty.jsonl", "select.jsonl", "config.json", "ledger.json"]
+PARTS = ["generate.jsonl", "verify.jsonl", "difficulty.jsonl", "selection.jsonl", "config.json", "ledger.json"]
 PARTS += ["checkpoints.json", "evaluation.json", "rl/metrics.jsonl"]
 
 
@@ -112,7 +112,7 @@ def test_what_was_kept_and_dropped_is_counted_by_hand(folder):
     assert "generate kept 5 83.3 % no sample: refusal 1 16.7 %" in text
     assert "verify kept 4 80.0 % tie 1 20.0 %" in text
     assert "difficulty kept: 4 generated, 1 harder 5 83.3 % no sample: truncated 1 16.7 %" in text
-    assert "select kept: 2 generated, 1 harder 3 60.0 % pass rate outside the band 2 40.0 %" in text
+    assert "selection kept: 2 generated, 1 harder 3 60.0 % pass rate outside the band 2 40.0 %" in text
     assert "5 of 6 samples readable. 4 of 5 samples verified. 5 of 6 samples kept with a pass rate" in text
     assert "called 4,321 times, for 78 tokens." in text and "0.250 before training, 0.750 after" in text
     assert "before: as generated (4)" in text and "after: with harder and easier ones (5)" in text
@@ -129,7 +129,7 @@ def test_every_sample_stands_in_the_table_once_as_its_last_stage_left_it(folder)
     assert list(rows) == ["g1", "g2", "g3", "g4", "g5", "g6", "g1h", "g1hh"]
     ends = {row_id: row["outcome"] for row_id, row in rows.items()}
     assert ends["g5"] == "generate: no sample: refusal" and ends["g6"] == "verify: tie"
-    assert ends["g1"] == ends["g4"] == "select: pass rate outside the band"
+    assert ends["g1"] == ends["g4"] == "selection: pass rate outside the band"
     assert ends["g2"] == ends["g3"] == ends["g1h"] == "selected"
     assert ends["g1hh"] == "difficulty: no sample: truncated"
     assert (rows["g1h"]["parent"], rows["g1h"]["passage"], rows["g1h"]["rate"]) == ("g1", "p1", 0.375)
@@ -153,7 +153,7 @@ def test_the_teacher_is_named(folder):
 def test_held_out_samples_are_named_and_counted(folder):
     rows = stages()
     write_rows(folder / "held_out.jsonl", [row for row in rows["difficulty"] if row["id"] == "g2"])
-    write_rows(folder / "select.jsonl", [row for row in rows["select"] if row["id"] != "g2"])
+    write_rows(folder / "selection.jsonl", [row for row in rows["selection"] if row["id"] != "g2"])
     path = write_report(folder)
     ends = {row["id"]: row["outcome"] for row in Page(path).rows}
     assert ends["g2"] == "held out" and ends["g3"] == "selected"
@@ -195,8 +195,8 @@ def test_any_part_may_be_all_there_is(folder, part):
 
 
 def test_a_stage_that_was_given_nothing_has_an_empty_file(folder):
-    (folder / "select.jsonl").write_text("")
-    assert "select kept 0 – " in plain(write_report(folder))
+    (folder / "selection.jsonl").write_text("")
+    assert "selection kept 0 – " in plain(write_report(folder))
 
 
 def test_a_half_evaluation_is_shown_as_far_as_it_goes(folder):
@@ -212,7 +212,7 @@ def test_a_teachers_text_stays_text(folder):
     rows[1] = drop(rows[1], EVIL, EVIL)
     with (folder / "generate.jsonl").open("w") as stream:  # as \u escapes: a lone surrogate is no UTF-8
         stream.writelines(json.dumps(row) + "\n" for row in rows)
-    for name in ("verify", "difficulty", "select"):
+    for name in ("verify", "difficulty", "selection"):
         (folder / f"{name}.jsonl").unlink()
     (folder / "config.json").write_text(json.dumps({"task": EVIL, EVIL: [EVIL]}))
     (folder / "ledger.json").write_text(json.dumps({EVIL: LEDGER["total"]}))

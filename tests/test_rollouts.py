@@ -9,7 +9,8 @@ from mlx_lm.models.cache import ChunkedKVCache
 from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.generation import sample
-from synth.pipeline.rollouts import BaseModel, Rollout, draw, fingerprint, own_sampler, sample_shared
+from synth.pipeline.base_model import BaseModel, fingerprint, own_sampler, sample_shared
+from synth.pipeline.rollouts import Draw, draw
 from synth.teacher.cache import Cache
 from tests.architectures import build
 
@@ -21,7 +22,7 @@ class Counting:
 
     def __init__(self, identity="a", most=10**6):
         self.identity, self.most = identity, most
-        self.drawn: Counter[Rollout] = Counter()
+        self.drawn: Counter[Draw] = Counter()
 
     def sample(self, wanted, done):
         for index, rollout in enumerate(wanted):
@@ -79,7 +80,7 @@ def completions(model, wanted):
 
 
 def test_a_rollout_depends_on_seed_prompt_and_number_only(tiny_folder):
-    wanted = [Rollout(prompt, number) for prompt in ("2 4 6", "10 11 15 19", "7") for number in range(5)]
+    wanted = [Draw(prompt, number) for prompt in ("2 4 6", "10 11 15 19", "7") for number in range(5)]
     model = BaseModel(str(tiny_folder), max_tokens=8, temperature=4.0, batch_size=15)
     found = completions(model, wanted)
     assert len(set(found)) == len(wanted)
@@ -95,7 +96,7 @@ def test_rollouts_are_drawn_from_the_models_own_distribution(tiny_folder):
     model = BaseModel(str(tiny_folder), max_tokens=1, batch_size=128, temperature=0.7)
     tokens = []
     prompt = model.tokenizer.encode("3 5")
-    samplers = [own_sampler(0.7, 0, Rollout("3 5", n)) for n in range(400)]
+    samplers = [own_sampler(0.7, 0, Draw("3 5", n)) for n in range(400)]
     sample_shared(model.model, [prompt] * 400, samplers, [], 1, 128, lambda _, ids: tokens.extend(ids))
     expected = mx.softmax(model.model(mx.array([prompt]))[0, -1] / 0.7).tolist()
     counts = Counter(tokens)
@@ -105,7 +106,7 @@ def test_rollouts_are_drawn_from_the_models_own_distribution(tiny_folder):
 
 
 def test_each_is_drawn_once_and_a_kill_loses_only_what_was_not_drawn(tmp_path):
-    wanted = [Rollout(prompt, number) for prompt in "ab" for number in range(4)]
+    wanted = [Draw(prompt, number) for prompt in "ab" for number in range(4)]
     with Cache(tmp_path / "store") as store:
         killed = Counting(most=5)
         with pytest.raises(KeyboardInterrupt):
@@ -119,8 +120,8 @@ def test_each_is_drawn_once_and_a_kill_loses_only_what_was_not_drawn(tmp_path):
 
 def test_another_model_never_gets_old_rollouts(tmp_path):
     with Cache(tmp_path / "store") as store:
-        draw([Rollout("a", 0)], Counting("one"), store)
-        assert draw([Rollout("a", 0)], Counting("two"), store) == ["two a 0"]
+        draw([Draw("a", 0)], Counting("one"), store)
+        assert draw([Draw("a", 0)], Counting("two"), store) == ["two a 0"]
 
 
 def test_the_identity_names_all_that_decides_a_rollout(tiny_folder, tmp_path):

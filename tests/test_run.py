@@ -17,8 +17,8 @@ from common.files import read_json
 from synth import run as module
 from synth.offline.server import OfflineTeacher
 from synth.pipeline import flags as run_flags
-from synth.pipeline import trainer
-from synth.pipeline.difficulty import model_name
+from synth.pipeline import train as training
+from synth.pipeline.pass_rates import BaseModelSettings, base_model_settings
 from synth.stages import kept, load_rows
 from synth.task import load_task
 from tests.scripts import ROOT, call, fails, with_words
@@ -27,7 +27,7 @@ from tests.test_task import save
 from training.metrics import read_metrics
 
 SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
-SUMS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 4]
+SUMS += ["--rollouts", 2, "--max-rollouts", 2, "--concurrency", 4]
 TINY = ["--rule", "random", "--max-completion-length", 3, "--num-steps", 2, "--batch-size", 4]
 SCRIPTS = {"ppo_training.py": ppo_training, "sft.py": sft, "fuse.py": fuse}
 
@@ -58,7 +58,7 @@ def in_this_process(monkeypatch):
         started.append(list(words))
         call(SCRIPTS[words[0]].main, *words[1:])
 
-    monkeypatch.setattr(trainer, "run_script", run_script)
+    monkeypatch.setattr(training, "run_script", run_script)
     for script in (ppo_training, sft):
         monkeypatch.setattr(script, "plot_run", lambda folder: folder / "curves.png")
     return started
@@ -69,11 +69,11 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", folder]
     words += ["--dataset-path", evaluation, "--training-flags=--num-generations 2"]
     call(module.main, *words)
-    rows = {name: load_rows(folder / f"{name}.jsonl") for name in ("generate", "verify", "difficulty", "select")}
+    rows = {name: load_rows(folder / f"{name}.jsonl") for name in ("generate", "verify", "difficulty", "selection")}
     assert len(rows["generate"]) == 12 and all(row["votes"] for row in kept(rows["verify"]))
     assert {row["origin"] for row in rows["difficulty"]} == {"generated", "easier"}
     # What is held out is trained on by none.
-    held_out, trained = load_rows(folder / "held_out.jsonl"), kept(rows["select"])
+    held_out, trained = load_rows(folder / "held_out.jsonl"), kept(rows["selection"])
     assert len(held_out) == round(0.2 * len(kept(rows["difficulty"])))
     assert not {row["id"] for row in held_out} & {row["id"] for row in trained}
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
@@ -94,12 +94,12 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     assert "Mean score on the 3 questions of the evaluation set" in page and "Not in the run folder" not in page
     assert page.count('"outcome":"held out"') == len(held_out) and "Task: tests/sums.yaml." in page
     for line in ("generate: kept 12 of 12", "verify: kept", "pass rates before:", "pass rates after:", "held out: ",
-                 "select: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
+                 "selection: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
         assert line in out
 
     # Again: nothing is asked, drawn or trained.
     calls = teacher.calls
-    monkeypatch.setattr(module, "base_model_from", None)
+    monkeypatch.setattr(BaseModelSettings, "open", None)
     call(module.main, "--resume", folder)
     assert teacher.calls == calls and len(started) == 1 and "(finished before:" in capsys.readouterr().out
 
@@ -110,7 +110,7 @@ def test_sft_on_the_same_samples(tmp_path, tiny_folder, teacher, monkeypatch):
     call(module.main, *words, "--rounds", 0)
     assert started[0][0] == "sft.py" and (folder / "adapter" / "adapters.safetensors").is_file()
     first = json.loads((folder / "sft" / "train.jsonl").read_text().splitlines()[0])
-    row = kept(load_rows(folder / "select.jsonl"))[0]
+    row = kept(load_rows(folder / "selection.jsonl"))[0]
     assert first == {"prompt": row["input"], "completion": " " + row["output"]}
     assert not (folder / "evaluation.json").exists()
 
@@ -134,7 +134,7 @@ def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher
     """A model's folder has a config.json too, which must outlive a mistaken --work-model-paths."""
     words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", tmp_path / "run"]
     words += ["--training-flags=--num-generations 2"]
-    with pytest.raises(UserError, match="holds a run or a model already"):
+    with pytest.raises(UserError, match="already holds a run or a model"):
         call(module.main, *words, "--work-model-paths", tiny_folder)
     assert teacher.calls == 0
     in_this_process(monkeypatch)
@@ -151,7 +151,7 @@ def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher
 
 
 def test_with_a_teacher_that_fails_often_the_run_ends_and_says_what_was_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
     monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
     with OfflineTeacher(malformed_rate=0.3, refusal_rate=0.2) as server:
         with pytest.raises(SystemExit):
@@ -166,7 +166,7 @@ def test_with_a_teacher_that_fails_often_the_run_ends_and_says_what_was_lost(tmp
 
 
 def test_a_dry_run_sends_nothing_and_bounds_what_a_run_costs(tmp_path, teacher, monkeypatch, capsys):
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
     monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
     words = [*SUMS, *asked_of(teacher), "--output-dir", tmp_path / "run", "--price-in", 1, "--price-out", 2]
     call(module.main, *words, "--dry-run")
@@ -184,7 +184,7 @@ def test_a_dry_run_sends_nothing_and_bounds_what_a_run_costs(tmp_path, teacher, 
 
 
 def test_a_limit_holds_for_the_run_and_can_be_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
     monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
     folder = tmp_path / "run"
     with OfflineTeacher() as server:
@@ -207,7 +207,7 @@ def test_a_base_model_that_is_missing_costs_no_call(tmp_path, teacher):
 
 
 def test_a_teacher_that_has_moved_is_asked_nothing_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
     monkeypatch.setattr(module, "split", lambda *_: sys.exit(0))
     with OfflineTeacher() as first, OfflineTeacher() as second:
         with pytest.raises(UserError, match="limit"):
@@ -234,7 +234,7 @@ def test_the_published_programs_own_flags_alone_make_a_run(tmp_path, tiny_folder
     words += ["--dataset_path", "data", "--work_model_paths", "work", "--iterations", "1"]
     words += ["--passage_paths", "library.txt", "--demo_examples", "[{'input': '3 + 4 =', 'output': '7'}]"]
     words = [word.replace("_", "-") if hyphen and str(word).startswith("--") else word for word in words]
-    own = [*SUMS[2:8], "--wanted", 8, "--rollouts", 2, "--most-rollouts", 2, *TINY, *asked_of(teacher)]
+    own = [*SUMS[2:8], "--wanted", 8, "--rollouts", 2, "--max-rollouts", 2, *TINY, *asked_of(teacher)]
     call(module.main, *words, *own, "--answer", "{type: number}", "--training-flags=--num-generations 2")
     folder = tmp_path / "runs" / "exp1"
     result = read_json(folder / "evaluation.json")
@@ -260,7 +260,7 @@ def test_the_published_programs_task_by_flags(tmp_path, evaluation):
     words = [*words[:2], "--answer", "{type: choice, choices: ['0', '1']}", "--base-model", "base"]
     args = with_words(lambda: run_flags.parse_run_args(None), *words)
     assert getattr(run_flags.task_from(args).answer, "choices", None) == ("0", "1")
-    assert model_name(args, task) == "base"
+    assert base_model_settings(args, task).name == "base"
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, ca
 
 
 def test_a_task_that_was_changed_since_the_run_began_is_noticed(tmp_path, teacher, monkeypatch, capsys):
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
     path, folder = tmp_path / "mine.yaml", tmp_path / "run"
     text = (ROOT / "tests/sums.yaml").read_text()
     path.write_text(text)

@@ -14,11 +14,12 @@ import pytest
 import synth.teacher.client
 from common.files import read_json
 from synth import run as module
+from synth.chat_api import SAMPLE_HEADER
 from synth.offline.server import OfflineTeacher
+from synth.pipeline.pass_rates import BaseModelSettings
 from synth.prompts import STAGES
 from synth.stages import kept, load_rows
 from synth.teacher.cache import Cache
-from synth.teacher.completions import SAMPLE_HEADER
 from synth.teacher.pace import backoff
 from tests.faulty_server import FaultyServer
 from tests.scripts import call
@@ -32,8 +33,8 @@ REFUSED = ("refusal", "apology", "filter", "400 filter")
 EXPECTED = {"truncated": "no sample: truncated", "empty": "no sample: empty", "400": "no sample: failed"}
 EXPECTED = {**EXPECTED, **dict.fromkeys(REFUSED, "no sample: refusal"), "prose twice": "no sample: malformed"}
 WORDS = ["--task", "synth/tasks/arithmetic.yaml", "--count", 40, "--votes", 4, "--rounds", 1, "--wanted", 16]
-WORDS += ["--rollouts", 2, "--most-rollouts", 2, "--concurrency", 8, "--timeout", 2, "--teacher-model", "m"]
-TABLES = ("generate", "verify", "pass_rates", "difficulty", "held_out", "select")
+WORDS += ["--rollouts", 2, "--max-rollouts", 2, "--concurrency", 8, "--timeout", 2, "--teacher-model", "m"]
+TABLES = ("generate", "verify", "pass_rates", "difficulty", "held_out", "selection")
 
 
 class FailingTeacher(FaultyServer):
@@ -90,8 +91,8 @@ def quick(monkeypatch):
     """Short waits, a base model without weights, and no training."""
     client = synth.teacher.client
     monkeypatch.setattr(client, "backoff", lambda attempt, base, asked=None: backoff(attempt, 0.02, asked))
-    monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
-    monkeypatch.setattr(module, "train", lambda *_: sys.exit(0))
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
+    monkeypatch.setattr(module, "train_and_evaluate", lambda *_: sys.exit(0))
 
 
 def run_against(server, folder):

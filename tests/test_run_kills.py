@@ -25,7 +25,8 @@ from benchmarks.synth_kills import repeated, tables
 from common.files import read_json
 from synth import run as module
 from synth.offline.server import OfflineTeacher
-from synth.pipeline import trainer
+from synth.pipeline import train
+from synth.pipeline.pass_rates import BaseModelSettings
 from tests.scripts import with_words
 from tests.test_difficulty import Adder
 from training.metrics import read_metrics
@@ -47,7 +48,7 @@ WORDS = [
 WORDS += [
     "--rollouts",
     2,
-    "--most-rollouts",
+    "--max-rollouts",
     2,
     "--concurrency",
     4,
@@ -77,7 +78,7 @@ def life(words, folder, moment):
             os.kill(os.getpid(), signal.SIGKILL)
 
     mock.patch.multiple(os, replace=dying, rename=dying).start()
-    mock.patch.object(trainer, "run_script", lambda words, *_: with_words(ppo_training.main, *words[1:])).start()
+    mock.patch.object(train, "run_script", lambda words, *_: with_words(ppo_training.main, *words[1:])).start()
     mock.patch.object(ppo_training, "plot_run", lambda folder: folder / "curves.png").start()
     begun = (Path(folder) / "config.json").is_file()
     with_words(module.main, *(["--resume", folder] if begun else [*words, "--output-dir", folder]))
@@ -86,7 +87,7 @@ def life(words, folder, moment):
 def asking_life(words, folder):
     """One process of the run up to its training, with a base model that needs no weights."""
     tqdm.set_lock(threading.RLock())
-    mock.patch.object(module, "base_model_from", return_value=Adder()).start()
+    mock.patch.object(BaseModelSettings, "open", return_value=Adder()).start()
     mock.patch.object(module, "split", side_effect=SystemExit(0)).start()
     begun = (Path(folder) / "config.json").is_file()
     with_words(module.main, *(["--resume", folder] if begun else [*words, "--output-dir", folder]))
@@ -123,7 +124,7 @@ def killed_after(process, server, calls):
 
 def left_by(folder):
     """All that a run leaves but the times and what was counted, by file."""
-    names = ("generate", "verify", "pass_rates", "difficulty", "held_out", "select", "prompts", "evaluation")
+    names = ("generate", "verify", "pass_rates", "difficulty", "held_out", "selection", "prompts", "evaluation")
     found = {name: (folder / f"{name}.jsonl").read_bytes() for name in names}
     found |= {name: read_json(folder / f"{name}.json") for name in ("task", "checkpoints", "evaluation")}
     rows = read_metrics(folder / "training")

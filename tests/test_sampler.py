@@ -3,7 +3,7 @@
 import pytest
 
 from common.errors import UserError
-from synth.tuning.sampler import METHODS, Sampler, Settings, Space, in_turn
+from synth.sampler import METHODS, Sampler, Settings, Space, in_turn
 
 WIDE = Space((0.0, 2.0), (0.1, 1.0), ("plain", "varied", "careful"), METHODS)
 

@@ -88,7 +88,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*command, "--count", "2", "--rule", "lowest", "--no-never-solved"])
     module.main()
     assert ids(load_rows(tmp_path / "out.jsonl")) == ["g1", "g6"]
-    assert "select: kept 2 of 7; dropped: 3 ranked below the first 2" in capsys.readouterr().out
+    assert "selection: kept 2 of 7; dropped: 3 ranked below the first 2" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*command, "--band", "0.5"])
     with pytest.raises(UserError, match="--band has 1 values"):
         module.main()

@@ -12,14 +12,15 @@ import ppo_training
 from common.files import read_json
 from synth import run as whole
 from synth.offline.server import OfflineTeacher
-from synth.pipeline import difficulty, generate, selection, trainer, verify
+from synth.pipeline import difficulty, generate, selection, verify
 from synth.pipeline import train as alone
+from synth.pipeline.pass_rates import BaseModelSettings
 from synth.stages import kept, load_rows
 from tests.scripts import call, fails
 from tests.test_difficulty import Adder
 
 TASK = ["--task", "synth/tasks/arithmetic.yaml"]
-VOTES, TRIES = ["--votes", 3], ["--rollouts", 2, "--most-rollouts", 2, "--wanted", 12, "--rounds", 1]
+VOTES, TRIES = ["--votes", 3], ["--rollouts", 2, "--max-rollouts", 2, "--wanted", 12, "--rounds", 1]
 BASE = ["--base-model", "tiny-digits"]
 
 
@@ -33,14 +34,14 @@ def asked(tmp_path):
 
 def test_stages_one_to_six_leave_what_a_run_leaves(tmp_path, asked, monkeypatch, capsys):
     (teacher, library), folder = asked, tmp_path / "alone"
-    for module in (whole, difficulty):
-        monkeypatch.setattr(module, "base_model_from", lambda args, task: Adder())
-    monkeypatch.setattr(whole, "train", lambda *_: sys.exit(0))
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: Adder())
+    monkeypatch.setattr(whole, "train_and_evaluate", lambda *_: sys.exit(0))
     flags = [*VOTES, *TRIES, "--passage-paths", library, "--held-out", 0, "--select", 5]
     with pytest.raises(SystemExit):
         call(whole.main, *TASK, "--count", 16, *flags, *teacher, "--output-dir", tmp_path / "whole")
     said = capsys.readouterr().out
-    made, voted, tried, chosen = (folder / f"{name}.jsonl" for name in ("generate", "verify", "difficulty", "select"))
+    names = ("generate", "verify", "difficulty", "selection")
+    made, voted, tried, chosen = (folder / f"{name}.jsonl" for name in names)
     extra = ["--library", library, *teacher]
     store = ["--rollout-store", folder / "rollouts.sqlite"]
     call(generate.main, *TASK, "--count", 16, "--out", made, *extra)
@@ -51,7 +52,7 @@ def test_stages_one_to_six_leave_what_a_run_leaves(tmp_path, asked, monkeypatch,
         assert path.read_text() == (tmp_path / "whole" / path.name).read_text(), path.name
     alone_said = capsys.readouterr().out
     for line in said.splitlines():
-        if line.startswith(("generate:", "verify:", "difficulty:", "select:", "pass rates", "passages:")):
+        if line.startswith(("generate:", "verify:", "difficulty:", "selection:", "pass rates", "passages:")):
             assert line in alone_said
 
     call(generate.main, *TASK, "--only-passages", "--count", 5, "--out", tmp_path / "passages.jsonl", *extra)
@@ -69,7 +70,7 @@ def test_the_last_stage_trains_chooses_evaluates_and_goes_on(tmp_path, tiny_fold
         started.append((words[0], go_on))
         call(ppo_training.main, *words[1:])
 
-    monkeypatch.setattr(trainer, "run_script", run_script)
+    monkeypatch.setattr(alone, "run_script", run_script)
     monkeypatch.setattr(ppo_training, "plot_run", lambda folder: folder / "curves.png")
     rows = [{"id": f"g{n}", "input": f"{n} + 2 =", "output": str(n + 2)} for n in range(10)]
     rows[0]["dropped"] = "by hand"
@@ -81,7 +82,7 @@ def test_the_last_stage_trains_chooses_evaluates_and_goes_on(tmp_path, tiny_fold
     assert "--held-out is 2" in fails(capsys, alone.main, *words, "--held-out", 2) and not folder.exists()
     assert "no sample to train on" in fails(capsys, alone.main, *words, "--held-out", 0.96) and not folder.exists()
     call(alone.main, *words)
-    held_out, trained = (load_rows(folder / f"{name}.jsonl") for name in ("held_out", "select"))
+    held_out, trained = (load_rows(folder / f"{name}.jsonl") for name in ("held_out", "selection"))
     assert len(held_out) == 2 and len(trained) == 7 and not [row for row in trained if row in held_out]
     assert (
         read_json(folder / "checkpoints.json")["held_out"] == 2

@@ -14,6 +14,7 @@ from data.digits import DigitRule
 from data.sources import INSTALL_ARROW
 from rewards.function import load_reward_function
 from synth.examples import read_examples
+from synth.pipeline.tasks import open_task
 from synth.task import KNOWN_KEYS, SHIPPED, load_task, task_from_flags
 
 NAMES = (
@@ -263,7 +264,7 @@ def stand_in(monkeypatch):
 
 
 def test_reasoning_gym_gives_rows_and_scores(stand_in):
-    task = load_task("reasoning_gym:sums")
+    task = open_task("reasoning_gym:sums")
     assert task.source is not None
     rows = task.source(50, 3)
     assert rows == task.source(50, 3) != task.source(50, 4)
@@ -278,26 +279,26 @@ def test_reasoning_gym_gives_rows_and_scores(stand_in):
     assert task.scoring_flags[0] == "--reward-function" and task.scoring_flags[1].endswith(":sums")
     reward = load_reward_function(task.scoring_flags[1])
     assert reward([task.prompt(rows[0]["input"])] * 2, [f"<answer>{rows[0]['output']}</answer>", "-5"]) == [1.0, 0.1]
-    assert "no problem of" in one_line_error(task.score, "made up", "1", "1")
+    assert "not a problem of" in one_line_error(task.score, "made up", "1", "1")
     assert "at most" in one_line_error(task.source, gym.ROWS, 0)
 
 
 def test_reasoning_gym_left_out_unknown_and_missing_are_one_line(stand_in, monkeypatch):
     for name in ("game_of_life_halting", "list_functions", "prime_factorization", "n_queens", "puzzle24"):
-        assert "is left out" in one_line_error(load_task, f"reasoning_gym:{name}")
-    assert "not registered" in one_line_error(load_task, "reasoning_gym:nonsense")
+        assert "is excluded" in one_line_error(open_task, f"reasoning_gym:{name}")
+    assert "not registered" in one_line_error(open_task, "reasoning_gym:nonsense")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    assert "pip install reasoning-gym" in one_line_error(load_task, "reasoning_gym:sums")
+    assert "pip install reasoning-gym" in one_line_error(open_task, "reasoning_gym:sums")
 
 
 def test_the_real_reasoning_gym():
     pytest.importorskip("reasoning_gym")
     for name in ("chain_sum", "letter_counting", "spell_backward", "maze"):
-        task = load_task(f"reasoning_gym:{name}")
+        task = open_task(f"reasoning_gym:{name}")
         assert task.source is not None
         for row in (*task.source(3, 1), task.evaluation[0]):
             assert task.score(row["input"], f"<answer>{row['output']}</answer>", "") == 1.0
-    assert "without an answer" in one_line_error(load_task, "reasoning_gym:graph_color")
+    assert "without a text answer" in one_line_error(open_task, "reasoning_gym:graph_color")
 
 
 def test_the_known_keys_are_those_of_the_docs():

@@ -1,7 +1,6 @@
 """The generator of samples: the settings in the request a server gets, what is dropped, limits, the cache."""
 
 import json
-from argparse import Namespace
 
 import pytest
 
@@ -9,9 +8,11 @@ from common.errors import UserError
 from common.files import read_json
 from rewards.answers import answer_type
 from synth.prompts import TEMPLATES, NewSample
+from synth.sampler import METHODS, Sampler, Settings, Space
 from synth.task import SHIPPED, Task, load_task
-from synth.tuning.sampler import METHODS, Sampler, Settings, Space
-from synth.tuning.task_generator import REPEATED, TaskGenerator, task_generator, teacher_args
+from synth.teacher.flags import teacher_from_mapping
+from synth.teacher.limits import Limits
+from synth.tuning.task_generator import REPEATED, TaskGenerator, task_generator
 from tests.faulty_server import FaultyServer, completion
 from tests.scripted_teacher import said, sample, section, stage_of
 
@@ -32,7 +33,7 @@ def scripted(script, seed_rows=None, task=TASK):
 
 
 def served(tmp_path, server, **more):
-    args = teacher_args({"teacher_url": server.url, "teacher_model": "m", "concurrency": 4, **more})
+    args = teacher_from_mapping({"teacher_url": server.url, "teacher_model": "m", "concurrency": 4, **more})
     return task_generator(TASK, Sampler(SPACE), args, tmp_path)
 
 
@@ -99,7 +100,8 @@ def test_seed_rows_are_evolved_in_turn():
 
 
 def test_without_a_url_the_offline_teacher_answers(tmp_path):
-    args, task = teacher_args({"offline_teacher": "--error-rate 0 --seed 3"}), load_task(SHIPPED / "arithmetic.yaml")
+    task = load_task(SHIPPED / "arithmetic.yaml")
+    args = teacher_from_mapping({"offline_teacher": "--error-rate 0 --seed 3"})
     with task_generator(task, Sampler(SPACE), args, tmp_path) as generator:
         first = generator.generate_from_seed(10)
     assert len(first.data) == 10 and all("+" in row["input"] for row in first.data)
@@ -110,9 +112,9 @@ def test_without_a_url_the_offline_teacher_answers(tmp_path):
     assert after["total"]["calls"] == json.loads(before)["total"]["calls"] and after["total"]["cached"] == 10
 
 
-def test_teacher_flags_are_checked(capsys):
-    assert isinstance(teacher_args({"price_in": 2, "max_money": 0.5}), Namespace)
+def test_the_teacher_s_settings_are_checked():
+    assert teacher_from_mapping({"price_in": 2, "max_money": 0.5}).limits == Limits(money=0.5, price_in=2.0)
     with pytest.raises(UserError, match="teacher has the unknown key 'url'"):
-        teacher_args({"url": "http://localhost"})
-    with pytest.raises(UserError, match="cannot be read"):
-        teacher_args({"concurrency": "many"})
+        teacher_from_mapping({"url": "http://localhost"})
+    with pytest.raises(UserError, match="teacher sets concurrency to 'many', which cannot be read"):
+        teacher_from_mapping({"concurrency": "many"})

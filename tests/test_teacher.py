@@ -15,11 +15,12 @@ import pytest
 from pydantic import BaseModel, Field, field_validator
 
 from common.errors import UserError
+from synth.chat_api import SAMPLE_HEADER, count_tokens
 from synth.teacher import structured
 from synth.teacher.cache import Cache
 from synth.teacher.client import OPENAI_URL, EndpointDown, Teacher
-from synth.teacher.completions import SAMPLE_HEADER, Ask, read_completion
-from synth.teacher.limits import Cost, LimitReached, Limits, count_tokens
+from synth.teacher.completions import Ask, read_completion
+from synth.teacher.limits import Cost, LimitReached, Limits
 from synth.teacher.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
 from tests.faulty_server import FaultyServer, completion, error
 

@@ -20,7 +20,7 @@ from synth.tuning import targets
 from synth.tuning.config import load_config
 from tests.scripts import ROOT, call, fails
 
-EXAMPLES = ROOT / "synth" / "tuner_examples"
+EXAMPLES = ROOT / "synth" / "tuning" / "examples"
 DOCS = (ROOT / "docs" / "tuner.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^ {4}python -m synth\.tune (.*)$", DOCS, flags=re.MULTILINE)
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```\w+\n(.*?)```", DOCS, flags=re.DOTALL))

@@ -12,12 +12,12 @@ from common.cli import Stopped
 from common.errors import UserError
 from common.files import read_json
 from synth.prompts import TEMPLATES
+from synth.sampler import METHODS, Results, Sampler, Settings
 from synth.tuning import log as tuner_log
 from synth.tuning.agents import Outcome
 from synth.tuning.config import config_from
 from synth.tuning.gradient_agents import PolicyAgent
 from synth.tuning.log import Iteration, batch_features, panels
-from synth.tuning.sampler import METHODS, Results, Sampler, Settings
 from synth.tuning.tuner import FRESH, RLTuner, make_agent
 from tests.faulty_server import FaultyServer
 from tests.test_task_generator import new_sums
@@ -158,8 +158,8 @@ def test_a_name_for_every_agent():
         assert agent.propose(Outcome(Settings(), 0.5, 0.0, (0.1,) * 4)).temperature <= 2
     for name, (epochs, value_head) in {"ppo": (4, True), "reinforce": (1, False)}.items():
         agent = make_agent(config_of(rl_tuning={"rl_algorithm": name}))
-        assert isinstance(agent, PolicyAgent) and agent.learning.epochs == epochs
-        assert agent.learning.value_head is value_head
+        assert isinstance(agent, PolicyAgent) and agent.settings.epochs == epochs
+        assert agent.settings.value_head is value_head
 
 
 def saved_in(folder):

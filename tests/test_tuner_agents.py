@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from synth.sampler import METHODS, Settings, Space
 from synth.tuning.agents import Defaults, Outcome, RandomSearch, TreeParzen, rng_from, rng_state
-from synth.tuning.sampler import METHODS, Settings, Space
 
 SPACE = Space((0.0, 2.0), (0.1, 1.0), ("plain", "careful"), METHODS)
 PLAIN = Space((0.0, 2.0), (0.1, 1.0))

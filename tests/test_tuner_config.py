@@ -7,8 +7,8 @@ import pytest
 from common.errors import UserError
 from common.files import read_json, write_json
 from synth.prompts import TEMPLATES
+from synth.sampler import Settings, Space
 from synth.tuning.config import Config, RLTuningConfig, config_from, load_config
-from synth.tuning.sampler import Settings, Space
 
 
 def test_the_defaults_are_the_specified_ones():

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import tuner_controls as module
 from benchmarks.tuner_controls import cell_path, compared, holm, quality, run_cell, sign_flip, table
 from common.files import read_json, write_json
-from synth.tuning.sampler import Settings
+from synth.sampler import Settings
 from tests.scripts import call, fails
 from training import intervals
 

@@ -54,7 +54,7 @@ def test_the_voted_answer_replaces_the_generators_or_the_sample_goes():
     row, asked = one(["6", "6", "6", "5"], votes=4)
     assert asked == 3 and row["output"] == "6" and row["outvoted"] == "5" and row["votes"] == {"5": 1, "6": 3}
     assert row["margin"] == 0.5
-    row, _ = one(["6", "6", "6", "5"], votes=4, differing="drop")
+    row, _ = one(["6", "6", "6", "5"], votes=4, on_outvoted="drop")
     assert row["dropped"] == "outvoted" and row["output"] == "5" and row["detail"] == "3 of 4 votes say 6"
 
 
@@ -199,7 +199,7 @@ def test_a_duplicate_costs_no_call():
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"votes": -1}, "--votes"), ({"least": 0.0}, "--least-agreement"), ({"differing": "x"}, "--differing")],
+    [({"votes": -1}, "--votes"), ({"least": 0.0}, "--least-agreement"), ({"on_outvoted": "x"}, "--on-outvoted")],
 )
 def test_settings_that_cannot_be_are_a_users_error(settings, message):
     with pytest.raises(UserError, match=message):

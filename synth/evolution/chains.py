@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from synth.evolution.features import SIZE, Situation, features
-from synth.evolution.judge import Judge, Pool, pass_rates
+from synth.evolution.judge import Judge, Pool, answer_rates
 from synth.evolution.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
-from synth.evolution.policy import Batch, Policy
-from synth.pipeline.generate import Asking
-from synth.stages import Asker, Row, ask_all, drop
+from synth.evolution.policy import Batch, OperatorPolicy
+from synth.stages import StageRow, drop
+from synth.teacher.asking import Asker, Asking, ask_all
 
 
 @dataclass
@@ -32,9 +32,9 @@ class Chain:
     """
 
     number: int
-    given: Row
+    given: StageRow
     pool: Pool
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StageRow] = field(default_factory=list)
     ended: bool = False
 
     @property
@@ -42,7 +42,7 @@ class Chain:
         return self.given["root"]
 
 
-def root_row(number: int, instruction: str, novelty: float, pass_rate: float | None) -> Row:
+def root_row(number: int, instruction: str, novelty: float, pass_rate: float | None) -> StageRow:
     """An initial instruction as a row of the tree."""
     row_id = f"i{number}"
     return {
@@ -51,11 +51,11 @@ def root_row(number: int, instruction: str, novelty: float, pass_rate: float | N
     }  # fmt: skip
 
 
-async def root_rows(instructions: Sequence[str], judge: Judge, name: str) -> list[Row]:
+async def root_rows(instructions: Sequence[str], judge: Judge, name: str) -> list[StageRow]:
     """The initial instructions as rows, with their novelty to each other and, where answers are asked, pass rates."""
     rates: list[Any] = [None] * len(instructions)
     if judge.difficulty.answers:
-        rates = await pass_rates(instructions, judge.difficulty, judge.solver, name)
+        rates = await answer_rates(instructions, judge.difficulty, judge.solver, name)
     rows = []
     for number, (text, rate) in enumerate(zip(instructions, rates, strict=True), 1):
         others = Pool([other for other in instructions if other != text])
@@ -74,14 +74,14 @@ class Evolution:
     seed: int = 0
     name: str = "evolve"
 
-    async def run(self, chains: Sequence[Chain], policy: Policy) -> list[Row]:
+    async def run(self, chains: Sequence[Chain], policy: OperatorPolicy) -> list[StageRow]:
         """Take every chain through all rounds, or to its stop; the rows of all, by round and chain."""
-        rows: list[Row] = []
+        rows: list[StageRow] = []
         for number in range(1, self.rounds + 1):
             rows += await self.step([chain for chain in chains if not chain.ended], policy, number)
         return rows
 
-    async def step(self, chains: Sequence[Chain], policy: Policy, number: int) -> list[Row]:
+    async def step(self, chains: Sequence[Chain], policy: OperatorPolicy, number: int) -> list[StageRow]:
         """One round, all chains together; returns their new rows."""
         if not chains:
             return []
@@ -100,7 +100,7 @@ class Evolution:
             chain.given = chain.given if "dropped" in row else row
         return rows
 
-    def _chosen(self, chain: Chain, number: int, situation: Situation, shares: np.ndarray) -> Row:
+    def _chosen(self, chain: Chain, number: int, situation: Situation, shares: np.ndarray) -> StageRow:
         rng = np.random.default_rng((self.seed, chain.number, number))
         action = int(rng.choice(len(ACTIONS), p=shares))
         return {
@@ -120,7 +120,7 @@ class Evolution:
             "reward": 0.0,
         }
 
-    async def _rewritten(self, chains: Sequence[Chain], rows: Sequence[Row]) -> list[Row]:
+    async def _rewritten(self, chains: Sequence[Chain], rows: Sequence[StageRow]) -> list[StageRow]:
         """The rows with what the writer made of them."""
         asks = [
             # A number of its own for each choice: what failed would else fail again by the stored answer.
@@ -159,7 +159,7 @@ def situation_of(chain: Chain, number: int, rounds: int) -> Situation:
     )
 
 
-def batch_from(rows: Sequence[Row], rounds: int, group_size: int) -> Batch:
+def batch_from(rows: Sequence[StageRow], rounds: int, group_size: int) -> Batch:
     """The logged choices as a policy learns from them: one episode a chain, in the order of their numbers."""
     numbers = {number: place for place, number in enumerate(sorted({row["chain"] for row in rows}))}
     shape = (len(numbers), rounds)
@@ -174,7 +174,7 @@ def batch_from(rows: Sequence[Row], rounds: int, group_size: int) -> Batch:
     return Batch(seen, actions, propensities, rewards, mask, group_size)
 
 
-def figures(rows: Sequence[Row]) -> dict[str, float]:
+def figures(rows: Sequence[StageRow]) -> dict[str, float]:
     """What a report says of some choices: reward by the choice, share kept, share of each operator."""
     kept_share = float(np.mean(["dropped" not in row for row in rows]))
     shares = {name: float(np.mean([row["operator"] == name for row in rows])) for name in (*OPERATORS, STOP)}

@@ -15,39 +15,39 @@ from common.files import atomic_folder, read_json, write_json
 from synth.evolution.features import SIZE
 from synth.evolution.gradient import PPO, Reinforce
 from synth.evolution.operators import ACTIONS
-from synth.evolution.policy import DEFAULT, Constant, Learning, LinUCB, Policy
+from synth.evolution.policy import DEFAULT, Constant, LinUCB, OperatorPolicy, PolicySettings
 
 FORMAT = 1
 ARRAYS, SETTINGS = "policy.safetensors", "policy.json"
-KINDS: dict[str, type[Policy]] = {kind.kind: kind for kind in (Constant, LinUCB, Reinforce, PPO)}
+KINDS: dict[str, type[OperatorPolicy]] = {kind.kind: kind for kind in (Constant, LinUCB, Reinforce, PPO)}
 
 
-def make_policy(kind: str, learning: Learning = DEFAULT) -> Policy:
+def make_policy(kind: str, settings: PolicySettings = DEFAULT) -> OperatorPolicy:
     """A policy that has learned nothing; "uniform" is a constant one."""
-    return KINDS["constant" if kind == "uniform" else kind](learning)
+    return KINDS["constant" if kind == "uniform" else kind](settings)
 
 
-def write_policy(folder: Path, policy: Policy) -> None:
+def write_policy(folder: Path, policy: OperatorPolicy) -> None:
     """Write policy.safetensors and policy.json into a folder that is there."""
     save_file({name: np.array(array, order="C") for name, array in policy.arrays().items()}, folder / ARRAYS)
-    settings = {"format": FORMAT, "kind": policy.kind, "actions": list(ACTIONS), "features": policy.size}
-    write_json(folder / SETTINGS, {**settings, "learning": asdict(policy.learning)})
+    kind = {"format": FORMAT, "kind": policy.kind, "actions": list(ACTIONS), "features": policy.size}
+    write_json(folder / SETTINGS, {**kind, "learning": asdict(policy.settings)})
 
 
-def save_policy(path: str | Path, policy: Policy) -> None:
+def save_policy(path: str | Path, policy: OperatorPolicy) -> None:
     """Write a policy's folder, whole or not at all."""
     with atomic_folder(path, SETTINGS) as temporary:
         write_policy(temporary, policy)
 
 
-def load_policy(path: str | Path) -> Policy:
+def load_policy(path: str | Path) -> OperatorPolicy:
     """The policy of a folder, exact to the bit. Raises UserError where it is none, or was made for other actions."""
     saved = read_json(Path(path) / SETTINGS)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("kind") not in KINDS:
         raise UserError(f"{path} holds no policy of format {FORMAT}; train one by synth.evolve")
     if saved["actions"] != list(ACTIONS) or saved["features"] != SIZE:
         raise UserError(f"{path} was made for other operators or features than this version's; train it anew")
-    policy = KINDS[saved["kind"]](Learning(**saved["learning"]))
+    policy = KINDS[saved["kind"]](PolicySettings(**saved["learning"]))
     try:
         found = load_file(Path(path) / ARRAYS)
     except (OSError, SafetensorError) as error:

@@ -31,12 +31,10 @@ from synth.evolution.operators import OPERATORS, read_rewriting
 from synth.evolution.policy import Constant
 from synth.evolution.responses import respond
 from synth.near_duplicates import THRESHOLD, normalise
-from synth.pipeline.generate import Asking
-from synth.stages import Row, ask_all, drop, kept, new_row
+from synth.sampler import DataRow, Results, Sampler, in_turn
+from synth.stages import StageRow, drop, kept, new_row
+from synth.teacher.asking import AskFunction, Asking, ask_all
 from synth.teacher.completions import Ask, Reply
-from synth.tuning.sampler import Results, Sampler, in_turn
-
-DataRow = dict[str, Any]
 
 SEED_EXAMPLES, OWN_EXAMPLES = 6, 2
 WAVE = 8  # instructions asked for together, before the next ones can have them as examples
@@ -50,7 +48,7 @@ SHORTEST, LONGEST = 4, 150  # words
 class _Answering:
     """A function that answers asks, as the stages expect a teacher."""
 
-    def __init__(self, ask: Callable[[Sequence[Ask]], list[Reply]]):
+    def __init__(self, ask: AskFunction):
         self.ask = ask
 
     async def ask_all(self, asks: Sequence[Ask], progress: Callable[[Reply], object] | None = None) -> list[Reply]:
@@ -64,12 +62,12 @@ class _Answering:
 class _Generator:
     """What both have in common. dropped: the rows of the last call that a filter dropped, with the reason."""
 
-    def __init__(self, ask: Callable[[Sequence[Ask]], list[Reply]], asking: Asking | None = None, seed: int = 0):
+    def __init__(self, ask: AskFunction, asking: Asking | None = None, seed: int = 0):
         self.teacher = _Answering(ask)
         self.asking, self.seed = asking or Asking(), seed
-        self.dropped: list[Row] = []
+        self.dropped: list[StageRow] = []
 
-    async def _finished(self, rows: Sequence[Row]) -> list[DataRow]:
+    async def _finished(self, rows: Sequence[StageRow]) -> list[DataRow]:
         """The kept rows with fresh responses."""
         answered = await respond(kept(rows), self.teacher, self.asking)
         self.dropped = [row for row in (*rows, *answered) if "dropped" in row]
@@ -95,7 +93,7 @@ class SelfInstructGenerator(_Generator):
         return asyncio.run(made())
 
     async def _generate(self, seeds: list[str], count: int) -> list[DataRow]:
-        rows: list[Row] = []
+        rows: list[StageRow] = []
         pool = Pool(seeds)
         while len(kept(rows)) < count and len(rows) < TRIES * count:
             own = [row["input"] for row in kept(rows)]
@@ -109,7 +107,7 @@ class SelfInstructGenerator(_Generator):
         found = rng.sample(seeds, min(SEED_EXAMPLES + OWN_EXAMPLES - len(some_own), len(seeds))) + some_own
         return rng.sample(found, len(found))
 
-    async def _ask(self, examples: Sequence[list[str]], first: int, pool: Pool) -> list[Row]:
+    async def _ask(self, examples: Sequence[list[str]], first: int, pool: Pool) -> list[StageRow]:
         """One row by examples, numbered from `first`; the pool gets what is kept."""
         asks = [
             Ask(
@@ -153,7 +151,7 @@ class EvolInstructGenerator(_Generator):
         chains = self._chains(texts[:size])
 
         async def made() -> list[DataRow]:
-            rows: list[Row] = []
+            rows: list[StageRow] = []
             evolution = self._evolution(-(-TRIES * count // size))
             for number in range(1, evolution.rounds + 1):
                 missing = count - len(kept(rows))
@@ -182,7 +180,7 @@ class EvolInstructGenerator(_Generator):
 
 
 class SampledGenerator:
-    """Either of the two as RLTuner takes a generator (synth/tuning/sampler.py): it asks by a sampler's settings.
+    """Either of the two as RLTuner takes a generator (synth/sampler.py): it asks by a sampler's settings.
 
     kind: SelfInstructGenerator or EvolInstructGenerator; seed_rows: what is begun from. A setting is read anew for
     every ask, and an ask's sample index grows with the row numbers, so that other rows are other answers.
@@ -191,7 +189,7 @@ class SampledGenerator:
     def __init__(
         self,
         kind: type["SelfInstructGenerator"] | type["EvolInstructGenerator"],
-        ask: Callable[[Sequence[Ask]], list[Reply]],
+        ask: AskFunction,
         seed_rows: Sequence[Mapping[str, Any]],
         sampler: Sampler,
     ):

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from synth.evolution.features import SIZE
 from synth.evolution.operators import ACTIONS
-from synth.evolution.policy import DEFAULT, Batch, Learning, Policy
+from synth.evolution.policy import DEFAULT, Batch, OperatorPolicy, PolicySettings
 from training import ppo
 from training.optimizer import Adam, optimizer_arrays, restore_optimizer, update
 
@@ -57,18 +57,18 @@ def reinforce_loss(network: Network, batch: tuple[mx.array, ...], floor: float, 
     return -ppo.masked_mean(advantages * logprobs, mask) - entropy_coef * ppo.masked_mean(entropy, mask)
 
 
-def ppo_policy_loss(network: Network, batch: tuple[mx.array, ...], learning: Learning) -> mx.array:
+def ppo_policy_loss(network: Network, batch: tuple[mx.array, ...], settings: PolicySettings) -> mx.array:
     """training/ppo.py's loss. batch: features, actions, old logprobs and values, advantages, returns, mask."""
     features, actions, old_logprobs, old_values, advantages, returns, mask = batch
-    logprobs, entropy = _chosen(network, features, actions, learning.floor)
+    logprobs, entropy = _chosen(network, features, actions, settings.floor)
     values = network.values(features)
     loss, _ = ppo.ppo_loss(
         *(logprobs, values, old_logprobs, old_values, advantages, returns, mask),
-        clip_range=learning.clip_range,
+        clip_range=settings.clip_range,
         value_clip_range=float("inf"),
         vf_coef=0.5,
         entropy=entropy,
-        entropy_coef=learning.entropy_coef,
+        entropy_coef=settings.entropy_coef,
     )
     return loss
 
@@ -80,37 +80,37 @@ def _chosen(network: Network, features: mx.array, actions: mx.array, floor: floa
     return chosen, -(mx.exp(logprobs) * logprobs).sum(axis=-1)
 
 
-class Reinforce(Policy):
+class Reinforce(OperatorPolicy):
     """One Adam step a batch, by leave-one-out advantages of the discounted rewards from each choice on."""
 
     kind = "reinforce"
     learns = True
 
-    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
-        super().__init__(learning, actions, size)
-        mx.random.seed(learning.seed)
-        self.network = Network(size, learning.hidden, actions)
+    def __init__(self, settings: PolicySettings = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        super().__init__(settings, actions, size)
+        mx.random.seed(settings.seed)
+        self.network = Network(size, settings.hidden, actions)
         mx.eval(self.network.parameters())
-        self.optimizer = Adam(learning.learning_rate)
+        self.optimizer = Adam(settings.learning_rate)
         self.optimizer.init(self.network.trainable_parameters())
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         logits = np.array(self.network.logits(mx.array(features, dtype=mx.float32)), dtype=np.float64)
         shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
         shares /= shares.sum(axis=-1, keepdims=True)
-        return (1 - self.actions * self.learning.floor) * shares + self.learning.floor
+        return (1 - self.actions * self.settings.floor) * shares + self.settings.floor
 
     def learn(self, batch: Batch) -> dict[str, float]:
-        advantages = leave_one_out(batch, self.learning.gamma)
+        advantages = leave_one_out(batch, self.settings.gamma)
         arrays = tuple(map(mx.array, (batch.features, batch.actions, advantages, batch.mask)))
         loss_and_grad = nn.value_and_grad(
             self.network,
-            lambda *given: reinforce_loss(self.network, given, self.learning.floor, self.learning.entropy_coef),
+            lambda *given: reinforce_loss(self.network, given, self.settings.floor, self.settings.entropy_coef),
         )
         return {"grad_norm": self._step(*loss_and_grad(*arrays))}
 
     def _step(self, loss: mx.array, gradients: dict) -> float:
-        return update(self.network, self.optimizer, loss, gradients, self.learning.max_grad_norm)
+        return update(self.network, self.optimizer, loss, gradients, self.settings.max_grad_norm)
 
     def arrays(self) -> dict[str, np.ndarray]:
         weights = {f"network.{name}": array for name, array in tree_flatten(self.network.parameters())}
@@ -132,14 +132,14 @@ class PPO(Reinforce):
     kind = "ppo"
 
     def learn(self, batch: Batch) -> dict[str, float]:
-        given = self.learning
+        given = self.settings
         features, actions, mask = map(mx.array, (batch.features, batch.actions, batch.mask))
         values = mx.stop_gradient(self.network.values(features))
         advantages, returns = ppo.gae(mx.array(batch.rewards), values, mask, given.gamma, given.gae_lambda)
         old_logprobs = mx.array(np.log(np.where(batch.mask > 0, batch.propensities, 1.0)).astype(np.float32))
         arrays = (features, actions, old_logprobs, values, ppo.masked_whiten(advantages, mask), returns, mask)
         loss_and_grad = nn.value_and_grad(
-            self.network, lambda *arrays: ppo_policy_loss(self.network, arrays, self.learning)
+            self.network, lambda *arrays: ppo_policy_loss(self.network, arrays, self.settings)
         )
         norms = [self._step(*loss_and_grad(*arrays)) for _ in range(given.ppo_epochs)]
         return {"grad_norm": float(np.mean(norms))}

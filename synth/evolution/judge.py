@@ -23,7 +23,8 @@ from rewards.answers import AnswerType
 from rewards.function import RewardFunction
 from synth import prompts
 from synth.near_duplicates import THRESHOLD, checked_threshold, normalise, rouge_l, tokens
-from synth.stages import Asker, Row, ask_all, drop
+from synth.stages import StageRow, drop
+from synth.teacher.asking import Asker, ask_all
 from synth.teacher.completions import Ask
 from synth.teacher.structured import is_refusal
 
@@ -164,7 +165,9 @@ class Judge:
     weights: Weights = Weights()
     difficulty: Difficulty = Difficulty()
 
-    async def judge(self, rows: Sequence[Row], parents: Sequence[str], pools: Sequence[Pool], name: str) -> list[Row]:
+    async def judge(
+        self, rows: Sequence[StageRow], parents: Sequence[str], pools: Sequence[Pool], name: str
+    ) -> list[StageRow]:
         """The rows with parts, pass_rate and reward. parents, pools: of each row; a pool gets the texts that pass.
 
         In one pool an earlier row comes before a later one. name: what the ledger's stages begin with.
@@ -183,7 +186,7 @@ class Judge:
             judged.append(row)
         return judged
 
-    def _gated(self, rows: Sequence[Row], pools: Sequence[Pool]) -> list[Row]:
+    def _gated(self, rows: Sequence[StageRow], pools: Sequence[Pool]) -> list[StageRow]:
         """Gates that cost no call. Within this call a text is also compared with those before it of the same pool."""
         waiting: dict[int, Pool] = {}
         gated = []
@@ -202,7 +205,7 @@ class Judge:
             gated.append(row)
         return gated
 
-    async def _reviewed(self, rows: Sequence[Row], parents: Sequence[str], name: str) -> list[Row]:
+    async def _reviewed(self, rows: Sequence[StageRow], parents: Sequence[str], name: str) -> list[StageRow]:
         """Equal to its parent, as the reviewer says in either order, is no new instruction (Evol-Instruct's rule)."""
         passed = [number for number, row in enumerate(rows) if "dropped" not in row]
         pairs = [(parents[number], rows[number]["input"]) for number in passed]
@@ -224,18 +227,18 @@ class Judge:
             reviewed[number] = row
         return reviewed
 
-    async def _solved(self, rows: Sequence[Row], name: str) -> list[Row]:
+    async def _solved(self, rows: Sequence[StageRow], name: str) -> list[StageRow]:
         """Pass rates, where answers are asked for."""
         passed = [number for number, row in enumerate(rows) if "dropped" not in row]
         texts = [rows[number]["input"] for number in passed] if self.difficulty.answers else []
-        rates = await pass_rates(texts, self.difficulty, self.solver, name)
+        rates = await answer_rates(texts, self.difficulty, self.solver, name)
         solved = list(rows)
         for number, rate in zip(passed, rates, strict=False):
             solved[number] = {**rows[number], "pass_rate": rate}
         return solved
 
 
-async def pass_rates(texts: Sequence[str], difficulty: Difficulty, solver: Asker, name: str) -> list[float]:
+async def answer_rates(texts: Sequence[str], difficulty: Difficulty, solver: Asker, name: str) -> list[float]:
     """The pass rate of each instruction."""
     count = difficulty.answers
     asks = [

@@ -32,9 +32,3 @@ def episode_values(
 def value_interval(values: np.ndarray) -> Interval:
     """The mean of `episode_values` and its 95 % interval, by the bootstrap over episodes."""
     return bootstrap(values.tolist())
-
-
-def effective_size(propensities: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
-    """How many episodes of the judged policy's own the logs are worth: (Σ w)² / Σ w² (Kish), of the whole weights."""
-    weights = np.prod(np.where(mask > 0, targets / np.where(mask > 0, propensities, 1.0), 1.0), axis=1)
-    return float(weights.sum() ** 2 / (weights**2).sum()) if (weights > 0).any() else 0.0

@@ -8,7 +8,7 @@ use (synth/evolution/judge.py).
 """
 
 from synth import prompts
-from synth.pipeline.generate import Asking
+from synth.teacher.asking import Asking
 from synth.teacher.completions import Ask, Reply
 
 OPERATORS = tuple(prompts.OPERATOR_DEMANDS)

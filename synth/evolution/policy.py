@@ -36,7 +36,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Learning:
+class PolicySettings:
     """How a policy learns. Raises UserError for settings that cannot be.
 
     floor: the least propensity of an action; gamma: discount by the choice (linucb: always 0); alpha: linucb's bonus,
@@ -62,17 +62,17 @@ class Learning:
             raise UserError(f"--gamma is {self.gamma}; it has to lie between 0 and 1")
 
 
-DEFAULT = Learning()
+DEFAULT = PolicySettings()
 
 
-class Policy:
+class OperatorPolicy:
     """What all policies have in common. actions: A of them; size: F features."""
 
     kind = ""
     learns = False
 
-    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
-        self.learning, self.actions, self.size = learning, actions, size
+    def __init__(self, settings: PolicySettings = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        self.settings, self.actions, self.size = settings, actions, size
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
         """(N, F) → (N, A) float64, each row of sum 1."""
@@ -93,13 +93,13 @@ class Policy:
         """Go on from what `arrays` gave."""
 
 
-class Constant(Policy):
+class Constant(OperatorPolicy):
     """The same shares whatever the situation: evenly, or `shares` (A,)."""
 
     kind = "constant"
 
-    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE, shares=None):
-        super().__init__(learning, actions, size)
+    def __init__(self, settings: PolicySettings = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE, shares=None):
+        super().__init__(settings, actions, size)
         self.shares = np.full(actions, 1 / actions) if shares is None else np.asarray(shares, dtype=np.float64)
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
@@ -117,20 +117,20 @@ def fixed(action: int, actions: int = len(ACTIONS)) -> Constant:
     return Constant(actions=actions, shares=np.eye(actions)[action])
 
 
-def marginal(policy: Policy, features: np.ndarray) -> Constant:
+def marginal(policy: OperatorPolicy, features: np.ndarray) -> Constant:
     """The mean frequencies of a policy's actions over some situations: what it would be if it saw no situation."""
     return Constant(actions=policy.actions, shares=policy.probabilities(features).mean(axis=0))
 
 
-class LinUCB(Policy):
+class LinUCB(OperatorPolicy):
     """Per action a ridge regression (λ = 1) of the immediate reward; the highest upper bound is chosen, ties evenly."""
 
     kind = "linucb"
     learns = True
 
-    def __init__(self, learning: Learning = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
-        super().__init__(learning, actions, size)
-        self.alpha = learning.alpha
+    def __init__(self, settings: PolicySettings = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        super().__init__(settings, actions, size)
+        self.alpha = settings.alpha
         self.covariances = np.tile(np.eye(size), (actions, 1, 1))  # (A, F, F)
         self.sums = np.zeros((actions, size))
 
@@ -142,7 +142,7 @@ class LinUCB(Policy):
         bounds = means + self.alpha * np.sqrt(spread)
         best = bounds >= bounds.max(axis=1, keepdims=True) - 1e-9
         greedy = best / best.sum(axis=1, keepdims=True)
-        return (1 - self.actions * self.learning.floor) * greedy + self.learning.floor
+        return (1 - self.actions * self.settings.floor) * greedy + self.settings.floor
 
     def learn(self, batch: Batch) -> dict[str, float]:
         real = batch.mask > 0

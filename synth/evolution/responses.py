@@ -15,8 +15,8 @@ from typing import Any
 from synth import prompts
 from synth.evolution.judge import STOP_WORDS
 from synth.near_duplicates import tokens
-from synth.pipeline.generate import Asking
-from synth.stages import Asker, Row, ask_all, drop, write_rows
+from synth.stages import StageRow, drop, write_rows
+from synth.teacher.asking import Asker, Asking, ask_all
 from synth.teacher.completions import Ask
 from synth.teacher.structured import is_refusal
 
@@ -34,7 +34,7 @@ def response_fault(text: str) -> str:
     return ""
 
 
-async def respond(rows: Sequence[Row], expert: Asker, asking: Asking, sample: int = 0) -> list[Row]:
+async def respond(rows: Sequence[StageRow], expert: Asker, asking: Asking, sample: int = 0) -> list[StageRow]:
     """The rows with the expert's response as "output", dropped where there is none of use.
 
     sample: the number of the draw, after those that a pass rate was found by where the same teacher gave them.
@@ -51,7 +51,7 @@ async def respond(rows: Sequence[Row], expert: Asker, asking: Asking, sample: in
     return answered
 
 
-def data_row(row: Row, form: str) -> dict[str, Any]:
+def data_row(row: StageRow, form: str) -> dict[str, Any]:
     """A kept row in one of FORMATS: {"messages"}, Alpaca's three keys, or {"prompt", "completion"}."""
     if form == "messages":
         turns = (("user", row["input"]), ("assistant", row["output"]))
@@ -62,7 +62,7 @@ def data_row(row: Row, form: str) -> dict[str, Any]:
     return {"prompt": row["input"], "completion": space + row["output"]}
 
 
-def write_data(rows: Sequence[Row], form: str, folder: Path, held_out: float, seed: int) -> Path:
+def write_data(rows: Sequence[StageRow], form: str, folder: Path, held_out: float, seed: int) -> Path:
     """Write FOLDER/dataset.jsonl, and for sft.py FOLDER/sft/train.jsonl and valid.jsonl, by initial instruction.
 
     What one initial instruction led to stands on one side of the split, as its rows are alike. Alpaca's rows are

@@ -18,8 +18,8 @@ from data.records import read_rows
 from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
 from synth.evolution.files import SETTINGS, load_policy, write_policy
 from synth.evolution.judge import Pool
-from synth.evolution.policy import Batch, Policy
-from synth.stages import Row, write_rows
+from synth.evolution.policy import Batch, OperatorPolicy
+from synth.stages import StageRow, write_rows
 
 LOG, PROGRESS = "choices.jsonl", "progress.json"
 Report = Callable[[int, dict[str, float]], None]
@@ -46,14 +46,14 @@ class Training:
 
 
 async def train_policy(
-    policy: Policy,
+    policy: OperatorPolicy,
     instructions: Sequence[str],
     evolution: Evolution,
     training: Training,
     folder: Path,
     report: Report,
     relabel: Callable[[Batch], Batch] = lambda batch: batch,
-) -> Policy:
+) -> OperatorPolicy:
     """The policy after all iterations, from the last saved one if FOLDER/policy_training is there.
 
     report: called with the iteration (from 1) and its figures; relabel: what is learned of a batch instead of it.
@@ -74,19 +74,19 @@ async def train_policy(
     return policy
 
 
-def _save(path: Path, policy: Policy, log: Sequence[Row], iterations: int) -> None:
+def _save(path: Path, policy: OperatorPolicy, log: Sequence[StageRow], iterations: int) -> None:
     with atomic_folder(path, SETTINGS) as temporary:
         write_policy(temporary, policy)
         write_rows(temporary / LOG, log)
         write_json(temporary / PROGRESS, {"iterations": iterations})
 
 
-def chains_of(roots: Sequence[Row], training: Training, iteration: int) -> list[Chain]:
+def chains_of(roots: Sequence[StageRow], training: Training, iteration: int) -> list[Chain]:
     """The chains of an iteration; those of a group have one start and follow each other."""
     count = min(training.starts, len(roots))
     # All instructions come before any comes again, in a new order each time.
     needed = (iteration + 1) * count
-    order: list[Row] = []
+    order: list[StageRow] = []
     while len(order) < needed:
         round_number = len(order) // len(roots)
         order += random.Random(f"{training.seed} starts {round_number}").sample(roots, len(roots))

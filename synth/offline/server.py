@@ -12,6 +12,7 @@ synth/offline/sampling.py.
 
 import json
 import re
+import shlex
 import sys
 import threading
 import time
@@ -26,16 +27,14 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.parser import Parser
+from synth.chat_api import OFFLINE_MODEL, SAMPLE_HEADER, count_tokens
 from synth.offline.instructions import read_question
 from synth.offline.reviews import Reviews
 from synth.offline.rules import Arithmetic, Digits, Facts, Rule, Sample
 from synth.offline.sampling import favourite, sampling_of
 from synth.prompts import STAGES
 from synth.task import SHIPPED, load_task
-from synth.teacher.completions import SAMPLE_HEADER
-from synth.teacher.limits import count_tokens
 
-MODEL = "offline-teacher"
 TASKS = ("arithmetic", "digits", "library_facts", "reviews")  # it knows these, by their instructions
 NEW = ("new_sample", "harder", "easier")  # stages whose answer is a sample
 MOST_BYTES = 16_000_000  # of a request
@@ -236,7 +235,7 @@ def _completion(body: dict[str, Any], content: str | None, refusal: str | None =
     message = {"role": "assistant", "content": content, "refusal": refusal}
     choice = {"index": 0, "finish_reason": "stop", "message": message, "logprobs": None}
     head = {"id": "chatcmpl-offline", "object": "chat.completion", "created": int(time.time())}
-    return {**head, "model": body.get("model", MODEL), "choices": [choice], "usage": usage}
+    return {**head, "model": body.get("model", OFFLINE_MODEL), "choices": [choice], "usage": usage}
 
 
 class _Server(ThreadingTCPServer):
@@ -253,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        model = {"id": MODEL, "object": "model", "created": 0, "owned_by": "synth"}
+        model = {"id": OFFLINE_MODEL, "object": "model", "created": 0, "owned_by": "synth"}
         pages: dict[str, dict] = {"/health": {"status": "ok"}, "/v1/models": {"object": "list", "data": [model]}}
         found = pages.get(self.path)
         self._send(*((200, found) if found else _error(404, f"no such path: {self.path}")))
@@ -296,6 +295,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _error(status: int, message: str) -> tuple[int, dict[str, Any]]:
     return status, {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+
+
+def teacher_from(flags: str) -> OfflineTeacher:
+    """An offline teacher by its flags as one string. Raises UserError as OfflineTeacher does."""
+    settings = vars(parse_args(shlex.split(flags)))
+    settings.pop("until_stdin_closes")
+    return OfflineTeacher(**settings)
 
 
 def parse_args(args: Sequence[str] | None = None) -> Namespace:

@@ -1,14 +1,16 @@
-"""Stages 4 and 5: how often the base model solves each sample, and samples made harder or easier to suit it.
+"""Stage 5: samples made harder or easier, towards a wanted spread of pass rates.
 
-Every sample is tried 8 times, and more often only where none or all of the tries so far were right. Then the teacher
-makes harder samples of those that are solved and easier ones of those that are not; they are verified like the rest,
-tried, and may be rewritten again, until the wanted spread of pass rates is filled, nothing is left to rewrite, or the
-rounds are used up. A sample is rewritten once. Leaves out which samples are trained on (synth/pipeline/selection.py).
+The teacher makes harder samples of those that the base model solves and easier ones of those that it does not. They
+are verified like the rest, tried, and may be rewritten in turn, until the wanted spread is filled, nothing is left to
+rewrite, or the rounds are used up. Each sample is rewritten at most once. As a command, stages 4 and 5.
 
     python -m synth.pipeline.difficulty --task my_task.yaml --in verified.jsonl --out tried.jsonl --base-model MODEL \\
         --teacher-url URL --teacher-model NAME
+
+Not here: which samples are trained on (see synth/pipeline/selection.py).
 """
 
+import argparse
 import asyncio
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -23,40 +25,37 @@ if __name__ == "__main__":
 
 from common.cli import run
 from common.errors import UserError
-from common.parser import Parser, positive
+from common.parser import Parser
 from synth import prompts
-from synth.pipeline.generate import Asking, open_library, passage_texts, read_sample
-from synth.pipeline.rollouts import BaseModel, Rollout, Sampler, draw
-from synth.pipeline.verify import Voting, add_voting_flags, verify, voting_from, with_threshold
-from synth.stages import Asker, Row, ask_all, kept, load_rows, new_row, summary, write_rows
-from synth.task import Task, load_task
+from synth.pipeline.generate import open_library, passage_texts, read_sample
+from synth.pipeline.pass_rates import (
+    add_base_model_flags,
+    add_tries_flags,
+    base_model_settings,
+    pass_rates,
+    tries_settings,
+)
+from synth.pipeline.selection import band_of
+from synth.pipeline.tasks import open_task
+from synth.pipeline.verify import Voting, add_voting_flags, verify, voting_settings, with_threshold
+from synth.stages import StageRow, kept, load_rows, new_row, summary, write_rows
+from synth.task import Task
+from synth.teacher.asking import Asker, Asking, ask_all
 from synth.teacher.cache import Cache
 from synth.teacher.completions import Ask
-from synth.teacher.flags import add_teacher_flags, open_teacher
+from synth.teacher.connect import open_teacher
+from synth.teacher.flags import add_teacher_flags, teacher_settings
 
-# A new sample may fail the vote or miss the bins that are short, so more are asked for than are wanted.
+# A new sample may fail the vote or miss the bins that need it, so more are asked for than are wanted.
 ASKED_PER_WANTED = 2
-DEFAULT_MODEL = "tiny-digits"
 HARDER, EASIER = "harder", "easier"
 
 
 @dataclass(frozen=True)
-class Tries:
-    """Rollouts of a sample: the `first`, then doubled up to `most` as long as none or all were right."""
-
-    first: int = 8
-    most: int = 32
-
-    def __post_init__(self):
-        if not 1 <= self.first <= self.most:
-            raise UserError(f"--rollouts is {self.first} and --most-rollouts {self.most}; 1 <= rollouts <= most")
-
-
-@dataclass(frozen=True)
 class Spread:
-    """The pass rates wanted: `wanted` samples within `band`, evenly over `bins` bins of equal width.
+    """The wanted pass rates: `wanted` samples within `band`, spread evenly over `bins` bins of equal width.
 
-    rounds: of rewriting at most; 0: none.
+    rounds: most rounds of rewriting; 0: none. Raises UserError for invalid values.
     """
 
     wanted: int = 200
@@ -67,7 +66,7 @@ class Spread:
     def __post_init__(self):
         low, high = self.band
         if not 0 <= low < high <= 1:
-            raise UserError(f"--band is {low:g} {high:g}; its ends lie between 0 and 1, the lower first")
+            raise UserError(f"--band is {low:g} {high:g}; give two numbers between 0 and 1, the lower first")
         if self.wanted < 1 or self.bins < 1 or self.rounds < 0:
             raise UserError(
                 f"--wanted {self.wanted}, --bins {self.bins} and --rounds {self.rounds}: at least 1, 1 and 0"
@@ -78,21 +77,28 @@ class Spread:
         low, high = self.band
         if not low <= rate <= high:
             return -1 if rate < low else self.bins
-        # The tiny term undoes rounding where a rate lies on the edge of two bins: it belongs to the upper one.
+        # The tiny term undoes rounding for a rate on the edge of two bins, which belongs to the upper one.
         return min(int((rate - low) / (high - low) * self.bins + 1e-9), self.bins - 1)
 
-    def counts(self, rows: Sequence[Row]) -> list[int]:
-        """How many rows lie below the band, in each bin, and above the band: (bins + 2,)."""
+    def counts(self, rows: Sequence[StageRow]) -> list[int]:
+        """The number of rows below the band, in each bin, and above the band: (bins + 2,)."""
         places = [self.place(row["pass_rate"]) for row in kept(rows)]
         return [places.count(place) for place in range(-1, self.bins + 1)]
 
-    def short(self, rows: Sequence[Row]) -> list[int]:
+    def short(self, rows: Sequence[StageRow]) -> list[int]:
         """How many samples each bin still lacks: (bins,)."""
-        each = -(-self.wanted // self.bins)
-        return [max(0, each - count) for count in self.counts(rows)[1:-1]]
+        return [max(0, self.per_bin - count) for count in self.counts(rows)[1:-1]]
 
-    def line(self, rows: Sequence[Row]) -> str:
-        """The histogram as a line of text."""
+    @property
+    def per_bin(self) -> int:
+        return -(-self.wanted // self.bins)
+
+    def most_rewritten(self, count: int) -> int:
+        """Upper bound on rewritten samples, of `count` samples: a round rewrites at most those not rewritten yet."""
+        return self.rounds * min(count, ASKED_PER_WANTED * self.per_bin * self.bins)
+
+    def line(self, rows: Sequence[StageRow]) -> str:
+        """The histogram in one line."""
         low, high = self.band
         edges = [low + (high - low) * n / self.bins for n in range(self.bins + 1)]
         names = [f"below {low:.2f}", *(f"{a:.2f}-{b:.2f}" for a, b in itertools.pairwise(edges))]
@@ -103,40 +109,21 @@ class Spread:
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What rewritten samples are asked for and verified by: the settings that the samples before them had."""
+    """How rewritten samples are asked for and verified: as the samples before them."""
 
     asking: Asking = field(default_factory=Asking)
     voting: Voting = field(default_factory=Voting)
 
 
 class Adapted(NamedTuple):
-    """rows: those given and those made of them, dropped ones included; ended: why no more were made."""
+    """rows: those given and those made from them, dropped ones included; ended: why no more were made."""
 
-    rows: list[Row]
+    rows: list[StageRow]
     ended: str
 
 
-def pass_rates(rows: Sequence[Row], task: Task, sampler: Sampler, store: Cache, tries: Tries = Tries()) -> list[Row]:
-    """The rows with rollouts, solved and pass_rate; dropped ones as they are. A score of 1 or more is solved."""
-    solved = {n: 0 for n, row in enumerate(rows) if "dropped" not in row}
-    done = dict.fromkeys(solved, 0)
-    undecided, target = list(solved), tries.first
-    while undecided:
-        wanted = [(n, Rollout(task.prompt(rows[n]["input"]), k)) for n in undecided for k in range(done[n], target)]
-        texts = draw([rollout for _, rollout in wanted], sampler, store)
-        for (n, _), text in zip(wanted, texts, strict=True):
-            done[n] += 1
-            solved[n] += task.score(rows[n]["input"], text, rows[n]["output"]) >= 1
-        target = min(2 * target, tries.most)
-        undecided = [n for n in undecided if solved[n] in (0, done[n]) and done[n] < target]
-    return [
-        {**row, "rollouts": done[n], "solved": solved[n], "pass_rate": solved[n] / done[n]} if n in solved else row
-        for n, row in enumerate(rows)
-    ]
-
-
-def choose_parents(rows: Sequence[Row], spread: Spread) -> list[tuple[Row, str]]:
-    """The rows to rewrite next and in which direction: towards the bins that lack samples, the extremes first.
+def choose_parents(rows: Sequence[StageRow], spread: Spread) -> list[tuple[StageRow, str]]:
+    """The rows to rewrite next and in which direction: towards the bins that lack samples, extreme pass rates first.
 
     At most twice as many as are lacking; none that was rewritten before.
     """
@@ -154,9 +141,9 @@ def choose_parents(rows: Sequence[Row], spread: Spread) -> list[tuple[Row, str]]
 
 
 async def rewrite(
-    parents: Sequence[tuple[Row, str]], task: Task, teacher: Asker, passages: Mapping[str, str], asking: Asking
-) -> list[Row]:
-    """A new row of each parent, unverified; its id is the parent's with h or e behind it, its passage the parent's."""
+    parents: Sequence[tuple[StageRow, str]], task: Task, teacher: Asker, passages: Mapping[str, str], asking: Asking
+) -> list[StageRow]:
+    """A new, unverified row from each parent; its id is the parent's with h or e appended, its passage the parent's."""
     wording = {HARDER: prompts.harder, EASIER: prompts.easier}
     asks = [
         Ask(
@@ -176,17 +163,17 @@ async def rewrite(
 
 
 async def adapt(
-    rows: Sequence[Row],
+    rows: Sequence[StageRow],
     task: Task,
     teacher: Asker,
-    measure: Callable[[Sequence[Row]], list[Row]],
+    measure: Callable[[Sequence[StageRow]], list[StageRow]],
     spread: Spread = Spread(),
     rewriting: Rewriting = Rewriting(),
     passages: Mapping[str, str] | None = None,
 ) -> Adapted:
-    """Rows with pass rates, and round after round of harder and easier ones made of them.
+    """Rows with pass rates, and round after round of harder and easier ones made from them.
 
-    measure: gives rows their pass rates, as `pass_rates` does. passages: id → text, for those who rewrite and vote.
+    measure: gives rows their pass rates, as `pass_rates` does. passages: id → text, for rewriting and votes.
     """
     passages = passages or {}
     rows = list(rows)
@@ -208,64 +195,21 @@ async def adapt(
     return Adapted(rows, "the spread is filled" if filled else f"the limit of {spread.rounds} rounds is reached")
 
 
-def add_base_model_flags(parser: Parser) -> None:
-    """The base model and how it is sampled."""
-    group = parser.add_argument_group("base model")
-    group.add_argument(
-        "--base-model",
-        "--base-model-path",
-        help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
-    )
-    group.add_argument("--base-adapter", help="an adapter on it: a folder, or an .npz or .safetensors file")
-    group.add_argument("--max-completion-length", type=int, default=256, help="tokens")
-    group.add_argument("--temperature", type=float, default=1.0, help="of the base model's sampling")
-    group.add_argument("--sampling-batch-size", type=int, default=64, help="completions in flight")
-
-
 def add_difficulty_flags(parser: Parser) -> None:
-    """The base model, its rollouts, and the spread of pass rates."""
-    add_base_model_flags(parser)
+    """The base model's rollouts, and the spread of pass rates."""
     group = parser.add_argument_group("difficulty")
-    group.add_argument("--rollouts", type=int, default=Tries.first, help="completions of each sample")
-    group.add_argument("--most-rollouts", type=int, default=Tries.most, help="of those solved never or always")
+    add_tries_flags(group)
     group.add_argument("--wanted", type=int, default=Spread.wanted, help="samples with a pass rate within the band")
     group.add_argument("--band", type=float, nargs="+", default=list(Spread.band), help="lowest, highest pass rate")
-    group.add_argument("--bins", type=int, default=Spread.bins, help="parts of the band to be filled evenly")
+    group.add_argument("--bins", type=int, default=Spread.bins, help="parts of the band to fill evenly")
     group.add_argument(
         "--rounds", "--iterations", type=int, default=Spread.rounds, help="of harder and easier samples; 0: none"
     )
 
 
-def spread_from(args) -> Spread:
+def spread_settings(args: argparse.Namespace) -> Spread:
     """The settings that `add_difficulty_flags` has read."""
-    return Spread(args.wanted, band_from(args), args.bins, args.rounds)
-
-
-def band_from(args) -> tuple[float, float]:
-    """--band as a pair. Raises UserError where it is none."""
-    if len(args.band) != 2:
-        raise UserError(f"--band has {len(args.band)} values; give the lowest and the highest pass rate")
-    return args.band[0], args.band[1]
-
-
-def model_name(args, task: Task) -> str:
-    """The base model: the user's, else the task's, else the embedded one."""
-    return args.base_model or task.base_model or DEFAULT_MODEL
-
-
-def base_model_from(args, task: Task) -> BaseModel:
-    """The base model that `add_difficulty_flags` or the task names, opened."""
-    positive("max-completion-length", args.max_completion_length)
-    positive("sampling-batch-size", args.sampling_batch_size)
-    positive("temperature", args.temperature, zero=True)
-    return BaseModel(
-        model_name(args, task),
-        args.base_adapter,
-        args.max_completion_length,
-        args.temperature,
-        args.seed,
-        args.sampling_batch_size,
-    )
+    return Spread(args.wanted, band_of(args.band), args.bins, args.rounds)
 
 
 def main() -> None:
@@ -276,24 +220,25 @@ def main() -> None:
     parser.add_argument("--rollout-store", default="rollouts.sqlite", metavar="FILE", help="where rollouts are kept")
     parser.add_argument("--library", nargs="+", default=[], metavar="PATH", help="more files or folders with passages")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    add_base_model_flags(parser)
     add_difficulty_flags(parser)
     add_voting_flags(parser)
     add_teacher_flags(parser)
     args = parser.parse_args()
-    task = with_threshold(load_task(args.task), args)
-    spread, tries = spread_from(args), Tries(args.rollouts, args.most_rollouts)
-    rewriting = Rewriting(Asking(args.teacher_temperature, args.answer_tokens), voting_from(args))
+    task, settings = with_threshold(open_task(args.task), args.duplicate_threshold), teacher_settings(args)
+    spread, tries = spread_settings(args), tries_settings(args)
+    rewriting = Rewriting(settings.asking, voting_settings(args, settings.asking))
     rows = kept(load_rows(getattr(args, "in")))
-    model = base_model_from(args, task)
+    model = base_model_settings(args, task).open()
     with Cache(args.rollout_store) as store:
 
-        def measure(some: Sequence[Row]) -> list[Row]:
+        def measure(some: Sequence[StageRow]) -> list[StageRow]:
             return pass_rates(some, task, model, store, tries)
 
-        async def made(tried: list[Row]) -> Adapted:
+        async def made(tried: list[StageRow]) -> Adapted:
             drawn = any(row["passage"] is not None for row in tried)
             index = open_library(task, Path(args.out).parent, args.library) if drawn else None
-            async with open_teacher(args) as teacher:
+            async with open_teacher(settings) as teacher:
                 passages = passage_texts(tried, index)
                 return await adapt(tried, task, teacher, measure, spread, rewriting, passages)
 

@@ -21,21 +21,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from models import cpu
+
+if __name__ == "__main__":
+    cpu.enable()  # before mlx is imported
+
 from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, read_json
 from common.parser import Parser
 from synth.pipeline.charts import Points, bar, bars, curve, intervals
-from synth.stages import Row, load_rows
+from synth.pipeline.samples import STAGES
+from synth.stages import StageRow, load_rows
 from training.metrics import read_metrics
 
-STAGES = ("generate", "verify", "difficulty", "select")
+# Stage → what is said of the rows it kept.
+DONE = {stage.name: stage.outcome for stage in STAGES if stage.outcome} | {"selection": "selected"}
 RECORDS = ("config", "ledger", "checkpoints", "evaluation")
 HELD_OUT = "held_out.jsonl"
 TEMPLATE = Path(__file__).with_suffix(".html")
 NUMBER, ROW, COLUMN = ' class="number"', ' scope="row"', ' scope="col"'  # attributes of a cell
 NAMED = {"task": "Task", "base_model": "Base model", "teacher_model": "Teacher"}  # of the config, in the summary
-DONE = {"generate": "readable", "verify": "verified", "difficulty": "kept with a pass rate", "select": "selected"}
 LARGEST = 1e300
 MOST_BINS = 16  # of pass rates, between which a histogram stays readable
 AMOUNTS = ("calls", "cached", "retries", "prompt_tokens", "completion_tokens", "money")
@@ -49,7 +55,7 @@ class Run:
     """
 
     name: str
-    stages: dict[str, list[Row]]
+    stages: dict[str, list[StageRow]]
     records: dict[str, dict[str, Any]]
     held_out: set[str]
     curves: dict[str, Points]
@@ -57,7 +63,7 @@ class Run:
     @property
     def missing(self) -> list[str]:
         """The files that are not there."""
-        files = {f"{name}.jsonl": self.stages for name in STAGES} | {f"{name}.json": self.records for name in RECORDS}
+        files = {f"{name}.jsonl": self.stages for name in DONE} | {f"{name}.json": self.records for name in RECORDS}
         names = [file for file, found in files.items() if Path(file).stem not in found]
         return names if self.curves else [*names, "metrics.jsonl with mean_score"]
 
@@ -84,7 +90,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; name the folder of a run of synth.run")
-    stages = {name: _rows(folder / f"{name}.jsonl") for name in STAGES if (folder / f"{name}.jsonl").is_file()}
+    stages = {name: _rows(folder / f"{name}.jsonl") for name in DONE if (folder / f"{name}.jsonl").is_file()}
     records = {name: _record(folder / f"{name}.json") for name in RECORDS if (folder / f"{name}.json").is_file()}
     held_out = _rows(folder / HELD_OUT) if (folder / HELD_OUT).is_file() else []
     outside = _text(records.get("config", {}).get("work_model_paths"))
@@ -104,7 +110,7 @@ def _points(rows: Any) -> list[tuple[float, float]]:
     return [(step, score) for step, score in points if step is not None and score is not None]
 
 
-def _rows(path: Path) -> list[Row]:
+def _rows(path: Path) -> list[StageRow]:
     """A stage's rows. A stage that was given none has an empty file."""
     return load_rows(path) if path.stat().st_size else []
 
@@ -122,7 +128,7 @@ def number(value: Any) -> float | None:
     return value if plain and -LARGEST < value < LARGEST else None
 
 
-def own_rows(stages: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+def own_rows(stages: Mapping[str, Sequence[StageRow]]) -> dict[str, list[StageRow]]:
     """Each stage's rows without those that an earlier one dropped, which it only carries along."""
     gone: set[str] = set()
     own = {}
@@ -132,20 +138,20 @@ def own_rows(stages: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
     return own
 
 
-def samples(stages: Mapping[str, Sequence[Row]], held_out: Container[str] = ()) -> list[dict[str, Any]]:
+def samples(stages: Mapping[str, Sequence[StageRow]], held_out: Container[str] = ()) -> list[dict[str, Any]]:
     """Every sample once, as the last stage left it, in the order of their making, with the fields of the table."""
     found = {row["id"]: (name, row) for name, rows in own_rows(stages).items() for row in rows}
     return [_sample(row, _outcome(name, row, held_out)) for name, row in found.values()]
 
 
-def _outcome(stage: str, row: Row, held_out: Container[str]) -> str:
+def _outcome(stage: str, row: StageRow, held_out: Container[str]) -> str:
     """What became of a sample, in words. stage: the last that had it."""
     if "dropped" in row:
         return f"{stage}: {row['dropped']}"
-    return "selected" if stage == "select" else "held out" if row["id"] in held_out else f"kept by {stage}"
+    return "selected" if stage == "selection" else "held out" if row["id"] in held_out else f"kept by {stage}"
 
 
-def _sample(row: Row, outcome: str) -> dict[str, Any]:
+def _sample(row: StageRow, outcome: str) -> dict[str, Any]:
     votes = row["votes"] if isinstance(row["votes"], dict) else {}
     counted = [(str(answer), count) for answer, count in votes.items() if number(count) is not None]
     return {
@@ -309,20 +315,20 @@ def _stages(found: Run) -> str:
             numbers = f"<td{NUMBER}>{count:,}</td><td{NUMBER}>{share(count, len(rows))}</td>"
             drawn = f'<td class="share">{bar(count, len(rows), kind)}</td>'
             lines.append(f"<tr>{head}<td>{escape(label)}</td>{numbers}{drawn}</tr>")
-    told = [f"{name}: not finished, no {name}.jsonl." for name in STAGES if name not in found.stages]
+    told = [f"{name}: not finished, no {name}.jsonl." for name in DONE if name not in found.stages]
     head = "".join(f"<th{COLUMN}>{name}</th>" for name in ("stage", "outcome"))
     head += "".join(f"<th{COLUMN}{NUMBER}>{name}</th>" for name in ("samples", "share"))
     body = f'<table class="wide"><thead><tr>{head}<td></td></tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return "<h2>Kept and dropped</h2>" + (f'<div class="scroll">{body}</div>' if lines else "") + _absent(*told)
 
 
-def rate_bins(rows: Sequence[Row]) -> int:
+def rate_bins(rows: Sequence[StageRow]) -> int:
     """How many steps the axis of pass rates has: those of the fewest rollouts, as 3/8 lies between tenths."""
     tried = [int(n) for row in rows if (n := number(row["rollouts"])) and n >= 1]
     return fewest if tried and (fewest := min(tried)) <= MOST_BINS else 10
 
 
-def rate_counts(rows: Iterable[Row], bins: int) -> list[int]:
+def rate_counts(rows: Iterable[StageRow], bins: int) -> list[int]:
     """Samples by pass rate, to the nearest of 0, 1/bins, ..., 1; the ends hold only those never and always solved."""
     counts = [0] * (bins + 1)
     for row in rows:
@@ -333,7 +339,7 @@ def rate_counts(rows: Iterable[Row], bins: int) -> list[int]:
     return counts
 
 
-def margin_counts(rows: Iterable[Row]) -> list[int]:
+def margin_counts(rows: Iterable[StageRow]) -> list[int]:
     """Samples by margin, in tenths; 1 belongs to the last."""
     counts = [0] * 10
     for row in rows:
@@ -346,7 +352,7 @@ def margin_counts(rows: Iterable[Row]) -> list[int]:
 def _spread(found: Run) -> str:
     """The histograms of pass rates and of margins."""
     tried = [row for row in found.stages.get("difficulty", []) if "dropped" not in row]
-    voted: dict[str, Row] = {}  # as the stage that voted left them: what selection drops was kept by the vote
+    voted: dict[str, StageRow] = {}  # as the stage that voted left them: what selection drops was kept by the vote
     for row in itertools.chain.from_iterable(own_rows(found.stages).values()):
         if number(row["margin"]) is not None:
             voted.setdefault(row["id"], row)

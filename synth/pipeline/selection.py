@@ -1,13 +1,14 @@
-"""Stage 6: the samples that the base model is trained on, by its pass rates.
+"""Stage 6: the samples that the base model is trained on, chosen by its pass rates.
 
     band     within a band of pass rates, ranked by p (1 - p): where a group's rewards differ most, so does its gradient
-    lowest   the paper's rule (arXiv:2505.17063): the lowest pass rates; those never solved in or out, always solved out
-    random   any; what the other two have to beat
+    lowest   the paper's rule (arXiv:2505.17063): the lowest pass rates; never solved in or out, always solved out
+    random   any; the baseline for the other two
 
-Equal ranks are drawn by the seed, so that the first written have no advantage. (Not called select.py: that is a module
-of the standard library.) Leaves out measuring pass rates (synth/pipeline/difficulty.py).
+Equal ranks are drawn by the seed, so that samples written first have no advantage.
 
     python -m synth.pipeline.selection --in tried.jsonl --out selected.jsonl --count 500
+
+Not here: measuring pass rates (see synth/pipeline/pass_rates.py).
 """
 
 import random
@@ -17,14 +18,17 @@ from dataclasses import dataclass
 from common.cli import run
 from common.errors import UserError
 from common.parser import Parser
-from synth.stages import Row, drop, kept, load_rows, summary, write_rows
+from synth.stages import StageRow, drop, kept, load_rows, summary, write_rows
 
 RULES = ("band", "lowest", "random")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """count: samples wanted. band: lowest and highest pass rate, for "band". never_solved: in, for "lowest"."""
+    """count: samples wanted. band: lowest and highest pass rate, for "band". never_solved: included, for "lowest".
+
+    Raises UserError for invalid values.
+    """
 
     count: int = 500
     rule: str = "band"
@@ -36,13 +40,13 @@ class Selection:
         if self.rule not in RULES:
             raise UserError(f"--rule is {self.rule!r}; use one of {', '.join(RULES)}")
         if self.count < 1 or not 0 <= self.band[0] <= self.band[1] <= 1:
-            raise UserError(f"--count {self.count} and --band {self.band}: at least 1; from 0 to 1, the lower first")
+            raise UserError(f"--count {self.count} and --band {self.band}: at least 1; 0 to 1, the lower first")
 
 
-def select(rows: Sequence[Row], selection: Selection = Selection()) -> list[Row]:
-    """All rows in their order, those that are not selected dropped with the reason.
+def select(rows: Sequence[StageRow], selection: Selection = Selection()) -> list[StageRow]:
+    """All rows in order; those not selected are dropped with the reason.
 
-    Raises UserError where a row was never tried, unless they are drawn at random.
+    Raises UserError for a row that was never tried, unless rows are drawn at random.
     """
     reason_of, worth = _rule(selection)
     if selection.rule != "random":
@@ -57,18 +61,18 @@ def select(rows: Sequence[Row], selection: Selection = Selection()) -> list[Row]
     return [row if "dropped" in row or row["id"] in chosen else drop(row, reason) for row in rows]
 
 
-def _rate(row: Row) -> str:
+def _rate(row: StageRow) -> str:
     return f"pass rate {row['pass_rate']:.2f}"
 
 
-def _rule(selection: Selection) -> tuple[Callable[[Row], str], Callable[[Row], float]]:
-    """Why a row cannot be selected (empty: it can), and how much it is worth."""
+def _rule(selection: Selection) -> tuple[Callable[[StageRow], str], Callable[[StageRow], float]]:
+    """Why a row cannot be selected (empty: it can), and what it is ranked by."""
     low, high = selection.band
 
-    def out_of_band(row: Row) -> str:
+    def out_of_band(row: StageRow) -> str:
         return "" if low <= row["pass_rate"] <= high else "pass rate outside the band"
 
-    def not_potential(row: Row) -> str:
+    def not_potential(row: StageRow) -> str:
         if row["pass_rate"] == 1:
             return "always solved"
         return "never solved" if row["pass_rate"] == 0 and not selection.never_solved else ""
@@ -80,33 +84,40 @@ def _rule(selection: Selection) -> tuple[Callable[[Row], str], Callable[[Row], f
     return lambda row: "", lambda row: 0.0
 
 
-def _check_tried(rows: Sequence[Row]) -> None:
+def _check_tried(rows: Sequence[StageRow]) -> None:
     for row in rows:
         if row["pass_rate"] is None:
             raise UserError(
-                f"row {row['id']} has no pass rate; run synth.pipeline.difficulty first, or take --rule random"
+                f"row {row['id']} has no pass rate; run synth.pipeline.difficulty first, or use --rule random"
             )
+
+
+def band_of(given: Sequence[float]) -> tuple[float, float]:
+    """--band as a pair. Raises UserError unless it has two values."""
+    if len(given) != 2:
+        raise UserError(f"--band has {len(given)} values; give the lowest and the highest pass rate")
+    return given[0], given[1]
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--in", required=True, metavar="FILE", help="rows with pass rates")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the rows, those not selected with the reason")
+    parser.add_argument("--out", required=True, metavar="FILE", help="all rows, with the reason for those not selected")
     parser.add_argument("--count", type=int, default=Selection.count, help="samples to select")
-    parser.add_argument("--rule", choices=RULES, default=Selection.rule, help="see above")
+    parser.add_argument(
+        "--rule",
+        choices=RULES,
+        default=Selection.rule,
+        help="of selection: by a band of pass rates, the lowest ones, or at random",
+    )
     parser.add_argument("--band", type=float, nargs="+", default=list(Selection.band), help="lowest, highest pass rate")
-    parser.add_argument("--no-never-solved", action="store_true", help="lowest: leave out what was never solved")
+    parser.add_argument("--no-never-solved", action="store_true", help="lowest: exclude samples that were never solved")
     parser.add_argument("--seed", type=int, default=0, help="of ties and of the random rule")
     args = parser.parse_args()
-    if len(args.band) != 2:
-        raise UserError(f"--band has {len(args.band)} values; give the lowest and the highest pass rate")
-    band = (args.band[0], args.band[1])
-    rows = select(
-        kept(load_rows(getattr(args, "in"))),
-        Selection(args.count, args.rule, band, not args.no_never_solved, args.seed),
-    )
+    selection = Selection(args.count, args.rule, band_of(args.band), not args.no_never_solved, args.seed)
+    rows = select(kept(load_rows(getattr(args, "in"))), selection)
     write_rows(args.out, rows)
-    print(f"{summary('select', rows)}\n{args.out}")
+    print(f"{summary('selection', rows)}\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient, OpenAIError
 from pydantic import BaseModel
 
 from common.errors import UserError
+from synth.chat_api import SAMPLE_HEADER, count_tokens
 from synth.teacher import structured
 from synth.teacher.cache import Cache, Stored, cache_key
-from synth.teacher.completions import SAMPLE_HEADER, Ask, Reply, read_completion
-from synth.teacher.limits import Cost, Ledger, Limits, count_tokens
+from synth.teacher.completions import Ask, Reply, read_completion
+from synth.teacher.limits import Cost, Ledger, Limits
 from synth.teacher.pace import Fault, Gate, backoff, fault_of
 
 OPENAI_URL = "https://api.openai.com/v1"

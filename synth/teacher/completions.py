@@ -11,14 +11,11 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
+from synth.chat_api import count_tokens
 from synth.teacher import structured
 from synth.teacher.cache import Stored
-from synth.teacher.limits import Cost, count_tokens
+from synth.teacher.limits import Cost
 from synth.teacher.pace import Fault
-
-# The index of one of several equal requests, sent along. Servers pass over headers they do not know; the offline
-# teacher answers by it, so that its answers do not depend on the order in which the requests arrive.
-SAMPLE_HEADER = "X-Sample"
 
 
 class Reply(NamedTuple):

@@ -1,92 +1,108 @@
-"""The flags by which a command finds its teacher, and the teacher that they describe, opened.
+"""The flags by which a command finds its teacher, and the settings made of them.
 
-Leaves out keys, which come from the environment only. Every entry point that asks a teacher uses it.
-
-    python -m pytest tests/test_generate.py -k command
+The API key is no flag: it is read from the environment.
 """
 
 import argparse
-import shlex
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from common.errors import UserError
-from synth.teacher.cache import Cache
-from synth.teacher.client import Teacher
+from synth.teacher.asking import Asking
 from synth.teacher.limits import Limits
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+
+@with_config(ConfigDict(coerce_numbers_to_str=True))
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Which teacher is asked, how hard, and what it may cost. The fields are named as the flags are.
+
+    cache: None stands for cache.sqlite in the run folder. offline_teacher: flags of the offline teacher, which takes
+    the place of a missing teacher_url. endpoint: the name under which the cache knows the endpoint, where that is not
+    its URL.
+    """
+
+    teacher_url: str | None = None
+    teacher_model: str | None = None
+    cache: str | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    teacher_temperature: float = 1.0
+    answer_tokens: int = 1024
+    max_calls: int | None = None
+    max_tokens: int | None = None
+    max_money: float | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+    offline_teacher: str = ""
+    endpoint: str | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """Raises UserError as Limits does."""
+        return Limits(self.max_calls, self.max_tokens, self.max_money, self.price_in, self.price_out)
+
+    @property
+    def asking(self) -> Asking:
+        return Asking(self.teacher_temperature, self.answer_tokens)
 
 
-def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    """Which teacher is asked, how hard, and what it may cost."""
+def add_teacher_flags(parser: argparse.ArgumentParser, cache: str | None = "synth_cache.sqlite") -> None:
+    """The flags of TeacherSettings. cache: the default of --cache."""
+    default = TeacherSettings()
     group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, up to and with /v1")
+    group.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, up to and including /v1")
     group.add_argument("--teacher-model", help="the model's name at that endpoint")
-    group.add_argument("--cache", default="synth_cache.sqlite", metavar="FILE", help="where answers are kept")
-    group.add_argument("--concurrency", type=int, default=8, help="most requests in flight")
-    group.add_argument("--timeout", type=float, default=120.0, help="seconds a request may take")
-    group.add_argument("--teacher-temperature", type=float, default=1.0, help="of generation, rewriting and votes")
-    group.add_argument("--answer-tokens", type=int, default=1024, help="most tokens of one answer")
-    group.add_argument("--max-calls", type=int, help="limit on calls, retries counted")
-    group.add_argument("--max-tokens", type=int, help="limit on tokens, of prompts and answers together")
-    group.add_argument("--max-money", type=float, help="limit on money, in the currency of the prices")
-    group.add_argument("--price-in", type=float, default=0.0, help="of a million prompt tokens")
-    group.add_argument("--price-out", type=float, default=0.0, help="of a million answer tokens")
+    group.add_argument("--cache", default=cache, metavar="FILE", help="where answers are kept")
+    group.add_argument("--concurrency", type=int, default=default.concurrency, help="maximum requests in flight")
+    group.add_argument("--timeout", type=float, default=default.timeout, help="seconds a request may take")
+    group.add_argument(
+        "--teacher-temperature",
+        type=float,
+        default=default.teacher_temperature,
+        help="for generation, rewriting and votes",
+    )
+    group.add_argument("--answer-tokens", type=int, default=default.answer_tokens, help="maximum tokens of one answer")
+    group.add_argument("--max-calls", type=int, help="limit on calls, retries included")
+    group.add_argument("--max-tokens", type=int, help="limit on tokens, prompts and answers together")
+    group.add_argument("--max-money", type=float, help="limit on cost, in the currency of the prices")
+    group.add_argument("--price-in", type=float, default=default.price_in, help="per million prompt tokens")
+    group.add_argument("--price-out", type=float, default=default.price_out, help="per million answer tokens")
 
 
-def limits_from(args: argparse.Namespace) -> Limits:
-    """The limits and prices that `add_teacher_flags` has read."""
-    return Limits(args.max_calls, args.max_tokens, args.max_money, args.price_in, args.price_out)
+def add_offline_teacher_flag(group: argparse._ActionsContainer) -> None:
+    """--offline-teacher, for commands that start one where no URL is given."""
+    group.add_argument(
+        "--offline-teacher",
+        default=TeacherSettings.offline_teacher,
+        metavar="TEXT",
+        help="without --teacher-url: flags of the offline teacher, as one string",
+    )
 
 
-@contextmanager
-def offline_teacher(words: str = "") -> Iterator[str]:
-    """The URL of an offline teacher that runs as a process of its own until the block is left, or this process ends.
+def teacher_settings(args: argparse.Namespace) -> TeacherSettings:
+    """The settings that `add_teacher_flags` has read."""
+    given = vars(args)
+    return TeacherSettings(
+        **{field.name: given[field.name] for field in fields(TeacherSettings) if field.name in given}
+    )
 
-    words: its flags. Raises UserError where it does not start; then its own message stands on stderr.
+
+def teacher_from_mapping(given: Mapping[str, Any], place: str = "teacher") -> TeacherSettings:
+    """The settings of a mapping such as {"teacher_url": ..., "concurrency": 4}, from a YAML file.
+
+    Raises UserError, which begins with `place`, for an unknown key or a value of the wrong type.
     """
-    command = [sys.executable, "-m", "synth.offline", "--until-stdin-closes", *shlex.split(words)]
-    pipe = subprocess.PIPE
-    # From the project's folder, by which -m finds it, wherever the user's is.
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
-        assert process.stdin is not None and process.stdout is not None, "both are pipes"
-        url = process.stdout.readline().strip()
-        if not url:
-            raise UserError("the offline teacher did not start; its message stands above")
-        try:
-            yield url
-        finally:
-            process.stdin.close()
-
-
-@asynccontextmanager
-async def open_teacher(args: argparse.Namespace, endpoint: str | None = None) -> AsyncIterator[Teacher]:
-    """The teacher of `add_teacher_flags`; prints what it cost when it is closed. Raises UserError as Teacher does.
-
-    endpoint: the name the cache knows it by, where that is not its URL.
-    """
-    if not args.teacher_url or not args.teacher_model:
-        raise UserError("no teacher is named; give --teacher-url and --teacher-model")
-    with Cache(args.cache) as cache:
-        teacher = Teacher(
-            args.teacher_url,
-            args.teacher_model,
-            cache,
-            limits_from(args),
-            args.concurrency,
-            timeout=args.timeout,
-            endpoint=endpoint,
-        )
-        async with teacher:
-            try:
-                yield teacher
-            finally:
-                total = teacher.ledger.total
-                print(
-                    f"teacher: {total.calls} calls ({total.retries} retries), {total.cached} from the cache, "
-                    f"{total.tokens} tokens, {total.money:.4g} in money"
-                )
+    known = sorted(field.name for field in fields(TeacherSettings) if field.name != "endpoint")
+    for key in given:
+        if key not in known:
+            raise UserError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}")
+    try:
+        return TypeAdapter(TeacherSettings).validate_python(dict(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{place} sets {key} to {first['input']!r:.60}, which cannot be read: {first['msg']}") from None

@@ -7,14 +7,11 @@ they are arguments, in whatever currency the limit on money is in.
     python -m pytest tests/test_teacher.py -k "limit or ledger or estimate"
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from common.errors import UserError
-
-CHARACTERS_PER_TOKEN = 4  # of UTF-8, bytes: a rule of thumb that holds within some 30 % for prose
-TOKENS_PER_MESSAGE = 4
 
 
 class LimitReached(UserError):
@@ -30,11 +27,6 @@ class Cost(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
-
-
-def count_tokens(messages: Iterable[Mapping]) -> int:
-    """About how many tokens some messages are, for estimates and where an endpoint reports no usage."""
-    return sum(len(str(m["content"]).encode()) // CHARACTERS_PER_TOKEN + TOKENS_PER_MESSAGE for m in messages)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from common.errors import UserError
-from synth.tuning.sampler import Settings, Space
+from synth.sampler import Settings, Space
 
 SWITCH = 0.25  # the chance that random search draws a template, or a method, anew
 TRIES = 100  # to draw settings that are not the same again

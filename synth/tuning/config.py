@@ -20,9 +20,9 @@ from pydantic.dataclasses import dataclass
 
 from common.errors import UserError
 from common.parser import read_yaml
+from synth.pipeline.reasoning_gym_tasks import PREFIX
 from synth.prompts import TEMPLATES
-from synth.task import REASONING_GYM
-from synth.tuning.sampler import Settings, Space
+from synth.sampler import Settings, Space
 
 ALGORITHMS = ("random_search", "reinforce", "ppo", "tpe", "defaults")
 PATHS = ("task", "seed_data")  # and, in rl_tuning:
@@ -146,5 +146,5 @@ def load_config(path: str | Path) -> Config:
 def _resolve(content: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
     for key in keys:
         given = content.get(key)
-        if isinstance(given, str) and given and not given.startswith(REASONING_GYM):
+        if isinstance(given, str) and given and not given.startswith(PREFIX):
             content[key] = str((folder / Path(given).expanduser()).resolve())

@@ -18,8 +18,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from synth.sampler import Settings, Space
 from synth.tuning.agents import Outcome, rng_from, rng_state
-from synth.tuning.sampler import Settings, Space
 from training.optimizer import make_optimizer, optimizer_arrays, restore_optimizer, update
 from training.ppo import RunningMoments, gae, masked_whiten, ppo_loss
 
@@ -32,7 +32,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 @dataclass(frozen=True)
-class Learning:
+class AgentSettings:
     """The fields of RLTuningConfig that a policy needs. value_head: PPO, whose critic is the MLP's last output."""
 
     learning_rate: float = 0.001
@@ -45,7 +45,7 @@ class Learning:
     value_head: bool = False
 
 
-class Policy(nn.Module):
+class SettingsPolicy(nn.Module):
     """Two layers: state (T, n) → two means, the logits of both choices, a value. log_std: (2,), for all states."""
 
     def __init__(self, state_size: int, choices: tuple[int, ...]):
@@ -83,13 +83,13 @@ class PolicyAgent:
     advantages are whitened.
     """
 
-    def __init__(self, space: Space, learning: Learning, features: int = 0, seed: int = 0):
-        self.space, self.learning, self.features = space, learning, features
+    def __init__(self, space: Space, settings: AgentSettings, features: int = 0, seed: int = 0):
+        self.space, self.settings, self.features = space, settings, features
         self.rng = np.random.default_rng(seed)
         mx.random.seed(seed)
         choices = (len(space.templates), len(space.methods))
-        self.policy = Policy(2 + NUMBERS + sum(choices) + features, choices)
-        self.optimizer = make_optimizer(learning.learning_rate, 1)
+        self.policy = SettingsPolicy(2 + NUMBERS + sum(choices) + features, choices)
+        self.optimizer = make_optimizer(settings.learning_rate, 1)
         self.optimizer.init(self.policy.trainable_parameters())
         self.moments = RunningMoments()
         self.average = self.last_reward = 0.0
@@ -105,7 +105,7 @@ class PolicyAgent:
         self.episode.append({"state": state, "steps": steps.tolist(), "picks": picks})
         logprob, value = self._evaluated(self.episode[-1:])
         self.episode[-1] |= {"logprob": logprob.item(), "value": value.item()}
-        size = self.learning.step_size
+        size = self.settings.step_size
         settings = Settings(
             last.settings.temperature + size * float(steps[0]),
             last.settings.top_p + size * float(steps[1]),
@@ -119,7 +119,7 @@ class PolicyAgent:
         self.average = MOVING * self.average + (1 - MOVING) * outcome.reward
         self.last_reward = outcome.reward
         self.episode[-1]["reward"] = outcome.reward
-        if len(self.episode) >= self.learning.update_every:
+        if len(self.episode) >= self.settings.update_every:
             self._update()
             self.episode = []
 
@@ -140,18 +140,18 @@ class PolicyAgent:
         """
         rewards = mx.array([[moment["reward"] / self.moments.std for moment in self.episode]])
         mask = mx.ones_like(rewards)
-        if self.learning.value_head:
+        if self.settings.value_head:
             values = mx.array([[moment["value"] for moment in self.episode]])
-            advantages, returns = gae(rewards, values, mask, self.learning.gamma, self.learning.gae_lambda)
+            advantages, returns = gae(rewards, values, mask, self.settings.gamma, self.settings.gae_lambda)
         else:
-            advantages, returns = gae(rewards, mx.zeros_like(rewards), mask, self.learning.gamma, 1.0)
+            advantages, returns = gae(rewards, mx.zeros_like(rewards), mask, self.settings.gamma, 1.0)
         return masked_whiten(advantages, mask), returns
 
     def loss(self, advantages: mx.array, returns: mx.array) -> mx.array:
         """The episode's loss. REINFORCE is PPO's without a clip: while the ratio is 1, the gradients are equal."""
-        learning, (logprobs, values) = self.learning, self._evaluated(self.episode)
+        settings, (logprobs, values) = self.settings, self._evaluated(self.episode)
         old = {name: mx.array([[moment[name] for moment in self.episode]]) for name in ("logprob", "value")}
-        with_values = learning.value_head
+        with_values = settings.value_head
         return ppo_loss(
             logprobs[None],
             values[None] if with_values else None,
@@ -160,7 +160,7 @@ class PolicyAgent:
             advantages,
             returns if with_values else None,
             mx.ones_like(advantages),
-            learning.clip_range if with_values else math.inf,
+            settings.clip_range if with_values else math.inf,
             VALUE_CLIP,
             VF_COEF,
         )[0]
@@ -168,7 +168,7 @@ class PolicyAgent:
     def _update(self) -> None:
         advantages, returns = self.advantages()
         gradients_of = nn.value_and_grad(self.policy, self.loss)
-        for _ in range(self.learning.epochs):
+        for _ in range(self.settings.epochs):
             loss, gradients = gradients_of(advantages, returns)
             update(self.policy, self.optimizer, loss, gradients, MAX_GRAD_NORM)
         mx.eval(self.policy.parameters(), self.optimizer.state)

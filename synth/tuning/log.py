@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from synth.sampler import Settings, Space
 from synth.stages import write_rows
 from synth.tuning.agents import Outcome
-from synth.tuning.sampler import Settings, Space
 from training.metrics import RunLog, read_metrics
 from training.plots import plot_panels
 

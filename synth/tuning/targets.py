@@ -23,14 +23,16 @@ from common.cli import Stopped
 from common.errors import UserError
 from common.files import read_json
 from rewards.function import error_summary, load_function
-from synth.pipeline.rollouts import BaseModel, Rollout, draw
-from synth.pipeline.trainer import run_script, scores_of, sft_row
+from synth.pipeline.evaluation import completions_of, scores_of
+from synth.pipeline.pass_rates import BaseModelSettings
+from synth.pipeline.script import run_script
+from synth.pipeline.train import sft_row
+from synth.sampler import DataRow
 from synth.stages import write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
 from training.checkpoint_folders import all_checkpoints
 
-Row = dict[str, Any]
 Metrics = dict[str, float]
 TargetModel = Callable[..., Mapping[str, Any]]
 WHAT = "target model"
@@ -56,7 +58,7 @@ def takes_validation(function: TargetModel) -> bool:
     return second is not None and (second.default is second.empty or second.name.startswith("valid"))
 
 
-def call_target(function: TargetModel, rows: Sequence[Row], validation: Sequence[Row], metric: str) -> Metrics:
+def call_target(function: TargetModel, rows: Sequence[DataRow], validation: Sequence[DataRow], metric: str) -> Metrics:
     """The metrics of a target, as finite floats (others than `metric` may be NaN and are then left out).
 
     Raises UserError where it fails, returns no metrics, or `metric` is missing or not finite: never a 0 in its place.
@@ -119,21 +121,22 @@ class SftTarget:
         self.iters, self.flags, self.temperature, self.seed = iters, flags, temperature, seed
         self.go_on, self.files = go_on, files
 
-    def __call__(self, rows: Sequence[Row], validation: Sequence[Row]) -> Metrics:
+    def __call__(self, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> Metrics:
         made_of = json.dumps([rows, validation, self.model, self.iters, self.flags, self.seed], sort_keys=True)
         folder = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:12]
         training = folder / "training"
         if not (training / "summary.json").is_file():
             self._train(folder, training, rows, validation)
         with Cache(folder / "completions.sqlite") as store:
-            model = BaseModel(self.model, folder / "adapter", COMPLETION_TOKENS, self.temperature, self.seed, BATCH)
-            prompts = [Rollout(self.task.prompt(row["input"]), 0) for row in validation]
-            scores = scores_of(self.task, validation, draw(prompts, model, store))
+            model = BaseModelSettings(
+                self.model, folder / "adapter", COMPLETION_TOKENS, self.temperature, self.seed, BATCH
+            )
+            scores = scores_of(self.task, validation, completions_of(model, self.task, validation, store))
         score = sum(scores) / len(scores)
         loss = read_json(training / "summary.json")["valid_loss"]
         return {"accuracy": score, "mean_score": score, "valid_loss": math.nan if loss is None else loss}
 
-    def _train(self, folder: Path, training: Path, rows: Sequence[Row], validation: Sequence[Row]) -> None:
+    def _train(self, folder: Path, training: Path, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> None:
         words = ["sft.py", "--train", "--model", self.model, "--iters", self.iters, "--seed", self.seed]
         words += ["--data", folder, "--data-base", "", "--output-dir", training, "--save-file", folder / "adapter"]
         words += shlex.split(self.flags)

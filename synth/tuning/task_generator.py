@@ -1,53 +1,48 @@
-"""The generator of the tuner's examples: samples of a task, asked of a teacher by the sampler's settings.
+"""The tuner's generator of task samples: they are asked of a teacher with the sampler's settings.
 
-Rows are the pipeline's own requests (synth/prompts.py) within the sampler's template. A row whose output cannot be read
-is dropped, and so is one whose input is there already. Leaves out near-duplicates and whether outputs are right.
+The requests are the pipeline's (synth/prompts.py) inside the sampler's template. Rows with an unreadable output or a
+repeated input are dropped; near-duplicates are kept, and outputs are not verified.
 
-    with task_generator(task, sampler, teacher_args({}), "runs/mine") as generator:
+    with task_generator(task, sampler, TeacherSettings(), "runs/mine") as generator:
         rows = generator.generate_from_seed(100).data
-
-    python -m pytest tests/test_task_generator.py
 """
 
 import asyncio
-import shlex
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
-from common.parser import Parser
 from synth import prompts
+from synth.chat_api import OFFLINE_MODEL
 from synth.examples import Example
-from synth.offline.server import MODEL, OfflineTeacher
-from synth.offline.server import parse_args as offline_flags
+from synth.offline.server import teacher_from
 from synth.pipeline.generate import read_sample
-from synth.run import teacher_of
-from synth.stages import ask_all, new_row
+from synth.sampler import Results, Sampler, in_turn
+from synth.stages import new_row
 from synth.task import Task
+from synth.teacher.asking import AskFunction, ask_all
 from synth.teacher.completions import Ask, Reply
-from synth.teacher.flags import add_teacher_flags
-from synth.tuning.sampler import Results, Sampler, in_turn
+from synth.teacher.connect import teacher_of
+from synth.teacher.flags import TeacherSettings
 
 REPEATED = "repeated input"
-Asking = Callable[[Sequence[Ask]], list[Reply]]
 
 
 class TaskGenerator:
-    """A generator as synth/tuning/sampler.py describes it.
+    """A generator as synth/sampler.py describes it.
 
-    ask: what answers the asks, in their order; seed_rows: what is evolved (default: the task's demos); max_tokens: of
-    an answer. Raises UserError where there is nothing to evolve and that is asked for.
+    ask: answers asks in order; seed_rows: the rows to evolve (default: the task's demos); max_tokens: per answer.
+    Raises UserError if evolving is asked for and there is nothing to evolve.
     """
 
     def __init__(
         self,
         task: Task,
         sampler: Sampler,
-        ask: Asking,
+        ask: AskFunction,
         seed_rows: Sequence[Example] | None = None,
         max_tokens: int = 1024,
     ):
@@ -61,7 +56,7 @@ class TaskGenerator:
         return self._made("generate", numbers, [prompts.new_sample(self.task, None, None, n) for n in numbers])
 
     def evolve_instructions(self, count: int, first: int = 1) -> Results:
-        """Samples that are harder than a seed row, which are taken in turn."""
+        """Samples that are harder than a seed row; seed rows are used in turn."""
         if not self.seed_rows:
             raise UserError(f"the task {self.task.name} has no demos to evolve; give it some, or seed_data")
         numbers = range(first, first + count)
@@ -95,50 +90,31 @@ class TaskGenerator:
         return Results(rows, dict(dropped))
 
 
-def teacher_args(given: Mapping[str, Any]) -> Namespace:
-    """The flags of synth/teacher/flags.py from a mapping such as {"teacher_url": ...}, and offline_teacher's text.
-
-    Raises UserError for an unknown flag or a value that it cannot take.
-    """
-    parser = Parser(None, yaml_file=False)
-    add_teacher_flags(parser)
-    parser.add_argument("--offline-teacher", default="")
-    parser.set_defaults(cache=None)
-    known = vars(parser.parse_args([]))
-    for key in given:
-        if key not in known:
-            raise UserError(f"teacher has the unknown key {key!r}; known are {', '.join(sorted(known))}")
-    try:
-        return parser.parse_args([f"--{key}={value}" for key, value in given.items()])
-    except SystemExit:
-        raise UserError(f"teacher: {dict(given)} cannot be read; its message stands above") from None
-
-
 @contextmanager
 def task_generator(
-    task: Task, sampler: Sampler, args: Namespace, folder: str | Path, seed_rows: Sequence[Example] | None = None
+    task: Task,
+    sampler: Sampler,
+    teacher: TeacherSettings,
+    folder: str | Path,
+    seed_rows: Sequence[Example] | None = None,
 ) -> Iterator[TaskGenerator]:
-    """A generator that asks the teacher of `teacher_args`, or an offline one in this process where it has no URL.
+    """A generator that asks the teacher, or, without a URL, an offline teacher in this process.
 
-    folder: where the cache and the ledger are kept; limits hold for all that is ever asked from it.
+    folder: where cache and ledger are kept; limits hold for everything that is ever asked from there.
     """
-    given = {**vars(args), "endpoint": None}
-    if args.teacher_url:
-        yield TaskGenerator(task, sampler, asker(Namespace(**given), Path(folder)), seed_rows, args.answer_tokens)
-        return
-    flags = dict(vars(offline_flags(shlex.split(args.offline_teacher))))
-    flags.pop("until_stdin_closes")
-    with OfflineTeacher(**flags) as server:
-        # The cache knows it by this endpoint, as its port changes.
-        given |= {"teacher_url": server.url, "teacher_model": MODEL, "endpoint": f"offline {args.offline_teacher}"}
-        yield TaskGenerator(task, sampler, asker(Namespace(**given), Path(folder)), seed_rows, args.answer_tokens)
+    with nullcontext() if teacher.teacher_url else teacher_from(teacher.offline_teacher) as server:
+        if server:
+            # Its port changes from run to run, so the cache knows it by its flags.
+            name = f"offline {teacher.offline_teacher}"
+            teacher = replace(teacher, teacher_url=server.url, teacher_model=OFFLINE_MODEL, endpoint=name)
+        yield TaskGenerator(task, sampler, asker(teacher, Path(folder)), seed_rows, teacher.answer_tokens)
 
 
-def asker(args: Namespace, folder: Path) -> Asking:
-    """Asks a teacher, in an event loop of its own each time."""
+def asker(settings: TeacherSettings, folder: Path) -> AskFunction:
+    """A function that asks a teacher, each time in an event loop of its own."""
 
     async def asked(asks: Sequence[Ask]) -> list[Reply]:
-        async with teacher_of(args, folder) as teacher:
+        async with teacher_of(settings, folder) as teacher:
             return await ask_all(teacher, asks, "generate")
 
     return lambda asks: asyncio.run(asked(asks))

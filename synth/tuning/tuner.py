@@ -27,15 +27,16 @@ from common.cli import Stopped, StopSignal
 from common.errors import UserError
 from common.files import atomic_folder, read_json, write_json
 from synth.examples import read_examples
+from synth.pipeline.tasks import open_task
+from synth.sampler import Generator, Results, Sampler, Settings
 from synth.stages import write_rows
-from synth.task import load_task
+from synth.teacher.flags import teacher_from_mapping
 from synth.tuning.agents import Agent, Defaults, RandomSearch, TreeParzen
 from synth.tuning.config import Config
-from synth.tuning.gradient_agents import Learning, PolicyAgent
+from synth.tuning.gradient_agents import AgentSettings, PolicyAgent
 from synth.tuning.log import FEATURES, Iteration, TunerLog, batch_features, best_of
-from synth.tuning.sampler import Generator, Results, Sampler, Settings
 from synth.tuning.targets import Metrics, TargetModel, call_target
-from synth.tuning.task_generator import TaskGenerator, task_generator, teacher_args
+from synth.tuning.task_generator import TaskGenerator, task_generator
 
 STATE, ARRAYS = "tuner.json", "agent.safetensors"
 FORMAT = 1
@@ -49,7 +50,7 @@ FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "valid
 class RLTuner:
     """The search for settings of a generator. history: every iteration so far.
 
-    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: as synth/tuning/sampler.py describes
+    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: as synth/sampler.py describes
     one
     (default: samples of config.task, by config.teacher); rl_agent: as synth/tuning/agents.py describes one (default: by
     config.rl_tuning.rl_algorithm). With config.output_dir, a run folder, everything is logged and saved there.
@@ -241,7 +242,7 @@ def make_agent(config: Config) -> Agent:
     if tuning.rl_algorithm == "defaults":
         return Defaults()
     ppo = tuning.rl_algorithm == "ppo"
-    learning = Learning(
+    settings = AgentSettings(
         tuning.learning_rate,
         tuning.step_size,
         tuning.update_every,
@@ -251,7 +252,7 @@ def make_agent(config: Config) -> Agent:
         epochs=tuning.ppo_epochs if ppo else 1,
         value_head=ppo,
     )
-    return PolicyAgent(space, learning, FEATURES if tuning.batch_features else 0, config.seed)
+    return PolicyAgent(space, settings, FEATURES if tuning.batch_features else 0, config.seed)
 
 
 @contextmanager
@@ -259,11 +260,11 @@ def default_generator(config: Config) -> Iterator[TaskGenerator]:
     """Samples of config.task by config.teacher, whose cache is in config.output_dir, or else in no lasting place."""
     if not config.task:
         raise UserError("no task is named; write `task: FILE.yaml`, or hand in a generator")
-    task = load_task(config.task)
+    task = open_task(config.task)
     rows = None
     if config.seed_data:
         rows = read_examples(config.seed_data, config.seed_data, task.answer.readable if task.answer else None)
     sampler = Sampler(config.space, config.settings, config.templates)
     with ExitStack() as stack:
         folder = config.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        yield stack.enter_context(task_generator(task, sampler, teacher_args(config.teacher), folder, rows))
+        yield stack.enter_context(task_generator(task, sampler, teacher_from_mapping(config.teacher), folder, rows))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from common.errors import UserError
 from synth.prompts import TEMPLATES
 
+DataRow = dict[str, Any]  # one row of training data, such as {"input": ..., "output": ...}
 METHODS = ("generate_from_seed", "evolve_instructions")
 DIGITS = 9  # decimals that are kept of a setting: steps of 0.05 shall not add up to 0.8500000000000001
 
@@ -149,7 +150,7 @@ class Sampler:
 class Results:
     """What a generator made. data: the rows that are of use; dropped: how many were not, by reason."""
 
-    data: list[dict[str, Any]]
+    data: list[DataRow]
     dropped: dict[str, int] = field(default_factory=dict)
 
 

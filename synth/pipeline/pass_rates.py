@@ -1,0 +1,119 @@
+"""Stage 4: how often the base model solves each sample.
+
+Every sample is tried 8 times, and more often only if none or all of its tries were right.
+
+Not here: what is done about samples that are too easy or too hard (see synth/pipeline/difficulty.py).
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.parser import Parser, positive
+from synth.pipeline.rollouts import Completer, Draw, draw
+from synth.stages import StageRow
+from synth.task import Task
+from synth.teacher.cache import Cache
+
+DEFAULT_MODEL = "tiny-digits"
+
+
+@dataclass(frozen=True)
+class Tries:
+    """Rollouts per sample: `first`, then doubled up to `most` while none or all are right."""
+
+    first: int = 8
+    most: int = 32
+
+    def __post_init__(self):
+        if not 1 <= self.first <= self.most:
+            raise UserError(f"--rollouts is {self.first} and --max-rollouts {self.most}; 1 <= rollouts <= max")
+
+
+@dataclass(frozen=True)
+class BaseModelSettings:
+    """The base model and how it is sampled. name: a folder or a Hugging Face name; adapter: a path, or None.
+
+    max_tokens: of a completion; batch_size: completions in flight.
+    """
+
+    name: str
+    adapter: str | Path | None = None
+    max_tokens: int = 256
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self):
+        positive("max-completion-length", self.max_tokens)
+        positive("sampling-batch-size", self.batch_size)
+        positive("temperature", self.temperature, zero=True)
+
+    def open(self) -> Completer:
+        """The model, loaded. Raises UserError as BaseModel does."""
+        from synth.pipeline.base_model import BaseModel  # takes mlx's time, which other stages need not wait for
+
+        return BaseModel(self.name, self.adapter, self.max_tokens, self.temperature, self.seed, self.batch_size)
+
+
+def pass_rates(
+    rows: Sequence[StageRow], task: Task, model: Completer, store: Cache, tries: Tries = Tries()
+) -> list[StageRow]:
+    """The rows with rollouts, solved and pass_rate; dropped ones unchanged. A score of at least 1 is solved."""
+    solved = {n: 0 for n, row in enumerate(rows) if "dropped" not in row}
+    done = dict.fromkeys(solved, 0)
+    undecided, target = list(solved), tries.first
+    while undecided:
+        wanted = [(n, Draw(task.prompt(rows[n]["input"]), k)) for n in undecided for k in range(done[n], target)]
+        texts = draw([one for _, one in wanted], model, store)
+        for (n, _), text in zip(wanted, texts, strict=True):
+            done[n] += 1
+            solved[n] += task.score(rows[n]["input"], text, rows[n]["output"]) >= 1
+        target = min(2 * target, tries.most)
+        undecided = [n for n in undecided if solved[n] in (0, done[n]) and done[n] < target]
+    return [
+        {**row, "rollouts": done[n], "solved": solved[n], "pass_rate": solved[n] / done[n]} if n in solved else row
+        for n, row in enumerate(rows)
+    ]
+
+
+def add_base_model_flags(parser: Parser) -> None:
+    """The base model and how it is sampled."""
+    default = BaseModelSettings(DEFAULT_MODEL)
+    group = parser.add_argument_group("base model")
+    group.add_argument(
+        "--base-model",
+        "--base-model-path",
+        help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
+    )
+    group.add_argument("--base-adapter", help="an adapter for it: a folder, or an .npz or .safetensors file")
+    group.add_argument("--max-completion-length", type=int, default=default.max_tokens, help="tokens")
+    group.add_argument("--temperature", type=float, default=default.temperature, help="of the base model's sampling")
+    group.add_argument("--sampling-batch-size", type=int, default=default.batch_size, help="completions in flight")
+
+
+def add_tries_flags(group: argparse._ActionsContainer) -> None:
+    """The flags of `Tries`."""
+    group.add_argument("--rollouts", type=int, default=Tries.first, help="completions per sample")
+    group.add_argument(
+        "--max-rollouts", type=int, default=Tries.most, help="completions of a sample solved never or always"
+    )
+
+
+def tries_settings(args: argparse.Namespace) -> Tries:
+    """The settings that `add_tries_flags` has read."""
+    return Tries(args.rollouts, args.max_rollouts)
+
+
+def base_model_settings(args: argparse.Namespace, task: Task) -> BaseModelSettings:
+    """The settings that `add_base_model_flags` has read; the model is the user's, else the task's, else the default."""
+    return BaseModelSettings(
+        args.base_model or task.base_model or DEFAULT_MODEL,
+        args.base_adapter,
+        args.max_completion_length,
+        args.temperature,
+        args.seed,
+        args.sampling_batch_size,
+    )
