@@ -1,7 +1,8 @@
 """A linear layer for mlx on Linux CPU whose weight gradient has the weight's own memory layout.
 
 mlx's is transposed, and on CPU every operation on both then takes three times as long. For float32 layers without a
-bias; the rest stays mlx's.
+bias; the rest stays mlx's. Output and input gradient equal mlx's to the bit; so does the weight's gradient unless the
+BLAS sums a transposed product in another order.
 """
 
 import mlx.core as mx
