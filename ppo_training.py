@@ -49,7 +49,7 @@ from training import ppo, ppo_flags, ppo_step, transformer_lab
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import last_checkpoint
 from training.flags import adapter_settings, default_output_dir, describe, resumed, step_seed
-from training.metrics import RunLog, provenance, resumed_config, start_run_folder
+from training.metrics import RunLog, provenance, resumed_config, say_if_another_blas, start_run_folder
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.optimizer_groups import HEAD_RATE
 from training.plots import plot_run
@@ -183,7 +183,8 @@ def train(
     true_reward = digit_reward(ppo_step.digit_rule(args))
     gradients_of = loss_and_gradients(trainee.module, make_loss(args))
     log = RunLog(folder, args.num_steps, progress.step, args.log_with, "ppo")
-    optimizer_used, device = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type), mx.default_device()
+    optimizer_used = ppo_flags.optimizer_of(args, trainee.adapter.fine_tune_type)
+    device = cpu.describe_device(mx.default_device())
     log.say(describe(trainee.sizes(), trainee.adapter.fine_tune_type, optimizer_used, device))
     figures: dict[str, float] = {}
     with StopSignal() as stop:
@@ -261,10 +262,11 @@ def main() -> None:
     progress = ppo_step.Progress(ppo_step.make_controller(args))
     if args.resume:
         folder = Path(args.resume)
+        say_if_another_blas(folder, cpu.BLAS)
         progress.restore(restore_checkpoint(last_checkpoint(folder), trainee, optimizer))
     else:
         optimizer.init(trainee.module.trainable_parameters())
-        folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args))
+        folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args), cpu.BLAS)
         save_checkpoint(folder, 0, trainee, optimizer, progress.state())
     train(args, loaded, prompts, reward, trainee, reference, optimizer, progress, folder)
 

@@ -37,7 +37,7 @@ from training.flags import (
     resumed,
     step_seed,
 )
-from training.metrics import RunLog, provenance, resumed_config, start_run_folder
+from training.metrics import RunLog, provenance, resumed_config, say_if_another_blas, start_run_folder
 from training.objectives import LanguageModelling, Objective, RewardModelling
 from training.optimizer import loss_and_gradients, make_optimizer, update
 from training.plots import plot_run
@@ -111,13 +111,14 @@ def train(args: argparse.Namespace, trainee: Trainee, objective: Objective, vali
     state: dict[str, Any] = {"step": 0, "window": [0.0, 0.0, 0.0], "skipped": 0}
     if args.resume:
         folder = Path(args.resume)
+        say_if_another_blas(folder, cpu.BLAS)
         state = restore_checkpoint(last_checkpoint(folder), trainee, optimizer)
     else:
         optimizer.init(module.trainable_parameters())
-        folder = start_run_folder(args.output_dir or default_output_dir("sft"), vars(args))
+        folder = start_run_folder(args.output_dir or default_output_dir("sft"), vars(args), cpu.BLAS)
     step, skipped = state["step"], state["skipped"]
     log = RunLog(folder, args.iters, step, args.log_with, "reward model" if args.reward_model else "sft")
-    log.say(describe(trainee.sizes(), kind, (name, rate), mx.default_device()))
+    log.say(describe(trainee.sizes(), kind, (name, rate), cpu.describe_device(mx.default_device())))
     gradients_of = loss_and_gradients(module, objective.loss)
 
     started = time.perf_counter()

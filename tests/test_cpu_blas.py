@@ -1,10 +1,12 @@
 """What mlx on Linux CPU gets: a fast BLAS, threads in turns, memory that is kept, and parts of mlx-lm replaced."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,19 +14,29 @@ import numpy as np
 import pytest
 from mlx_lm.models import activations, base, llama
 
+import ppo_training
 from models import cpu
 from models.cpu import attention as fast_sdpa
+from models.cpu import blas, wanted
 from models.cpu import linear as fast_linear
 from models.cpu import swiglu as fast_swiglu
-from models.cpu import wanted
-from models.cpu.blas import ADVICE
+from models.cpu.blas import ADVICE, TITLES
 from tests.architectures import build
+from tests.scripts import call
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(*words):
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+only_on_linux_cpu = pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx needs a BLAS")
+NO_LIBRARY = "from models import cpu; cpu.blas._load = lambda name: False; cpu.enable(); print(cpu.BLAS)"
+
+
+def python(*words, asked_for=""):
+    """Run Python with TUNER_BLAS set to `asked_for`."""
+    environment = os.environ | {"TUNER_BLAS": asked_for}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 def test_the_script_says_which_library_is_taken():
@@ -39,19 +51,111 @@ def test_the_script_says_which_library_is_taken():
     assert python("models/cpu/blas.py", "--needs-mkl").returncode in (0, 1)
 
 
-@pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx needs one")
+@only_on_linux_cpu
 def test_without_any_library_one_line_says_what_to_do():
-    code = (
-        "from models import cpu\n"
-        "cpu.blas._load = lambda name: False\n"
-        "cpu.enable()\n"
-        "print(cpu.BLAS)\n"
-    )
-    done = python("-c", code)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "None\n", ADVICE + "\n")
+    done = python("-c", NO_LIBRARY)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "none\n", ADVICE + "\n")
 
 
-@pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx needs one")
+@only_on_linux_cpu
+@pytest.mark.parametrize("name", ["torch", "none"])  # torch is there wherever the tests run, and comes last by itself
+def test_the_variable_chooses(name):
+    done = python("-c", "from models import cpu; cpu.enable(); print(cpu.BLAS)", asked_for=name)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name}\n", "")
+
+
+@only_on_linux_cpu
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("openblas", "libopenblas0-pthread"), ("mkl", "pip install mkl"), ("torch", "install torch")]
+)
+def test_a_library_that_is_asked_for_and_not_there_is_one_line(name, remedy):
+    """No other takes its place."""
+    done = python("-c", NO_LIBRARY, asked_for=name)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: TUNER_BLAS is {name}, but {TITLES[name]} is not found; ")
+    assert remedy in done.stderr and done.stderr.count("\n") == 1
+
+
+@only_on_linux_cpu
+@pytest.mark.parametrize("words", [["sft.py", "--help"], ["models/cpu/blas.py"]])
+def test_an_unknown_library_is_one_line(words):
+    done = python(*words, asked_for="blis")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: TUNER_BLAS is 'blis', which is no BLAS; it can be openblas, mkl, torch, none\n"
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "openblas", "mkl", "needed"),
+    [
+        ("", None, None, True),
+        ("", "libopenblas.so.0", None, False),
+        ("", None, "libmkl_rt.so.3", False),
+        ("mkl", "libopenblas.so.0", None, True),
+        ("mkl", "libopenblas.so.0", "libmkl_rt.so.3", False),
+        ("torch", None, None, False),
+    ],
+)
+def test_setup_brings_mkl_if_there_is_no_openblas_or_mkl_is_asked_for(asked_for, openblas, mkl, needed, monkeypatch):
+    monkeypatch.setenv("TUNER_BLAS", asked_for)
+    monkeypatch.setattr(blas, "_openblas", lambda: openblas)
+    monkeypatch.setattr(blas, "_mkl", lambda: mkl)
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    assert blas.needs_mkl() is needed
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert blas.needs_mkl() is False
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "0"), ("infinite", "infinite")])
+def test_mkl_s_threads_do_not_spin_unless_the_user_says_so(given, kept, tmp_path, monkeypatch):
+    """The setting has to be there when libiomp5.so is loaded."""
+    (tmp_path / "lib").mkdir()
+    for name in ("libmkl_rt.so.3", "libiomp5.so"):
+        (tmp_path / "lib" / name).touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.delenv("KMP_BLOCKTIME", raising=False)
+    if given:
+        monkeypatch.setenv("KMP_BLOCKTIME", given)
+    seen = []
+
+    def load(name):
+        seen.append((Path(name).name, os.environ["KMP_BLOCKTIME"]))
+        return True
+
+    monkeypatch.setattr(blas, "_load", load)
+    assert blas._mkl() == str(tmp_path / "lib" / "libmkl_rt.so.3")
+    assert seen == [("libiomp5.so", kept), ("libmkl_rt.so.3", kept)]
+
+
+def test_a_device_is_named_with_its_blas(monkeypatch):
+    on_cpu, on_gpu = (SimpleNamespace(type=SimpleNamespace(name=name)) for name in ("cpu", "gpu"))
+    for name, words in (("mkl", "cpu (MKL)"), ("none", "cpu (no fast BLAS)"), (None, "cpu")):
+        monkeypatch.setattr(cpu, "BLAS", name)
+        assert (cpu.describe_device(on_cpu), cpu.describe_device(on_gpu)) == (words, "gpu")
+    assert cpu.describe_device(mx.default_device()) == mx.default_device().type.name
+
+
+@only_on_linux_cpu
+def test_a_run_says_its_blas_keeps_it_and_tells_where_it_is_resumed_with_another(tiny_folder, tmp_path, capsys):
+    settings = {
+        "model": tiny_folder, "num-steps": 1, "batch-size": 4, "mini-batch-size": 4, "max-completion-length": 4,
+        "save-file": tmp_path / "adapter", "output-dir": tmp_path / "run",
+    }  # fmt: skip
+    words = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    call(ppo_training.main, "--ground_truth_reward", *words)
+    assert f" on cpu ({TITLES[str(cpu.BLAS)]})\n" in capsys.readouterr().out
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["blas"] == cpu.BLAS and saved["num_steps"] == 1
+    call(ppo_training.main, "--resume", tmp_path / "run")
+    assert "began with" not in capsys.readouterr().out
+    path.write_text(json.dumps({**saved, "blas": "blis"}), encoding="utf-8")
+    call(ppo_training.main, "--resume", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert f"this run began with the BLAS blis and goes on with {cpu.BLAS}, so not bit for bit" in said
+
+
+@only_on_linux_cpu
 def test_the_library_serves_the_whole_process():
     """mlx takes the first `cblas_sgemm` that it finds, so a global one has to be there before."""
     code = (
@@ -72,7 +176,7 @@ def test_the_tests_run_on_it_too():
     assert cpu.BLAS is not None or not wanted()
 
 
-@pytest.mark.skipif(not wanted(), reason="only the Linux CPU build of mlx is served")
+@only_on_linux_cpu
 def test_threads_of_a_process_and_of_its_children_run_in_turns():
     code = "import models.cpu, os; models.cpu.enable(); print(os.sched_getscheduler(0) == os.SCHED_BATCH)"
     assert python("-c", code).stdout == "True\n"

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from training.metrics import RunLog, figure, read_metrics, read_samples, resumed_config, start_run_folder
+from common.files import read_json
+from training.metrics import (
+    RunLog,
+    figure,
+    read_metrics,
+    read_samples,
+    resumed_config,
+    say_if_another_blas,
+    start_run_folder,
+)
 from training.plots import PANELS, plot_panels, plot_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,6 +107,19 @@ def test_figures_have_four_digits(value, text):
 
 def test_the_flags_are_written_as_run(folder):
     assert resumed_config(folder) == {"seed": 3}
+
+
+def test_the_blas_is_written_beside_the_flags_and_is_none_of_them(tmp_path, capsys):
+    folder = start_run_folder(tmp_path / "with", {"seed": 3}, "mkl")
+    assert read_json(folder / "config.json") == {"seed": 3, "blas": "mkl"}
+    assert resumed_config(folder) == {"seed": 3}
+    say_if_another_blas(folder, "mkl")
+    say_if_another_blas(start_run_folder(tmp_path / "without", {"seed": 3}), "openblas")
+    assert capsys.readouterr().out == ""
+    say_if_another_blas(folder, "openblas")
+    say_if_another_blas(folder, None)  # on a Mac, say
+    lines = capsys.readouterr().out.splitlines()
+    assert [("with openblas" in line, "without it" in line) for line in lines] == [(True, False), (False, True)]
 
 
 def test_a_folder_with_a_run_is_refused_and_left_as_it_is(folder):

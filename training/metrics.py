@@ -1,6 +1,6 @@
 """A run's folder and what is seen of it: progress bar, one report line, `metrics.jsonl`, trackers, a summary.
 
-    RUN/config.json      the flags as run
+    RUN/config.json      the flags as run, and on Linux CPU the BLAS that mlx runs on ("blas")
     RUN/metrics.jsonl    one JSON object per report, keyed by "step"
     RUN/samples.jsonl    where a run samples: a few completions every few steps, one JSON object each, keyed by "step"
     RUN/summary.json     the last word
@@ -33,8 +33,8 @@ def figure(value: float) -> str:
     return f"{Decimal(f'{value:.4g}'):f}"
 
 
-def start_run_folder(folder: str | Path, config: Mapping[str, Any]) -> Path:
-    """Make the folder of a new run and write the flags into it.
+def start_run_folder(folder: str | Path, config: Mapping[str, Any], blas: str | None = None) -> Path:
+    """Make the folder of a new run and write the flags into it. blas: the short name of mlx's BLAS, if known.
 
     Raises UserError if it holds a run already, or the package of its tracker is missing: then nothing is written.
     """
@@ -42,7 +42,7 @@ def start_run_folder(folder: str | Path, config: Mapping[str, Any]) -> Path:
     check_tracker(config.get("log_with"))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; use --resume {folder}, or name another --output-dir")
-    write_json(folder / "config.json", dict(config))
+    write_json(folder / "config.json", {**config, "blas": blas} if blas else dict(config))
     return folder
 
 
@@ -50,7 +50,17 @@ def resumed_config(folder: str | Path) -> dict[str, Any]:
     """The flags of the run in `folder`. Raises UserError where there is no run."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no run (no config.json); check --resume")
-    return read_json(Path(folder) / "config.json")
+    config = read_json(Path(folder) / "config.json")
+    config.pop("blas", None)  # no flag: a run goes on with whatever BLAS there is now
+    return config
+
+
+def say_if_another_blas(folder: str | Path, blas: str | None) -> None:
+    """Print one line if the run in `folder`, which is to be resumed, began with another BLAS than `blas`."""
+    before = read_json(Path(folder) / "config.json").get("blas")
+    if before and before != blas:
+        now = f"with {blas}" if blas else "without it"
+        print(f"this run began with the BLAS {before} and goes on {now}, so not bit for bit as it would have gone on")
 
 
 class RunLog:

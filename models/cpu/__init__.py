@@ -7,10 +7,11 @@ the project runs without it, more slowly.
 import importlib.metadata
 import platform
 import sys
+from typing import Any
 
 from models.cpu import blas, process
 
-BLAS: str | None = None  # the library that `enable` loaded
+BLAS: str | None = None  # what `enable` loaded: openblas, mkl, torch or none; None where it had nothing to do
 
 
 def wanted() -> bool:
@@ -22,17 +23,16 @@ def enable() -> None:
     """Load a BLAS, set up this process, and replace the parts of mlx and mlx-lm that are slow on CPU.
 
     Call it before `mlx.core` is imported: a BLAS that comes later is not used. Where none is found, one line on
-    stderr says what to install. Calling it again changes nothing.
+    stderr says what to install; where TUNER_BLAS names one that is not there, the process ends with such a line.
+    Calling it again changes nothing.
     """
     global BLAS
     if not wanted():
         return
     if "mlx.core" not in sys.modules:
-        BLAS = blas.load()
+        BLAS = _load_blas()
         process.use_batch_scheduling()
         process.keep_freed_memory()
-        if BLAS is None:
-            print(blas.ADVICE, file=sys.stderr)
     import mlx.core as mx
 
     from models.cpu import attention, linear, swiglu
@@ -42,3 +42,21 @@ def enable() -> None:
     attention.install()
     linear.install()
     swiglu.install()
+
+
+def _load_blas() -> str:
+    try:
+        asked_for = blas.asked_for()
+        name, _ = blas.load(asked_for)
+    except ValueError as error:  # scripts call `enable` among their imports, where nothing would catch it
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if name == "none" and asked_for is None:
+        print(blas.ADVICE, file=sys.stderr)
+    return name
+
+
+def describe_device(device: Any) -> str:
+    """A device of mlx as a run's first line names it, on Linux CPU with the BLAS: cpu (MKL)."""
+    kind = device.type.name
+    return f"{kind} ({blas.TITLES[BLAS]})" if kind == "cpu" and BLAS else kind

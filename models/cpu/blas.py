@@ -4,6 +4,9 @@ The `mlx-cpu` wheel links the reference BLAS (4-5 GFLOP/s in float32). Symbols o
 globally before it win, so loading OpenBLAS, MKL or torch's own library first makes matmul some 30 times
 faster. bfloat16 and float16 stay slow on CPU.
 
+The environment variable TUNER_BLAS names the library: openblas, mkl, torch, or none. Without it the first one found is
+taken, in this order.
+
     python models/cpu/blas.py                 says which library is taken
     python models/cpu/blas.py --needs-mkl     exit code 0 if `pip install mkl` would help (used by the Makefile)
 """
@@ -14,6 +17,7 @@ import importlib.util
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
@@ -40,6 +44,8 @@ def _load(name: str) -> bool:
 
 def _mkl() -> str | None:
     """MKL from PyPI lies in PREFIX/lib, with its OpenMP runtime, which has to be loaded before it."""
+    # By default its threads wait 0.2 s for the next product without giving up their cores.
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     # Without this the same product may differ in its last bit with the alignment, and a resumed run from the whole.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     library_folder = Path(sys.prefix) / "lib"
@@ -63,13 +69,56 @@ def _torch() -> str | None:
     return str(folder / "libtorch_cpu.so")
 
 
-def load() -> str | None:
-    """Load the first fast BLAS there is, for the whole process. Returns its name, or None where none is found."""
-    return _openblas() or _mkl() or _torch()
+LIBRARIES: dict[str, Callable[[], str | None]] = {"openblas": _openblas, "mkl": _mkl, "torch": _torch}
+TITLES = {"openblas": "OpenBLAS", "mkl": "MKL", "torch": "torch's BLAS", "none": "no fast BLAS"}
+REMEDIES = {
+    "openblas": "install it (Debian: apt install libopenblas0-pthread)",
+    "mkl": "run, on x86-64: pip install mkl",
+    "torch": "install torch",
+}
+
+
+def asked_for() -> str | None:
+    """The library that TUNER_BLAS names, if it is set. Raises ValueError, in one line, for an unknown name."""
+    name = os.environ.get("TUNER_BLAS") or None
+    if name is not None and name not in TITLES:
+        raise ValueError(f"TUNER_BLAS is {name!r}, which is no BLAS; it can be {', '.join(TITLES)}")
+    return name
+
+
+def load(name: str | None = None) -> tuple[str, str | None]:
+    """Load the library `name`, or the first there is, for the whole process.
+
+    Returns its short name and its file: "none" and None if there is no library, or `name` is "none". Raises
+    ValueError, in one line, if `name` is not there.
+    """
+    if name == "none":
+        return name, None
+    for found in LIBRARIES if name is None else (name,):
+        if file := LIBRARIES[found]():
+            return found, file
+    if name is not None:
+        raise ValueError(f"TUNER_BLAS is {name}, but {TITLES[name]} is not found; {REMEDIES[name]}, or unset it")
+    return "none", None
+
+
+def needs_mkl() -> bool:
+    """Whether MKL would be used if it were installed: on x86-64, where nothing else is found or TUNER_BLAS names it."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    name = asked_for()
+    return _mkl() is None and (name == "mkl" or (name is None and _openblas() is None))
+
+
+def main() -> None:
+    try:
+        if "--needs-mkl" in sys.argv[1:]:
+            sys.exit(0 if needs_mkl() else 1)
+        print(load(asked_for())[1] or "none found")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    if "--needs-mkl" in sys.argv[1:]:
-        on_x86_linux = platform.system() == "Linux" and platform.machine() == "x86_64"
-        sys.exit(0 if on_x86_linux and _openblas() is None and _mkl() is None else 1)
-    print(load() or "none found")
+    main()
