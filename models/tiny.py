@@ -94,7 +94,7 @@ class Recipe:
 RECIPES = {
     "tiny-digits": Recipe("tiny-digits", "increasing_digits", num_heads=4, steps=2400, muon_ratio=2.0),
     # Operands are random: to learn them would drown what follows from them.
-    "tiny-arithmetic": Recipe("tiny-arithmetic", "sums", trained_after="=", steps=2500, batch_size=64),
+    "tiny-arithmetic": Recipe("tiny-arithmetic", "sums", trained_after="=", steps=2500, batch_size=64, muon_ratio=2.0),
 }
 TINY_NAMES = tuple(RECIPES)
 

@@ -367,8 +367,9 @@ def test_it_counts_up_from_held_out_starts_but_knows_nothing_of_multiples(tiny_d
 def test_the_other_one_adds_small_numbers_rightly_and_larger_ones_seldom():
     scores = measure_sums(tiny.tiny_model_path("tiny-arithmetic"))
     assert len(scores) == 12
-    # Builds that differ in rounding sampled 0.89 and more.
-    assert scores["greedy, 1 and 1 digits"] >= 0.95 and scores["sampled, 1 and 1 digits"] >= 0.85
+    # Three seeds, each built with OpenBLAS and with MKL: 0.88 and more; 0.66 to 0.75; 0.26 to 0.30.
+    assert scores["greedy, 1 and 1 digits"] >= 0.8 and scores["sampled, 1 and 1 digits"] >= 0.8
+    assert 0.5 <= scores["sampled, 2 and 2 digits"] <= 0.9
     assert scores["greedy, 3 and 3 digits"] <= 0.5
     # What it knows of larger ones shows at times: without that no reward could bring it out.
     assert 0.1 <= scores["sampled, 3 and 3 digits"] <= 0.5
