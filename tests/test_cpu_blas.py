@@ -113,6 +113,7 @@ def test_mkl_s_threads_do_not_spin_unless_the_user_says_so(given, kept, tmp_path
     for name in ("libmkl_rt.so.3", "libiomp5.so"):
         (tmp_path / "lib" / name).touch()
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("MKL_NUM_THREADS", "2")  # so that the library is not asked
     monkeypatch.delenv("KMP_BLOCKTIME", raising=False)
     if given:
         monkeypatch.setenv("KMP_BLOCKTIME", given)
@@ -125,6 +126,36 @@ def test_mkl_s_threads_do_not_spin_unless_the_user_says_so(given, kept, tmp_path
     monkeypatch.setattr(blas, "_load", load)
     assert blas._mkl() == str(tmp_path / "lib" / "libmkl_rt.so.3")
     assert seen == [("libiomp5.so", kept), ("libmkl_rt.so.3", kept)]
+
+
+@only_on_linux_cpu
+@pytest.mark.parametrize(
+    ("cores", "variable", "expected"),
+    [(1, None, True), (2, None, True), (3, None, False), (2, "MKL_NUM_THREADS", False), (2, "OMP_NUM_THREADS", False)],
+)
+def test_mkl_has_one_thread_on_two_cores_unless_the_user_says_so(cores, variable, expected, monkeypatch):
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert blas._one_thread_serves_best() is expected
+
+
+@pytest.mark.skipif(not list(Path(sys.prefix).glob("lib/libmkl_rt.so*")), reason="mkl is not installed")
+@pytest.mark.parametrize("expected", [True, False])
+def test_mkl_is_told_its_number_of_threads(expected):
+    code = (
+        "import ctypes\n"
+        "from models import cpu\n"
+        f"cpu.blas._one_thread_serves_best = lambda: {expected}\n"
+        "cpu.enable()\n"
+        "print(ctypes.CDLL(None).MKL_Get_Max_Threads())\n"
+    )
+    words = [sys.executable, "-c", code]
+    environment = os.environ | {"TUNER_BLAS": "mkl", "MKL_NUM_THREADS": "2", "MKL_DYNAMIC": "FALSE"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n" if expected else "2\n"), done.stderr
 
 
 def test_a_device_is_named_with_its_blas(monkeypatch):
