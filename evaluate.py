@@ -30,7 +30,7 @@ from data.digits import held_out_starts
 from models.adapters import load_adapter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
-from training import ppo_flags, ppo_step
+from training import ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.samples import text_table
 
@@ -74,9 +74,9 @@ def check(args: argparse.Namespace) -> None:
 def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
     """--num-samples prompts of those that the flags name, as `spread` chooses them."""
     if args.held_out and not args.prompts:
-        prompts = [str(start) for start in held_out_starts(ppo_step.digit_rule(args))]
+        prompts = [str(start) for start in held_out_starts(ppo_flags.digit_rule(args))]
     else:
-        prompts = ppo_step.choose_prompts(args, tokenizer)
+        prompts = ppo_flags.choose_prompts(args, tokenizer)
     if not prompts:
         raise UserError(f"no held-out start is a multiple of {args.multiple_of}; leave --held-out out")
     return spread(prompts, args.num_samples, args.seed)

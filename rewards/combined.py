@@ -1,10 +1,10 @@
 """From flags to what scores completions: one reward, or a weighted sum of several, each reported under its own name.
 
 A reward's name is digit_rule, answer, its function's own, or its reward model's folder; a second of one name is NAME_2.
-Where there are several, --reward-weights weighs each by name. Leaves out opening a reward model: the frameworks'.
+Where there are several, --reward-weights gives each a weight by name. A reward model is opened by its framework
+(rewards.reward_model, rewards.torch_reward_model).
 
     python ppo_training.py --ground-truth-reward --reward-function mine.py:short --reward-weights digit_rule=1 short=0.5
-    python -m pytest tests/test_combined_rewards.py
 """
 
 import argparse
@@ -28,7 +28,7 @@ Reward = Callable[[list[str], list[str]], Sequence[float]]
 
 
 class Scored(NamedTuple):
-    """Completions with what they score."""
+    """Completions and their scores."""
 
     prompts: list[str]
     completions: list[str]
@@ -73,18 +73,61 @@ def score(reward: Reward, prompts: Sequence[str], texts: tuple[list[str], list[s
     return Scored(*texts, [float(value) for value in reward(list(prompts), texts[1])], {})
 
 
-def named_rewards(args: argparse.Namespace) -> dict[str, tuple[str, str]]:
-    """Name → (flag, value) of every reward that the flags name, in the order of the help."""
-    given = [("digit_rule", "--ground-truth-reward", "")] if args.ground_truth_reward else []
-    given += [(Path(path).name or "reward_model", "--reward-model", path) for path in args.reward_model or ()]
-    given += [(spec.rpartition(":")[2], "--reward-function", spec) for spec in args.reward_function or ()]
-    given += [("answer", "--answer", args.answer)] if args.answer else []
-    named: dict[str, tuple[str, str]] = {}
-    for name, *reward in given:
-        plain, number = re.sub(r"\W+", "_", name), 1
-        while (unique := plain if number == 1 else f"{plain}_{number}") in named:
-            number += 1
-        named[unique] = (reward[0], reward[1])
+class Sources(NamedTuple):
+    """What opening a reward may need besides the value of its flag."""
+
+    args: argparse.Namespace
+    tokenizer: Any  # renders prompts that are messages, by which answers are found
+    load_model: Callable[[str], Reward]  # opens a --reward-model
+
+
+class Kind(NamedTuple):
+    """A kind of reward: what the flags name of it, and how one is opened."""
+
+    flag: str
+    named: Callable[[argparse.Namespace], list[tuple[str, str]]]  # → name and value of each
+    opened: Callable[[str, Sources], Reward]
+
+
+def _digit_rule(value: str, sources: Sources) -> Reward:
+    return digit_reward(DigitRule(not sources.args.decreasing, sources.args.multiple_of))
+
+
+def _answer(value: str, sources: Sources) -> Reward:
+    answers = read_answers(sources.args.prompts, sources.tokenizer, feature_names(sources.args))
+    return AnswerReward(answer_from_flag(value), answers).reward
+
+
+# A new reward is one row here, and its flag in training.ppo_flags. In the order of the help.
+KINDS = (
+    Kind(
+        "--ground-truth-reward",
+        lambda args: [("digit_rule", "")] if args.ground_truth_reward else [],
+        _digit_rule,
+    ),
+    Kind(
+        "--reward-model",
+        lambda args: [(Path(path).name or "reward_model", path) for path in args.reward_model or ()],
+        lambda path, sources: sources.load_model(path),
+    ),
+    Kind(
+        "--reward-function",
+        lambda args: [(spec.rpartition(":")[2], spec) for spec in args.reward_function or ()],
+        lambda spec, sources: load_reward_function(spec),
+    ),
+    Kind("--answer", lambda args: [("answer", args.answer)] if args.answer else [], _answer),
+)
+
+
+def named_rewards(args: argparse.Namespace) -> dict[str, tuple[Kind, str]]:
+    """Name → kind and flag's value of every reward that the flags name."""
+    named: dict[str, tuple[Kind, str]] = {}
+    for kind in KINDS:
+        for name, value in kind.named(args):
+            plain, number = re.sub(r"\W+", "_", name), 1
+            while (unique := plain if number == 1 else f"{plain}_{number}") in named:
+                number += 1
+            named[unique] = (kind, value)
     return named
 
 
@@ -103,7 +146,7 @@ def reward_weights(args: argparse.Namespace) -> dict[str, float]:
     for word in args.reward_weights or ():
         name, _, number = word.rpartition("=")
         if name in given or not _finite(number) or name not in names:
-            wrong = "is a second time there" if name in given else "is no NAME=NUMBER of a reward"
+            wrong = "names a reward a second time" if name in given else "is not NAME=NUMBER for one of the rewards"
             raise UserError(f"--reward-weights has {word!r}, which {wrong}; the rewards are {', '.join(names)}")
         given[name] = float(number)
     if not given and len(names) == 1:
@@ -111,11 +154,11 @@ def reward_weights(args: argparse.Namespace) -> dict[str, float]:
     if missing := [name for name in names if name not in given]:
         example = " ".join(f"{name}={given.get(name, 1):g}" for name in names)
         raise UserError(
-            f"{len(names)} rewards are given, and no weight of {', '.join(missing)}; leave one reward, or sum them by "
+            f"{len(names)} rewards are given, but no weight for {', '.join(missing)}; keep one reward, or sum them by "
             f"--reward-weights {example}"
         )
     if not any(given.values()):
-        raise UserError("--reward-weights are all 0, so every score would be; weigh at least one reward")
+        raise UserError("--reward-weights are all 0, so every score would be 0; give at least one reward a weight")
     return {name: given[name] for name in names}
 
 
@@ -127,21 +170,7 @@ def _finite(number: str) -> bool:
 
 
 def rewards_from_flags(args: argparse.Namespace, tokenizer: Any, load_model: Callable[[str], Reward]) -> Reward:
-    """f(prompts, completions) -> scores, by the reward flags.
-
-    tokenizer: renders prompts that are messages, by which answers are found. load_model: opens a --reward-model.
-    """
-
-    def opened(flag: str, value: str) -> Reward:
-        if flag == "--ground-truth-reward":
-            return digit_reward(DigitRule(not args.decreasing, args.multiple_of))
-        if flag == "--reward-model":
-            return load_model(value)
-        if flag == "--answer":
-            answers = read_answers(args.prompts, tokenizer, feature_names(args))
-            return AnswerReward(answer_from_flag(value), answers).reward
-        return load_reward_function(value)
-
-    weights = reward_weights(args)
-    rewards = {name: opened(*reward) for name, reward in named_rewards(args).items()}
+    """f(prompts, completions) -> scores, by the reward flags. tokenizer, load_model: see `Sources`."""
+    weights, sources = reward_weights(args), Sources(args, tokenizer, load_model)
+    rewards = {name: kind.opened(value, sources) for name, (kind, value) in named_rewards(args).items()}
     return WeightedSum(rewards, weights) if args.reward_weights else next(iter(rewards.values()))

@@ -1,5 +1,6 @@
 """Calling the scripts' main functions in this process, where a start of their own would cost seconds each."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,3 +34,11 @@ def fails(capsys: pytest.CaptureFixture, main: Callable[[], Any], *words: object
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
     return error.removeprefix("error: ").rstrip("\n")
+
+
+def read_samples(run: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's samples.jsonl."""
+    path = Path(run) / "samples.jsonl"
+    # Not splitlines, which also ends a line at characters that JSON leaves as they are.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines if line]

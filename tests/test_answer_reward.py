@@ -15,7 +15,7 @@ from rewards.answers import answer_type
 from rewards.build import build_reward
 from synth.task import load_task, task_from_flags
 from tests.scripts import call, fails
-from training import ppo_flags
+from training import ppo_flags, ppo_learner
 from training.metrics import read_metrics
 
 NO_MODEL: Any = Namespace(tokenizer=None)  # none of these rewards needs one
@@ -104,13 +104,13 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
     written = asked if form == "text" else [[{"role": "user", "content": text}] for text in asked]
     path = rows(*zip(written, ("4", "6"), strict=True))
     given: list[list[int]] = []
-    sample = ppo_training.sample
+    sample = ppo_learner.sample
 
     def watched(model, prompt_ids, *more):
         given.extend(prompt_ids)
         return sample(model, prompt_ids, *more)
 
-    monkeypatch.setattr(ppo_training, "sample", watched)
+    monkeypatch.setattr(ppo_learner, "sample", watched)
     call(ppo_training.main, *words, "--prompts", path, "--keep-checkpoints", 0)
     # The model is given the same tokens in either form: one BOS, and what was asked.
     ids = map(open_tokenizer(str(tiny_folder)).encode, asked)

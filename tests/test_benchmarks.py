@@ -87,14 +87,14 @@ def test_our_step_is_whole_and_trains(tmp_path, kind):
     write_tokenizer(tmp_path / "tokenizer.json")
     small = {**MODELS["hidden 64"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     stepper = Stepper(TASK, small, kind, str(tmp_path / "tokenizer.json"))
-    before = dict(tree_flatten(stepper.trainee.module.trainable_parameters()))
+    before = dict(tree_flatten(stepper.policy.module.trainable_parameters()))
     answer = stepper.step()
     check_whole("ours", answer)
     assert 0 < answer["rollout_seconds"] < answer["seconds"] and 0 < answer["score"] <= 1
-    after = dict(tree_flatten(stepper.trainee.module.trainable_parameters()))
+    after = dict(tree_flatten(stepper.policy.module.trainable_parameters()))
     assert all(not mx.array_equal(before[name], after[name]) for name in before)
     # q and v of one layer, rank 16: 16 × (16 + 16) + 16 × (16 + 8); the value head has no bias.
-    assert stepper.trainee.sizes()[0] == {"lora": 896, "full": 2 * 64 * 16 + 768 + 768 + 3 * 16}[kind] + 16
+    assert stepper.policy.sizes()[0] == {"lora": 896, "full": 2 * 64 * 16 + 768 + 768 + 3 * 16}[kind] + 16
 
 
 def test_the_ablations_figures_are_counted_by_hand(tmp_path):

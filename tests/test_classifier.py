@@ -27,6 +27,7 @@ from models.export.classifier import FAMILIES, classifier_class
 from models.loading import LoadedModel, load
 from models.tiny import RECIPES, build_tokenizer
 from models.value_head import new_value_head
+from rewards.build import build_reward
 from rewards.reward_model import load_reward_model
 from rewards.torch_reward_model import load_reward_model as load_in_torch
 from tests import architectures
@@ -140,7 +141,7 @@ def test_what_is_in_the_folder(llama, tmp_path):
 def test_both_scripts_take_the_folder_as_their_reward_model(llama, tmp_path):
     expected, folder = write(llama, tmp_path)
     args = with_words(ppo_training.parse_args, "--reward-model", folder)
-    close(ppo_training.build_reward(args, load(llama))(PROMPTS, COMPLETIONS), expected)
+    close(build_reward(args, load(llama))(PROMPTS, COMPLETIONS), expected)
     base = torch_loading.load(llama, CPU)
     close(pytorch_ppo_training.build_reward(args, base)(PROMPTS, COMPLETIONS), expected)
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from rewards.combined import Scored, WeightedSum, named_rewards, reward_weights, rewards_from_flags, score
+from rewards import combined
+from rewards.combined import KINDS, Kind, Scored, WeightedSum, named_rewards, reward_weights, rewards_from_flags, score
 from tests.test_flags import ppo, refused
 
 REWARDS = """
@@ -89,7 +90,18 @@ def test_names_are_words_and_differ():
     words = ["--reward-model", "./runs/reward-model/", "other/reward-model", "--reward-function", "a.py:f", "b.py:f"]
     args = ppo(*words, "--ground-truth-reward", "--answer", "number")
     assert list(named_rewards(args)) == ["digit_rule", "reward_model", "reward_model_2", "f", "f_2", "answer"]
-    assert named_rewards(args)["f_2"] == ("--reward-function", "b.py:f")
+    kind, value = named_rewards(args)["f_2"]
+    assert (kind.flag, value) == ("--reward-function", "b.py:f")
+
+
+def test_a_new_kind_of_reward_is_one_row_of_the_table(monkeypatch):
+    def fixed(value, sources):
+        return lambda prompts, completions: [float(value)] * len(completions)
+
+    kind = Kind("--fixed", lambda args: [("fixed", "0.25")], fixed)
+    monkeypatch.setattr(combined, "KINDS", (*KINDS, kind))
+    words = ["--ground-truth-reward", "--reward-weights", "digit_rule=1", "fixed=2"]
+    assert rewards_from_flags(ppo(*words), None, no_model)(["2"], [" x"]) == pytest.approx([1 / 5 + 0.5])
 
 
 def test_weights_are_in_the_order_of_the_rewards():
@@ -104,12 +116,12 @@ BOTH = ("--ground-truth-reward", "--reward-function", "a.py:f")
     ("words", "named"),
     [
         ([], "none of --ground-truth-reward"),
-        (BOTH, "2 rewards are given, and no weight of digit_rule, f; leave one reward, or sum them by"),
-        ([*BOTH, "--reward-weights", "f=0.5"], "no weight of digit_rule; leave one reward, or sum them by "
+        (BOTH, "2 rewards are given, but no weight for digit_rule, f; keep one reward, or sum them by"),
+        ([*BOTH, "--reward-weights", "f=0.5"], "no weight for digit_rule; keep one reward, or sum them by "
          "--reward-weights digit_rule=1 f=0.5"),
-        ([*BOTH, "--reward-weights", "1", "0.5"], "'1', which is no NAME=NUMBER"),
-        ([*BOTH, "--reward-weights", "f=1", "g=1"], "'g=1', which is no NAME=NUMBER of a reward; the rewards are"),
-        ([*BOTH, "--reward-weights", "f=1", "f=2"], "'f=2', which is a second time there"),
+        ([*BOTH, "--reward-weights", "1", "0.5"], "'1', which is not NAME=NUMBER"),
+        ([*BOTH, "--reward-weights", "f=1", "g=1"], "'g=1', which is not NAME=NUMBER for one of the rewards; the"),
+        ([*BOTH, "--reward-weights", "f=1", "f=2"], "'f=2', which names a reward a second time"),
         ([*BOTH, "--reward-weights", "f=nan", "digit_rule=1"], "'f=nan'"),
         ([*BOTH, "--reward-weights", "f=inf", "digit_rule=1"], "'f=inf'"),
         ([*BOTH, "--reward-weights", "f=", "digit_rule=1"], "'f='"),

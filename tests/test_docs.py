@@ -10,8 +10,10 @@ to be there, for pip the file and the pinned version.
 
 import importlib
 import io
+import itertools
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -143,6 +145,17 @@ def test_a_page_s_commands(page, walked, teacher_url):
             walked / "my_saved"
         )
     run_page(page, walked, teacher_url)
+
+
+@pytest.mark.parametrize(("page", "made"), [("sft", "my_adapters"), ("ppo_training", "my_ppo_adapters")])
+def test_a_page_s_python_runs_as_printed(page, made, world, monkeypatch):
+    _, section = PAGE[f"docs/{page}.md"].split("## From Python\n\n")
+    code = itertools.takewhile(lambda line: not line[:4].strip(), section.splitlines())
+    (world / "example.py").write_text("\n".join(line[4:] for line in code))
+    monkeypatch.chdir(world)
+    found = runpy.run_path("example.py")
+    assert len(found["history"]) > 1
+    assert (world / made / "adapters.safetensors").is_file()
 
 
 def test_the_tables_are_what_the_code_makes():

@@ -16,7 +16,6 @@ import pytest
 from mlx.utils import tree_flatten
 
 import models.generation
-import ppo_training
 from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, fuse_adapter
 from models.generation import sample
@@ -24,9 +23,13 @@ from models.loading import LoadedModel
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import Policy, ScoringModel, new_value_head
 from tests.architectures import ARCHITECTURES, COMMON, build, settings_of
-from training import ppo, ppo_flags, ppo_step
+from training import ppo, ppo_flags
+from training.advantages import advantages_and_returns
+from training.flags import adapter_settings
 from training.losses import pairwise_reward_loss, sft_loss
 from training.optimizer import loss_and_gradients, make_optimizer, update
+from training.ppo_learner import PPOLearner, build_policies
+from training.ppo_loop import roll_out
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7, 8], [11, 12, 13, 14, 15, 16, 17, 18]])
 PARAMETERS = {"rank": 2, "scale": 2.0, "dropout": 0.0}
@@ -176,20 +179,16 @@ def policy_and_step(name):
     words = ["--ground-truth-reward", "--batch-size", "6", "--mini-batch-size", "6", "--max-completion-length", "5"]
     args = ppo_flags.ppo_parser("PPO.").parse_args([*words, "--lora-layers", "-1", "--ppo-epochs", "1"])
     loaded = LoadedModel(build(name), Digits(), {}, Path(), name)
-    trainee, reference = ppo_training.build_policies(args, loaded)
+    settings = ppo_flags.ppo_settings(args)
+    trainee, reference = build_policies(loaded, settings, AdapterConfig(**adapter_settings(args)))
     mx.random.seed(0)
     prompts = [" ".join(map(str, prompt)) for prompt in PROMPTS[:6]]
-    rollout, _, figures = ppo_training.roll_out(
-        args, trainee, reference, loaded.tokenizer, prompts, scores_of, ppo.RunningMoments()
-    )
-    advantages, returns = ppo_step.advantages_and_returns(args, rollout, 0.0)
-    optimizer = make_optimizer(1e-3, 1)
-    gradients_of = loss_and_gradients(trainee.module, ppo_training.make_loss(args))
+    learner = PPOLearner(trainee.module, reference, loaded.tokenizer, make_optimizer(1e-3, 1), settings)
+    rollout, _, figures = roll_out(learner, loaded.tokenizer, prompts, scores_of, ppo.RunningMoments())
+    advantages, returns = advantages_and_returns(rollout, settings, 0.0)
 
     def step():
-        return ppo_training.optimise(
-            args, 0, trainee.module, optimizer, gradients_of, rollout, advantages, returns, 0.0
-        )
+        return learner.update(0, rollout, advantages, returns, 0.0)
 
     return trainee, step, figures
 

@@ -21,15 +21,11 @@ from data import check, generate_digit_data
 from synth.pipeline.flags import run_parser
 from tests.scripts import fails, with_words
 from training import ppo_flags
-from training.flags import (
-    PPO_OPTIMIZERS,
-    adapter_settings,
-    add_adapter_flags,
-    default_output_dir,
-    optimizer_and_rate,
-    resumed,
-)
-from training.ppo_step import make_controller
+from training.flags import adapter_settings, add_adapter_flags, default_output_dir, resumed
+from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate
+from training.ppo_step import check_settings, kl_kind, make_controller
+from training.settings import PPOSettings, SFTSettings
+from training.sft_flags import sft_parser
 
 
 def parser():
@@ -408,6 +404,8 @@ def test_a_batch_too_small_for_any_group_is_told_so():
         (["--lora-dropout", 0.1], "--lora-dropout is 0.1"),
         (["--advantage", "rloo", "--num-generations", 1], "--num-generations is 1"),
         (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--advantage", "group", "--kl-penalty", "k1"], "use k3, abs, mse"),
+        (["--advantage", "rloo", "--kl-penalty", "full"], "use k3, abs, mse"),
     ],
 )
 def test_ppo_s_impossible_values_are_refused(words, named):
@@ -425,13 +423,33 @@ def test_ppo_s_impossible_values_are_refused(words, named):
     ],
 )
 def test_the_optimizer_and_its_rate_by_the_kind_of_adapter(words, kind, expected):
-    assert optimizer_and_rate(ppo(*words), PPO_OPTIMIZERS[kind]) == expected
+    assert optimizer_and_rate(PPOSettings.from_flags(ppo(*words)), PPO_OPTIMIZERS, kind) == expected
 
 
 @pytest.mark.parametrize(("name", "kind"), [("muon", "lora"), ("adam", "soft_prompt")])
 def test_another_optimizer_wants_a_rate(name, kind):
     with pytest.raises(UserError, match=f"--optimizer {name} has no default rate here; give --learning-rate"):
-        optimizer_and_rate(ppo("--optimizer", name), PPO_OPTIMIZERS[kind])
+        optimizer_and_rate(PPOSettings(optimizer=name), PPO_OPTIMIZERS, kind)
+
+
+@pytest.mark.parametrize(("parser", "settings"), [(ppo_flags.ppo_parser, PPOSettings), (sft_parser, SFTSettings)])
+def test_the_settings_hold_every_default(parser, settings):
+    assert settings.from_flags(parser("").parse_args([])) == settings()
+
+
+def test_settings_written_down_are_checked_as_flags_are():
+    with pytest.raises(UserError, match="--advantage is 'grpo'; use one of gae, group, rloo"):
+        check_settings(PPOSettings(advantage="grpo"))
+    with pytest.raises(UserError, match="--kl-penalty is 'k4'; use one of k1, kl, k3"):
+        check_settings(PPOSettings(kl_penalty="k4"))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "penalty", "kind"),
+    [("gae", None, "k1"), ("gae", "full", "full"), ("group", None, "k3"), ("rloo", "mse", "mse")],
+)
+def test_the_kl_estimator_is_that_of_the_flag_or_what_suits_its_place(advantage, penalty, kind):
+    assert kl_kind(PPOSettings(advantage=advantage, kl_penalty=penalty)) == kind
 
 
 def test_a_score_clip_of_zero_means_none():
@@ -450,7 +468,7 @@ def test_impossible_adapter_settings_are_refused(words, named):
 
 def test_adap_kl_ctrl_chooses_the_controller():
     words = ["--init_kl_coef", 0.2, "--target", 6, "--horizon", 10000, "--adap_kl_ctrl"]
-    adaptive, fixed = (make_controller(ppo(*words, word)) for word in ("True", "False"))
+    adaptive, fixed = (make_controller(PPOSettings.from_flags(ppo(*words, word))) for word in ("True", "False"))
     for controller in (adaptive, fixed):
         controller.update(100.0, 1000)
     assert fixed.value == 0.2

@@ -23,8 +23,9 @@ NEUTRAL = [
     *("data.batching", "data.chat", "data.check", "data.decoding", "data.digits", "data.examples", "data.flags"),
     *("data.generate_digit_data", "data.prompts", "data.records", "data.sources", "data.tokenizer"),
     *("models.adapter_config", "rewards.combined", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
-    *("training.flags", "training.losses", "training.metrics", "training.plots", "training.ppo"),
-    *("training.ppo_flags", "training.ppo_step", "training.rollout", "training.samples", "training.trackers"),
+    *("training.advantages", "training.flags", "training.losses", "training.metrics", "training.plots"),
+    *("training.ppo", "training.ppo_flags", "training.ppo_loop", "training.ppo_step", "training.rollout"),
+    *("training.samples", "training.settings", "training.trackers"),
 ]
 
 

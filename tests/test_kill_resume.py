@@ -23,10 +23,10 @@ from safetensors.numpy import load_file
 
 import ppo_training
 import sft
-from tests.scripts import ROOT, call
+from tests.scripts import ROOT, call, read_samples
 from tests.torch_models import random_llama
 from training.checkpoint_folders import last_checkpoint
-from training.metrics import read_metrics, read_samples
+from training.metrics import read_metrics
 
 HERE = {"sft": sft, "ppo_training": ppo_training}
 KINDS: dict[str, list[Any]] = {"lora": [], "soft_prompt": ["--prompt-tuning"]}

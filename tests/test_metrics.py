@@ -12,11 +12,11 @@ import pytest
 
 from common.errors import UserError
 from common.files import read_json
+from tests.scripts import read_samples
 from training.metrics import (
     RunLog,
     figure,
     read_metrics,
-    read_samples,
     resumed_config,
     say_if_another_blas,
     start_run_folder,

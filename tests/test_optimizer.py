@@ -12,6 +12,7 @@ import torch
 from mlx.utils import tree_flatten, tree_map
 
 from common.errors import UserError
+from models.cpu import adam
 from training import optimizer as training_optimizer
 from training.muon import muon_step
 from training.optimizer import (
@@ -20,6 +21,7 @@ from training.optimizer import (
     make_optimizer,
     optimizer_arrays,
     restore_optimizer,
+    scaled,
     update,
 )
 
@@ -114,6 +116,19 @@ def test_with_a_warm_up_the_rate_still_ends_near_zero(schedule):
     assert 0 <= got[20] < got[19] < 0.015
 
 
+@pytest.mark.parametrize("kind", ["adam", "muon"])
+def test_the_schedule_follows_the_plan_whatever_is_skipped(kind):
+    """Of four planned updates the second and third are not made: the last still has the last rate, for every weight."""
+    net, optimizer = Judged(), make_optimizer(0.1, 4, "linear", kind=kind, head_rate=0.02)
+    optimizer.init(net.trainable_parameters())
+    rates = []
+    for planned in (0, 3, 4):
+        update(net, optimizer, mx.array(1.0), judged_gradients(planned), None, planned)
+        rates.append([part.learning_rate.item() for part in optimizer.optimizers])
+    np.testing.assert_allclose(rates, [[0.1, 0.02], [0.025, 0.005], [0.0, 0.0]], atol=1e-8)
+    assert [part.step.item() for part in optimizer.optimizers] == [3, 3]  # Adam corrects its bias by updates made
+
+
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(UserError, match="constant, linear, cosine"):
         make_optimizer(0.1, 10, schedule="step")
@@ -125,9 +140,9 @@ def test_an_unknown_schedule_is_refused():
 @pytest.fixture(params=["by blocks", "by mlx"])
 def way(request, monkeypatch):
     """Both ways to take a step: NumPy's, in blocks that end amid an array, and mlx's, as on a GPU."""
-    monkeypatch.setattr(training_optimizer, "BLOCK", 5)
+    monkeypatch.setattr(adam, "BLOCK", 5)
     if request.param == "by mlx":
-        monkeypatch.setattr(training_optimizer, "_for_numpy", lambda *arrays: False)
+        monkeypatch.setattr(adam, "serves", lambda *arrays: False)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -193,24 +208,23 @@ def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(
 
 
 def taken(steps, **settings):
-    """Weights and optimizer state after steps on gradients that are shrunk alike."""
+    """Weights and optimizer state after steps on scaled gradients."""
     net, optimizer = Square(), make_optimizer(1e-2, 100, "cosine", warmup_updates=2, **settings)
     optimizer.init(net.trainable_parameters())
     for seed in range(steps):
-        optimizer.shrink = 0.3
-        optimizer.update(net, gradients_of(seed, by_columns=True))
+        optimizer.update(net, scaled(gradients_of(seed, by_columns=True), 0.3))
     return weights(net), state_of(optimizer)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("block", [1, 5, 100])
 def test_both_ways_to_take_a_step_give_the_same_bits(block, weight_decay, monkeypatch):
-    taken_by_blocks = Mock(side_effect=training_optimizer.Adam._apply_by_blocks)
-    monkeypatch.setattr(training_optimizer.Adam, "_apply_by_blocks", lambda *words: taken_by_blocks(*words))
-    monkeypatch.setattr(training_optimizer, "BLOCK", block)
+    taken_by_blocks = Mock(side_effect=adam.step)
+    monkeypatch.setattr(adam, "step", taken_by_blocks)
+    monkeypatch.setattr(adam, "BLOCK", block)
     ours = taken(6, weight_decay=weight_decay)
     assert taken_by_blocks.call_count == 12  # six steps of two arrays
-    monkeypatch.setattr(training_optimizer, "_for_numpy", lambda *arrays: False)
+    monkeypatch.setattr(adam, "serves", lambda *arrays: False)
     theirs = taken(6, weight_decay=weight_decay)
     assert taken_by_blocks.call_count == 12
     assert all(same(got, expected) for got, expected in zip(ours, theirs, strict=True))
@@ -243,13 +257,13 @@ def test_frozen_weights_stay():
 
 
 class Record:
-    """An optimizer that keeps the gradients it is given, shrunk as it is told."""
+    """An optimizer that keeps the gradients it is given."""
 
     state: dict = {}  # noqa: RUF012
-    shrink = 1.0
+    schedule = None
 
     def update(self, module, gradients):
-        self.gradients = tree_map(lambda gradient: self.shrink * gradient, gradients)
+        self.gradients = gradients
 
 
 def test_the_norm_is_over_all_gradients_together():
@@ -264,7 +278,7 @@ def test_the_norm_is_over_all_gradients_together():
 def test_gradients_are_clipped_to_the_norm(limit, scale):
     recorder = Record()
     gradients = {"a": mx.array([3.0]), "b": {"c": mx.array([[-4.0]])}}
-    assert update(nn.Module(), recorder, mx.array(0.0), gradients, limit) == 5.0  # type: ignore[arg-type]
+    assert update(nn.Module(), recorder, mx.array(0.0), gradients, limit) == 5.0
     assert recorder.gradients["a"].item() == pytest.approx(3 * scale, rel=1e-5)
     assert recorder.gradients["b"]["c"].item() == pytest.approx(-4 * scale, rel=1e-5)
 

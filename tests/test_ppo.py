@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +19,7 @@ from training import ppo
 
 ROOT = Path(__file__).parent.parent
 ORACLE = json.loads((ROOT / "tests/oracles/ppo_cases.json").read_text(encoding="utf-8"))
-CLIPPING = {"clip_range": 0.2, "value_clip_range": 0.2, "vf_coef": 0.1}
+CLIPPING: dict[str, Any] = {"clip_range": 0.2, "value_clip_range": 0.2, "vf_coef": 0.1}
 
 in_every_framework = pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 
@@ -170,8 +171,11 @@ def test_rewards_equal_the_reference(framework, kind):
     batch = random_batch(1)
     batch = {name: batch[name] for name in ("logprobs", "ref_logprobs", "mask")}
     batch["scores"] = np.array([1.0, -0.5, 0.0, 2.0, 0.25])
-    actual = ppo.kl_shaped_rewards(**arrays(framework, batch), kl_coef=0.3, kl_kind=kind)
+    data = arrays(framework, batch)
+    kl = ppo.kl_penalty(data["logprobs"], data["ref_logprobs"], kind)
+    actual = ppo.kl_shaped_rewards(**data, kl_coef=0.3, kl=kl)
     framework.close(actual, numpy_ppo.rewards(**batch, kl_coef=0.3, kind=kind))
+    framework.close(ppo.kl_shaped_rewards(**data, kl_coef=0.3), numpy_ppo.rewards(**batch, kl_coef=0.3, kind="k1"))
 
 
 @in_every_framework
@@ -318,11 +322,27 @@ def test_the_kl_in_the_loss_pulls_towards_the_reference(framework):
 
 
 @in_every_framework
+@pytest.mark.parametrize(("kind", "expected"), [("mse", [2 / 3, -1 / 3, 0.0]), ("abs", [1 / 3, -1 / 3, 0.0])])
+def test_the_kl_in_the_loss_is_by_the_estimator_that_is_named(framework, kind, expected):
+    """The gradient of d² / 2 is d, that of |d| its sign; d = logprobs − ref_logprobs is 2, −1 and 0."""
+    mask, ref_logprobs = framework.array([[1, 1, 1]]), framework.array([[-3.0, -2.0, -1.0]])
+    logprobs = [[-1.0, -3.0, -1.0]]
+    old_logprobs, advantages = framework.array(logprobs), framework.array([[0.0, 0.0, 0.0]])
+
+    def loss(x):
+        kl: dict[str, Any] = {"ref_logprobs": ref_logprobs, "kl_coef": 1.0, "kl_kind": kind}
+        return ppo.ppo_loss(x, None, old_logprobs, None, advantages, None, mask, **CLIPPING, **kl)[0]
+
+    (gradient,) = framework.gradients(loss, logprobs)
+    framework.close(framework.array(gradient), [expected])
+
+
+@in_every_framework
 def test_a_kl_computed_elsewhere_takes_the_place_of_the_estimate(framework):
     batch = arrays(framework, random_batch(6))
     given, scores = batch["entropy"], framework.array([0.0] * 5)
     rewards = ppo.kl_shaped_rewards(
-        scores, batch["logprobs"], batch["ref_logprobs"], batch["mask"], 0.5, kl_kind="full", kl=given
+        scores, batch["logprobs"], batch["ref_logprobs"], batch["mask"], 0.5, kl=given
     )
     framework.close(rewards, -0.5 * framework.numpy(given) * framework.numpy(batch["mask"]))
 
@@ -359,7 +379,7 @@ def test_what_stands_at_a_pad_does_not_matter(framework, garbage):
         yield ppo.sum_per_completion(data["values"], mask)
         yield ppo.masked_whiten(data["values"], mask)
         yield ppo.masked_whiten(data["values"], mask, center=False)
-        yield ppo.kl_shaped_rewards(scores, data["logprobs"], data["ref_logprobs"], mask, 0.1, "k3")
+        yield ppo.kl_shaped_rewards(scores, data["logprobs"], data["ref_logprobs"], mask, 0.1)
         yield from ppo.gae(data["returns"], data["values"], mask, 0.99, 0.95)
 
     for clean, ours in zip(before_the_loss(batch), before_the_loss(dirty), strict=True):
@@ -486,7 +506,6 @@ def test_score_scaling_and_clipping(framework):
     scores = framework.array(steps[0])
     framework.close(ppo.scale_scores(scores, moments), (np.array(steps[0]) - seen.mean()) / seen.std(ddof=1))
     framework.close(ppo.scale_scores(scores, moments, center=False), np.array(steps[0]) / seen.std(ddof=1))
-    framework.close(ppo.clip_scores(framework.array([-3.0, 0.5, 2.0]), 1.5), [-1.5, 0.5, 1.5])
 
 
 def test_equal_scores_are_not_blown_up_by_their_missing_spread():

@@ -15,20 +15,35 @@ from mlx.utils import tree_flatten
 
 import ppo_training
 from common.cli import Stopped
-from data.digits import DigitRule
+from common.errors import UserError
+from data.digits import DigitRule, digit_prompts
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import Policy, ValueHead, forward, new_value_head
 from rewards.combined import Scored
+from rewards.digits import digit_reward
 from rewards.reward_model import load_reward_model
-from tests.scripts import call, fails
+from tests import numpy_ppo
+from tests.scripts import call, fails, read_samples
 from training import optimizer as training_optimizer
-from training import ppo, ppo_flags, ppo_step
+from training import ppo, ppo_flags, ppo_learner, ppo_loop, ppo_step
+from training.advantages import advantages_and_returns
 from training.checkpoint_folders import last_checkpoint
-from training.metrics import read_metrics, read_samples
+from training.flags import adapter_settings
+from training.metrics import read_metrics
 from training.optimizer import loss_and_gradients, make_optimizer, optimizer_arrays, update
+from training.ppo_learner import (
+    PPOLearner,
+    accumulate,
+    build_policies,
+    make_loss,
+    reference_logits,
+    rows_to_score,
+    train_ppo,
+)
 from training.rollout import Rollout, pack
+from training.settings import PPOSettings
 
 KINDS: dict[str, list[Any]] = {
     "lora": [],
@@ -42,9 +57,17 @@ SCORE_ALONE = ["--gamma", 1, "--gae-lambda", 1]
 
 
 def parse(*words):
-    args = ppo_flags.ppo_parser("PPO.").parse_args([str(word) for word in words])
-    ppo_flags.check(args)
-    return args
+    return ppo_flags.ppo_parser("PPO.").parse_args([str(word) for word in words])
+
+
+def settings_of(*words):
+    return ppo_flags.ppo_settings(parse("--ground-truth-reward", *words))
+
+
+def policies_of(args, loaded):
+    """What main builds: the policy and the reference."""
+    adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
+    return build_policies(loaded, ppo_flags.ppo_settings(args), adapter)
 
 
 def mixed_scores(prompts, completions):
@@ -60,11 +83,12 @@ class Setting:
     def __init__(self, folder, *words):
         small = ["--batch-size", 16, "--mini-batch-size", 8, "--max-completion-length", 12, "--num-generations", 4]
         self.args = parse("--ground-truth-reward", "--model", folder, *small, *words)
+        self.settings = ppo_flags.ppo_settings(self.args)
         self.loaded = load(str(folder))
         self.tokenizer = self.loaded.tokenizer
-        self.trainee, self.reference = ppo_training.build_policies(self.args, self.loaded)
+        self.trainee, self.reference = policies_of(self.args, self.loaded)
         self.policy = self.trainee.module
-        self.prompts = ppo_step.Prompts(self.args)
+        self.prompts = ppo_step.Prompts(ppo_flags.choose_prompts(self.args, None), self.settings)
         self.moments = ppo.RunningMoments()
 
     def displace(self, size=0.3, seed=5):
@@ -80,33 +104,33 @@ class Setting:
     def roll_out(self, reward=mixed_scores, seed=0, step=0):
         mx.random.seed(seed)
         prompts = self.prompts.batch(step)
-        rollout, self.scored, self.figures = ppo_training.roll_out(
-            self.args, self.trainee, self.reference, self.tokenizer, prompts, reward, self.moments
+        rollout, self.scored, self.figures = ppo_loop.roll_out(
+            self.learner(), self.tokenizer, prompts, reward, self.moments
         )
         return rollout
+
+    def learner(self, optimizer=None, gradients_of=None):
+        learner = PPOLearner(self.policy, self.reference, self.tokenizer, optimizer, self.settings)
+        learner.gradients_of = gradients_of or learner.gradients_of
+        return learner
 
     def gradient(self, rollout, rows=None, kl_coef=0.0, scores=None):
         """Loss, stats and gradients of one mini batch of all rows, or of the pieces in `rows`."""
         if scores is not None:
             rollout = rollout._replace(scores=mx.array(scores, mx.float32))
-        advantages, returns = ppo_step.advantages_and_returns(self.args, rollout, kl_coef)
+        advantages, returns = advantages_and_returns(rollout, self.settings, kl_coef)
         pieces = [np.arange(rollout.tokens.shape[0])] if rows is None else rows
-        gradients_of = loss_and_gradients(self.policy, ppo_training.make_loss(self.args))
-        loss, stats, gradients = ppo_training.accumulate(
-            gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef)
-        )
+        gradients_of = self.learner().gradients_of
+        loss, stats, gradients = accumulate(gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef))
         return loss.item(), stats, flat(gradients)
 
     def optimise(self, rollout, kl_coef=0.0, optimizer=None, gradients_of=None, step=0):
-        advantages, returns = ppo_step.advantages_and_returns(self.args, rollout, kl_coef)
+        advantages, returns = advantages_and_returns(rollout, self.settings, kl_coef)
         if optimizer is None:
-            optimizer = make_optimizer(self.args.learning_rate or 1e-3, 100)
+            optimizer = make_optimizer(self.settings.learning_rate or 1e-3, 100)
             optimizer.init(self.policy.trainable_parameters())
-        gradients_of = gradients_of or loss_and_gradients(self.policy, ppo_training.make_loss(self.args))
         self.optimizer = optimizer
-        return ppo_training.optimise(
-            self.args, step, self.policy, optimizer, gradients_of, rollout, advantages, returns, kl_coef
-        )
+        return self.learner(optimizer, gradients_of).update(step, rollout, advantages, returns, kl_coef)
 
     def bytes(self):
         return {name: np.array(array).tobytes() for name, array in tree_flatten(self.policy.trainable_parameters())}
@@ -192,7 +216,7 @@ def test_at_the_first_mini_batch_the_ratio_is_1_and_approx_kl_0(setting, trained
     if kind != "resumed":
         run.displace()
     rollout = run.roll_out()
-    for pieces in list(ppo_step.mini_batches(run.args, 0))[:2]:
+    for _, pieces in list(ppo_step.mini_batches(run.settings, 0))[:2]:
         _, stats, _ = run.gradient(rollout, pieces)
         assert stats["ratio_mean"] == pytest.approx(1, abs=1e-5)
         assert stats["ratio_max"] == pytest.approx(1, abs=1e-4)
@@ -280,12 +304,12 @@ def test_the_kl_to_itself_is_0(setting, words, penalty):
 
 @pytest.mark.parametrize("advantage", ["gae", "group", "rloo"])
 def test_the_kl_penalty_pulls_towards_the_reference(setting, advantage):
-    words = ["--advantage", advantage, "--batch-size", 512, "--mini-batch-size", 512, "--kl-penalty", "k1"]
+    words = ["--advantage", advantage, "--batch-size", 512, "--mini-batch-size", 512]
     run = setting(*words, *SCORE_ALONE)
     run.displace()
     rollout = run.roll_out(lambda prompts, completions: [0.0] * len(completions))
     _, _, pull = run.gradient(rollout, kl_coef=1.0)
-    ref_logits = ppo_training.reference_logits(run.args, run.reference, rollout.tokens, rollout.positions, [])
+    ref_logits = reference_logits(run.settings, run.reference, rollout.tokens, rollout.positions, [])
 
     def kl(policy):
         logits, _ = policy(rollout.tokens, rollout.positions)
@@ -309,6 +333,31 @@ def test_the_kl_reported_is_that_of_whole_completions(setting):
     rollout = run.roll_out()
     per_token = np.array((rollout.old_logprobs - rollout.ref_logprobs) * rollout.mask)
     assert run.figures["kl"] == pytest.approx(per_token.sum(axis=1).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("penalty", ["k3", "abs", "mse", "full"])
+def test_the_kl_reported_and_controlled_is_in_nats_whatever_the_penalty(setting, penalty):
+    figures = []
+    for words in ([], ["--kl-penalty", penalty]):
+        run = setting(*words)
+        run.displace()
+        rollout = run.roll_out()
+        figures.append(run.figures["kl"])
+    assert figures[0] == figures[1] != 0
+    assert abs(ppo.sum_per_completion(rollout.kl, rollout.mask).mean().item() - figures[0]) > 1e-3
+
+
+@pytest.mark.parametrize("advantage", ["group", "rloo"])
+def test_the_kl_in_the_loss_obeys_the_penalty(setting, advantage):
+    gradients = []
+    for words in ([], ["--kl-penalty", "k3"], ["--kl-penalty", "mse"]):
+        run = setting("--advantage", advantage, *words)
+        run.displace()
+        rollout = run.roll_out(lambda prompts, completions: [0.0] * len(completions))
+        gradients.append(run.gradient(rollout, kl_coef=1.0)[2])
+    assert_close(gradients[1], gradients[0], 1e-6)
+    with pytest.raises(AssertionError):
+        assert_close(gradients[2], gradients[0], 0.01)
 
 
 # --- padding, order, batch mates ---
@@ -409,7 +458,7 @@ def test_gradient_accumulation_equals_the_large_batch(setting, kind):
 
 
 def with_completions(monkeypatch, completions):
-    monkeypatch.setattr(ppo_training, "sample", lambda *args: completions)
+    monkeypatch.setattr(ppo_learner, "sample", lambda *args: completions)
 
 
 def test_tokens_after_eos_are_neither_scored_nor_trained(setting, monkeypatch):
@@ -430,13 +479,13 @@ def test_logits_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
     run = setting("--advantage", "gae", "--entropy-coef", 0.01)
     run.displace()
     rollout = run.roll_out()
-    advantages, returns = ppo_step.advantages_and_returns(run.args, rollout, 0.1)
+    advantages, returns = advantages_and_returns(rollout, run.settings, 0.1)
     logits, values = run.policy(rollout.tokens, rollout.positions)
     denominator = rollout.mask.sum()
 
     def loss(logits, values):
         return ppo_step.policy_loss(
-            run.args, logits, values, rollout, advantages, returns, denominator, mx.array(0.1)
+            run.settings, logits, values, rollout, advantages, returns, denominator, mx.array(0.1)
         )[0]  # fmt: skip
 
     by_logits, by_values = (np.array(array) for array in mx.grad(loss, argnums=(0, 1))(logits, values))
@@ -459,7 +508,7 @@ def estimates(scores, lengths, values=0.0, *words):
     ids = {"tokens": nothing, "positions": nothing, "completions": nothing, "mask": mask}
     logprobs = {"old_logprobs": nothing, "ref_logprobs": nothing, "kl": nothing}
     rollout = Rollout(**ids, **logprobs, old_values=nothing + values, scores=mx.array(scores))
-    found = ppo_step.advantages_and_returns(parse("--ground-truth-reward", *words), rollout, 0.1)
+    found = advantages_and_returns(rollout, settings_of(*words), 0.1)
     return [array.tolist() for array in found]
 
 
@@ -476,10 +525,28 @@ def test_a_score_that_all_have_more_of_changes_nothing(values):
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_under_a_discount_the_mean_stands_where_a_value_does():
-    """γ ½, λ 1: the advantage of a score two tokens ahead is half of it, less the value: the head's 0 and the mean."""
+def test_under_a_discount_the_mean_is_discounted_from_the_last_token():
+    """γ ½, λ 1: one token before the last, score 1 is worth ½ and the mean of ½ is worth ¼; at the last, 1 and ½."""
     _, returns = estimates([1.0, 0.0], [2, 1], 0.0, "--gamma", "0.5")
-    np.testing.assert_allclose(returns, [[0.5 - 0.5, 1 - 0.5], [0 - 0.5, 0.0]], atol=1e-7)
+    np.testing.assert_allclose(returns, [[0.5 - 0.25, 1 - 0.5], [0 - 0.5, 0.0]], atol=1e-7)
+
+
+def test_under_a_discount_equal_scores_give_no_advantage_that_grows_towards_the_end():
+    """With one score for all, the mean foretold all there is: nothing is left that follows the tokens to come."""
+    _, returns = estimates([1.0, 1.0, 1.0], [4, 2, 3], 0.0, "--gamma", "0.9")
+    np.testing.assert_allclose(returns, np.zeros((3, 4)), atol=1e-6)
+
+
+@pytest.mark.parametrize("gae_lambda", [1.0, 0.9])
+def test_without_centring_values_are_the_head_s_alone_as_in_trl(gae_lambda):
+    scores, lengths, gamma = [1.0, 0.25], [3, 2], 0.95
+    values = np.array([[0.3, -0.2, 0.1], [0.2, 0.4, 0.0]])
+    words = ["--no-center-values", "--gamma", gamma, "--gae-lambda", gae_lambda]
+    advantages, returns = estimates(scores, lengths, mx.array(values), *words)
+    mask, rewards = np.array([[1, 1, 1], [1, 1, 0]]), np.array([[0, 0, 1.0], [0, 0.25, 0]])
+    plain, expected = numpy_ppo.gae(rewards, values * mask, mask, gamma, gae_lambda)
+    np.testing.assert_allclose(returns, expected, atol=1e-6)
+    np.testing.assert_allclose(advantages, numpy_ppo.whiten(plain, mask, center=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("advantage", ["gae", "group"])
@@ -497,7 +564,7 @@ def test_an_empty_completion_is_one_score_of_its_own(setting, monkeypatch, advan
     assert given[0] == given[2] == "" != given[1]
     assert rollout.scores.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert rollout.mask.sum(axis=1).tolist() == [1, 2, 1, 2]
-    advantages, _ = ppo_step.advantages_and_returns(run.args, rollout, 0.0)
+    advantages, _ = advantages_and_returns(rollout, run.settings, 0.0)
     # The lowest score is at the EOS that ended a completion at once, and its advantage is the lowest.
     assert np.argmin(np.array(advantages[:, 0])) == 0 and advantages[0, 0].item() < -0.5
     assert largest(policy_gradient(run.gradient(rollout)[2])) > 0
@@ -521,7 +588,7 @@ def logits_of(model, rollout, prefix=0):
 
 def reference_of(run, rollout):
     prefix = soft_prompt_ids(run.trainee.model)
-    return np.array(ppo_training.reference_logits(run.args, run.reference, rollout.tokens, rollout.positions, prefix))
+    return np.array(reference_logits(run.settings, run.reference, rollout.tokens, rollout.positions, prefix))
 
 
 @pytest.mark.parametrize("words", [[], ["--use-peft"]], ids=["own adapter", "adapter off"])
@@ -597,7 +664,7 @@ def test_a_reward_model_that_is_an_adapter_shares_the_base(setting, folder, tmp_
     args = parse("--reward-model", tmp_path / "reward", "--model", folder)
     reward_model = load_reward_model(args.reward_model[0], loaded)
     assert base <= {id(array) for _, array in tree_flatten(reward_model.scoring.model.parameters())}
-    trainee, _ = ppo_training.build_policies(args, loaded)
+    trainee, _ = policies_of(args, loaded)
     assert base <= {id(array) for _, array in tree_flatten(trainee.model.parameters())}
     before = reward_model.reward(["2"], [" 4"])
     trainee.model.load_weights(
@@ -614,13 +681,13 @@ def test_the_temperature_enters_every_logprob_alike(setting, monkeypatch, temper
     run = setting("--temperature", temperature)
     run.displace()
     seen = []
-    real = ppo_training.sample
+    real = ppo_learner.sample
 
     def recorded(*args):
         seen.append(args[4])
         return real(*args)
 
-    monkeypatch.setattr(ppo_training, "sample", recorded)
+    monkeypatch.setattr(ppo_learner, "sample", recorded)
     rollout = run.roll_out()
     assert seen == [temperature]
     ids = rollout.completions[..., None]
@@ -660,7 +727,7 @@ def test_logprobs_and_values_are_those_of_a_plain_forward_pass(setting, kind):
 @pytest.mark.parametrize("kind", ["lora", "soft prompt"])
 def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
     run = setting(*KINDS[kind])
-    real, ids, encoded = ppo_training.sample, [], []
+    real, ids, encoded = ppo_learner.sample, [], []
 
     def recorded(*args):
         ids.extend(real(*args))
@@ -676,7 +743,7 @@ def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
             encoded.append(text)
             return run.loaded.tokenizer.encode(text)
 
-    monkeypatch.setattr(ppo_training, "sample", recorded)
+    monkeypatch.setattr(ppo_learner, "sample", recorded)
     run.tokenizer = Tokenizer()
     prompts, completions = sampled(run, run.roll_out())
     assert completions == ids
@@ -706,7 +773,7 @@ def test_dropout_is_off_though_the_resumed_adapter_has_one(setting, trained_adap
 def test_an_update_that_is_not_finite_is_skipped_and_touches_nothing(setting, what):
     run = setting("--ppo-epochs", 2)  # 4 updates
     rollout = run.roll_out()
-    real = loss_and_gradients(run.policy, ppo_training.make_loss(run.args))
+    real = run.learner().gradients_of
     history = []
 
     def spoiled(*arrays):
@@ -743,6 +810,45 @@ def test_past_the_target_kl_a_step_s_updates_end(setting):
     assert (stats["updates"], stats["skipped_updates"]) == (1, 0)
     generous = setting("--target-kl", 1e3, "--ppo-epochs", 3)
     assert generous.optimise(rollout)["updates"] == 6
+
+
+@pytest.mark.parametrize("words", [["--target-kl", 1e-9], ["--ratio-threshold", 1e-9]], ids=["stops", "skips"])
+def test_updates_that_are_not_made_do_not_delay_the_learning_rate(flags, monkeypatch, words):
+    """Of the last step at least the first update is made, where nothing rejects it: at its own place in the plan."""
+    seen, real = [], ppo_learner.update
+
+    def recorded(policy, optimizer, loss, gradients, limit, planned):
+        norm = real(policy, optimizer, loss, gradients, limit, planned)
+        seen.append((planned, optimizer.optimizers[0].learning_rate.item()))
+        return norm
+
+    monkeypatch.setattr(ppo_learner, "update", recorded)
+    if "--ratio-threshold" in words:
+        rejected = ppo_step.rejected
+        monkeypatch.setattr(
+            ppo_step, "rejected", lambda settings, stats: rejected(settings, stats) if len(seen) % 2 else ""
+        )
+    rate = ["--lr-schedule", "linear", "--learning-rate", 1e-3, "--mini-batch-size", 4]
+    call(ppo_training.main, *flags(*rate, *words))
+    total = 4 * 2 * 2  # steps, epochs, mini batches
+    assert len(seen) < total and seen[-1][0] >= total - 4
+    assert [rate for _, rate in seen] == pytest.approx([1e-3 * (1 - planned / total) for planned, _ in seen])
+
+
+def test_a_scoring_pass_takes_what_an_update_pass_takes(monkeypatch, setting):
+    run = setting("--gradient-accumulation-steps", 2)
+    vocabulary = run.trainee.model.lm_head.weight.shape[0]
+    monkeypatch.setattr(ppo_learner, "SCORED_LOGITS", 6 * 16 * vocabulary)
+    sizes = [rows_to_score(run.settings, run.trainee.model, length) for length in (32, 16, 8)]
+    assert sizes == [4, 6, 12]  # half of a mini batch of 8, or what the logits allow
+
+
+def test_the_entropy_reported_is_the_rollout_s_with_a_bonus_too(flags):
+    for name, coef in (("plain", 0.0), ("bonus", 1e-9)):
+        call(ppo_training.main, *flags("--entropy-coef", coef, "--num-steps", 1, run=name))
+    plain, bonus = (read_metrics(name)[0] for name in ("plain", "bonus"))
+    assert bonus["entropy"] == plain["entropy"]
+    assert list(bonus) == list(plain)
 
 
 def test_past_the_ratio_threshold_an_update_is_skipped(setting):
@@ -788,18 +894,18 @@ def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monk
     kl = mx.zeros_like(mask)
     scores = mx.array([0.1, 0.5, 0.9, 0.3])
     rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores)
-    args = parse("--ground-truth-reward", "--batch-size", 4, "--mini-batch-size", 4)
-    advantages, returns = ppo_step.advantages_and_returns(args, rollout, 0.0)
+    settings = settings_of("--batch-size", 4, "--mini-batch-size", 4)
+    advantages, returns = advantages_and_returns(rollout, settings, 0.0)
     monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: False)
-    plain = loss_and_gradients(policy, ppo_training.make_loss(args))
+    plain = loss_and_gradients(policy, make_loss(settings))
     monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: True)
-    compiled = loss_and_gradients(policy, ppo_training.make_loss(args))
+    compiled = loss_and_gradients(policy, make_loss(settings))
     optimizer = make_optimizer(0.1, 10)
     optimizer.init(policy.trainable_parameters())
     for kl_coef in (0.0, 0.5):
         pieces = np.split(np.arange(4), 2)
         results = [
-            ppo_training.accumulate(function, rollout, advantages, returns, pieces, mx.array(kl_coef))
+            accumulate(function, rollout, advantages, returns, pieces, mx.array(kl_coef))
             for function in (plain, compiled)
         ]
         (loss, stats, gradients), (other_loss, other_stats, others) = results
@@ -808,6 +914,32 @@ def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monk
         assert_close(flat(others), flat(gradients))
         update(policy, optimizer, loss, gradients, None)
     assert stats["approx_kl"] > 1e-3  # the second time round the weights had moved
+
+
+# --- from Python ---
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_train_ppo_is_the_script_without_files(flags, folder, advantage):
+    call(ppo_training.main, *flags("--advantage", advantage))
+    loaded = load(str(folder))
+    settings = PPOSettings(
+        num_steps=4, batch_size=8, mini_batch_size=4, num_generations=4, max_completion_length=6, advantage=advantage
+    )
+    policy, reference = build_policies(loaded, settings, AdapterConfig())
+    rule = DigitRule()
+    history = train_ppo(policy, reference, loaded.tokenizer, digit_prompts(rule), digit_reward(rule), settings)
+    rows = [{name: value for name, value in row.items() if name not in (*TIMES, "step")} for row in rows_of("run")]
+    assert [{name: value for name, value in row.items() if name not in TIMES} for row in history] == rows
+    saved = read_adapter("run_adapter").weights
+    assert all(mx.array_equal(saved[name], array) for name, array in tree_flatten(policy.model.trainable_parameters()))
+
+
+def test_train_ppo_refuses_settings_that_do_not_fit(setting):
+    run = setting()
+    settings = PPOSettings(batch_size=30)
+    with pytest.raises(UserError, match="--batch-size 30 is not divisible by --mini-batch-size 64"):
+        train_ppo(run.trainee, run.reference, run.tokenizer, ["2"], mixed_scores, settings)
 
 
 # --- whole runs ---
@@ -881,18 +1013,23 @@ def test_a_fixed_kl_coefficient_stays(flags):
 
 
 def test_skipped_updates_are_said(flags, monkeypatch, capsys):
-    real, steps = ppo_training.optimise, []
+    real, steps = PPOLearner.update, []
 
-    def spoiled(args, step, policy, optimizer, gradients_of, *rest):
+    def spoiled(learner, step, *rest):
+        gradients_of = learner.gradients_of
+
         def poisoned(*arrays):
             (loss, stats), gradients = gradients_of(*arrays)
             return (loss * float("nan") if step == 1 else loss, stats), gradients
 
-        stats = real(args, step, policy, optimizer, poisoned, *rest)
-        steps.append([np.array(array).tobytes() for _, array in tree_flatten(policy.trainable_parameters())])
+        learner.gradients_of = poisoned
+        stats = real(learner, step, *rest)
+        learner.gradients_of = gradients_of
+        weights = tree_flatten(learner.policy.trainable_parameters())
+        steps.append([np.array(array).tobytes() for _, array in weights])
         return stats
 
-    monkeypatch.setattr(ppo_training, "optimise", spoiled)
+    monkeypatch.setattr(PPOLearner, "update", spoiled)
     call(ppo_training.main, *flags())
     assert steps[0] == steps[1] != steps[2]
     assert "step 2: 4 updates skipped (not finite" in capsys.readouterr().out
@@ -953,12 +1090,10 @@ def test_samples_of_the_first_step_of_the_last_and_of_some_between(flags):
 
 
 def test_samples_are_spread_over_the_batch():
-    args = parse("--ground-truth-reward", "--batch-size", 128)
     numbers = list(range(128))
     texts = list(map(str, numbers))
     scored = Scored(texts, texts, list(map(float, numbers)), {})
-    assert [row["score"] for row in ppo_step.sample_rows(args, 1, scored)] == list(range(0, 128, 16))
-    assert ppo_step.sample_rows(args, 2, scored) == []
+    assert [row["score"] for row in ppo_loop.sample_rows(scored)] == list(range(0, 128, 16))
 
 
 def test_a_failing_reward_function_is_one_line(flags, tmp_path, capsys):
@@ -977,7 +1112,7 @@ def test_an_adapter_with_nothing_to_train_is_refused(flags, folder, tmp_path, ca
     config = AdapterConfig("none", model=str(folder))
     attach_adapter(loaded.model, config)
     save_adapter(tmp_path / "head", loaded.model, config, new_value_head(loaded.model))
-    assert "head is a value head alone" in fails(capsys, ppo_training.main, *flags("--resume-file", "head"))
+    assert "is a value head alone" in fails(capsys, ppo_training.main, *flags("--resume-file", "head"))
     assert not Path("run").exists()
 
 
@@ -1030,7 +1165,7 @@ class Killed(BaseException):
 
 def during_step(monkeypatch, step, action):
     """Do something in the rollout of a step, from 1."""
-    real, rollouts = ppo_training.roll_out, []
+    real, rollouts = ppo_loop.roll_out, []
 
     def interrupted(*args):
         rollouts.append(args)
@@ -1038,7 +1173,7 @@ def during_step(monkeypatch, step, action):
             action()
         return real(*args)
 
-    monkeypatch.setattr(ppo_training, "roll_out", interrupted)
+    monkeypatch.setattr(ppo_loop, "roll_out", interrupted)
 
 
 def die():
@@ -1088,6 +1223,18 @@ def test_the_reference_of_a_resumed_run_is_where_the_run_began(flags, monkeypatc
     call(ppo_training.main, "--resume", "cut")
     assert rows_of("cut") == rows_of("whole")
     assert rows_of("whole")[-1]["kl"] != 0
+
+
+def test_a_resumed_run_is_extended_by_more_steps(flags, capsys):
+    words = ["--lr-schedule", "constant", "--steps-per-samples", 0]
+    call(ppo_training.main, *flags(*words, run="whole"))
+    call(ppo_training.main, *flags(*words, "--num-steps", 2, run="short"))
+    call(ppo_training.main, "--resume", "short", "--num-steps", 4)
+    assert "short is extended from 2 to 4 steps" in capsys.readouterr().out
+    assert rows_of("short") == rows_of("whole") and state_of("short") == state_of("whole")
+    assert json.loads(Path("short/config.json").read_text(encoding="utf-8"))["num_steps"] == 4
+    line = fails(capsys, ppo_training.main, "--resume", "short", "--num-steps", 3)
+    assert line == "--num-steps 3 is less than the 4 of short; a resumed run can only be extended"
 
 
 def test_resuming_a_finished_run_changes_nothing(flags):

@@ -1,6 +1,5 @@
 """Which prompts PPO gets: starts of the digit rule, rows of a file, and their order."""
 
-import argparse
 import json
 from collections import Counter
 
@@ -9,7 +8,9 @@ import pytest
 from common.errors import UserError
 from data.digits import DigitRule, digit_prompts, held_out_starts, starts
 from data.prompts import PromptPlan, read_prompts
+from training.ppo_flags import choose_prompts, ppo_parser
 from training.ppo_step import Prompts
+from training.settings import PPOSettings
 
 EVEN = DigitRule(increasing=True, multiple_of=2)
 RULES = [DigitRule(up, n) for up in (True, False) for n in (1, 2, 3, 4, 5, 7, 8, 10, 50, 100)]
@@ -91,30 +92,29 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert PromptPlan(prompts, seed=2).batch(0, 8) != in_order[0]
 
 
-def flags(**changed):
-    settings = {
-        "prompts": None, "decreasing": False, "multiple_of": 2, "advantage": "gae", "num_generations": 4,
-        "batch_size": 8, "seed": 0,
-    }  # fmt: skip
-    return argparse.Namespace(**{**settings, **changed})
+def batch_of(**changed):
+    """The prompts of the first step under these settings."""
+    settings = PPOSettings(batch_size=8, mini_batch_size=8, num_generations=4, **changed)
+    return Prompts(digit_prompts(EVEN), settings).batch(0)
 
 
 def test_gae_takes_a_prompt_per_completion():
-    batch = Prompts(flags()).batch(0)
+    batch = batch_of()
     assert len(batch) == 8 == len(set(batch))
 
 
 @pytest.mark.parametrize("advantage", ["group", "rloo"])
 def test_the_completions_of_a_group_s_prompt_stand_side_by_side(advantage):
-    batch = Prompts(flags(advantage=advantage)).batch(0)
+    batch = batch_of(advantage=advantage)
     assert len(batch) == 8 and len(set(batch)) == 2
     assert batch == [batch[0]] * 4 + [batch[4]] * 4
 
 
 def test_the_flags_choose_the_prompts(tmp_path):
-    assert all(int(prompt) % 7 == 0 and int(prompt) >= 100 for prompt in Prompts(
-        flags(decreasing=True, multiple_of=7)
-    ).batch(0))  # fmt: skip
+    def chosen(*words):
+        return choose_prompts(ppo_parser("").parse_args([str(word) for word in words]), None)
+
+    assert all(int(prompt) % 7 == 0 and int(prompt) >= 100 for prompt in chosen("--decreasing", "--multiple-of", 7))
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
-    assert set(Prompts(flags(prompts=path)).batch(0)) == {"x", "y"}
+    assert chosen("--prompts", path) == ["x", "y"]

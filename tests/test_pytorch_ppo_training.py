@@ -19,9 +19,10 @@ from common.errors import UserError
 from models import torch_adapters, torch_loading
 from models.adapter_config import AdapterConfig
 from models.torch_value_head import ValueHead
-from tests.scripts import ROOT, call, fails
+from tests.scripts import ROOT, call, fails, read_samples
 from tests.torch_models import random_llama
-from training.metrics import read_metrics, read_samples
+from training import torch_ppo_learner
+from training.metrics import read_metrics
 
 SMALL = ("--batch-size", 8, "--mini-batch-size", 4, "--max-completion-length", 6, "--device", "cpu", "--save-every", 1)
 RATE = ("--lr-schedule", "cosine", "--warmup-steps", 3)
@@ -98,7 +99,7 @@ def contents(folder):
 
 def stop_by_signal(monkeypatch):
     """SIGTERM while the second rollout is sampled: the step is ended and saved."""
-    calls, sample = [], script.sample
+    calls, sample = [], torch_ppo_learner.sample
 
     def sample_and_stop(*args):
         calls.append(1)
@@ -106,12 +107,12 @@ def stop_by_signal(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return sample(*args)
 
-    monkeypatch.setattr(script, "sample", sample_and_stop)
+    monkeypatch.setattr(torch_ppo_learner, "sample", sample_and_stop)
 
 
 def kill(monkeypatch):
     """As if killed in the third update, long after the last checkpoint."""
-    calls, update = [], script.update
+    calls, update = [], torch_ppo_learner.update
 
     def update_and_die(*args):
         calls.append(1)
@@ -119,7 +120,7 @@ def kill(monkeypatch):
             raise KeyboardInterrupt
         return update(*args)
 
-    monkeypatch.setattr(script, "update", update_and_die)
+    monkeypatch.setattr(torch_ppo_learner, "update", update_and_die)
 
 
 @pytest.mark.parametrize("stop", [stop_by_signal, kill])

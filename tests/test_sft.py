@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,9 @@ from data.chat import render
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
-from models.value_head import ScoringModel, new_value_head
+from models.value_head import ScoringModel, new_value_head, save_value_head
 from tests.scripts import ROOT, call, fails
-from training import optimizer
+from training import optimizer, sft_loop
 from training.metrics import read_metrics
 from training.objectives import LanguageModelling, RewardModelling
 from training.plots import plot_run
@@ -295,19 +296,57 @@ def test_training_goes_on_with_dropout_after_an_evaluation(flags, monkeypatch):
     monkeypatch.setattr(LanguageModelling, "loss", recorded)
     monkeypatch.setattr(optimizer, "compiling_pays", lambda: False)  # a compiled loss is called once a shape
     call(sft.main, *flags("--train", "--val-batches", 1, "--lora-dropout", 0.1))
-    # Validation before step 1, after steps 4 and 6, and of everything (5 batches) at the end.
-    assert modes == [False, *[True] * 4, False, *[True] * 2, False, *[False] * 5]
+    # Validation of one batch before step 1, after steps 4 and 6, and for the summary.
+    assert modes == [False, *[True] * 4, False, *[True] * 2, False, False]
 
 
 def test_val_batches_is_a_number_of_batches(loaded, data):
     objective = language_modelling(loaded, data / "sft_valid.jsonl", batch_size=4)
-    batches = [objective.loss(loaded.model, *arrays)[1] for arrays in objective.batches()]
-    assert len(batches) == 5
-    for count, used in ((2, batches[:2]), (-1, batches), (9, batches)):
+    for count, batches in ((2, 2), (-1, 5), (9, 5)):
+        used = [objective.loss(loaded.model, *arrays)[1] for arrays in objective.batches(count)]
+        assert len(used) == batches
         loss, accuracy = sft.evaluate(loaded.model, objective, count)
         tokens = sum(figures.count.item() for figures in used)
         assert loss == pytest.approx(sum(figures.loss.item() for figures in used) / tokens, rel=1e-5)
         assert accuracy == pytest.approx(sum(figures.correct.item() for figures in used) / tokens, rel=1e-5)
+
+
+def rows_seen(objective, count):
+    """The token ids of `count` batches of a validation, row by row."""
+    eos = objective.tokenizer.eos_token_id
+    rows = [row for arrays in objective.batches(count) for row in arrays[0].tolist()]
+    return [tuple(row[: row.index(eos) + 1]) for row in rows]
+
+
+def test_a_validation_of_some_rows_is_of_all_lengths_and_always_the_same(loaded, data, tmp_path):
+    texts = [{"text": " ".join(["2"] * (1 + index // 4))} for index in range(40)]  # lengths 1 to 10, four of each
+    objective = language_modelling(loaded, write_rows(tmp_path / "a.jsonl", texts))
+    some = rows_seen(objective, 3)
+    lengths = sorted(len(row) for row in some)
+    assert len(some) == 12 and lengths[0] <= 4 and lengths[-1] >= 10  # the 12 shortest end at 5 tokens
+    assert [len(row) for row in some] == lengths  # neighbours in length share a batch
+    objective.batch(3)
+    assert rows_seen(objective, 3) == some
+    other_seed = LanguageModelling(loaded.tokenizer, [], 4, 2048, seed=7)
+    other_seed.read(tmp_path / "a.jsonl")
+    assert rows_seen(other_seed, 3) == some
+    assert len(rows_seen(objective, -1)) == 40
+
+
+def test_a_reward_model_s_validation_is_of_all_lengths_too(loaded, tmp_path):
+    rows = [{"chosen": " ".join(["2"] * (1 + index // 2)), "rejected": "4"} for index in range(40)]
+    objective = reward_modelling(loaded, write_rows(tmp_path / "a.jsonl", rows))
+    longest = [max(int(length) for length in arrays[1].tolist()) for arrays in objective.batches(2)]
+    assert len(longest) == 2 and longest[1] > 12  # of the eight shortest none is above 6
+    assert longest == [max(int(n) for n in arrays[1].tolist()) for arrays in objective.batches(2)]
+
+
+def test_the_last_point_of_the_curve_is_the_summary_s(flags):
+    call(sft.main, *flags("--train", "--val-batches", 2))
+    summary = json.loads(Path("run/summary.json").read_text(encoding="utf-8"))
+    assert [summary[name] for name in ("valid_loss", "valid_accuracy")] == [
+        curve("run", name)[-1] for name in ("valid_loss", "valid_accuracy")
+    ]
 
 
 # --- whole runs ---
@@ -377,15 +416,15 @@ def test_test_reports_the_loss_of_the_adapter_on_the_test_rows(flags, loaded, da
 
 def test_a_loss_that_is_not_finite_skips_the_update_and_says_so(flags, monkeypatch, capsys):
     weights: list[list[bytes]] = []
-    real = sft.update
+    real = sft_loop.update
 
-    def spoiled(module, optimizer, loss, by_name, limit):
+    def spoiled(module, optimizer, loss, by_name, limit, planned):
         bad = len(weights) == 2
-        norm = real(module, optimizer, mx.array(float("nan")) if bad else loss, by_name, limit)
+        norm = real(module, optimizer, mx.array(float("nan")) if bad else loss, by_name, limit, planned)
         weights.append([np.array(array).tobytes() for _, array in tree_flatten(module.trainable_parameters())])
         return norm
 
-    monkeypatch.setattr(sft, "update", spoiled)
+    monkeypatch.setattr(sft_loop, "update", spoiled)
     call(sft.main, *flags("--train"))
     assert weights[2] == weights[1] != weights[3]
     assert "step 3: the loss or gradient is not finite; the update is skipped" in capsys.readouterr().out
@@ -515,6 +554,21 @@ def test_a_reward_model_of_given_pairs_and_its_test(flags, tmp_path, capsys):
     assert "test_accuracy: 1.0000" in capsys.readouterr().out
 
 
+def test_a_reward_model_without_a_trained_head_is_not_tested(flags, capsys, tiny_folder, tmp_path):
+    """A random head's accuracy is about a half, and says nothing."""
+    words = flags("--reward-model", "--test", base="reward_")
+    assert "has no value head, so there is no reward model to test" in fails(capsys, sft.main, *words)
+    call(sft.main, *flags("--train", run="plain"))
+    adapter = ["--resume-adapter-file", "plain_adapter"]
+    assert "plain_adapter has no value head" in fails(capsys, sft.main, *words, *adapter)
+    # A model that has a head of its own is tested with that.
+    shutil.copytree(tiny_folder, tmp_path / "judge")
+    head = new_value_head(load(str(tiny_folder)).model, std=None)
+    save_value_head(tmp_path / "judge", head)
+    call(sft.main, *flags("--reward-model", "--test", base="reward_", model=tmp_path / "judge"))
+    assert "test_accuracy" in capsys.readouterr().out
+
+
 def test_a_head_goes_on_from_where_it_was(flags):
     words = {"base": "reward_", "lora-layers": 0}
     call(sft.main, *flags("--reward-model", "--train", run="first", **words))
@@ -537,7 +591,7 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, updates):
     """Let the process die in the update after so many."""
-    real, done = sft.update, []
+    real, done = sft_loop.update, []
 
     def deadly(*args):
         done.append(args)
@@ -545,7 +599,7 @@ def kill_after(monkeypatch, updates):
             raise Killed
         return real(*args)
 
-    monkeypatch.setattr(sft, "update", deadly)
+    monkeypatch.setattr(sft_loop, "update", deadly)
 
 
 @pytest.mark.parametrize("kind", RESUMABLE)
@@ -568,7 +622,7 @@ def test_a_stop_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, st
     """Between reports too: what a report sums up so far is part of the checkpoint."""
     words = {"iters": 9, "steps-per-report": 4}
     call(sft.main, *flags("--train", run="whole", **words))
-    real, updates = sft.update, []
+    real, updates = sft_loop.update, []
 
     def interrupted(*args):
         updates.append(args)
@@ -577,7 +631,7 @@ def test_a_stop_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, st
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "update", interrupted)
+        patch.setattr(sft_loop, "update", interrupted)
         with pytest.raises(Stopped, match=f"{stopped_at} of 9 steps.*--resume cut"):
             call(sft.main, *flags("--train", run="cut", **words))
     assert not Path("cut_adapter").exists()
@@ -587,13 +641,13 @@ def test_a_stop_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, st
 
 
 def test_skipped_updates_are_counted_across_a_stop(flags, monkeypatch):
-    real = sft.update
+    real = sft_loop.update
 
-    def skipping(module, optimizer, loss, by_name, limit):
-        return real(module, optimizer, mx.array(float("nan")), by_name, limit)
+    def skipping(module, optimizer, loss, by_name, limit, planned):
+        return real(module, optimizer, mx.array(float("nan")), by_name, limit, planned)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft, "update", skipping)
+        patch.setattr(sft_loop, "update", skipping)
         kill_after(patch, 4)
         with pytest.raises(Killed):
             call(sft.main, *flags("--train", run="cut"))
@@ -615,7 +669,7 @@ def test_a_process_stopped_by_sigterm_goes_on_as_if_never_stopped(flags, kind):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "go on with: python sft.py --resume cut" in output and "Traceback" not in output
+    assert "continue with: python sft.py --resume cut" in output and "Traceback" not in output
     done = max(row["step"] for row in read_metrics("cut"))
     assert 2 <= done < 100
     call(sft.main, "--resume", "cut")
@@ -625,6 +679,38 @@ def test_a_process_stopped_by_sigterm_goes_on_as_if_never_stopped(flags, kind):
     )
     assert arrays_of("cut_adapter") == arrays_of("whole_adapter")
     assert rows_of("cut") == rows_of("whole")
+
+
+def test_a_resumed_run_is_extended_by_more_iterations(flags, capsys):
+    words = {"lr-schedule": "constant", "steps-per-report": 3}
+    call(sft.main, *flags("--train", run="whole", iters=9, **words))
+    call(sft.main, *flags("--train", run="short", iters=6, **words))
+    call(sft.main, "--resume", "short", "--iters", 9)
+    assert "short is extended from 6 to 9 steps" in capsys.readouterr().out
+    assert arrays_of("short_adapter") == arrays_of("whole_adapter")
+    assert curve("short", "train_loss") == curve("whole", "train_loss")
+    assert json.loads(Path("short/config.json").read_text(encoding="utf-8"))["iters"] == 9
+    assert "--iters 8 is less than the 9 of short" in fails(capsys, sft.main, "--resume", "short", "--iters", 8)
+
+
+def test_an_extended_run_s_rate_decays_to_0_at_its_new_end(flags):
+    call(sft.main, *flags("--train", iters=4, **{"lr-schedule": "linear", "learning-rate": 1e-3}))
+    assert curve("run", "learning_rate") == pytest.approx([0.75e-3, 0.25e-3])
+    call(sft.main, "--resume", "run", "--iters", 8)
+    assert curve("run", "learning_rate")[2:] == pytest.approx([3 / 8 * 1e-3, 1 / 8 * 1e-3])
+
+
+def test_a_skipped_update_does_not_delay_the_schedule(flags, monkeypatch):
+    real, seen = sft_loop.update, []
+
+    def spoiled(module, optimizer, loss, by_name, limit, planned):
+        seen.append(planned)
+        return real(module, optimizer, mx.array(float("nan")) if planned in (1, 2) else loss, by_name, limit, planned)
+
+    monkeypatch.setattr(sft_loop, "update", spoiled)
+    call(sft.main, *flags("--train", **{"lr-schedule": "linear", "learning-rate": 1e-3}))
+    assert seen == list(range(6))
+    assert curve("run", "learning_rate")[-1] == pytest.approx(1e-3 / 6)
 
 
 def test_resuming_a_finished_run_changes_nothing(flags):

@@ -1,6 +1,6 @@
 """PyTorch against MLX: the same weights and the same rollout give the same numbers, and files go both ways.
 
-What is compared are the scripts' own stages, ppo_training.py against pytorch_ppo_training.py, in float32.
+What is compared are the stages of both, training/ppo_learner.py against training/torch_ppo_learner.py, in float32.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 from mlx.utils import tree_flatten, tree_unflatten
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
-import ppo_training as mlx_script
 import pytorch_ppo_training as torch_script
 from common.errors import UserError
+from data.digits import DigitRule
 from models import (
     adapters,
     generation,
@@ -33,7 +33,10 @@ from rewards.digits import digit_reward
 from rewards.reward_model import load_reward_model
 from rewards.torch_reward_model import load_reward_model as load_torch_reward_model
 from tests.torch_models import TOKENIZER, random_llama
-from training import optimizer, ppo, ppo_flags, ppo_step, torch_optimizer
+from training import optimizer, ppo, ppo_flags, ppo_learner, ppo_loop, torch_optimizer, torch_ppo_learner
+from training.advantages import advantages_and_returns
+from training.flags import adapter_settings
+from training.rollout import Rollout
 
 TOLERANCE = 1e-5
 CPU = torch.device("cpu")
@@ -96,14 +99,20 @@ def flags(base, *words):
     return ppo_flags.ppo_parser("").parse_args(words)
 
 
-class Side:
-    """One script with its policy and reference, and the value head that both have."""
+def policies_of(stages, args, loaded):
+    adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
+    return stages.build_policies(loaded, ppo_flags.ppo_settings(args), adapter)
 
-    def __init__(self, script, args, head_weight):
-        self.script, self.args = script, args
-        self.is_mlx = script is mlx_script
+
+class Side:
+    """One framework with its policy and reference, and the value head that both have."""
+
+    def __init__(self, is_mlx, args, head_weight):
+        self.is_mlx = is_mlx
         self.loaded = loading.load(args.model) if self.is_mlx else torch_loading.load(args.model, CPU)
-        self.trainee, self.reference = script.build_policies(args, self.loaded)
+        self.settings = ppo_flags.ppo_settings(args)
+        self.stages = ppo_learner if self.is_mlx else torch_ppo_learner
+        self.trainee, self.reference = policies_of(self.stages, args, self.loaded)
         if self.trainee.value_head is not None and self.is_mlx:
             self.trainee.value_head.weight = mx.array(head_weight)
         elif self.trainee.value_head is not None:
@@ -115,22 +124,21 @@ class Side:
             self.optimizer.init(self.trainee.module.trainable_parameters())
         else:
             self.optimizer = torch_optimizer.make_optimizer(self.trainee.module, *settings)
-        module = optimizer if self.is_mlx else torch_optimizer
-        self.gradients_of = module.loss_and_gradients(self.trainee.module, script.make_loss(args))
+        source = self.loaded.tokenizer if self.is_mlx else self.loaded
+        policy = self.trainee.module
+        self.learner = self.stages.PPOLearner(policy, self.reference, source, self.optimizer, self.settings)
 
     def roll_out(self, monkeypatch, completions):
-        monkeypatch.setattr(self.script, "sample", lambda *_: completions)
-        source = self.loaded.tokenizer if self.is_mlx else self.loaded
-        reward = digit_reward(ppo_step.digit_rule(self.args))
-        return self.script.roll_out(
-            self.args, self.trainee, self.reference, source, TEXTS, reward, ppo.RunningMoments()
-        )
+        monkeypatch.setattr(self.stages, "sample", lambda *_: completions)
+        reward = digit_reward(DigitRule())
+        return ppo_loop.roll_out(self.learner, self.loaded.tokenizer, TEXTS, reward, ppo.RunningMoments())
 
     def gradients(self, rollout, advantages, returns, kl_coef):
         """Loss, stats, and gradients by name, of one mini batch in two pieces."""
         pieces = [np.array([5, 0]), np.array([3, 6])]
         coef = mx.array(kl_coef) if self.is_mlx else kl_coef
-        loss, stats, found = self.script.accumulate(self.gradients_of, rollout, advantages, returns, pieces, coef)
+        gradients_of = self.learner.gradients_of
+        loss, stats, found = self.stages.accumulate(gradients_of, rollout, advantages, returns, pieces, coef)
         if self.is_mlx:
             return loss, stats, dict(tree_flatten(found))
         names = [name for name, weight in self.trainee.module.named_parameters() if weight.requires_grad]
@@ -139,9 +147,7 @@ class Side:
         return loss, stats, {to_mlx[0](name): to_mlx[1](name, gradient) for name, gradient in named}
 
     def optimise(self, rollout, advantages, returns, kl_coef):
-        policy = [self.trainee.module] if self.is_mlx else []
-        step = (self.args, 0, *policy, self.optimizer, self.gradients_of)
-        return self.script.optimise(*step, rollout, advantages, returns, kl_coef)
+        return self.learner.update(0, rollout, advantages, returns, kl_coef)
 
     def weights(self):
         module = adapters if self.is_mlx else torch_adapters
@@ -180,7 +186,7 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
     adapter = random_adapter(tmp_path / "adapter", case.split(",")[0], base)
     args = flags(base, "--resume-file", adapter, "--max-grad-norm", "0.5", *CASES[case])
     head = np.random.default_rng(1).normal(0, 0.2, (1, 32)).astype(np.float32)
-    sides = [Side(mlx_script, args, head), Side(torch_script, args, head)]
+    sides = [Side(is_mlx, args, head) for is_mlx in (True, False)]
     found = [side.roll_out(monkeypatch, completions_of(TEXTS)) for side in sides]
     (expected, texts, figures), (actual, torch_texts, torch_figures) = found
     assert torch_texts == texts
@@ -193,13 +199,13 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
         assert abs(figures["kl"]) > 0.01
 
     kl_coef = 0.1
-    estimates = [ppo_step.advantages_and_returns(args, rollout, kl_coef) for rollout, *_ in found]
+    estimates = [advantages_and_returns(rollout, sides[0].settings, kl_coef) for rollout, *_ in found]
     for torch_array, mlx_array in zip(estimates[1], estimates[0], strict=True):
         agree(torch_array, mlx_array)
 
     # The very same arrays go into the update, so that what differs there is the update.
     numbers = [np.array(array) for array in (*expected, *estimates[0])]
-    same = torch_script.Rollout(*(torch.from_numpy(array) for array in numbers[:-2]))
+    same = Rollout(*(torch.from_numpy(array) for array in numbers[:-2]))
     same = same._replace(tokens=same.tokens.long(), positions=same.positions.long())
     inputs = [
         (expected, *estimates[0], kl_coef),
@@ -224,29 +230,30 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_adapter_leaves_the_policy_its_reference(kind, base):
     words = ["--prompt-tuning"] if kind == "soft_prompt" else ["--fine-tune-type", kind]
-    for script, extra in [(torch_script, []), (torch_script, ["--use-peft"])]:
+    for extra in ([], ["--use-peft"]):
         if kind == "soft_prompt" and extra:
             continue
         args = flags(base, *words, *extra, "--lora-layers", "2")
-        trainee, reference = script.build_policies(args, torch_loading.load(base, CPU))
+        trainee, reference = policies_of(torch_ppo_learner, args, torch_loading.load(base, CPU))
+        settings, logits_of = ppo_flags.ppo_settings(args), torch_ppo_learner.reference_logits
         prefix = torch_soft_prompt.soft_prompt_ids(trainee.model)
         tokens = torch.tensor([[*prefix, 1, 20, 21, 22]])
         positions = torch.arange(tokens.shape[1])[None]
         with torch.no_grad():
             logits, values = trainee.module(tokens, positions)
-            assert torch.equal(script.reference_logits(args, reference, tokens, positions, []), logits)
+            assert torch.equal(logits_of(settings, reference, tokens, positions, []), logits)
         assert torch.equal(values, torch.zeros_like(values))
         trainable = {name for name, weight in trainee.model.named_parameters() if weight.requires_grad}
         assert trainable and not any(weight.requires_grad for weight in reference.parameters())
         for weight in trainee.model.parameters():
             weight.data += 0.1 * weight.requires_grad
         with torch.no_grad():
-            moved = script.reference_logits(args, reference, tokens, positions, [])
+            moved = logits_of(settings, reference, tokens, positions, [])
         assert torch.equal(moved, logits)
 
 
 def test_the_reference_shares_the_frozen_weights(base):
-    trainee, reference = torch_script.build_policies(flags(base), torch_loading.load(base, CPU))
+    trainee, reference = policies_of(torch_ppo_learner, flags(base), torch_loading.load(base, CPU))
     own = {id(weight) for weight in trainee.model.parameters() if not weight.requires_grad}
     assert own and own <= {id(weight) for weight in reference.parameters()}
 

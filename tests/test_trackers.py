@@ -7,7 +7,8 @@ import time
 import pytest
 
 from common.files import read_json
-from training.metrics import RunLog, read_metrics, read_samples, start_run_folder
+from tests.scripts import read_samples
+from training.metrics import RunLog, read_metrics, start_run_folder
 
 ROWS = [
     {"score": 0.5, "score_rule": 1.0, "prompt": "2 + 2\n=", "completion": "<b>4</b> | *four*"},

@@ -17,7 +17,7 @@ from models.export.fused import check_free
 from models.loading import load
 from rewards.build import build_reward
 from tests.scripts import ROOT, fails, with_words
-from training import ppo_step
+from training import ppo_flags
 from training.metrics import read_metrics, resumed_config
 from training.transformer_lab import own_flags, reader_line
 
@@ -93,7 +93,7 @@ def test_its_reader_finds_steps_figures_and_a_model(tmp_path, tiny_folder):
 def test_its_conversations_are_prompts_and_what_was_chosen_their_answer(tiny_folder, rows):
     args = flags_of("--custom_hf_dataset", rows, "--ground_truth_reward")
     loaded = load(str(tiny_folder))
-    (prompt,) = set(ppo_step.Prompts(args, loaded.tokenizer).batch(0))
+    (prompt,) = set(ppo_flags.choose_prompts(args, loaded.tokenizer))
     assert encode_prompt(loaded.tokenizer, prompt) == loaded.tokenizer.encode("8 20")  # one BOS, as in chat
     assert build_reward(args, loaded)([prompt] * 3, [" 22", " 22 24", ""]) == [1.0, 0.0, 0.0]
 

@@ -1,4 +1,4 @@
-"""The flag groups that the training scripts share. A flag's default stands in one place, here or in its script."""
+"""The flag groups that the training scripts share, and how a run is resumed."""
 
 import argparse
 import itertools
@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import read_json, write_json
+from training.metrics import resumed_config
 from training.optimizer_groups import OPTIMIZERS
-
-# The optimizer and its learning rate that train each kind of adapter; chosen on the embedded model (docs/sft.md).
-SFT_OPTIMIZERS = {
-    "lora": ("adam", 5e-4),
-    "dora": ("adam", 5e-4),
-    "full": ("adam", 3e-4),
-    "soft_prompt": ("adam", 3e-2),
-    "none": ("adam", 1e-3),
-}
-PPO_OPTIMIZERS = {"lora": ("adam", 5e-4), "dora": ("adam", 5e-4), "full": ("adam", 3e-4), "soft_prompt": ("muon", 0.4)}
+from training.settings import Settings
 
 
 def default_output_dir(script: str) -> str:
@@ -29,7 +22,7 @@ def default_output_dir(script: str) -> str:
 
 
 def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
-    """Which weights are trained, and how an adapter is made. dropout: PPO wants 0, so that the ratio starts at 1."""
+    """Which weights are trained, and how an adapter is made. dropout: PPO needs 0, so that the ratio starts at 1."""
     group = parser.add_argument_group("adapter")
     group.add_argument("--prompt-tuning", action="store_true", help="train a soft prompt instead of LoRA")
     group.add_argument("--num-prompt-tokens", type=int, default=32, help="length of the soft prompt, tokens")
@@ -46,7 +39,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
         default=None,
         help="module names within a layer, such as self_attn.q_proj (default: all)",
     )
-    group.add_argument("--grad-checkpoint", action="store_true", help="work layers out twice to hold less in memory")
+    group.add_argument("--grad-checkpoint", action="store_true", help="recompute activations to save memory")
 
 
 def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -68,9 +61,9 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_optimizer_flags(
-    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]], schedule: str
+    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]]
 ) -> argparse._ArgumentGroup:
-    """Optimizer and learning rate (by the kind of adapter, where the flags are left out), schedule, and clipping.
+    """The fields of `training.settings.Settings`, but for the seed; defaults: by the kind of adapter.
 
     Returns the group, for more of a script's own.
     """
@@ -78,39 +71,65 @@ def add_optimizer_flags(
     kinds = {kind: default for kind, default in defaults.items() if kind != "none"}
     others = [f"{name} for {kind}" for kind, (name, _) in kinds.items() if name != "adam"]
     names = ", ".join(["adam", *others])
-    group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"what turns gradients into steps (default: {names})")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"optimizer (default: {names})")
     rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
     group.add_argument("--learning-rate", type=float, help=f"step size (default: {rates})")
     group.add_argument(
-        "--lr-schedule", choices=("constant", "linear", "cosine"), default=schedule, help="the last two end at 0"
+        "--lr-schedule", choices=("constant", "linear", "cosine"), help="linear and cosine decay to 0 over the run"
     )
-    group.add_argument("--warmup-steps", type=int, default=0, help="steps over which the rate rises from 0")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="decoupled decay of the weights; 0: none")
-    group.add_argument("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm; 0: don't")
+    group.add_argument("--warmup-steps", type=int, help="updates over which the rate rises from 0")
+    group.add_argument("--weight-decay", type=float, help="decoupled weight decay; 0: none")
+    group.add_argument("--max-grad-norm", type=float, help="clip the gradient to this norm; 0: no clipping")
     return group
 
 
-def optimizer_and_rate(args: argparse.Namespace, default: tuple[str, float]) -> tuple[str, float]:
-    """The optimizer and its rate by the flags, or by the default for what is trained.
-
-    Raises UserError for an optimizer without a rate: a step of the one is not what a step of the other is.
-    """
-    name, rate = default
-    if args.learning_rate is None and args.optimizer not in (None, name):
-        raise UserError(f"--optimizer {args.optimizer} has no default rate here; give --learning-rate")
-    return args.optimizer or name, args.learning_rate or rate
+def set_defaults(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """Give the flags that are fields of `settings` their defaults. Raises KeyError for a field without a flag."""
+    actions = {action.dest: action for action in parser._actions}
+    for name, default in settings.defaults().items():
+        actions[name].default = default
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Where a run lies, how it is resumed, and who is told of it."""
+    """Where a run's files go, how it is resumed, and who is told of it."""
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", default=None, help="run folder (default: runs/SCRIPT-TIME)")
-    group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own flags")
+    group.add_argument("--resume", metavar="RUN_FOLDER", help="continue a stopped run, with its own flags")
     group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
     group.add_argument(
         "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    group.add_argument("--seed", type=int, help="seed of everything random")
+
+
+def parse_or_resume(parser: argparse.ArgumentParser, length: str) -> argparse.Namespace:
+    """The flags of this call, or with --resume those of the run it names.
+
+    length: the attribute of how many steps a run has. Given together with --resume, it extends the run.
+    """
+    args = parser.parse_args()
+    if not args.resume:
+        return args
+    run = resumed(args, resumed_config(args.resume))
+    # Parsed anew without that default, so that 200 steps asked for differ from 200 by default.
+    steps = getattr(parser.parse_args(namespace=argparse.Namespace(**{length: None})), length)
+    if steps is not None:
+        extend(run, length, steps)
+    return run
+
+
+def extend(run: argparse.Namespace, length: str, steps: int) -> None:
+    """Give a resumed run more steps, in `run` and in its config.json. Raises UserError for fewer than it had."""
+    planned, flag = getattr(run, length), f"--{length.replace('_', '-')}"
+    if steps < planned:
+        raise UserError(
+            f"{flag} {steps} is less than the {planned} of {run.resume}; a resumed run can only be extended"
+        )
+    if steps > planned:
+        setattr(run, length, steps)
+        config = Path(run.resume) / "config.json"
+        write_json(config, {**read_json(config), length: steps})
+        print(f"{run.resume} is extended from {planned} to {steps} steps; its learning rate schedule now ends there")
 
 
 def resumed(args: argparse.Namespace, config: dict[str, Any]) -> argparse.Namespace:
@@ -127,6 +146,6 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object) -> str:
-    """One line on what is trained, and by which optimizer. sizes: weights that are trained, and all."""
+    """One line on what is trained, and by which optimizer. sizes: number of trainable weights, and of all."""
     (trainable, total), (name, rate) = sizes, optimizer
     return f"training {trainable:,} of {total:,} weights ({kind}) by {name}, learning rate {rate:g}, on {device}"

@@ -134,11 +134,6 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return _read(Path(folder) / "metrics.jsonl")
 
 
-def read_samples(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `samples.jsonl`, if any; a last line cut off by a kill is left out."""
-    return _read(Path(folder) / "samples.jsonl")
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
     # Not splitlines, which also ends a line at characters that JSON leaves as they are.

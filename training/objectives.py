@@ -39,8 +39,15 @@ class Objective(Protocol):
 
     def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
-    def batches(self) -> Iterator[Arrays]: ...
+    def batches(self, count: int = -1) -> Iterator[Arrays]: ...
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
+
+
+def drawn(total: int, size: int) -> np.ndarray:
+    """`size` of `total` indices, the same ones every time and for every seed of a run; all where size is negative."""
+    if size < 0 or size >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(0).permutation(total)[:size])
 
 
 class LanguageModelling:
@@ -82,9 +89,10 @@ class LanguageModelling:
         """tokens (B, L) and targets (B, L - 1) of the batch at `step`."""
         return self._arrays(self.plan.rows(step))
 
-    def batches(self) -> Iterator[Arrays]:
-        """All rows in a fixed order, for evaluation."""
-        order = np.argsort([len(example.tokens) for example in self.examples], kind="stable")
+    def batches(self, count: int = -1) -> Iterator[Arrays]:
+        """For evaluation: `count` batches of rows of all lengths, always the same; -1: all rows."""
+        rows = drawn(len(self.examples), count * self.batch_size)
+        order = rows[np.argsort([len(self.examples[row].tokens) for row in rows], kind="stable")]
         for indices in in_order(len(order), self.batch_size):
             yield self._arrays(order[indices.start : indices.stop])
 
@@ -156,9 +164,10 @@ class RewardModelling:
             self._epoch, self._pairs = epoch, self._pairs_of(epoch)
             self._plan = BatchPlan([self._length(pair) for pair in self._pairs], self.batch_size, self.seed)
 
-    def batches(self) -> Iterator[Arrays]:
-        """The pairs of epoch 0 in a fixed order, for evaluation."""
-        pairs = sorted(self._pairs_of(0), key=self._length)
+    def batches(self, count: int = -1) -> Iterator[Arrays]:
+        """For evaluation: `count` batches of the pairs of epoch 0, of all lengths, always the same; -1: all pairs."""
+        pairs = self._pairs_of(0)
+        pairs = sorted((pairs[i] for i in drawn(len(pairs), count * self.batch_size)), key=self._length)
         for indices in in_order(len(pairs), self.batch_size):
             yield self._arrays(pairs[indices.start : indices.stop])
 

@@ -253,30 +253,24 @@ def scale_scores(scores: Array, moments: RunningMoments, center: bool = True) ->
     return (scores - (moments.mean if center else 0.0)) / moments.std
 
 
-def clip_scores(scores: Array, limit: float) -> Array:
-    """Scores held within ±limit. scores: (B,). Returns (B,). Source: TRL 0.11, `score_clip`."""
-    return array_module(scores).clip(scores, -limit, limit)
-
-
 def kl_shaped_rewards(
     scores: Array,
     logprobs: Array,
     ref_logprobs: Array,
     mask: Array,
     kl_coef: float | Array,
-    kl_kind: str = "k1",
     kl: Array | None = None,
 ) -> Array:
     """Reward of each token: −kl_coef · KL, and the score of the completion on top at its last real token.
 
-    scores: (B,); logprobs, ref_logprobs, mask: (B, C). Where `kl` (B, C) is given, from `full_kl` say, it
-    takes the place of the estimate by `kl_kind`. Returns a new (B, C) array, zero where mask is 0; with
-    scores of 0 it is the KL term alone. A row without real tokens has no place for its score and stays zero
-    (an empty completion is no such row: its EOS is real). Raises ValueError if shapes differ or there is not
-    one score for each completion. Source: TRL 0.11, `PPOTrainer.compute_rewards`.
+    scores: (B,); logprobs, ref_logprobs, mask: (B, C); kl: (B, C), by another estimator than k1 (`kl_penalty`,
+    `full_kl`). Returns a new (B, C) array, zero where mask is 0; with scores of 0 it is the KL term alone. A row
+    without real tokens has no place for its score and stays zero (an empty completion is no such row: its EOS is
+    real). Raises ValueError if shapes differ or there is not one score for each completion.
+    Source: TRL 0.11, `PPOTrainer.compute_rewards`.
     """
     if kl is None:
-        kl = kl_penalty(logprobs, ref_logprobs, kl_kind)
+        kl = kl_penalty(logprobs, ref_logprobs)
     check_shapes(kl=kl, logprobs=logprobs, ref_logprobs=ref_logprobs, mask=mask)
     if tuple(scores.shape) != (mask.shape[0],):
         raise ValueError(f"scores {tuple(scores.shape)}: there must be one for each of {mask.shape[0]} rows")
@@ -375,6 +369,7 @@ def ppo_loss(
     entropy_coef: float | Array = 0.0,
     ref_logprobs: Array | None = None,
     kl_coef: float | Array = 0.0,
+    kl_kind: str = "k3",
 ) -> tuple[Array, dict[str, Array]]:
     """PPO's clipped loss, to be made small (arXiv:1707.06347, eq. 7 and 9; value clipping as in CleanRL).
 
@@ -385,8 +380,8 @@ def ppo_loss(
 
     All arrays are (B, C) float32. The gradient is that of logprobs, values and entropy; the other arrays are
     data, detached by the caller. Without a value head `values`, `old_values` and `returns` are None and the
-    value term is left out. `ref_logprobs` puts the KL to the reference into the loss, by estimator k3 (GRPO,
-    arXiv:2402.03300, eq. 4). An infinite clip range turns that clipping off.
+    value term is left out. `ref_logprobs` puts the KL to the reference into the loss, by the estimator `kl_kind`
+    (k3: GRPO, arXiv:2402.03300, eq. 4). An infinite clip range turns that clipping off.
 
     n is `denominator`, or else the number of real tokens in `mask`. With the token count of a whole batch as
     the denominator, the losses, gradients and stats of its pieces add up to those of the whole.
@@ -445,6 +440,6 @@ def ppo_loss(
         stats["entropy"] = mean(entropy)
         loss = loss - entropy_coef * stats["entropy"]
     if ref_logprobs is not None:
-        stats["kl_loss"] = mean(kl_penalty(logprobs, at_real(ref_logprobs), "k3"))
+        stats["kl_loss"] = mean(kl_penalty(logprobs, at_real(ref_logprobs), kl_kind))
         loss = loss + kl_coef * stats["kl_loss"]
     return loss, stats

@@ -1,147 +1,137 @@
-"""The parts of a PPO step that are the same in both frameworks, between the flags and the pure maths of training.ppo.
+"""The parts of a PPO step that need neither model nor optimizer: between the settings and the maths of training.ppo.
 
-Arrays are those of the caller, mlx or torch. Leaves out sampling, forward passes and the optimizer: the scripts.
+Arrays are those of the caller, mlx or torch. Not here: advantages (training.advantages), sampling, forward passes and
+the update (training.ppo_learner, training.torch_ppo_learner), the loop (training.ppo_loop).
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from data.digits import DigitRule, digit_prompts
-from data.prompts import PromptPlan, read_prompts
-from data.records import feature_names
+from common.errors import UserError
+from common.parser import positive
+from data.prompts import PromptPlan
 from rewards.combined import Scored
 from training import ppo
+from training.advantages import estimator
 from training.rollout import Rollout
+from training.settings import PPOSettings
 
 Array = Any
-SAMPLES_SHOWN = 8  # completions in a table of samples
+LOSS_KINDS = ("k3", "abs", "mse")  # of KL that has a gradient towards the reference where it is a term of the loss
 
 
-def digit_rule(args: argparse.Namespace) -> DigitRule:
-    """The rule that --decreasing and --multiple-of name."""
-    return DigitRule(not args.decreasing, args.multiple_of)
+def check_settings(settings: PPOSettings) -> None:
+    """Raise UserError for settings that cannot work, alone or together."""
+    for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "num_steps",
+                 "max_completion_length", "temperature", "horizon", "target"):  # fmt: skip
+        positive(_flag(name), getattr(settings, name))
+    for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip"):
+        positive(_flag(name), getattr(settings, name), zero=True)
+    for name in ("learning_rate", "value_head_learning_rate"):
+        if getattr(settings, name) is not None:
+            positive(_flag(name), getattr(settings, name))
+    pieces = settings.gradient_accumulation_steps
+    _check_divides("batch-size", settings.batch_size, "mini-batch-size", settings.mini_batch_size)
+    _check_divides("mini-batch-size", settings.mini_batch_size, "gradient-accumulation-steps", pieces)
+    if estimator(settings.advantage).compares_completions:
+        if settings.num_generations < 2:
+            raise UserError(f"--num-generations is {settings.num_generations}; {settings.advantage} needs 2 or more")
+        _check_divides("batch-size", settings.batch_size, "num-generations", settings.num_generations, least=2)
+    kl_kind(settings)
 
 
-def choose_prompts(args: argparse.Namespace, tokenizer: Any) -> list[str]:
-    """The prompts that --prompts names, or else starts of the digit rule."""
-    if args.prompts:
-        return read_prompts(args.prompts, tokenizer, feature_names(args))
-    return digit_prompts(digit_rule(args))
+def _flag(field: str) -> str:
+    return field.replace("_", "-")
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int, least: int = 1) -> None:
+    if value % divisor:
+        divisors = [d for d in range(least, value + 1) if value % d == 0]
+        near = sorted(divisors, key=lambda d: abs(d - divisor))[:2]
+        remedy = f"try {' or '.join(map(str, sorted(near)))}" if near else f"raise --{name}"
+        raise UserError(f"--{name} {value} is not divisible by --{divisor_name} {divisor}; {remedy}")
+
+
+def kl_kind(settings: PPOSettings) -> str:
+    """The KL estimator of a run: that of --kl-penalty, or the default of where the KL is used.
+
+    Raises UserError for one that would not work there: in expectation the gradient of k1 is 0, and the full KL would
+    need the reference's logits in every update.
+    """
+    in_loss = estimator(settings.advantage).kl_in_loss
+    kind = settings.kl_penalty or ("k3" if in_loss else "k1")
+    if kind not in ppo.KL_KINDS:
+        raise UserError(f"--kl-penalty is {kind!r}; use one of {', '.join(ppo.KL_KINDS)}")
+    if in_loss and kind not in LOSS_KINDS:
+        raise UserError(
+            f"--kl-penalty {kind} does not serve --advantage {settings.advantage}, where the KL is a term of the loss; "
+            f"use {', '.join(LOSS_KINDS)}"
+        )
+    return kind
 
 
 class Prompts:
-    """The prompts of every step: those of --prompts, or starts of the digit rule, each as often as a group needs."""
+    """The prompts of every step, each as often as the advantage estimator compares completions of it."""
 
-    def __init__(self, args: argparse.Namespace, tokenizer: Any = None):
-        """tokenizer: renders prompts that are messages."""
-        prompts = choose_prompts(args, tokenizer)
-        self.repeats = 1 if args.advantage == "gae" else args.num_generations
-        self.count = args.batch_size // self.repeats
-        self.plan = PromptPlan(prompts, args.seed)
+    def __init__(self, prompts: Sequence[str], settings: PPOSettings):
+        self.repeats = settings.num_generations if estimator(settings.advantage).compares_completions else 1
+        self.count = settings.batch_size // self.repeats
+        self.plan = PromptPlan(prompts, settings.seed)
 
     def batch(self, step: int) -> list[str]:
         """batch_size prompts; the completions of one prompt stand side by side."""
         return [prompt for prompt in self.plan.batch(step, self.count) for _ in range(self.repeats)]
 
 
-def make_controller(args: argparse.Namespace) -> ppo.AdaptiveKLController | ppo.FixedKLController:
-    """The controller of the KL coefficient that --adap-kl-ctrl asks for."""
-    if args.adap_kl_ctrl:
-        return ppo.AdaptiveKLController(args.init_kl_coef, args.target, args.horizon)
-    return ppo.FixedKLController(args.init_kl_coef)
+def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.FixedKLController:
+    """The controller of the KL coefficient."""
+    if settings.adap_kl_ctrl:
+        return ppo.AdaptiveKLController(settings.init_kl_coef, settings.target, settings.horizon)
+    return ppo.FixedKLController(settings.init_kl_coef)
 
 
-@dataclass
-class Progress:
-    """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
-
-    controller: ppo.AdaptiveKLController | ppo.FixedKLController
-    moments: ppo.RunningMoments = field(default_factory=ppo.RunningMoments)
-    step: int = 0
-    seconds: float = 0.0
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint, which adds the step."""
-        return {"kl_coef": self.controller.value, "moments": vars(self.moments), "seconds": self.seconds}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
-        self.step, self.seconds, self.controller.value = state["step"], state["seconds"], state["kl_coef"]
-        self.moments = ppo.RunningMoments(**state["moments"])
+def updates_per_step(settings: PPOSettings) -> int:
+    """Optimizer steps planned for one rollout."""
+    return settings.ppo_epochs * settings.batch_size // settings.mini_batch_size
 
 
-def total_updates(args: argparse.Namespace) -> int:
-    """Optimizer steps of the whole run, at which the learning rate's schedule ends."""
-    return args.num_steps * args.ppo_epochs * args.batch_size // args.mini_batch_size
-
-
-def summary(args: argparse.Namespace, progress: Progress, figures: dict[str, float], picture: object) -> dict[str, Any]:
-    """The last word on a run. figures: those of its last step."""
-    last: dict[str, Any] = {
-        name: figures[name] for name in ("mean_score", "true_score", "kl", "kl_coef") if name in figures
-    }
-    ran = {"steps": progress.step, "seconds": round(progress.seconds, 1)}
-    return {**ran, **last, "adapter": args.save_file, "picture": str(picture)}
+def total_updates(settings: PPOSettings) -> int:
+    """Optimizer steps planned for the whole run, after which a decaying learning rate is 0."""
+    return settings.num_steps * updates_per_step(settings)
 
 
 def shape_scores(
-    args: argparse.Namespace, scores: np.ndarray, ended: Sequence[bool], moments: ppo.RunningMoments
+    scores: np.ndarray, ended: Sequence[bool], settings: PPOSettings, moments: ppo.RunningMoments
 ) -> np.ndarray:
-    """Scores (B,) as training sees them: penalised without an EOS, scaled, clipped. Takes them into `moments`."""
-    shaped = scores - args.missing_eos_penalty * ~np.asarray(ended, dtype=bool)
+    """Scores (B,) as training sees them: penalised without an EOS, scaled, clipped. Updates `moments` with them."""
+    shaped = scores - settings.missing_eos_penalty * ~np.asarray(ended, dtype=bool)
     moments.update(shaped.tolist())
-    if args.scale_scores or args.normalize_scores:
-        shaped = ppo.scale_scores(shaped, moments, center=args.normalize_scores)
-    if args.score_clip:
-        shaped = np.clip(shaped, -args.score_clip, args.score_clip)
+    if settings.scale_scores or settings.normalize_scores:
+        shaped = ppo.scale_scores(shaped, moments, center=settings.normalize_scores)
+    if settings.score_clip:
+        shaped = np.clip(shaped, -settings.score_clip, settings.score_clip)
     return shaped.astype(np.float32)
 
 
-def token_kl(args: argparse.Namespace, logits: Array, ref_logits: Array, logprobs: Array, ref_logprobs: Array) -> Array:
-    """KL per token (B, C) by the estimator of --kl-penalty; logits (B, C, V), logprobs (B, C)."""
-    if args.kl_penalty == "full":
-        return ppo.full_kl(logits, ref_logits, args.temperature)
-    return ppo.kl_penalty(logprobs, ref_logprobs, args.kl_penalty)
+def token_kl(settings: PPOSettings, logits: Array, ref_logits: Array, logprobs: Array, ref_logprobs: Array) -> Array:
+    """KL per token (B, C) by the run's estimator; logits (B, C, V), logprobs (B, C)."""
+    kind = kl_kind(settings)
+    if kind == "full":
+        return ppo.full_kl(logits, ref_logits, settings.temperature)
+    return ppo.kl_penalty(logprobs, ref_logprobs, kind)
 
 
-def advantages_and_returns(args: argparse.Namespace, rollout: Rollout, kl_coef: float) -> tuple[Array, Array]:
-    """Advantages and returns (B, C) of a rollout.
-
-    gae: of the KL-shaped rewards, advantages whitened. A value is the head's plus the batch's mean, and returns are
-    what is left for the head to learn: one linear map would take many steps to learn the mean, by features that vary
-    with the token, and be worse than none meanwhile. group and rloo: each completion's own, at all its tokens; the KL
-    stays out of them, as it stands in the loss, and returns are 0.
-    """
-    mask = rollout.mask
-    if args.advantage == "gae":
-        rewards = ppo.kl_shaped_rewards(
-            rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, kl_coef, kl=rollout.kl
-        )
-        if args.whiten_rewards:
-            rewards = ppo.masked_whiten(rewards, mask, center=False)
-        mean = rewards.sum(axis=1).mean()
-        advantages, returns = ppo.gae(rewards, rollout.old_values + mean, mask, args.gamma, args.gae_lambda)
-        return ppo.masked_whiten(advantages, mask), (returns - mean) * mask
-    if args.advantage == "rloo":
-        per_completion = ppo.rloo_advantages(rollout.scores, args.num_generations)
-    else:
-        per_completion = ppo.group_advantages(rollout.scores, args.num_generations, not args.no_group_scale)
-    return per_completion[:, None] * mask, 0.0 * mask
-
-
-def value_figures(args: argparse.Namespace, rollout: Rollout, returns: Array) -> dict[str, float]:
+def value_figures(settings: PPOSettings, rollout: Rollout, returns: Array) -> dict[str, float]:
     """What a step reports of its value head, if it has one."""
-    if args.advantage != "gae":
+    if not estimator(settings.advantage).uses_value_head:
         return {}
     return {"explained_variance": float(ppo.explained_variance(rollout.old_values, returns, rollout.mask))}
 
 
 def policy_loss(
-    args: argparse.Namespace,
+    settings: PPOSettings,
     logits: Array,
     values: Array | None,
     rollout: Rollout,
@@ -151,63 +141,65 @@ def policy_loss(
     kl_coef: Array,
 ) -> tuple[Array, dict[str, Array]]:
     """PPO's loss on one piece of a mini batch, from the policy's logits (B, C, V) and values (B, C) or None."""
+    in_loss = estimator(settings.advantage).kl_in_loss
     return ppo.ppo_loss(
-        ppo.logprobs_from_logits(logits, rollout.completions, args.temperature),
+        ppo.logprobs_from_logits(logits, rollout.completions, settings.temperature),
         values,
         rollout.old_logprobs,
         None if values is None else rollout.old_values,
         advantages,
         None if values is None else returns,
         rollout.mask,
-        args.clip_range,
-        args.value_clip_range,
-        args.vf_coef,
+        settings.clip_range,
+        settings.value_clip_range,
+        settings.vf_coef,
         denominator=denominator,
-        entropy=ppo.entropy_from_logits(logits, args.temperature) if args.entropy_coef else None,
-        entropy_coef=args.entropy_coef,
-        ref_logprobs=None if args.advantage == "gae" else rollout.ref_logprobs,
+        entropy=ppo.entropy_from_logits(logits, settings.temperature) if settings.entropy_coef else None,
+        entropy_coef=settings.entropy_coef,
+        ref_logprobs=rollout.ref_logprobs if in_loss else None,
         kl_coef=kl_coef,
+        kl_kind=kl_kind(settings),
     )
 
 
-def mini_batches(args: argparse.Namespace, step: int) -> Iterator[list[np.ndarray]]:
-    """Row indices of every mini batch of a step's update, each cut into its accumulation pieces."""
-    for epoch in range(args.ppo_epochs):
-        order = np.random.default_rng((args.seed, step, epoch)).permutation(args.batch_size)
-        for rows in np.split(order, args.batch_size // args.mini_batch_size):
-            yield np.split(rows, args.gradient_accumulation_steps)
+def mini_batches(settings: PPOSettings, step: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """The mini batches of a step's update: the number of each in the whole run's plan, and its pieces' row indices."""
+    planned = step * updates_per_step(settings)
+    for epoch in range(settings.ppo_epochs):
+        order = np.random.default_rng((settings.seed, step, epoch)).permutation(settings.batch_size)
+        for rows in np.split(order, settings.batch_size // settings.mini_batch_size):
+            yield planned, np.split(rows, settings.gradient_accumulation_steps)
+            planned += 1
 
 
-def rejected(args: argparse.Namespace, stats: dict[str, float]) -> str:
+def rejected(settings: PPOSettings, stats: dict[str, float]) -> str:
     """What the stats of a mini batch say before its update: "stop" the step's updates, "skip" this one, or ""."""
-    if args.target_kl and stats["approx_kl"] > 1.5 * args.target_kl:
+    if settings.target_kl and stats["approx_kl"] > 1.5 * settings.target_kl:
         return "stop"
-    return "skip" if not stats["ratio_mean"] <= args.ratio_threshold else ""
+    return "skip" if not stats["ratio_mean"] <= settings.ratio_threshold else ""
 
 
 def rollout_figures(scored: Scored, ended: Sequence[bool], rollout: Rollout, entropy: Array) -> dict[str, float]:
-    """What a step reports of its rollout. scored: as the reward gave it; entropy (B, C) nats per token."""
+    """What a step reports of its rollout. scored: as the reward gave it; entropy (B, C) nats per token.
+
+    kl is in nats per completion whatever estimator penalises it: it is what is held against the target.
+    """
+    kl = ppo.kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, "k1")
     return {
         "mean_score": float(np.mean(scored.scores)),
         **scored.part_means(),
-        "kl": float(ppo.sum_per_completion(rollout.kl, rollout.mask).mean()),
+        "kl": float(ppo.sum_per_completion(kl, rollout.mask).mean()),
         "entropy": float(ppo.masked_mean(entropy, rollout.mask)),
         "completion_length": float(rollout.mask.sum(axis=1).mean()),
         "eos_share": float(np.mean(ended)),
     }
 
 
-def sample_rows(args: argparse.Namespace, step: int, scored: Scored) -> list[dict[str, Any]]:
-    """The rows of the table of samples that a step (from 1) reports: a few, spread over its batch, or none."""
-    every = args.steps_per_samples
-    if not every or not (step % every == 0 or step in (1, args.num_steps)):
-        return []
-    count = min(SAMPLES_SHOWN, len(scored.scores))
-    return [scored.row(index * len(scored.scores) // count) for index in range(count)]
-
-
 def mean_stats(history: Sequence[dict[str, float]], skipped: int) -> dict[str, float]:
-    """The stats of a step's updates, averaged, and how many there were."""
-    names = history[0] if history else {}
+    """The stats of a step's updates, averaged, and how many there were.
+
+    Without the entropy, whose name in a report is the rollout's: it would change with --entropy-coef.
+    """
+    names = [name for name in (history[0] if history else {}) if name != "entropy"]
     means = {name: float(np.mean([stats[name] for stats in history])) for name in names}
     return {**means, "updates": len(history), "skipped_updates": skipped}

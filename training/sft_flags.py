@@ -1,4 +1,4 @@
-"""The flags of sft.py, and what can be checked before anything is loaded. Leaves out its data files."""
+"""The flags of sft.py, and what can be checked before anything is loaded. Their defaults: training.settings."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,9 @@ from common.files import check_replaceable
 from common.parser import Parser, positive
 from data.flags import add_data_flags
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
-from training.flags import SFT_OPTIMIZERS, add_adapter_flags, add_optimizer_flags, add_run_flags
+from training.flags import add_adapter_flags, add_optimizer_flags, add_run_flags, set_defaults
+from training.optimizer_groups import SFT_OPTIMIZERS
+from training.settings import SFTSettings
 
 
 def sft_parser(description: str | None) -> Parser:
@@ -19,13 +21,13 @@ def sft_parser(description: str | None) -> Parser:
     parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
     add_data_flags(parser)
-    parser.add_argument("--batch-size", type=int, default=4, help="rows (with --reward-model: pairs) a step")
-    parser.add_argument("--iters", type=int, default=1000, help="training steps")
-    parser.add_argument("--val-batches", type=int, default=25, help="batches of a validation; -1: all")
-    parser.add_argument("--max-length", "--max-seq-length", type=int, default=2048, help="tokens a row is cut to")
-    parser.add_argument("--center-coef", type=float, default=0.01, help="holds a reward model's scores about 0")
-    parser.add_argument("--steps-per-report", type=int, default=10, help="steps between report lines")
-    parser.add_argument("--steps-per-eval", type=int, default=200, help="steps between validations")
+    parser.add_argument("--batch-size", type=int, help="rows (with --reward-model: pairs) a step")
+    parser.add_argument("--iters", type=int, help="training steps; with --resume: extends the run")
+    parser.add_argument("--val-batches", type=int, help="batches of a validation, the same each time; -1: all")
+    parser.add_argument("--max-length", "--max-seq-length", type=int, help="tokens a row is truncated to")
+    parser.add_argument("--center-coef", type=float, help="keeps a reward model's scores about 0")
+    parser.add_argument("--steps-per-report", type=int, help="steps between report lines")
+    parser.add_argument("--steps-per-eval", type=int, help="steps between validations")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument(
         "--save-file",
@@ -35,8 +37,9 @@ def sft_parser(description: str | None) -> Parser:
     )
     parser.add_argument("--resume-adapter-file", help="start from this adapter")
     add_adapter_flags(parser, dropout=0.0)
-    add_optimizer_flags(parser, SFT_OPTIMIZERS, schedule="constant")
+    add_optimizer_flags(parser, SFT_OPTIMIZERS)
     add_run_flags(parser)
+    set_defaults(parser, SFTSettings)
     return parser
 
 
@@ -44,11 +47,23 @@ def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that cannot work, before anything is loaded."""
     if not (args.train or args.test):
         raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
-    for name in ("iters", "batch-size", "steps-per-report", "steps-per-eval", "save-every", "max-length"):
-        positive(name, getattr(args, name.replace("-", "_")))
-    if args.val_batches == 0 or args.val_batches < -1:
-        raise UserError(f"--val-batches is {args.val_batches}; give a number of batches, or -1 for all")
-    if args.learning_rate is not None:
-        positive("learning-rate", args.learning_rate)
+    check_settings(SFTSettings.from_flags(args))
+    positive("save-every", args.save_every)
     if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(args.save_file, CONFIG_FILE)
+
+
+def check_settings(settings: SFTSettings) -> None:
+    """Raise UserError for settings that cannot work."""
+    for name in ("iters", "batch_size", "steps_per_report", "steps_per_eval", "max_length"):
+        positive(name.replace("_", "-"), getattr(settings, name))
+    if settings.val_batches == 0 or settings.val_batches < -1:
+        raise UserError(f"--val-batches is {settings.val_batches}; give a number of batches, or -1 for all")
+    if settings.learning_rate is not None:
+        positive("learning-rate", settings.learning_rate)
+
+
+def sft_settings(args: argparse.Namespace) -> SFTSettings:
+    """The settings that the flags say. Raises UserError as `check` does."""
+    check(args)
+    return SFTSettings.from_flags(args)

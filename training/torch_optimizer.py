@@ -18,7 +18,7 @@ ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(update: int, rate: float, total_updates: int, schedule: str = "constant", warmup: int = 0) -> float:
-    """The rate of an update (from 0): it rises from 0 over the warm-up, then keeps, or falls to 0 at `total_updates`.
+    """The rate of an update (from 0): it rises from 0 over the warm-up, then stays, or decays to 0 at `total_updates`.
 
     schedule: constant, linear or cosine. Source: mlx-lm, `tuner.utils.build_schedule`, which holds the full rate for
     the two updates after the warm-up.
@@ -90,13 +90,14 @@ class ScheduledOptimizer:
                 optimizer = classes[name](mine.values(), lr=part_rate, weight_decay=weight_decay)
                 self.parts.append(Part(optimizer, part_rate, list(mine)))
 
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """One update of the weights by their gradients, in the order of `weights`."""
+    def step(self, gradients: Sequence[Tensor], planned: int | None = None) -> None:
+        """One update of the weights by their gradients, in the order of `weights`; planned: see `update`."""
+        at = self.updates if planned is None else planned
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
         for optimizer, rate, _ in self.parts:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate_at(self.updates, rate)
+                group["lr"] = self.rate_at(at, rate)
             optimizer.step()
             optimizer.zero_grad()
         self.updates += 1
@@ -146,19 +147,24 @@ def make_optimizer(
 
 
 def update(
-    optimizer: ScheduledOptimizer, loss: Tensor, gradients: Sequence[Tensor], max_grad_norm: float | None
+    optimizer: ScheduledOptimizer,
+    loss: Tensor,
+    gradients: Sequence[Tensor],
+    max_grad_norm: float | None,
+    planned: int | None = None,
 ) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step.
 
-    Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and the
-    norm returned is NaN: the caller counts and reports it.
+    planned: the number (from 0) of this update in the run's plan, which the schedule follows; None: all updates were
+    made. Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and
+    the norm returned is NaN: the caller counts and reports it.
     """
     norm = gradient_norm(gradients).item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         return math.nan
     if max_grad_norm and norm > max_grad_norm:
         gradients = [gradient * (max_grad_norm / (norm + 1e-6)) for gradient in gradients]
-    optimizer.step(gradients)
+    optimizer.step(gradients, planned)
     return norm
 
 

@@ -1,0 +1,222 @@
+"""PPO on MLX, without flags and files: build a policy and its reference, sample, score with both, update.
+
+    loaded, settings = load("tiny-digits"), PPOSettings(num_steps=20, batch_size=32, mini_batch_size=32)
+    policy, reference = build_policies(loaded, settings, AdapterConfig())
+    history = train_ppo(policy, reference, loaded.tokenizer, prompts, reward, settings)
+
+Its twin is training.torch_ppo_learner. Not here: the loop (training.ppo_loop), the maths (training.ppo).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from data.batching import in_order
+from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dropout_off
+from models.generation import sample
+from models.grad_checkpoint import checkpoint_layers
+from models.loading import LoadedModel, twin
+from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
+from models.value_head import Policy, new_value_head
+from rewards.combined import Reward
+from training import ppo, ppo_step
+from training.advantages import estimator
+from training.checkpoint import Trainee
+from training.flags import step_seed
+from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
+from training.optimizer_groups import HEAD_RATE, ppo_optimizer
+from training.ppo_loop import Progress, ppo_steps
+from training.rollout import Rollout, pack
+from training.settings import PPOSettings
+
+SCORED_LOGITS = 2**22  # at most so many at once, where a piece of a mini batch has fewer: 16 MB in float32
+
+
+def build_policies(
+    loaded: LoadedModel, settings: PPOSettings, adapter: AdapterConfig | str | Path, grad_checkpoint: bool = False
+) -> tuple[Trainee, nn.Module]:
+    """The policy, with an adapter and perhaps a value head on `loaded`, and the reference policy.
+
+    adapter: a new one by its configuration, or the path of one to start from. The reference is the policy as it is
+    now, or, with `settings.use_peft`, the base; it shares all frozen weights with the policy.
+    """
+    model = loaded.model
+    base = twin(model)
+    if isinstance(adapter, AdapterConfig):
+        attach_adapter(model, adapter, settings.seed)
+    else:
+        adapter = load_adapter(model, adapter).config
+        adapter.lora_parameters["dropout"] = 0.0
+        turn_dropout_off(model)
+    reference = base if settings.use_peft else twin(model)
+    reference.freeze()
+    if grad_checkpoint:
+        checkpoint_layers(model)
+    head = new_value_head(model) if estimator(settings.advantage).uses_value_head else None
+    policy = Policy(model, head)
+    policy.train()  # it has no dropout; some families of mlx-lm have a gradient in this mode only
+    reference.eval()
+    return Trainee(model, adapter, policy, head), reference
+
+
+def make_ppo_optimizer(policy: Trainee, settings: PPOSettings) -> Optimizer:
+    """The optimizer of a policy with its schedule over the planned updates, ready to step."""
+    name, rate = ppo_optimizer(settings, policy.adapter.fine_tune_type)
+    schedule = (ppo_step.total_updates(settings), settings.lr_schedule, settings.warmup_steps, settings.weight_decay)
+    head_rate = settings.value_head_learning_rate or min(rate, HEAD_RATE)
+    optimizer = make_optimizer(rate, *schedule, name, head_rate)
+    optimizer.init(policy.module.trainable_parameters())
+    return optimizer
+
+
+class PPOLearner:
+    """A policy that learns by PPO: MLX's `training.ppo_loop.Learner`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: nn.Module,
+        tokenizer: Any,
+        optimizer: Optimizer,
+        settings: PPOSettings,
+    ):
+        """reference: a model over the same vocabulary; tokenizer: for its EOS and pad alone."""
+        self.policy, self.reference, self.optimizer, self.settings = policy, reference, optimizer, settings
+        self.eos_token_ids, self.pad_token_id = tokenizer.eos_token_ids, tokenizer.pad_token_id or 0
+        self.gradients_of = loss_and_gradients(policy, make_loss(settings))
+
+    def seed(self, step: int) -> None:
+        """Seed mlx's random numbers for `step`, so that a resumed run draws what it would have drawn."""
+        mx.random.seed(step_seed(self.settings.seed, step))
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One completion per prompt, as token ids, its EOS included."""
+        limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
+        return sample(self.policy.model, prompts, self.eos_token_ids, *limits)
+
+    def experience(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], scores: np.ndarray
+    ) -> tuple[Rollout, mx.array]:
+        """The rollout of completions with their scores (B,), by forward passes of policy and reference.
+
+        prompts, completions: token ids, without the soft prompt. Returns the entropy (B, C) of the policy as well.
+        """
+        prefix = soft_prompt_ids(self.policy.model)
+        rows = [prefix + list(prompt) for prompt in prompts]
+        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id)
+        tokens, positions, ids, mask = (mx.array(field) for field in packed)
+        pieces = []
+        for rows_of in in_order(len(prompts), rows_to_score(self.settings, self.policy.model, positions.shape[1])):
+            piece = slice(rows_of.start, rows_of.stop)
+            pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
+            mx.eval(pieces[-1])
+        logprobs, ref_logprobs, kl, values, entropy = (mx.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return Rollout(
+            tokens, positions, ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=mx.array(scores)
+        ), entropy
+
+    def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> tuple[mx.array, ...]:
+        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
+        settings = self.settings
+        logits, values = self.policy(tokens, positions)
+        ref_logits = reference_logits(settings, self.reference, tokens, positions, prefix)
+        logprobs = ppo.logprobs_from_logits(logits, ids, settings.temperature)
+        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, settings.temperature)
+        kl = ppo_step.token_kl(settings, logits, ref_logits, logprobs, ref_logprobs)
+        entropy = ppo.entropy_from_logits(logits, settings.temperature)
+        return logprobs, ref_logprobs, kl, mx.zeros_like(kl) if values is None else values, entropy
+
+    def update(
+        self, step: int, rollout: Rollout, advantages: mx.array, returns: mx.array, kl_coef: float
+    ) -> dict[str, float]:
+        """Update the policy on the rollout of `step` (from 0). Returns the stats, averaged over the mini batches."""
+        history: list[dict[str, float]] = []
+        skipped = 0
+        for planned, pieces in ppo_step.mini_batches(self.settings, step):
+            estimates = (rollout, advantages, returns)
+            loss, stats, gradients = accumulate(self.gradients_of, *estimates, pieces, mx.array(kl_coef))
+            verdict = ppo_step.rejected(self.settings, stats)
+            if verdict == "stop":
+                break
+            norm = math.nan
+            if not verdict:
+                limit = self.settings.max_grad_norm
+                norm = update(self.policy, self.optimizer, loss, gradients, limit, planned)
+            if math.isnan(norm):
+                skipped += 1
+            else:
+                history.append({**stats, "grad_norm": norm})
+        mx.synchronize()  # the last update is this step's time, too
+        return ppo_step.mean_stats(history, skipped)
+
+
+def rows_to_score(settings: PPOSettings, model: nn.Module, completion_length: int) -> int:
+    """Completions per scoring pass: what an update pass takes, or more where their logits stay small."""
+    row = completion_length * num_embeddings(find_embedding(model)[1])
+    return max(settings.mini_batch_size // settings.gradient_accumulation_steps, SCORED_LOGITS // row)
+
+
+def reference_logits(
+    settings: PPOSettings, reference: nn.Module, tokens: mx.array, positions: mx.array, prefix: list[int]
+) -> mx.array:
+    """Logits (B, C, V) of the reference policy; with `use_peft` it never saw the soft prompt, so that is cut off."""
+    if settings.use_peft and prefix:
+        tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
+    return Policy(reference)(tokens, positions)[0]
+
+
+def make_loss(settings: PPOSettings) -> Callable:
+    """PPO's loss as a function of the policy and arrays alone."""
+
+    def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
+        logits, values = policy(rollout.tokens, rollout.positions)
+        return ppo_step.policy_loss(settings, logits, values, rollout, advantages, returns, denominator, kl_coef)
+
+    return loss
+
+
+def accumulate(
+    gradients_of: Callable, rollout: Rollout, advantages: mx.array, returns: mx.array, pieces: Sequence[np.ndarray],
+    kl_coef: mx.array,
+) -> tuple[mx.array, dict[str, float], dict]:  # fmt: skip
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    indices = [mx.array(rows) for rows in pieces]
+    denominator = sum(rollout.mask[rows].sum() for rows in indices)
+    whole: Any = None
+    for rows in indices:
+        piece = gradients_of(rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef)
+        if whole is not None:
+            largest = mx.maximum(whole[0][1]["ratio_max"], piece[0][1]["ratio_max"])
+            piece = tree_map(mx.add, whole, piece)
+            piece[0][1]["ratio_max"] = largest
+        whole = piece
+        mx.eval(whole)
+    (loss, stats), gradients = whole
+    return loss, {name: float(value) for name, value in stats.items()}, gradients
+
+
+def train_ppo(
+    policy: Trainee,
+    reference: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    reward: Reward,
+    settings: PPOSettings,
+) -> list[dict[str, float]]:
+    """Train a policy by PPO; returns the figures of every step, by the names of a run's metrics.jsonl.
+
+    policy, reference: from `build_policies`; the policy's weights change in place. reward: f(prompts, completions) →
+    one score per completion. Nothing is printed or written; `models.adapters.save_adapter` saves the result. Raises
+    UserError for settings that do not fit together. For one step at a time: training.ppo_loop.ppo_steps.
+    """
+    ppo_step.check_settings(settings)
+    learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, settings), settings)
+    progress = Progress(ppo_step.make_controller(settings))
+    steps = ppo_steps(learner, tokenizer, ppo_step.Prompts(prompts, settings), reward, progress)
+    return [step.figures for step in steps]

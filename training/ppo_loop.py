@@ -1,0 +1,211 @@
+"""PPO's loop and its run folder, for MLX and PyTorch: rollout, score, advantages, update, report, save.
+
+What differs is a `Learner`: training.ppo_learner has MLX's, training.torch_ppo_learner PyTorch's.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from common.cli import Stopped
+from data.batching import encode_prompt
+from data.decoding import completion_texts
+from rewards.combined import Reward, Scored, score
+from training import ppo
+from training.advantages import advantages_and_returns
+from training.checkpoint_folders import last_checkpoint
+from training.flags import default_output_dir, describe
+from training.metrics import RunLog, provenance, say_if_another_blas, start_run_folder
+from training.ppo_step import Prompts, make_controller, rollout_figures, shape_scores, value_figures
+from training.rollout import Rollout, has_eos
+from training.settings import PPOSettings
+
+Array = Any  # mlx.core.array or torch.Tensor
+SAMPLES_SHOWN = 8  # completions in a table of samples
+
+
+class Learner(Protocol):
+    """A policy that learns: what a step does in one of the frameworks."""
+
+    settings: PPOSettings
+    eos_token_ids: set[int]
+
+    def seed(self, step: int) -> None:
+        """Make what is drawn in `step` (from 0) depend on the run's seed and the step alone."""
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One completion per prompt, as token ids."""
+
+    def experience(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], scores: np.ndarray
+    ) -> tuple[Rollout, Array]:
+        """The rollout of completions with their scores (B,), and the entropy (B, C) of the policy in nats."""
+
+    def update(
+        self, step: int, rollout: Rollout, advantages: Array, returns: Array, kl_coef: float
+    ) -> dict[str, float]:
+        """Update the policy on one rollout. Returns the stats, averaged over the mini batches."""
+
+
+@dataclass
+class Progress:
+    """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
+
+    controller: ppo.AdaptiveKLController | ppo.FixedKLController
+    moments: ppo.RunningMoments = field(default_factory=ppo.RunningMoments)
+    step: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, which adds the step."""
+        return {"kl_coef": self.controller.value, "moments": vars(self.moments), "seconds": self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.step, self.seconds, self.controller.value = state["step"], state["seconds"], state["kl_coef"]
+        self.moments = ppo.RunningMoments(**state["moments"])
+
+
+class Step(NamedTuple):
+    """One finished step."""
+
+    number: int  # from 1
+    figures: dict[str, float]  # of a report line, in its order
+    scored: Scored  # prompts, completions and scores, as the reward gave them
+    rollout: Rollout  # its scores are those that training saw
+
+
+def ppo_steps(
+    learner: Learner, tokenizer: Any, prompts: Prompts, reward: Reward, progress: Progress,
+    true_reward: Reward | None = None,
+) -> Iterator[Step]:  # fmt: skip
+    """PPO: takes the steps that are left, one each time it is asked for the next, and updates `progress`.
+
+    true_reward: a second reward, reported as true_score and not trained on.
+    """
+    settings = learner.settings
+    while progress.step < settings.num_steps:
+        started, kl_coef = time.perf_counter(), progress.controller.value
+        learner.seed(progress.step)
+        rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
+        sampled = time.perf_counter()
+        advantages, returns = advantages_and_returns(rollout, settings, kl_coef)
+        stats = learner.update(progress.step, rollout, advantages, returns, kl_coef)
+        progress.controller.update(figures["kl"], settings.batch_size)
+        ended = time.perf_counter()
+        progress.step += 1
+        progress.seconds += ended - started
+        if true_reward is not None:
+            figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
+        figures |= {"kl_coef": kl_coef, **value_figures(settings, rollout, returns), **stats}
+        figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
+        yield Step(progress.step, {**figures, "seconds": progress.seconds}, scored, rollout)
+
+
+def roll_out(
+    learner: Learner, tokenizer: Any, prompts: list[str], reward: Reward, moments: ppo.RunningMoments
+) -> tuple[Rollout, Scored, dict[str, float]]:
+    """Sample one completion per prompt, score it, and recompute the logprobs of policy and reference.
+
+    Returns the rollout, the texts with their scores, and figures for the report. Updates `moments` with the scores.
+    """
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    completions = learner.sample(prompt_ids)
+    texts = completion_texts(tokenizer, prompt_ids, completions)
+    ended = [has_eos(completion, learner.eos_token_ids) for completion in completions]
+    # The prompts as they were given, by which a reward knows them; decoding may change a space.
+    scored = score(reward, prompts, texts)
+    scores = shape_scores(np.asarray(scored.scores, dtype=np.float32), ended, learner.settings, moments)
+    rollout, entropy = learner.experience(prompt_ids, completions, scores)
+    return rollout, scored, rollout_figures(scored, ended, rollout, entropy)
+
+
+class PPORun:
+    """What a script's run leaves: its folder with report, samples, checkpoints and summary.
+
+    checkpoint: the module training.checkpoint or training.torch_checkpoint; policy: its Trainee; blas: see
+    `start_run_folder`.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        args: argparse.Namespace,
+        settings: PPOSettings,
+        policy: Any,
+        optimizer: Any,
+        checkpoint: Any,
+        blas: str | None = None,
+    ):
+        """Start a run by the flags `args`, or restore the one that --resume names."""
+        self.script, self.args, self.settings = script, args, settings
+        self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
+        self.progress = Progress(make_controller(settings))
+        self.figures: dict[str, float] = {}
+        if args.resume:
+            self.folder = Path(args.resume)
+            say_if_another_blas(self.folder, blas)
+            self.progress.restore(checkpoint.restore_checkpoint(last_checkpoint(self.folder), policy, optimizer))
+        else:
+            self.folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args), blas)
+            self.save()
+        self.log = RunLog(self.folder, settings.num_steps, self.progress.step, args.log_with, "ppo")
+
+    def describe(self, optimizer: tuple[str, float], device: object) -> None:
+        """Say what is trained, by which optimizer and rate, and where."""
+        self.log.say(describe(self.policy.sizes(), self.policy.adapter.fine_tune_type, optimizer, device))
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        progress, keep = self.progress, self.args.keep_checkpoints
+        self.checkpoint.save_checkpoint(
+            self.folder, progress.step, self.policy, self.optimizer, progress.state(), keep
+        )  # fmt: skip
+
+    def record(self, step: Step, stopping: bool) -> None:
+        """Report a step, and write a checkpoint where one is due. stopping: no step comes after it."""
+        self.figures, last = step.figures, step.number == self.settings.num_steps
+        self.log.report(step.number, step.figures)
+        self.log.samples(step.number, self._samples(step))
+        self.log.advance(score=step.figures["mean_score"], kl=step.figures["kl"])
+        if step.figures["skipped_updates"]:
+            skipped = f"step {step.number}: {step.figures['skipped_updates']} updates skipped"
+            self.log.say(f"{skipped} (not finite, or ratio past its limit)")
+        if step.number % self.args.save_every == 0 or last or stopping:
+            self.save()
+
+    def _samples(self, step: Step) -> list[dict[str, Any]]:
+        """The rows of the step's table of samples: a few, spread over its batch; none where no table is due."""
+        every = self.args.steps_per_samples
+        if not every or not (step.number % every == 0 or step.number in (1, self.settings.num_steps)):
+            return []
+        return sample_rows(step.scored)
+
+    def check_finished(self) -> None:
+        """Raise Stopped if steps are left."""
+        done = self.progress.step
+        if done < self.settings.num_steps:
+            self.log.close()
+            command = f"python {self.script} --resume {self.folder}"
+            raise Stopped(f"{done} of {self.settings.num_steps} steps are done; continue with: {command}")
+
+    def summary(self, picture: object) -> dict[str, Any]:
+        """The figures of the run, which the adapter keeps as its provenance, too. picture: where the curves are."""
+        summary: dict[str, Any] = {"steps": self.progress.step, "seconds": round(self.progress.seconds, 1)}
+        for name in ("mean_score", "true_score", "kl", "kl_coef"):
+            if name in self.figures:
+                summary[name] = self.figures[name]
+        summary |= {"adapter": self.args.save_file, "picture": str(picture)}
+        self.policy.adapter.provenance.append(provenance(self.script, vars(self.args), summary))
+        return summary
+
+
+def sample_rows(scored: Scored) -> list[dict[str, Any]]:
+    """SAMPLES_SHOWN completions with their scores, spread over the batch."""
+    count = min(SAMPLES_SHOWN, len(scored.scores))
+    return [scored.row(index * len(scored.scores) // count) for index in range(count)]

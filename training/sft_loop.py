@@ -1,0 +1,203 @@
+"""SFT and reward modelling on MLX, without flags and files: what is trained, on which rows, step by step.
+
+    loaded, settings = load("tiny-digits"), SFTSettings(iters=20)
+    trainee = build_trainee(loaded, settings, AdapterConfig())
+    history = train_sft(trainee, loaded.tokenizer, "rows_train.jsonl", "rows_valid.jsonl", settings)
+
+Not here: the losses and batches (training.objectives).
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from common.errors import UserError
+from data.sources import Source
+from models.adapters import AdapterConfig, attach_adapter, load_adapter
+from models.grad_checkpoint import checkpoint_layers
+from models.loading import LoadedModel
+from models.soft_prompt import check_ids, soft_prompt_ids
+from models.value_head import ScoringModel, load_value_head, new_value_head
+from training.checkpoint import Trainee
+from training.flags import step_seed
+from training.objectives import LanguageModelling, Objective, RewardModelling
+from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
+from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
+from training.settings import SFTSettings
+from training.sft_flags import check_settings
+
+
+def build_trainee(
+    loaded: LoadedModel,
+    settings: SFTSettings,
+    adapter: AdapterConfig | str | Path | None,
+    reward_model: bool = False,
+    grad_checkpoint: bool = False,
+    new_head: bool = True,
+) -> Trainee:
+    """Put an adapter, and for a reward model a value head, on `loaded`; only they are trainable.
+
+    adapter: a new one by its configuration, the path of one to continue from, or None. new_head: whether a reward model
+    without a value head gets a random one; else it must have been trained: with the adapter, or with the model.
+    """
+    model, head, config = loaded.model, None, AdapterConfig("none")
+    if isinstance(adapter, AdapterConfig):
+        config = adapter
+        attach_adapter(model, config, settings.seed)
+    elif adapter is not None:
+        saved = load_adapter(model, adapter)
+        config, head = saved.config, saved.value_head
+        mx.random.seed(settings.seed)  # which a new value head draws from
+    if grad_checkpoint:
+        checkpoint_layers(model, config.lora_parameters["dropout"])
+    if not reward_model:
+        return Trainee(model, config, model)
+    if head is None:
+        head = new_value_head(model, std=None) if new_head else load_value_head(loaded.path)
+    if head is None:
+        raise UserError(
+            f"{adapter or loaded.name} has no value head, so there is no reward model to test; add --train, or name a "
+            "trained one by --resume-adapter-file"
+        )
+    return Trainee(model, config, ScoringModel(model, head), head)
+
+
+def make_objective(
+    trainee: Trainee, tokenizer: Any, settings: SFTSettings, features: Mapping[str, str] | None = None
+) -> Objective:
+    """What a trainee minimises, without rows as yet. features: what the rows call a key, where it has another name."""
+    prefix = soft_prompt_ids(trainee.model)
+    shared = (tokenizer, prefix, settings.batch_size, settings.max_length, settings.seed)
+    if isinstance(trainee.module, ScoringModel):
+        return RewardModelling(*shared, settings.center_coef, features)
+    return LanguageModelling(*shared, features, settings.mask_prompt)
+
+
+def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:
+    """Read the rows of a split for the model; returns how many there are (of a reward model: how many pairs)."""
+    count = objective.read(source)
+    check_ids(model, (example.tokens for example in objective.examples))
+    return count
+
+
+def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
+    """The optimizer of a trainee with its schedule over the planned updates, ready to step."""
+    name, rate = optimizer_and_rate(settings, SFT_OPTIMIZERS, trainee.adapter.fine_tune_type)
+    optimizer = make_optimizer(
+        rate, settings.iters, settings.lr_schedule, settings.warmup_steps, settings.weight_decay, name
+    )
+    optimizer.init(trainee.module.trainable_parameters())
+    return optimizer
+
+
+@dataclass
+class SFTProgress:
+    """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
+
+    step: int = 0
+    skipped: int = 0  # updates whose loss or gradient was not finite
+    window: mx.array = field(default_factory=lambda: mx.zeros(3))  # sums of loss, correct and count since a report
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, which adds the step."""
+        return {"window": self.window.tolist(), "skipped": self.skipped}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.step, self.skipped, self.window = state["step"], state["skipped"], mx.array(state["window"])
+
+
+class SFTStep(NamedTuple):
+    """One finished step."""
+
+    number: int  # from 1
+    skipped: bool  # its loss or gradient was not finite
+    reports: list[dict[str, float]]  # figures where they are due: of training, of validation
+
+
+def sft_steps(
+    module: nn.Module,
+    optimizer: Optimizer,
+    training: Objective,
+    validation: Objective,
+    settings: SFTSettings,
+    progress: SFTProgress,
+) -> Iterator[SFTStep]:
+    """SFT: takes the steps that are left, one each time it is asked for the next, and updates `progress`."""
+    gradients_of = loss_and_gradients(module, training.loss)
+    reported, last_report = time.perf_counter(), progress.step
+    while progress.step < settings.iters:
+        mx.random.seed(step_seed(settings.seed, progress.step))
+        module.train()
+        (loss, sums), gradients = gradients_of(*training.batch(progress.step))
+        norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
+        progress.step += 1
+        skipped = norm != norm
+        if skipped:
+            progress.skipped += 1
+        else:
+            progress.window += mx.stack([x.astype(mx.float32) for x in sums])
+            mx.eval(progress.window)
+
+        reports: list[dict[str, float]] = []
+        at_end = progress.step == settings.iters
+        if progress.step % settings.steps_per_report == 0 or at_end:
+            total, correct, count = progress.window.tolist()
+            now = time.perf_counter()
+            reports.append(
+                {
+                    "train_loss": total / max(count, 1),
+                    "train_accuracy": correct / max(count, 1),
+                    "learning_rate": float(optimizer.learning_rate),
+                    "grad_norm": norm,
+                    "steps_per_second": (progress.step - last_report) / (now - reported),
+                    "skipped_updates": progress.skipped,
+                }
+            )
+            progress.window, reported, last_report = mx.zeros(3), now, progress.step
+        if progress.step % settings.steps_per_eval == 0 or at_end:
+            reports.append(validate(module, validation, settings))
+        yield SFTStep(progress.step, skipped, reports)
+
+
+def validate(module: nn.Module, validation: Objective, settings: SFTSettings) -> dict[str, float]:
+    """Loss and accuracy on the validation's rows: the same rows each time, so that a run's figures compare."""
+    loss, accuracy = evaluate(module, validation, settings.val_batches)
+    return {"valid_loss": loss, "valid_accuracy": accuracy}
+
+
+def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1) -> tuple[float, float]:
+    """Mean loss and accuracy over `num_batches` batches of rows of all lengths (-1: all rows), dropout off."""
+    module.eval()
+    totals = mx.zeros(3)
+    for arrays in objective.batches(num_batches):
+        _, sums = objective.loss(module, *arrays)
+        totals += mx.stack([x.astype(mx.float32) for x in sums])
+        mx.eval(totals)
+    loss, correct, count = totals.tolist()
+    return loss / max(count, 1), correct / max(count, 1)
+
+
+def train_sft(
+    trainee: Trainee, tokenizer: Any, training: Source, validation: Source, settings: SFTSettings
+) -> list[dict[str, float]]:
+    """Train by SFT, or as a reward model; returns the figures of every report, by the names of a run's metrics.jsonl.
+
+    trainee: from `build_trainee`; its weights change in place. training, validation: .jsonl files, with the rows of
+    docs/custom_data.md. Nothing is printed or written; `models.adapters.save_adapter` saves the result. Raises
+    UserError for settings and rows that do not fit. For one step at a time: `sft_steps`.
+    """
+    check_settings(settings)
+    rows, valid_rows = (make_objective(trainee, tokenizer, settings) for _ in range(2))
+    read_rows(rows, training, trainee.model)
+    read_rows(valid_rows, validation, trainee.model)
+    optimizer = make_sft_optimizer(trainee, settings)
+    history = [{"step": 0, **validate(trainee.module, valid_rows, settings)}]
+    for step in sft_steps(trainee.module, optimizer, rows, valid_rows, settings, SFTProgress()):
+        history += [{"step": step.number, **report} for report in step.reports]
+    return history

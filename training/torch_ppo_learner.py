@@ -1,0 +1,180 @@
+"""PPO in PyTorch, without flags and files: build a policy and its reference, sample, score with both, update.
+
+The twin of training.ppo_learner, function by function. Never imports mlx.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.batching import in_order
+from models.adapter_config import AdapterConfig
+from models.torch_adapters import attach_adapter, load_adapter
+from models.torch_generation import sample
+from models.torch_grad_checkpoint import checkpoint_layers
+from models.torch_loading import LoadedModel, twin
+from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_value_head import Policy, new_value_head
+from training import ppo, ppo_step
+from training.advantages import estimator
+from training.flags import step_seed
+from training.optimizer_groups import HEAD_RATE, ppo_optimizer
+from training.rollout import Rollout, pack
+from training.settings import PPOSettings
+from training.torch_checkpoint import Trainee
+from training.torch_optimizer import ScheduledOptimizer, loss_and_gradients, make_optimizer, update
+
+
+def build_policies(
+    loaded: LoadedModel, settings: PPOSettings, adapter: AdapterConfig | str | Path, grad_checkpoint: bool = False
+) -> tuple[Trainee, nn.Module]:
+    """The policy, with an adapter and perhaps a value head on `loaded`, and the reference policy.
+
+    adapter: a new one by its configuration, or the path of one to start from. The reference is the policy as it is
+    now, or, with `settings.use_peft`, the base; it shares all frozen weights with the policy.
+    """
+    model = loaded.model
+    base = twin(model)
+    if isinstance(adapter, AdapterConfig):
+        attach_adapter(model, adapter, settings.seed)
+    else:
+        adapter = load_adapter(model, adapter).config
+        adapter.lora_parameters["dropout"] = 0.0
+    reference = base if settings.use_peft else twin(model)
+    if grad_checkpoint:
+        checkpoint_layers(model)
+    head = new_value_head(model) if estimator(settings.advantage).uses_value_head else None
+    policy = Policy(model, head)
+    policy.eval()  # no dropout anywhere: the policy that is trained is the one that sampled
+    reference.eval()
+    return Trainee(model, adapter, policy, head), reference
+
+
+def make_ppo_optimizer(policy: Trainee, settings: PPOSettings) -> ScheduledOptimizer:
+    """The optimizer of a policy with its schedule over the planned updates, ready to step."""
+    name, rate = ppo_optimizer(settings, policy.adapter.fine_tune_type)
+    schedule = (ppo_step.total_updates(settings), settings.lr_schedule, settings.warmup_steps, settings.weight_decay)
+    head_rate = settings.value_head_learning_rate or min(rate, HEAD_RATE)
+    return make_optimizer(policy.module, rate, *schedule, name, head_rate)
+
+
+class PPOLearner:
+    """A policy that learns by PPO: PyTorch's `training.ppo_loop.Learner`."""
+
+    def __init__(
+        self, policy: Policy, reference: nn.Module, loaded: LoadedModel, optimizer: ScheduledOptimizer,
+        settings: PPOSettings,
+    ):  # fmt: skip
+        """reference: a model over the same vocabulary; loaded: for its EOS, pad and device."""
+        self.policy, self.reference, self.optimizer, self.settings = policy, reference, optimizer, settings
+        self.eos_token_ids, self.pad_token_id = loaded.eos_token_ids, loaded.tokenizer.pad_token_id or 0
+        self.device = loaded.model.device
+        self.gradients_of = loss_and_gradients(policy, make_loss(settings))
+
+    def seed(self, step: int) -> None:
+        """Seed torch's random numbers for `step`, so that a resumed run draws what it would have drawn."""
+        torch.manual_seed(step_seed(self.settings.seed, step))
+
+    def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """One completion per prompt, as token ids, its EOS included."""
+        limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
+        return sample(self.policy.model, prompts, self.eos_token_ids, *limits)
+
+    @torch.no_grad()
+    def experience(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], scores: np.ndarray
+    ) -> tuple[Rollout, Tensor]:
+        """The rollout of completions with their scores (B,), by forward passes of policy and reference.
+
+        prompts, completions: token ids, without the soft prompt. Returns the entropy (B, C) of the policy as well.
+        """
+        settings, prefix = self.settings, soft_prompt_ids(self.policy.model)
+        rows = [prefix + list(prompt) for prompt in prompts]
+        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id)
+        tokens, positions, ids, mask = (torch.from_numpy(field).to(self.device) for field in packed)
+        tokens, positions = tokens.long(), positions.long()
+        pieces = []
+        for rows_of in in_order(len(prompts), settings.mini_batch_size // settings.gradient_accumulation_steps):
+            piece = slice(rows_of.start, rows_of.stop)
+            pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
+        logprobs, ref_logprobs, kl, values, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        given = torch.from_numpy(scores).to(self.device)
+        return Rollout(
+            tokens, positions, ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=given
+        ), entropy  # fmt: skip
+
+    def _score(self, tokens: Tensor, positions: Tensor, ids: Tensor, prefix: list[int]) -> tuple[Tensor, ...]:
+        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
+        settings = self.settings
+        logits, values = self.policy(tokens, positions)
+        ref_logits = reference_logits(settings, self.reference, tokens, positions, prefix)
+        logprobs = ppo.logprobs_from_logits(logits, ids, settings.temperature)
+        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, settings.temperature)
+        kl = ppo_step.token_kl(settings, logits, ref_logits, logprobs, ref_logprobs)
+        entropy = ppo.entropy_from_logits(logits, settings.temperature)
+        return logprobs, ref_logprobs, kl, torch.zeros_like(kl) if values is None else values, entropy
+
+    def update(
+        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float
+    ) -> dict[str, float]:
+        """Update the policy on the rollout of `step` (from 0). Returns the stats, averaged over the mini batches."""
+        history: list[dict[str, float]] = []
+        skipped = 0
+        for planned, pieces in ppo_step.mini_batches(self.settings, step):
+            loss, stats, gradients = accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)
+            verdict = ppo_step.rejected(self.settings, stats)
+            if verdict == "stop":
+                break
+            norm = math.nan
+            if not verdict:
+                norm = update(self.optimizer, loss, gradients, self.settings.max_grad_norm, planned)
+            if math.isnan(norm):
+                skipped += 1
+            else:
+                history.append({**stats, "grad_norm": norm})
+        return ppo_step.mean_stats(history, skipped)
+
+
+def reference_logits(
+    settings: PPOSettings, reference: nn.Module, tokens: Tensor, positions: Tensor, prefix: list[int]
+) -> Tensor:
+    """Logits (B, C, V) of the reference policy; with `use_peft` it never saw the soft prompt, so that is cut off."""
+    if settings.use_peft and prefix:
+        tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
+    return Policy(reference)(tokens, positions)[0]
+
+
+def make_loss(settings: PPOSettings) -> Callable:
+    """PPO's loss as a function of the policy and arrays alone."""
+
+    def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
+        logits, values = policy(rollout.tokens, rollout.positions)
+        return ppo_step.policy_loss(settings, logits, values, rollout, advantages, returns, denominator, kl_coef)
+
+    return loss
+
+
+def accumulate(
+    gradients_of: Callable, rollout: Rollout, advantages: Tensor, returns: Tensor, pieces: Sequence[np.ndarray],
+    kl_coef: float,
+) -> tuple[Tensor, dict[str, float], list[Tensor]]:  # fmt: skip
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    indices = [torch.from_numpy(rows).to(rollout.mask.device) for rows in pieces]
+    denominator = sum(rollout.mask[rows].sum() for rows in indices)
+    loss = torch.zeros((), device=rollout.mask.device)
+    gradients: list[Tensor] = []
+    stats: dict[str, Tensor] = {}
+    for rows in indices:
+        (piece_loss, piece_stats), piece_gradients = gradients_of(
+            rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef
+        )
+        loss = loss + piece_loss
+        for name, value in piece_stats.items():
+            so_far = stats.get(name, torch.zeros_like(value))
+            stats[name] = torch.maximum(so_far, value) if name == "ratio_max" else so_far + value
+        gradients = list(map(torch.add, gradients, piece_gradients)) if gradients else list(piece_gradients)
+    return loss, {name: float(value) for name, value in stats.items()}, gradients
