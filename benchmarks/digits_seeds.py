@@ -40,7 +40,7 @@ VARIANTS = {
     "lora": [*FROM_SFT, "--ground_truth_reward"],
     # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
     "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
-    # It has no weights to be fused into: PPO goes on with the one that SFT left. It learns more slowly, and a larger
+    # It cannot be fused: PPO continues with the one that SFT trained. It learns more slowly, and a larger
     # batch keeps its rise through the goal steady.
     "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],
     "full": [*FROM_SFT, "--fine-tune-type", "full", "--ground_truth_reward"],
@@ -118,7 +118,7 @@ def cell_folder(folder: Path, framework: str, variant: str, label: str, seed: in
 
 
 def run_cell(args: argparse.Namespace, framework: str, variant: str, seed: int) -> None:
-    """Start a cell, go on with it, or leave it where it is finished."""
+    """Start or resume a cell, unless it is finished."""
     folder = Path(args.output_dir).resolve()
     cell = cell_folder(folder, framework, variant, args.label, seed)
     if (cell / "summary.json").exists():

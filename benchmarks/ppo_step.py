@@ -6,8 +6,7 @@
 
 A step is: 32 prompts of 3 tokens, 24 new tokens each, a reward, logprobs of policy and reference, GAE, and 4 epochs in
 mini batches of 8 by Adam, on a random Llama; LoRA of rank 16 on q and v, or all weights. Both sides do it in processes
-of their own, one step in turn, so that a busy machine slows both; what counts is the ratio within a round.
-Leaves out memory and larger models.
+of their own, taking turns step by step, so that a busy machine slows both; what counts is the ratio within a round.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Checkpoints from which a run goes on as if it had never stopped.
+"""Checkpoints from which a run continues as if it had never stopped.
 
     RUN/checkpoints/000200/adapter/     a whole adapter, usable by itself
                            value_head.safetensors, optimizer.safetensors, state.json
 
-Each is written under another name and renamed, so a folder with a number is whole. Randomness and data order
-are functions of (seed, step), so the step stands for both; the loops reseed at every step.
+Each is written under a temporary name and renamed, so a folder with a number is complete. Randomness and data order
+are functions of (seed, step), so saving the step saves both; the loops reseed at every step.
 """
 
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class Trainee:
 
     @property
     def reward_head(self) -> ValueHead | None:
-        """The head that belongs to the product: a reward model's. PPO's critic serves its own run only."""
+        """The head that is part of the result: a reward model's. PPO's critic is used within its own run only."""
         return self.value_head if isinstance(self.module, ScoringModel) else None
 
     def sizes(self) -> tuple[int, int]:
-        """Number of trainable weights, and of all."""
+        """Number of trainable weights, and of all weights."""
         trainable, everything = self.module.trainable_parameters(), self.module.parameters()
         return tuple(sum(array.size for _, array in tree_flatten(tree)) for tree in (trainable, everything))
 
@@ -51,7 +51,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int = KEPT,
 ) -> Path:
-    """Write the whole state after `step` steps and drop all but the last `keep` checkpoints (0: none). Returns it."""
+    """Write a checkpoint after `step` steps, delete all but the last `keep` (0: none), and return its folder."""
     with new_checkpoint(run_folder, step, state, keep) as temporary:
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter, trainee.reward_head)
         if trainee.value_head is not None:
@@ -61,7 +61,7 @@ def save_checkpoint(
 
 
 def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: optim.Optimizer) -> dict[str, Any]:
-    """Put weights and optimizer back as they were; returns the state that was saved with them."""
+    """Restore weights and optimizer; returns the state that was saved with them."""
     saved = read_adapter(folder / "adapter")
     set_adapter_weights(trainee.model, saved.weights, folder)
     if trainee.value_head is not None:

@@ -1,8 +1,8 @@
-"""Where a run's checkpoints lie, the same for MLX and PyTorch; what is in them: training.checkpoint, torch_checkpoint.
+"""A run's checkpoint folders, for MLX and PyTorch; their contents: training.checkpoint, training.torch_checkpoint.
 
     RUN/checkpoints/000200/state.json     the step, and what the run adds to it
 
-Each is written under another name and renamed, so a folder with a number is whole.
+Each is written under a temporary name and renamed, so a folder with a number is complete.
 """
 
 import shutil
@@ -15,15 +15,12 @@ from common.errors import UserError
 from common.files import atomic_folder, read_json, write_json
 
 STATE_FILE = "state.json"
-KEPT = 2  # newest checkpoints, where nothing else is said
+KEPT = 2  # newest checkpoints, by default
 
 
 @contextmanager
 def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], keep: int = KEPT) -> Iterator[Path]:
-    """Yield a temporary folder to be filled; then add `state` and give it its name, and drop all but the last `keep`.
-
-    keep: 0 drops none.
-    """
+    """Yield a temporary folder to fill; then add `state`, rename it, and delete all but the last `keep` (0: none)."""
     with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", STATE_FILE) as temporary:
         yield temporary
         write_json(temporary / STATE_FILE, {"step": step, **state})
@@ -32,7 +29,7 @@ def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], 
 
 
 def last_checkpoint(run_folder: str | Path) -> Path:
-    """The newest whole checkpoint of a run. Raises UserError where there is none."""
+    """The newest complete checkpoint of a run. Raises UserError where there is none."""
     found = all_checkpoints(run_folder)
     if not found:
         raise UserError(f"{run_folder} holds no checkpoint to resume from; start the run again without --resume")
@@ -40,12 +37,12 @@ def last_checkpoint(run_folder: str | Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `new_checkpoint` was given as state, and the step."""
+    """The state given to `new_checkpoint`, and the step."""
     return read_json(folder / STATE_FILE)
 
 
 def all_checkpoints(run_folder: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, the oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     folder = Path(run_folder) / "checkpoints"
     found = [child for child in folder.glob("[0-9]*") if (child / STATE_FILE).is_file()]
     return sorted(found, key=lambda child: int(child.name))

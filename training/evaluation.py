@@ -1,7 +1,5 @@
 """How good a model is: sampled completions, their scores, and how far it has moved from a reference; and which of two
 models is better on the same prompts.
-
-    python -m pytest tests/test_evaluate.py
 """
 
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ class Evaluation(NamedTuple):
     """Figures over all completions, and the completions themselves."""
 
     mean_score: float
-    standard_error: float  # of mean_score, over completions as if no two had a prompt in common
+    standard_error: float  # of mean_score, over completions as if each had its own prompt
     perfect_share: float  # of completions with a score of 1
     kl: float  # nats per completion to the reference; 0 without one
     completion_length: float  # tokens
@@ -51,7 +49,7 @@ def evaluate_model(
     """Sample one completion per prompt and score it. prompts: repeat one to sample it more often.
 
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
-    known_prompts: the prompts as the reward knows them, where they were rendered for it by another tokenizer.
+    known_prompts: the prompts as the reward knows them, if another tokenizer rendered them for it.
     """
     mx.random.seed(seed)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -88,10 +86,10 @@ def score_difference(prompts: Sequence[str], first: Sequence[float], second: Seq
 
 
 def per_prompt(prompts: Sequence[str], scores: Sequence[float]) -> list[float]:
-    """The mean score of each prompt, in the order of their first coming: what an interval is over.
+    """The mean score of each prompt, in order of first appearance: what an interval is over.
 
-    Completions of one prompt are alike, so that many of few prompts would seem to say more than they do. Of a single
-    prompt, the scores themselves, which speak for it alone.
+    Completions of one prompt are alike, so many completions of few prompts would make an interval too narrow. With a
+    single prompt: the scores themselves, which are about that prompt alone.
     """
     by_prompt: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, scores, strict=True):

@@ -1,9 +1,7 @@
 """95 % confidence intervals of scores: of one model's mean, and of the difference of two on the same questions.
 
 Where every score is 0 or 1, Wilson's interval and Agresti and Min's, else the bootstrap over the questions.
-How much a result varies from seed to seed is not in these, but in `over_seeds`.
-
-    python -m pytest tests/test_intervals.py
+These do not include how much a result varies from seed to seed; `over_seeds` does.
 """
 
 import math
@@ -33,9 +31,9 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Second minus first mean. gained, lost: questions that only the second, or only the first, got more out of.
+    """Second minus first mean. gained, lost: questions on which the second, or the first, scored higher.
 
-    p_value: McNemar's exact test, two-sided: how likely a split as uneven is where neither model is better.
+    p_value: McNemar's exact test, two-sided: the probability of a split this uneven if neither model is better.
     """
 
     interval: Interval
@@ -93,9 +91,9 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def agresti_min(gained: int, lost: int, count: int) -> Interval:
-    """The difference of two paired shares: Wald's interval with half a question more of each of the four outcomes.
+    """The difference of two paired shares: Wald's interval with half a question added to each of the four outcomes.
 
-    Agresti and Min, Statistics in Medicine 24 (2005). Unlike the bootstrap it has a width where no question differs.
+    Agresti and Min, Statistics in Medicine 24 (2005). Unlike the bootstrap it has a width even if no question differs.
     """
     if count < 1:
         raise ValueError("an interval needs at least one score")

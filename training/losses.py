@@ -1,8 +1,7 @@
 """The losses of supervised fine-tuning and of reward modelling, written once for MLX and for PyTorch.
 
 Pure functions on arrays of either framework, as in `training/ppo.py`, which has PPO's loss and the helpers
-used here. Leaves out the forward pass and the making of batches.
-Its test: `python -m pytest tests/test_losses.py`.
+used here.
 """
 
 from training.ppo import (

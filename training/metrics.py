@@ -1,10 +1,10 @@
-"""A run's folder and what is seen of it: progress bar, one report line, `metrics.jsonl`, trackers, a summary.
+"""A run's folder and its log: progress bar, report lines, `metrics.jsonl`, trackers, a summary.
 
     RUN/config.json      the flags as run, and on Linux CPU the BLAS that mlx runs on ("blas")
     RUN/metrics.jsonl    one JSON object per report, keyed by "step"
-    RUN/samples.jsonl    where a run samples: a few completions every few steps, one JSON object each, keyed by "step"
-    RUN/summary.json     the last word
-    RUN/*.png            pictures (training.plots)
+    RUN/samples.jsonl    of PPO: a few completions every few steps, one JSON object each, keyed by "step"
+    RUN/summary.json     the final figures
+    RUN/*.png            plots (training.plots)
 
 Trackers (training.trackers) carry the same figures under the same names, and the samples as tables.
 """
@@ -27,7 +27,7 @@ ESCAPED = "backslashreplace"  # half a surrogate pair, which no file can hold, b
 
 
 def figure(value: float) -> str:
-    """A number as the report line shows it: four significant digits, and no exponent, which some readers miss."""
+    """A number as the report line shows it: four significant digits and no exponent, which some parsers miss."""
     if isinstance(value, int) or not math.isfinite(value):
         return str(value)
     return f"{Decimal(f'{value:.4g}'):f}"
@@ -36,7 +36,7 @@ def figure(value: float) -> str:
 def start_run_folder(folder: str | Path, config: Mapping[str, Any], blas: str | None = None) -> Path:
     """Make the folder of a new run and write the flags into it. blas: the short name of mlx's BLAS, if known.
 
-    Raises UserError if it holds a run already, or the package of its tracker is missing: then nothing is written.
+    Raises UserError if it holds a run already, or if the tracker's package is missing; then nothing is written.
     """
     folder = Path(folder)
     check_tracker(config.get("log_with"))
@@ -67,7 +67,7 @@ class RunLog:
     """Shows and records one run."""
 
     def __init__(self, folder: Path, total_steps: int, start_step: int = 0, log_with: str = "none", description=""):
-        """start_step: steps done before a resume; later rows of both files are dropped, as they come again."""
+        """start_step: steps done before a resume; later rows of both files are dropped and written again."""
         self.folder = folder
         self.path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
         check_tracker(log_with)
@@ -78,7 +78,7 @@ class RunLog:
         self.bar = tqdm(total=total_steps, initial=start_step, desc=description, unit="step", dynamic_ncols=True)
 
     def advance(self, **shown: float) -> None:
-        """One step is done; `shown` stands behind the bar."""
+        """One step is done; `shown` is displayed behind the bar."""
         if shown:
             self.bar.set_postfix({name: figure(value) for name, value in shown.items()}, refresh=False)
         self.bar.update()
@@ -102,7 +102,7 @@ class RunLog:
             self.tracker.table(step, "samples", rows)
 
     def say(self, line: str) -> None:
-        """Print a line without breaking the progress bar, whose redrawing sends it off at once, also into a pipe."""
+        """Print a line without breaking the progress bar; it is flushed at once, also into a pipe."""
         tqdm.write(line)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
@@ -130,7 +130,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The rows of a run's `metrics.jsonl`; a last line cut off by a kill is ignored."""
     return _read(Path(folder) / "metrics.jsonl")
 
 

@@ -1,6 +1,6 @@
-"""Muon's step, written once for MLX and for PyTorch: momentum whose directions are all made equally long.
+"""Muon's step, written once for MLX and for PyTorch: momentum with all singular values set to about 1.
 
-Source: kellerjordan.github.io/posts/muon. Other than there, a step is not scaled by the matrix's shape, which differs
+Source: kellerjordan.github.io/posts/muon. Unlike there, a step is not scaled by the matrix's shape, which differs
 between the frameworks (a LoRA's factors are stored transposed): the rate is the step's spectral norm.
 """
 
@@ -12,16 +12,16 @@ MOMENTUM = 0.95
 
 
 def muon_step(gradient: Array, average: Array) -> tuple[Array, Array]:
-    """The step to take against, and the new average of gradients, from the average so far; all (..., m, n).
+    """The step, to be subtracted, and the new moving average of gradients; all (..., m, n).
 
-    The average is exponential, by `MOMENTUM`, and looked at one gradient ahead, as Nesterov's.
+    The average is exponential, with Nesterov momentum.
     """
     average = MOMENTUM * average + (1 - MOMENTUM) * gradient
     return orthogonalised(MOMENTUM * average + (1 - MOMENTUM) * gradient), average
 
 
 def orthogonalised(matrices: Array) -> Array:
-    """Each of the matrices (..., m, n) with its singular values brought to between 0.7 and 1.2; zeros stay zeros.
+    """Each of the matrices (..., m, n) with its singular values set to between 0.7 and 1.2; zeros stay zeros.
 
     Five steps of a Newton-Schulz iteration with Jordan's coefficients, in the matrices' own precision.
     """

@@ -1,7 +1,7 @@
 """What `sft.py` can minimise: the language-modelling loss, or the pairwise loss of a reward model.
 
-Both answer the same four questions, so that one loop trains either: what the rows of a split are, which batch
-comes at a step, what its loss is, and which batches evaluate it.
+Both have the same interface, so that one loop trains either: reading the rows of a split, the batch of a step, its
+loss, and the batches of an evaluation.
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,10 +31,10 @@ Arrays = tuple[mx.array, ...]
 
 
 class Objective(Protocol):
-    """What the loop asks for. Arrays are what `loss` takes after the module."""
+    """What the loop needs. Arrays are what `loss` takes after the module."""
 
-    truncated: int  # rows that were cut
-    untrained: int  # rows of which that left nothing to train
+    truncated: int  # rows that were truncated
+    untrained: int  # of those, rows that have nothing left to train
     examples: list[Example]  # of what was read
 
     def read(self, source: Source) -> int: ...
@@ -53,7 +53,7 @@ def drawn(total: int, size: int) -> np.ndarray:
 class LanguageModelling:
     """Next-token prediction on the rows of LANGUAGE_ROWS, the EOS included, pads not.
 
-    features: what the data calls a key, where it has another name. mask_prompt: train completions and replies only.
+    features: what the data calls a key, where it has another name. mask_prompt: train on completions and replies only.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class LanguageModelling:
 
 
 class RewardModelling:
-    """The pairwise loss on preference pairs: given as such, or drawn from rows with unequal rewards.
+    """The pairwise loss on preference pairs: given, or drawn from rows with unequal rewards.
 
     Where rows have rewards, training ranks every two texts of a batch whose rewards differ, not only the pairs that
-    were drawn: more to learn from at the cost of the same forward pass (arXiv:2203.02155, section 3.5).
+    were drawn: more to learn from the same forward pass (arXiv:2203.02155, section 3.5).
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class RewardModelling:
         scores = module(tokens, lengths)
         chosen, rejected = mx.broadcast_arrays(scores[:, None], scores)
         count = preferred.sum()
-        # Over the count, so that the sum of the weights is not worked out twice: mx.compile (0.32) fails to merge the
+        # Over the count, so that the sum of the weights is not computed twice: mx.compile (0.32) fails to merge the
         # two where one of them is returned.
         loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred / count)
         return loss, Figures(loss * count, accuracy * count, count)

@@ -1,4 +1,4 @@
-"""The update that SFT, reward modelling and PPO share: Adam or Muon, a schedule, clipping, and a guard against NaN."""
+"""The update that SFT, reward modelling and PPO share: Adam or Muon, a schedule, clipping, and no update on NaN."""
 
 import math
 from collections.abc import Callable
@@ -144,7 +144,7 @@ def update(
         if isinstance(part.schedule, Schedule):
             part.schedule.planned = planned
     optimizer.update(module, gradients)
-    mx.async_eval(module.trainable_parameters(), optimizer.state)  # the caller goes on to its next pass meanwhile
+    mx.async_eval(module.trainable_parameters(), optimizer.state)  # runs while the caller prepares its next pass
     return norm
 
 
@@ -164,12 +164,12 @@ def gradient_norm(gradients: dict) -> float:
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
-    """The optimizer's whole state by name, to be saved as safetensors."""
+    """The optimizer's state by name, to be saved as safetensors."""
     return {name: mx.array(array) for name, array in tree_flatten(optimizer.state)}
 
 
 def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dict[str, mx.array]) -> None:
-    """Put back a state from `optimizer_arrays`; what follows is then bit for bit what would have followed."""
+    """Restore a state from `optimizer_arrays`; the steps that follow are bit for bit those that would have followed."""
     optimizer.init(module.trainable_parameters())
     expected = {name: array.shape for name, array in optimizer_arrays(optimizer).items()}
     if {name: array.shape for name, array in arrays.items()} != expected:
@@ -178,14 +178,15 @@ def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dic
 
 
 def compiling_pays() -> bool:
-    """Whether mx.compile is worth its first call: on a GPU. On CPU it runs a C++ compiler for little gain."""
+    """Whether mx.compile is worth its first call: on a GPU. On CPU it runs a C++ compiler, for little gain."""
     return mx.default_device() == mx.Device(mx.gpu)
 
 
 def loss_and_gradients(module: nn.Module, loss_function: Callable) -> Callable:
-    """`nn.value_and_grad`, compiled where it pays.
+    """`nn.value_and_grad`, compiled where that pays.
 
-    loss_function takes the module and arrays; what it closes over is baked in, so what varies has to be an array.
+    loss_function takes the module and arrays; what it closes over becomes a constant, so whatever varies has to be an
+    array.
     """
 
     def with_module(*arrays):

@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its `metrics.jsonl`.
+"""Plots of a run, drawn from its `metrics.jsonl`.
 
 python -m training.plots RUN_FOLDER
 """
@@ -26,7 +26,7 @@ PANELS: dict[str, dict[str, str]] = {
 
 
 def plot_run(folder: str | Path) -> Path | None:
-    """Draw every metric of the run that a panel is known for into `curves.png`; None if there is nothing to draw."""
+    """Draw every metric of the run that has a panel into `curves.png`; None if there is nothing to draw."""
     rows = read_metrics(folder)
     panels = {}
     for title, names in PANELS.items():
@@ -47,7 +47,7 @@ def plot_panels(
     path: str | Path, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], title: str = "", x_label="step"
 ) -> None:
     """Draw panels of curves, {title: {label: [(x, y), ...]}}, into one PNG, written atomically."""
-    import matplotlib  # here, because its import takes seconds that a run should not begin with
+    import matplotlib  # here, because its import takes seconds
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

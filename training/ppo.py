@@ -6,12 +6,11 @@ is read back to the host, and neither framework is imported here: `array_module`
 NumPy arrays are not served.
 
 Shapes: B completions, C tokens a completion, V vocabulary. Logprobs, KL and entropy are in nats. `mask`
-(B, C) is 1 (or True) at sampled tokens up to and including the first EOS, 0 at the pads to their right. A
-function that takes the mask does not care what stands at a pad, be it inf or NaN; its gradient there is
+(B, C) is 1 (or True) at sampled tokens up to and including the first EOS, 0 at the pads to their right. What
+stands at a pad, inf and NaN included, does not matter to a function that takes the mask; its gradient there is
 exactly 0.
 
-Leaves out: the rollout, the models, stopping gradients (callers detach whatever is not being trained) and the
-decision to skip a bad update. Its test: `python -m pytest tests/test_ppo.py`.
+Callers detach whatever is not being trained, and decide whether to skip an update.
 """
 
 import math
@@ -97,7 +96,7 @@ def masked_whiten(values: Array, mask: Array, center: bool = True) -> Array:
 def explained_variance(values: Array, returns: Array, mask: Array) -> Array:
     """1 − var(returns − values) / var(returns) over real tokens: a scalar array.
 
-    values, returns, mask: (B, C). 1 where values foretell the returns, 0 where they are worth no more than a constant
+    values, returns, mask: (B, C). 1 where values predict the returns, 0 where they are no better than a constant
     (and where all returns are equal), below 0 where they add noise. Raises ValueError if shapes differ.
     Source: CleanRL, `ppo.py`.
     """
@@ -188,7 +187,7 @@ def full_kl(logits: Array, ref_logits: Array, temperature: float | Array = 1.0) 
 
 
 class FixedKLController:
-    """A KL coefficient that stays as it is, behind the interface of `AdaptiveKLController`."""
+    """A constant KL coefficient, with the interface of `AdaptiveKLController`."""
 
     def __init__(self, kl_coef: float) -> None:
         self.value = kl_coef
@@ -200,8 +199,8 @@ class FixedKLController:
 class AdaptiveKLController:
     """A KL coefficient that grows while the KL is above its target and shrinks while it is below.
 
-    target in nats a completion; horizon in completions, over which the coefficient changes by 20 % at most.
-    It is `value`, and all the state there is: a checkpoint saves it and sets it again.
+    target: nats per completion; horizon: completions over which the coefficient changes by at most 20 %. `value` is
+    the coefficient and the whole state, which a checkpoint saves and restores.
     Source: arXiv:1909.08593, section 2.2; TRL 0.11, `AdaptiveKLController`.
     """
 
@@ -211,7 +210,7 @@ class AdaptiveKLController:
         self.horizon = horizon
 
     def update(self, kl: float, n: int) -> None:
-        """Take in the mean KL, in nats a completion, of `n` completions."""
+        """Adapt to the mean KL, in nats per completion, of `n` completions."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n / self.horizon
 
@@ -223,7 +222,7 @@ class AdaptiveKLController:
 class RunningMoments:
     """Mean and standard deviation (Bessel's) of all scores so far. Its three fields are its whole state.
 
-    Source: Welford, Technometrics 4(3), 1962; in the place of TRL 0.11's `core.RunningMoments`.
+    Source: Welford, Technometrics 4(3), 1962; replaces TRL 0.11's `core.RunningMoments`.
     """
 
     count: int = 0
@@ -231,7 +230,7 @@ class RunningMoments:
     squares: float = 0.0  # sum of squared deviations from the mean
 
     def update(self, scores: Sequence[float]) -> None:
-        """Take in the scores of one step."""
+        """Add the scores of one step."""
         for score in scores:
             self.count += 1
             deviation = score - self.mean
@@ -240,14 +239,14 @@ class RunningMoments:
 
     @property
     def std(self) -> float:
-        """Standard deviation; 1 as long as all scores were equal, so that dividing by it is safe."""
+        """Standard deviation; 1 as long as all scores are equal, so that dividing by it is safe."""
         return math.sqrt(self.squares / (self.count - 1)) if self.squares > 0 else 1.0
 
 
 def scale_scores(scores: Array, moments: RunningMoments, center: bool = True) -> Array:
     """Scores in units of their running standard deviation, and about their running mean where `center`.
 
-    scores: (B,), already taken into `moments`. Returns (B,).
+    scores: (B,), already part of `moments`. Returns (B,).
     Source: TRL 0.11, `use_score_scaling` and (center) `use_score_norm`.
     """
     return (scores - (moments.mean if center else 0.0)) / moments.std
@@ -371,7 +370,7 @@ def ppo_loss(
     kl_coef: float | Array = 0.0,
     kl_kind: str = "k3",
 ) -> tuple[Array, dict[str, Array]]:
-    """PPO's clipped loss, to be made small (arXiv:1707.06347, eq. 7 and 9; value clipping as in CleanRL).
+    """PPO's clipped loss, to be minimised (arXiv:1707.06347, eq. 7 and 9; value clipping as in CleanRL).
 
         ratio  = exp(logprobs − old_logprobs)
         policy = Σ max(−A · ratio, −A · clip(ratio, 1 ± clip_range)) / n
@@ -384,7 +383,7 @@ def ppo_loss(
     (k3: GRPO, arXiv:2402.03300, eq. 4). An infinite clip range turns that clipping off.
 
     n is `denominator`, or else the number of real tokens in `mask`. With the token count of a whole batch as
-    the denominator, the losses, gradients and stats of its pieces add up to those of the whole.
+    the denominator, the losses, gradients and stats of its pieces sum to those of the whole.
 
     Returns the loss and its stats, scalar arrays (in torch still on the graph). Stats are sums over tokens
     divided by n: policy_loss; value_loss, value_clip_fraction, entropy, kl_loss where they are defined;

@@ -1,6 +1,6 @@
-"""One step's experience, in the shape that both PPO scripts train on.
+"""One step's experience, in the form that PPO trains on in both frameworks.
 
-Framework-neutral: `pack` makes NumPy arrays, each script turns them into its own and fills in the rest.
+Framework-neutral: `pack` makes NumPy arrays; training.ppo_learner and its twin convert them and add the rest.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Array = Any  # numpy.ndarray, mlx.core.array or torch.Tensor
 class Packed(NamedTuple):
     """Prompts and completions as arrays: each row is prompt, completion, pads on the right.
 
-    The last place is left off the tokens: nothing is predicted from it.
+    The last token of the longest row is dropped: nothing is predicted from it.
     """
 
     tokens: Array  # (B, L - 1) ids
@@ -24,7 +24,7 @@ class Packed(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Sampled completions with all that the update needs; every field has B rows."""
+    """Sampled completions with everything the update needs; every field has B rows."""
 
     tokens: Array  # (B, L - 1) ids, as in Packed
     positions: Array  # (B, C)
@@ -48,10 +48,10 @@ def pack(
     pad_token_id: int,
     multiple: int = 8,
 ) -> Packed:
-    """Put prompts and completions into right-padded arrays; what follows a completion's first EOS is cut off.
+    """Put prompts and completions into right-padded arrays; a completion is cut after its first EOS.
 
     prompts: at least one id each; completions: may be empty. C is the longest completion, rounded up to `multiple` so
-    that few shapes occur. An empty completion is a row of its own whose mask is all 0.
+    that few shapes occur. An empty completion becomes a row whose mask is all 0.
     """
     completions = [through_eos(completion, eos_token_ids) for completion in completions]
     width = -(-max([1, *map(len, completions)]) // multiple) * multiple
@@ -71,7 +71,7 @@ def pack(
 
 
 def through_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> list[int]:
-    """The completion up to and with its first EOS."""
+    """The completion up to its first EOS, which is included."""
     for index, token in enumerate(completion):
         if token in eos_token_ids:
             return list(completion[: index + 1])
@@ -79,5 +79,5 @@ def through_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[in
 
 
 def has_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> bool:
-    """Whether a completion ended by itself, rather than at the length limit."""
+    """Whether a completion ended with an EOS, not at the length limit."""
     return any(token in eos_token_ids for token in completion)

@@ -1,7 +1,4 @@
-"""Sampled completions as a table of plain text, for the terminal and for trackers that show text.
-
-python -m pytest tests/test_samples.py
-"""
+"""Sampled completions as a table of plain text, for the terminal and for trackers that show text."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +9,7 @@ from unicodedata import category
 def text_table(rows: Sequence[Mapping[str, Any]], width: int = 60) -> str:
     """`rows`, all with the same keys, as aligned columns under their names; "" for none.
 
-    Floats have three decimals; text stands on one line, with \\n for a line's end, cut to `width` characters.
+    Floats have three decimals; text is on one line, with \\n for a line break, cut to `width` characters.
     """
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""Checkpoints in PyTorch, from which a run goes on as if it had never stopped.
+"""Checkpoints in PyTorch, from which a run continues as if it had never stopped.
 
 The twin of training.checkpoint, with the same files: safetensors and JSON, never a pickle.
 """
@@ -28,7 +28,7 @@ class Trainee:
     value_head: ValueHead | None = None
 
     def sizes(self) -> tuple[int, int]:
-        """Number of trainable weights, and of all."""
+        """Number of trainable weights, and of all weights."""
         weights = list(self.module.parameters())
         return sum(w.numel() for w in weights if w.requires_grad), sum(w.numel() for w in weights)
 
@@ -41,7 +41,7 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int = KEPT,
 ) -> Path:
-    """Write the whole state after `step` steps and drop all but the last `keep` checkpoints (0: none). Returns it."""
+    """Write a checkpoint after `step` steps, delete all but the last `keep` (0: none), and return its folder."""
     with new_checkpoint(run_folder, step, state, keep) as temporary:
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter)
         if trainee.value_head is not None:
@@ -51,7 +51,7 @@ def save_checkpoint(
 
 
 def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledOptimizer) -> dict[str, Any]:
-    """Put weights and optimizer back as they were; returns the state that was saved with them."""
+    """Restore weights and optimizer; returns the state that was saved with them."""
     saved = read_adapter(folder / "adapter")
     set_adapter_weights(trainee.model, saved.weights, folder)
     if trainee.value_head is not None:

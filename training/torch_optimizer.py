@@ -1,4 +1,4 @@
-"""The update of PPO in PyTorch: Adam or Muon, a schedule, clipping, and a guard against NaN.
+"""The update of PPO in PyTorch: Adam or Muon, a schedule, clipping, and no update on NaN.
 
 The twin of training.optimizer, with the same numbers: the same rate at every update, the same clipping.
 """
@@ -31,7 +31,7 @@ def learning_rate(update: int, rate: float, total_updates: int, schedule: str = 
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon by `muon_step`, with a decoupled decay of the weights. (torch.optim.Muon works in bfloat16.)"""
+    """Muon by `muon_step`, with decoupled weight decay. (torch.optim.Muon works in bfloat16.)"""
 
     def __init__(self, weights: Iterable[Tensor], lr: float, weight_decay: float = 0.0):
         super().__init__(weights, {"lr": lr, "weight_decay": weight_decay})
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Part(NamedTuple):
-    """Some of a module's weights, by their names, with what steps them."""
+    """Some of a module's weights, by name, and their optimizer."""
 
     optimizer: torch.optim.Optimizer
     rate: float  # the highest
@@ -103,7 +103,7 @@ class ScheduledOptimizer:
         self.updates += 1
 
     def arrays(self) -> dict[str, Tensor]:
-        """The whole state by name, to be saved as safetensors."""
+        """The state by name, to be saved as safetensors."""
         moments = {
             f"{name}.{key}": value
             for optimizer, _, names in self.parts
@@ -113,7 +113,7 @@ class ScheduledOptimizer:
         return {"updates": torch.tensor(self.updates), **moments}
 
     def restore(self, arrays: dict[str, Tensor]) -> None:
-        """Put back a state from `arrays`; what follows is then bit for bit what would have followed."""
+        """Restore a state from `arrays`; the steps that follow are bit for bit those that would have followed."""
         self.updates = int(arrays["updates"]) if "updates" in arrays else 0
         expected: dict[str, Any] = {"updates": ()}
         states = []

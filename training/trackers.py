@@ -1,8 +1,6 @@
 """wandb and tensorboard: the figures of a run under the names of `metrics.jsonl`, and tables of its samples.
 
-Each is imported only when asked for. wandb is offline where there is no account; WANDB_MODE says otherwise.
-
-    python -m pytest tests/test_trackers.py
+Each is imported only when asked for. wandb is offline without an account, unless WANDB_MODE says otherwise.
 """
 
 import importlib.util
@@ -19,7 +17,7 @@ TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and 
 
 
 class Tracker(Protocol):
-    """What a run tells a tracker."""
+    """Where a run's figures and tables go."""
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:
         """Finite figures by name."""
@@ -28,7 +26,7 @@ class Tracker(Protocol):
         """Rows that have the same keys, at least one."""
 
     def close(self) -> None:
-        """Everything told is on disk, or sent, when this returns."""
+        """Everything is on disk, or sent, when this returns."""
 
 
 def check_tracker(log_with: str | None) -> None:
@@ -56,7 +54,7 @@ def open_tracker(log_with: str, folder: Path, start_step: int = 0) -> Tracker | 
 class Wandb:
     """A wandb run, the same one after a resume; tables are wandb.Tables.
 
-    wandb leaves out steps that it has already, which are the same when they come again.
+    wandb ignores steps that it has already; after a resume they are the same.
     """
 
     def __init__(self, folder: Path):
@@ -104,8 +102,8 @@ class Tensorboard:
         self.writer = SummaryWriter(
             str(folder / "tensorboard"),
             filename_suffix=f".from{start_step}",  # two files of one second would have one name
-            flush_secs=1,  # its flush() leaves out what is queued
-            purge_step=start_step + 1,  # what was shown past the checkpoint is taken back
+            flush_secs=1,  # its flush() ignores what is queued
+            purge_step=start_step + 1,  # removes what was logged past the checkpoint
         )
 
     def figures(self, step: int, figures: Mapping[str, float]) -> None:

@@ -1,13 +1,11 @@
-"""Serving Transformer Lab, whose MLX RLAIF trainer starts the walkthrough's `ppo_training.py` as a process.
+"""Compatibility with Transformer Lab, whose MLX RLAIF trainer starts the walkthrough's `ppo_training.py` as a process.
 
     python ppo_training.py --model=DIR --batch_size=8 --mini_batch_size=8 --ppo_epoch=4 --num_steps=100
         --init_kl_coef=0.2 --seed=42 --custom_hf_dataset=rows.json --max_completion_length=64 --output_dir=models/NAME
         --ground_truth_reward --adap_kl_ctrl=True
 
 It gives prompts with their answers as --custom_hf_dataset, reads `Step - N` and figures from the output as it comes,
-and registers the model that then lies in --output_dir. Leaves out everything else: it is a run as any other.
-
-    python -m pytest tests/test_transformer_lab.py
+and registers the model that it then finds in --output_dir. Everything else is as in any other run.
 """
 
 import argparse
@@ -25,14 +23,14 @@ ANSWERS = ("answer", "Output", "chosen")  # what rows call the answer, the first
 
 
 def add_flags(parser: Parser) -> None:
-    """The flag by which it is known, and the one that says where the model goes."""
+    """The flag by which its calls are recognised, and the one that says where the model goes."""
     group = parser.add_argument_group("Transformer Lab")
     group.add_argument(
         "--custom-hf-dataset",
         metavar="FILE",
         help="as --prompts; --ground-truth-reward then means the rows' own answers, and --output-dir takes the model",
     )
-    group.add_argument("--fused-model", metavar="DIR", help="write the fused model there, too, at the end")
+    group.add_argument("--fused-model", metavar="DIR", help="also write the fused model there, at the end")
 
 
 def own_flags(args: argparse.Namespace) -> argparse.Namespace:
