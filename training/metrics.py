@@ -60,7 +60,7 @@ def say_if_another_blas(folder: str | Path, blas: str | None) -> None:
     before = read_json(Path(folder) / "config.json").get("blas")
     if before and before != blas:
         now = f"with {blas}" if blas else "without it"
-        print(f"this run began with the BLAS {before} and continues {now}, so it will not be bit for bit the run it would have been")
+        print(f"this run began with the BLAS {before} and continues {now}, so its numbers may differ in the last bits")
 
 
 class RunLog:
