@@ -1,9 +1,7 @@
 """Rows of a task's data: {"input", "output"} from YAML, a `.jsonl`, or a folder that `datasets` saved.
 
-A row may also say "Input" and "Output", or "prompt" and "answer". Reading a folder needs pyarrow, which is imported
-only then. Leaves out downloads.
-
-    python -m pytest tests/test_task.py
+A row may also use "Input" and "Output", or "prompt" and "answer". Reading a folder needs pyarrow, which is imported
+only then.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +15,7 @@ from data.sources import Split, contents, saved_splits
 Example = dict[str, str]
 
 KEYS = (("input", "output"), ("Input", "Output"), ("prompt", "answer"))
-SPLITS = ("test", "validation", "train")  # of a folder with several, the first of these that is there
+SPLITS = ("test", "validation", "train")  # of a folder with several, the first of these that exists
 
 
 def read_examples(
@@ -25,8 +23,8 @@ def read_examples(
 ) -> list[Example]:
     """{"input", "output"} of every row of `source`: a list of mappings, a `.jsonl`, or a folder of `save_to_disk`.
 
-    place: how errors call an inline list; check: whether an output can be a truth of the task. Numbers become text.
-    Raises UserError with file and line (or row) at the first row that does not fit, and where there is none.
+    place: how errors call an inline list; check: whether an output can be an answer of the task. Numbers become text.
+    Raises UserError with file and line (or row) for the first invalid row, and if there are no rows.
     """
     if isinstance(source, list):
         rows: Iterator[tuple[str, Any]] = ((f"{place}, row {n}", row) for n, row in enumerate(source, 1))
@@ -36,7 +34,7 @@ def read_examples(
         rows = iter(located_rows(source, [()]))
     examples = [_example(row, where, check) for where, row in rows]
     if not examples:
-        raise UserError(f"{place} holds no rows; each has an input and an output")
+        raise UserError(f"{place} holds no rows; a row has an input and an output")
     return examples
 
 
@@ -47,13 +45,13 @@ def _example(row: Any, place: str, check: Callable[[str], bool] | None) -> Examp
         raise UserError(f'{place} {held}; write {{"input": "...", "output": "..."}}')
     texts = [_text(row[key], key, place) for key in keys]
     if check is not None and not check(texts[1]):
-        raise UserError(f"{place} has the output {texts[1]!r:.60}, which the task's answer type cannot read; mend it")
+        raise UserError(f"{place} has the output {texts[1]!r:.60}, which the task's answer type cannot read; fix it")
     return {"input": texts[0], "output": texts[1]}
 
 
 def _text(content: Any, key: str, place: str) -> str:
     if isinstance(content, bool) or not isinstance(content, str | int | float) or not str(content).strip():
-        raise UserError(f"{place} has {content!r:.60} as {key!r}; it has to be text or a number; quote it")
+        raise UserError(f"{place} has {content!r:.60} as {key!r}; it must be text or a number; quote it")
     return str(content)
 
 

@@ -1,9 +1,7 @@
-"""Texts that say the same as another: equal once normalised, or ROUGE-L (the F1 of the longest common subsequence
-of tokens) at least a threshold: 0.7, the rule of Self-Instruct (arXiv:2212.10560).
+"""Near-duplicates: texts that are equal once normalised, or whose ROUGE-L (the F1 of the longest common subsequence
+of tokens) reaches a threshold: 0.7, the rule of Self-Instruct (arXiv:2212.10560).
 
-Leaves out meaning: a paraphrase in other words stays, and so does the same question with longer wording.
-
-    pytest tests/test_near_duplicates.py
+Meaning plays no part: a paraphrase in other words is no near-duplicate, nor is the same question in longer wording.
 """
 
 import re
@@ -18,7 +16,7 @@ from rapidfuzz.distance import LCSseq
 from common.errors import UserError
 
 THRESHOLD = 0.7
-# Words as in rouge-score, and signs as well: 12 + 5 and 12 - 5 are two questions. Plain punctuation is no token.
+# Words as in rouge-score, and symbols as well: 12 + 5 and 12 - 5 are two questions. Punctuation is no token.
 TOKEN = re.compile(r"\w+|[^\w\s.,;:!?'\"()]")
 
 
@@ -36,25 +34,25 @@ class Duplicate(NamedTuple):
 
 
 def normalise(text: str) -> str:
-    """Case, white space and the composition of accents made the same."""
+    """The text in lower case, with single spaces and composed accents (NFC)."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def tokens(text: str) -> list[str]:
-    """The words and signs that ROUGE-L compares."""
+    """The words and symbols that ROUGE-L compares."""
     return TOKEN.findall(normalise(text))
 
 
 def rouge_l(one: Sequence[str], other: Sequence[str]) -> float:
-    """ROUGE-L of two token lists, 0 to 1: 2 LCS / (len + len). 0 where both are empty."""
+    """ROUGE-L of two token lists, 0 to 1: 2 LCS / (len + len). 0 if both are empty."""
     return 2 * LCSseq.similarity(one, other) / max(len(one) + len(other), 1)
 
 
 def find_duplicates(texts: Sequence[str], against: Sequence[str] = (), threshold: float = THRESHOLD) -> list[Duplicate]:
-    """The texts that repeat one of `against`, or an earlier text that is itself kept; in their order.
+    """The texts that repeat one of `against`, or an earlier text that is itself kept; in order.
 
-    Each comes with the first partner of the same normalised text, else with the first whose ROUGE-L is at least
-    threshold, `against` before texts. Exact: what is skipped cannot reach the threshold.
+    Each is reported with the first text that is equal once normalised, else with the first whose ROUGE-L is at least
+    the threshold; `against` comes before texts. Exact: pairs that are skipped cannot reach the threshold.
     Raises UserError unless 0 < threshold <= 1.
     """
     partners = _Partners([*against, *texts], checked_threshold(threshold))
@@ -80,8 +78,8 @@ def checked_threshold(threshold: float) -> float:
 class _Partners:
     """The texts kept so far, indexed by their tokens.
 
-    An LCS is at most the number of tokens that two texts share (the k-th occurrence of a token counts as an item of
-    its own), so the shared ones are counted first, for all partners at once, and few pairs come to the LCS.
+    An LCS is at most the number of tokens that two texts share (the k-th occurrence of a token counts as its own
+    item), so shared tokens are counted first, for all partners at once, and the LCS is computed for few pairs.
     """
 
     def __init__(self, texts: Iterable[str], threshold: float):
@@ -102,7 +100,7 @@ class _Partners:
         self.room = np.zeros(int(sizes.sum()), dtype=np.int32)
 
     def keep(self, number: int) -> None:
-        """Make a text one that later texts are compared with."""
+        """Compare later texts with this one."""
         items = self.items[number]
         self.room[self.start[items] + self.filled[items]] = number
         self.filled[items] += 1
@@ -119,7 +117,7 @@ class _Partners:
         if not slices:
             return None
         shared = np.bincount(np.concatenate(slices))
-        # The least LCS that makes a duplicate; the tiny term undoes rounding where the product is a whole number.
+        # The smallest LCS of a duplicate; the tiny term undoes rounding where the product is a whole number.
         needed = np.ceil((self.lengths[: len(shared)] + len(items)) * (self.threshold / 2) - 1e-9).clip(1)
         for partner in np.flatnonzero(shared >= needed).tolist():
             least = int(needed[partner])
@@ -130,7 +128,7 @@ class _Partners:
 
 
 def _item_numbers(row: list[str], items: dict[tuple[str, int], int]) -> np.ndarray:
-    """A text's tokens as numbers, all distinct: (token, how often it came before) → number."""
+    """A text's tokens as distinct numbers: (token, its occurrences so far) → number."""
     before: Counter[str] = Counter()
     numbers = []
     for token in row:

@@ -1,9 +1,9 @@
-"""All wording that a teacher is given: the messages of every stage, and the schemas of the answers. Nothing else.
+"""All prompts that a teacher is sent: the messages of every stage, and the schemas of the answers. Nothing else.
 
-The first line of a system message names its stage. Passages, samples and summaries come from libraries and models:
-they are data, each cut to a length and put between two lines that hold a code which the text itself cannot hold.
+The first line of a system message names its stage. Passages, samples and summaries come from libraries and models, so
+they are treated as data: each is truncated and put between two lines with a code that the text itself does not contain.
 
-    python -m pytest tests/test_prompts_synth.py
+The wording is part of the cache's keys: whoever changes it pays for every answer again.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from synth.task import Task
 
-# Characters, above which a text is cut.
+# Maximum characters; longer texts are truncated.
 MOST_PASSAGE, MOST_INPUT, MOST_OUTPUT, MOST_SUMMARY = 8000, 8000, 4000, 2000
 MOST_DEMOS, MOST_DEMO = 8, 2000
 MOST_KEYWORDS, MOST_KEYWORD = 20, 100
 CODE_LENGTH = 8
-# Codes have letters only, and no vowels: a model that copies one into its answer has written neither number nor word.
+# Codes have letters only, without vowels: if a model copies one into its answer, it is neither a number nor a word.
 LETTERS = str.maketrans("0123456789abcdef", "bcdfghjklmnpqrst")
 
 STAGES = {
@@ -62,7 +62,7 @@ def _some(keywords: list[str]) -> list[str]:
     return found[:MOST_KEYWORDS]
 
 
-# The lengths are checked here and not in the schema, as several endpoints decline a schema with limits.
+# Lengths are checked here and not in the schema, as several endpoints reject schemas with limits.
 Input = Annotated[str, AfterValidator(_filled), AfterValidator(lambda text: _short(text, MOST_INPUT))]
 Output = Annotated[str, AfterValidator(_filled), AfterValidator(lambda text: _short(text, MOST_OUTPUT))]
 
@@ -98,7 +98,7 @@ def keywords(task: Task) -> list[dict]:
 
 
 def pattern(task: Task) -> list[dict]:
-    """Ask what the demos have in common, or without demos what samples of the task will. Schema: Pattern."""
+    """Ask what the demos have in common, or, without demos, what samples of the task will. Schema: Pattern."""
     demand = (
         "Describe in at most 150 words what inputs of this task look like and what their outputs have to satisfy: "
         "structure, style, length, the knowledge and the steps that they need, and in what they may differ. "
@@ -110,7 +110,7 @@ def pattern(task: Task) -> list[dict]:
 def new_sample(task: Task, pattern: str | None, passage: str | None, number: int) -> list[dict]:
     """Ask for a new sample, drawn from a passage if there is one. Schema: NewSample.
 
-    number: the sample's own; it tells requests apart, which are alike otherwise. pattern: the summary of `pattern`.
+    number: of the sample; requests differ by it alone. pattern: the summary that `pattern` asked for.
     """
     demand = [f"Write sample number {number} of many, an input and its output, unlike the examples and each other."]
     demand += [f"Take its facts or its method from the passage alone. {SELF_CONTAINED}"] if passage is not None else []
@@ -121,9 +121,9 @@ def new_sample(task: Task, pattern: str | None, passage: str | None, number: int
 
 
 def answer(task: Task, input: str, passage: str | None = None) -> list[dict]:
-    """Ask for the output of one input, in the task's own form: without a schema, and without examples to copy.
+    """Ask for the output of one input, in the task's own format: without a schema, and without examples to copy.
 
-    passage: where the facts of the input stand, so that a vote on them is no guess.
+    passage: where the input's facts are found, so that a vote on them is not a guess.
     """
     demand = "Give the output for the input above, in the output format."
     if passage is not None:
@@ -158,7 +158,7 @@ def _messages(stage: str, *parts: str) -> list[dict]:
 
 
 def _described(task: Task, demos: bool = True) -> str:
-    """The task: the same text at the head of all of a stage's requests, so that a server reads it only once."""
+    """The task: the same text at the start of all of a stage's requests, so that a server can cache its prefix."""
     lines = {"Task": task.instruction, "Domain": task.domain}
     lines |= {"Input format": task.input_format, "Output format": task.output_format}
     parts = ["\n".join(f"{name}: {text}" for name, text in lines.items() if text)]
@@ -178,20 +178,19 @@ def _cut(text: str, most: int) -> str:
 
 
 def _section(name: str, text: str) -> str:
-    """A text as data, between two lines that it cannot imitate."""
+    """A text as data, between two lines that it cannot contain."""
     code = _code(text)
     return f"<{name} {code}>\n{text}\n</{name} {code}>"
 
 
 def _code(text: str) -> str:
-    """A code that `text` does not hold, always the same for the same text, as the cache knows a request by its text."""
+    """A code that `text` does not contain; the same for the same text, as the cache's keys depend on it."""
     digests = (hashlib.sha256(f"{n} {text}".encode("utf-8", "replace")).hexdigest() for n in itertools.count())
     codes = (digest[:CODE_LENGTH].translate(LETTERS) for digest in digests)
     return next(code for code in codes if code not in text)
 
 
-# What the tuner may choose between (synth/sampler.py); {request} is the request as it would be without a
-# template.
+# What the tuner may choose from (synth/sampler.py); {request} is the request without a template.
 TEMPLATES = {
     "plain": "{request}",
     "varied": "{request}\n\nChoose a subject, numbers and words that few others would choose.",
@@ -228,7 +227,7 @@ REASONABLE = (
     "neither the given one nor this request, so it must not refer to them. Word it anew, keep tables and code whole, "
     "and let it grow by 20 words at most. Write the instruction and do not answer it."
 )
-# Words by which a rewriting gives away the request it came from: the published templates' and our own.
+# Phrases that leak from the request into a rewritten instruction: the published templates' and our own.
 LEAKS = (
     *("given prompt", "rewritten prompt", "new prompt", "created prompt", "#prompt", "prompt rewriter"),
     *("given instruction", "new instruction", "rewritten instruction", "original instruction", "as requested"),

@@ -1,10 +1,9 @@
-"""How data is generated, as settings that can be read, set and learned: the sampler, and what a generator is.
+"""How data is generated, as settings that can be read, set and learned: the sampler, and the generator protocol.
 
-A generator has a `sampler` and the two methods of `Generator`; every request that it sends a teacher goes by the
-sampler's settings at that moment. Leaves out who changes them (synth/tuning/tuner.py) and how they are changed
-(synth/tuning/agents.py).
+A generator has a `sampler` and the two methods of `Generator`; each of its requests to a teacher uses the sampler's
+settings at that moment.
 
-    python -m pytest tests/test_sampler.py
+Not here: what changes them (see synth/tuning/tuner.py and synth/tuning/agents.py).
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from synth.prompts import TEMPLATES
 
 DataRow = dict[str, Any]  # one row of training data, such as {"input": ..., "output": ...}
 METHODS = ("generate_from_seed", "evolve_instructions")
-DIGITS = 9  # decimals that are kept of a setting: steps of 0.05 shall not add up to 0.8500000000000001
+DIGITS = 9  # decimals kept of a setting, so that steps of 0.05 do not add up to 0.8500000000000001
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Space:
-    """Which settings are possible: two ranges (lowest, highest) and two lists of names.
+    """The possible settings: two ranges (lowest, highest) and two lists of names.
 
-    Raises UserError for an empty range or list, and for a method or a range that no generator knows.
+    Raises UserError for an empty range or list, an invalid range and an unknown method.
     """
 
     temperature: tuple[float, float] = (0.0, 2.0)
@@ -49,7 +48,7 @@ class Space:
             if not 0 <= low <= high <= most:
                 raise UserError(f"the range of {name} is {low:g} to {high:g}; 0 <= lowest <= highest <= {most:g}")
         if not self.top_p[0] > 0:
-            raise UserError("the range of top_p begins at 0, by which nothing could be drawn; begin it above 0")
+            raise UserError("the range of top_p starts at 0, with which nothing could be drawn; start it above 0")
         if not self.templates or not self.methods or not set(self.methods) <= set(METHODS):
             raise UserError(
                 f"the templates are {self.templates} and the methods {self.methods}; give one template at least, and "
@@ -57,7 +56,7 @@ class Space:
             )
 
     def within(self, settings: Settings) -> Settings:
-        """The settings with both numbers held within their ranges, and rounded."""
+        """The settings with both numbers clipped to their ranges, and rounded."""
         held = {
             name: round(min(max(getattr(settings, name), low), high), DIGITS)
             for name, (low, high) in (("temperature", self.temperature), ("top_p", self.top_p))
@@ -65,17 +64,17 @@ class Space:
         return replace(settings, **held)
 
     def check(self, settings: Settings) -> None:
-        """Raise UserError for settings that are not of this space."""
+        """Raise UserError for settings outside this space."""
         for name in ("temperature", "top_p"):
             value, (low, high) = getattr(settings, name), getattr(self, name)
             if not low <= value <= high:
-                raise UserError(f"{name} is {value:g}; it has to lie within {low:g} to {high:g}")
+                raise UserError(f"{name} is {value:g}; it must lie within {low:g} to {high:g}")
         for name, known in (("template", self.templates), ("method", self.methods)):
             if getattr(settings, name) not in known:
                 raise UserError(f"{name} is {getattr(settings, name)!r}; use one of {', '.join(known)}")
 
     def as_vector(self, settings: Settings) -> list[float]:
-        """Settings as numbers within 0..1: the two ranges, then the names one-hot."""
+        """Settings as numbers in 0..1: the two ranges, then the names one-hot."""
         pairs = ((settings.temperature, self.temperature), (settings.top_p, self.top_p))
         numbers = [(value - low) / (high - low) if high > low else 0.0 for value, (low, high) in pairs]
         names = ((settings.template, self.templates), (settings.method, self.methods))
@@ -83,7 +82,7 @@ class Space:
 
 
 class Sampler:
-    """The settings by which a generator asks. Each of the four can be read and set, and all of them together.
+    """The settings that a generator asks with. Each of the four can be read and set, or all of them together.
 
     templates: name → text with {request} where the request goes. Raises UserError for settings outside the space.
     """
@@ -95,7 +94,7 @@ class Sampler:
         self.templates = dict(TEMPLATES if templates is None else templates)
         for name in self.space.templates:
             if "{request}" not in self.templates.get(name, ""):
-                raise UserError(f"the template {name!r} has no text with {{request}} in it; write one, or leave it out")
+                raise UserError(f"the template {name!r} has no text with {{request}} in it; write one, or remove it")
         self._settings = Settings()
         self.set(settings or Settings())
 
@@ -104,7 +103,7 @@ class Sampler:
         return self._settings
 
     def set(self, settings: Settings) -> None:
-        """All four. Raises UserError, and changes nothing, for settings outside the space."""
+        """Set all four. Raises UserError, and changes nothing, for settings outside the space."""
         self.space.check(settings)
         self._settings = settings
 
@@ -148,26 +147,26 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Results:
-    """What a generator made. data: the rows that are of use; dropped: how many were not, by reason."""
+    """A generator's output. data: the usable rows; dropped: the number of others, by reason."""
 
     data: list[DataRow]
     dropped: dict[str, int] = field(default_factory=dict)
 
 
 class Generator(Protocol):
-    """What the tuner needs of a generator. Both methods go by `sampler`, and ask a teacher for `count` rows.
+    """What the tuner needs of a generator. Both methods use `sampler` and ask a teacher for `count` rows.
 
-    first: the number of the first of them. Rows of other numbers are other rows, and the same number under the same
-    settings gives the same row again, so that a resumed run pays for nothing twice.
+    first: the number of the first row. Other numbers give other rows, and the same number with the same settings gives
+    the same row again, so that a resumed run pays for nothing twice.
     """
 
     sampler: Sampler
 
     def generate_from_seed(self, count: int, first: int = 1) -> Results:
-        """New rows, in the manner of the seed rows."""
+        """New rows, in the style of the seed rows."""
 
     def evolve_instructions(self, count: int, first: int = 1) -> Results:
-        """Rows that are evolved from the seed rows, taken in turn."""
+        """Rows evolved from the seed rows, which are used in turn."""
 
 
 def in_turn(rows: Sequence[Any], number: int) -> Any:

@@ -1,12 +1,12 @@
-"""A task: what is asked, how an answer is read or scored, and what data comes with it. Read from one YAML file.
+"""A task: what is asked, how answers are read or scored, and the data that belongs to it. Read from one YAML file.
 
     instruction: Add the two numbers.
-    answer: {type: number}                  or, in its place, a reward: {type: digits, multiple_of: 2}, file.py:function
+    answer: {type: number}                  or instead a reward: {type: digits, multiple_of: 2}, file.py:function
     input_format, output_format, prompt, demos, domain, library, passages, evaluation, name, base_model,
     near_duplicates: optional
 
 Paths are relative to the YAML file. Reading is strict: an unknown key, a missing file or a row without an answer is
-an error before the first call of a teacher. Leaves out generating and training. All of synth/tasks/ is of this form.
+an error before the first call to a teacher. For examples see synth/tasks/.
 
     load_task("synth/tasks/arithmetic.yaml").prompt("12 + 7 =")  ->  "12 + 7 ="
 """
@@ -35,39 +35,39 @@ PLACES = ("instruction", "input_format", "output_format", "input")  # what a pro
 _PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
 TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain", "base_model")
 KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation", "near_duplicates")
-CODE = ("answer", "reward", "source")  # fields of a Task that no file can hold
+CODE = ("answer", "reward", "source")  # fields of a Task that cannot be written to a file
 
 Source = Callable[[int, int], list[Example]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task. Exactly one of `answer` and `reward` is set, but for a task of reasoning-gym, which has both."""
+    """One task. Exactly one of `answer` and `reward` is set, except for reasoning-gym's tasks, which have both."""
 
     name: str
     instruction: str
     input_format: str = ""
     output_format: str = ""
     answer: AnswerType | None = None
-    reward: RewardFunction | None = None  # f(prompts, completions) -> scores, where there is no one answer
+    reward: RewardFunction | None = None  # f(prompts, completions) -> scores, if there is no single answer
     template: str = ""  # of the prompt, with {input} and other PLACES; empty: instruction, formats, input
     demos: list[Example] = field(default_factory=list)
     domain: str = ""
     library: list[Path] = field(default_factory=list)
-    passages: list[str] = field(default_factory=list)  # a library small enough to stand in the task file
+    passages: list[str] = field(default_factory=list)  # a library small enough for the task file
     evaluation: list[Example] = field(default_factory=list)
-    source: Source | None = None  # f(count, seed) -> rows made by rule, where no teacher is needed
-    near_duplicates: float = THRESHOLD  # ROUGE-L from which two inputs count as one; 1: only equal words
-    base_model: str = ""  # the model to train where the user names none
-    scoring_flags: tuple[str, ...] = ()  # by which ppo_training.py scores as this task does
+    source: Source | None = None  # f(count, seed) -> rows made by rule, without a teacher
+    near_duplicates: float = THRESHOLD  # ROUGE-L at which two inputs count as one; 1: same words only
+    base_model: str = ""  # the model to train if the user names none
+    scoring_flags: tuple[str, ...] = ()  # with which ppo_training.py scores as this task does
 
     def prompt(self, text: str) -> str:
-        """What the base model and the trained model see of an input: in pass rates, RL and evaluation alike."""
+        """What the base model and the trained model see of an input, in pass rates, RL and evaluation alike."""
         if not self.template:
             parts = (self.instruction, self.input_format, text, self.output_format)
             return "\n\n".join(part.strip() for part in parts if part.strip())
         values = {**{place: getattr(self, place) for place in PLACES if place != "input"}, "input": text}
-        # Not str.format: templates and inputs hold LaTeX's braces; and in one pass, so that no input is filled in.
+        # Not str.format: templates and inputs may hold LaTeX's braces. In one pass, so that inputs are left alone.
         return _PLACE.sub(lambda match: values[match[1]], self.template)
 
     def score(self, text: str, completion: str, truth: str) -> float:
@@ -78,7 +78,7 @@ class Task:
         return self.answer.score(completion, truth)
 
     def as_dict(self) -> dict[str, Any]:
-        """All that the task says, as JSON holds it; its code (a reward, a reader) only by the flags that name it."""
+        """The whole task as JSON; its code (a reward, a reader) only by the flags that name it."""
         said = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in CODE}
         return {**said, "library": list(map(str, self.library)), "scoring_flags": list(self.scoring_flags)}
 
@@ -96,7 +96,7 @@ class Task:
 def load_task(path: str | Path) -> Task:
     """The task of a YAML file. (Commands call synth.pipeline.tasks.open_task, which knows reasoning-gym's as well.)
 
-    Raises UserError where the file, a key, a value, a path or a row is wrong.
+    Raises UserError if the file, a key, a value, a path or a row is wrong.
     """
     content = _read_yaml(Path(path))
     return _task({"name": Path(path).stem, **content}, str(path), Path(path).parent)
@@ -116,12 +116,12 @@ def task_from_flags(
     dataset_path: str | None = None,
     domain: str | None = None,
 ) -> Task:
-    """A task given by flags; `base`, or the shipped task of the name (MedNLI, say), stands in for what is left out.
+    """A task given by flags; what they omit is taken from `base`, or from the shipped task of that name (MedNLI, say).
 
     answer: an answer type's name, or with its options as a task file has it, "{type: choice, choices: [A, B]}"
     (default: label if labels are given, else exact). demo_examples: a `.jsonl`, a folder, or a list, also as text:
     "[{'input': '2 + 2', 'output': '4'}]". Paths are relative to the working directory.
-    Raises UserError as `load_task` does, and where there is no instruction.
+    Raises UserError as `load_task` does, and if there is no instruction.
     """
     task_name = task_name or (base.name if base else "")
     if not task_name:
@@ -150,7 +150,9 @@ def _demos(given: str | Sequence[Any] | None) -> Any:
     try:
         return yaml.safe_load(given)
     except yaml.YAMLError:
-        raise UserError(f"--demo-examples {given!r:.60} is neither a list of demos nor a path; write JSON") from None
+        raise UserError(
+            f"--demo-examples {given!r:.60} is neither a list of demos nor a path; write a JSON list"
+        ) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -161,14 +163,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"task {path} is not UTF-8; save it as UTF-8") from None
     except yaml.YAMLError as error:
-        raise UserError(f"task {path} is not valid YAML ({' '.join(str(error).split())[:160]}); mend it") from None
+        raise UserError(f"task {path} is not valid YAML ({' '.join(str(error).split())[:160]}); fix it") from None
     if not isinstance(content, dict):
-        raise UserError(f"task {path} is no YAML mapping; write `instruction: ...` and `answer: ...`")
+        raise UserError(f"task {path} is not a YAML mapping; write `instruction: ...` and `answer: ...`")
     return content
 
 
 def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None = None) -> Task:
-    """The task of a mapping; what it leaves out is taken from `base`. folder: what its paths are relative to."""
+    """The task of a mapping; what it omits is taken from `base`. folder: what its paths are relative to."""
     for key in content:
         if key not in KNOWN_KEYS:
             raise UserError(f"{place} has the unknown key {key!r}; known are {', '.join(KNOWN_KEYS)}")
@@ -191,7 +193,7 @@ def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None =
     if "near_duplicates" in content:
         task = replace(task, near_duplicates=_threshold(content["near_duplicates"], place))
     if task.template and "{input}" not in task.template:
-        raise UserError(f"{place} has a prompt without {{input}}; say where the input goes")
+        raise UserError(f"{place} has a prompt without {{input}}; write where the input goes")
     library = [_path(item, "library", place, folder) for item in _list(content, "library", place)]
     passages = [_text(item, "passages", place) for item in _list(content, "passages", place)]
     rows = {
@@ -210,7 +212,7 @@ def _named(texts: dict[str, Any], place: str) -> Task:
 
 def _text(content: Any, key: str, place: str) -> str:
     if not isinstance(content, str):
-        raise UserError(f"{place} has {content!r:.60} as {key}; it has to be text")
+        raise UserError(f"{place} has {content!r:.60} as {key}; it must be text")
     return content.strip() if key != "prompt" else content
 
 
@@ -218,13 +220,13 @@ def _list(content: dict[str, Any], key: str, place: str) -> list[Any]:
     given = content.get(key, [])
     given = [given] if isinstance(given, str) else given
     if not isinstance(given, list):
-        raise UserError(f"{place} has {given!r:.60} as {key}; it has to be a list")
+        raise UserError(f"{place} has {given!r:.60} as {key}; it must be a list")
     return given
 
 
 def _path(given: Any, key: str, place: str, folder: Path) -> Path:
     if not isinstance(given, str):
-        raise UserError(f"{place} has {given!r:.60} in {key}; it has to be a path")
+        raise UserError(f"{place} has {given!r:.60} in {key}; it must be a path")
     path = folder / Path(given).expanduser()
     if not path.exists():
         raise UserError(f"{place} names {path} as {key}, which does not exist; check the path")
@@ -238,12 +240,12 @@ def _rows(given: Any, key: str, place: str, folder: Path, answer: AnswerType | N
 
 def _threshold(given: Any, place: str) -> float:
     if isinstance(given, bool) or not isinstance(given, int | float):
-        raise UserError(f"{place} has {given!r:.60} as near_duplicates; it has to be a number")
+        raise UserError(f"{place} has {given!r:.60} as near_duplicates; it must be a number")
     return checked_threshold(float(given))
 
 
 def _answer(given: Any, place: str, folder: Path) -> tuple[AnswerType, tuple[str, ...]]:
-    """The answer type, and the flags by which ppo_training.py reads answers so."""
+    """The answer type, and the flags with which ppo_training.py reads answers the same way."""
     options = {"type": given} if isinstance(given, str) else given
     if not isinstance(options, dict) or not isinstance(options.get("type"), str):
         raise UserError(f"{place} has {given!r:.60} as answer; write `answer: {{type: number}}`, say")
@@ -259,7 +261,7 @@ def _answer(given: Any, place: str, folder: Path) -> tuple[AnswerType, tuple[str
 
 
 def _reward(given: Any, place: str, folder: Path) -> tuple[RewardFunction, tuple[str, ...]]:
-    """The reward, and the flags by which ppo_training.py gives the same."""
+    """The reward, and the flags with which ppo_training.py gives the same."""
     if isinstance(given, str):
         spec = str((folder / Path(given).expanduser()).resolve())
         return load_reward_function(spec), ("--reward-function", spec)

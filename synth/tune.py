@@ -1,10 +1,8 @@
 """Tune how data is generated for a target model (docs/tuner.md).
 
-    python -m synth.tune --config synth/tuning/examples/reviews.yaml      offline: a scikit-learn classifier as target
-    python -m synth.tune --config synth/tuning/examples/digits.yaml       offline: tiny-digits as target
-    python -m synth.tune --resume RUN_FOLDER                             after a stop or a kill
-
-Leaves out the search itself (synth/tuning/tuner.py).
+python -m synth.tune --config synth/tuning/examples/reviews.yaml      offline: a scikit-learn classifier as target
+python -m synth.tune --config synth/tuning/examples/digits.yaml       offline: tiny-digits as target
+python -m synth.tune --resume RUN_FOLDER                             after a stop or a kill
 """
 
 import argparse
@@ -32,16 +30,16 @@ from training.flags import default_output_dir
 from training.intervals import difference
 from training.metrics import resumed_config, start_run_folder
 
-FEW = 5  # batches, below which an interval says nothing
+FEW = 5  # batches; with fewer, an interval means nothing
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; its keys stand in synth/tuning/config.py")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; for its keys see synth/tuning/config.py")
     parser.add_argument("--output-dir", help="run folder (default: the file's, or runs/tune-TIME)")
-    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, by its own configuration")
+    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own configuration")
     parser.add_argument(
-        "--confirm", type=int, default=0, help="then compare with the start's settings, on so many fresh batches each"
+        "--confirm", type=int, default=0, help="then compare with the start's settings, on this many fresh batches each"
     )
     return parser.parse_args(args)
 
@@ -49,7 +47,7 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration of --config, or of the run that --resume names, with its run folder.
 
-    With both, the file's: it may name another port of the teacher, or more iterations.
+    If both are given, the file's: it may name another port for the teacher, or more iterations.
     """
     if not args.config and not args.resume:
         raise UserError("neither --config nor --resume is given; name a YAML file such as docs/tuner.md shows")
@@ -72,7 +70,7 @@ def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
         rows = read_rows(tuning.validation_data_path, [()]) if tuning.validation_data_path else []
         if takes_validation(function) and not rows:
             raise UserError(
-                f"{tuning.target_model_path} takes a validation set, and there is none; give validation_data_path"
+                f"{tuning.target_model_path} takes a validation set, and there is none; set validation_data_path"
             )
         return function, rows
     if not config.task:
@@ -99,19 +97,19 @@ def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
 
 
 def confirmation(found: dict[str, list[float]], metric: str) -> str:
-    """The comparison on fresh batches, as a line; with an interval where there are batches enough for one."""
+    """The comparison on fresh batches, in one line; with an interval if there are enough batches for one."""
     best, start = (sum(found[name]) / len(found[name]) for name in ("best", "start"))
-    means = f"{metric} {best:.3f} by the best settings, {start:.3f} by those of the start"
+    means = f"{metric} {best:.3f} with the best settings, {start:.3f} with the initial ones"
     line = f"on {len(found['best'])} fresh batches each: {means}"
     if len(found["best"]) < FEW:
-        return f"{line}; for an interval take {FEW} batches or more"
+        return f"{line}; for an interval use {FEW} batches or more"
     return f"{line}; difference {difference(found['start'], found['best']).interval} (95 %, bootstrap over batches)"
 
 
 def main() -> None:
     args = parse_args()
     if args.confirm < 0:
-        raise UserError(f"--confirm is {args.confirm}; it has to be at least 0")
+        raise UserError(f"--confirm is {args.confirm}; it must be at least 0")
     config = configuration(args)
     folder = Path(str(config.output_dir))
     target, validation = target_of(config)
@@ -130,7 +128,7 @@ def main() -> None:
             if args.confirm:
                 print(confirmation(tuner.confirm(args.confirm), config.rl_tuning.reward_metric))
             else:
-                print(f"its metric is the best of several, so it promises too much; --confirm {FEW} measures it anew")
+                print(f"its metric is the best of several, so it is biased upward; --confirm {FEW} measures it again")
 
 
 if __name__ == "__main__":

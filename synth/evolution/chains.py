@@ -1,13 +1,12 @@
 """Chains of instructions: a policy chooses an operator, a teacher rewrites, the judge drops or rewards, round by round.
 
 A row of the tree is one choice: id, parent and root, round, operator, the propensities of all actions, the situation
-it was made in, the instruction that came of it ("input"; of a stop or a failed rewriting: empty), parts, pass_rate,
-reward, or why it was dropped. What was dropped leaves the chain where it was, to be tried again in the next round (as
-in Evol-Instruct, arXiv:2304.12244). All draws follow from the seed, the chain and the round, so that a run that was
-killed and started again chooses what it would have chosen, and the cache has the answers.
-Leaves out the flags (synth/evolution/flags.py) and the responses (synth/evolution/responses.py).
+it was made in, the resulting instruction ("input"; empty for a stop or a failed rewriting), parts, pass_rate, reward,
+or why it was dropped. After a dropped choice the chain stays where it was, to be tried again in the next round (as in
+Evol-Instruct, arXiv:2304.12244). All draws depend only on the seed, the chain and the round, so that a run that was
+killed and started again chooses what it would have chosen, and finds the answers in the cache.
 
-    python -m pytest tests/test_chains.py
+Not here: responses to the instructions (see synth/evolution/responses.py).
 """
 
 from collections.abc import Sequence
@@ -26,9 +25,9 @@ from synth.teacher.asking import Asker, Asking, ask_all
 
 @dataclass
 class Chain:
-    """One instruction on its way. number: of all chains of a run; it tells apart what is asked and drawn for each.
+    """One instruction being evolved. number: unique in a run, so that each chain's asks and draws are its own.
 
-    rows: its choices so far; given: the row it stands at, whose parts and pass rate the policy sees.
+    rows: its choices so far; given: its current row, whose parts and pass rate the policy sees.
     """
 
     number: int
@@ -52,7 +51,7 @@ def root_row(number: int, instruction: str, novelty: float, pass_rate: float | N
 
 
 async def root_rows(instructions: Sequence[str], judge: Judge, name: str) -> list[StageRow]:
-    """The initial instructions as rows, with their novelty to each other and, where answers are asked, pass rates."""
+    """The initial instructions as rows, with their novelty to each other and, if answers are asked for, pass rates."""
     rates: list[Any] = [None] * len(instructions)
     if judge.difficulty.answers:
         rates = await answer_rates(instructions, judge.difficulty, judge.solver, name)
@@ -65,7 +64,7 @@ async def root_rows(instructions: Sequence[str], judge: Judge, name: str) -> lis
 
 @dataclass(frozen=True)
 class Evolution:
-    """How chains are evolved. writer: the teacher that rewrites; name: what the ledger's stages begin with."""
+    """How chains are evolved. writer: the teacher that rewrites; name: prefix of the ledger's stages."""
 
     writer: Asker
     judge: Judge
@@ -75,7 +74,7 @@ class Evolution:
     name: str = "evolve"
 
     async def run(self, chains: Sequence[Chain], policy: OperatorPolicy) -> list[StageRow]:
-        """Take every chain through all rounds, or to its stop; the rows of all, by round and chain."""
+        """Take every chain through all rounds, or until it stops; returns all rows, by round and chain."""
         rows: list[StageRow] = []
         for number in range(1, self.rounds + 1):
             rows += await self.step([chain for chain in chains if not chain.ended], policy, number)
@@ -121,9 +120,9 @@ class Evolution:
         }
 
     async def _rewritten(self, chains: Sequence[Chain], rows: Sequence[StageRow]) -> list[StageRow]:
-        """The rows with what the writer made of them."""
+        """The rows with the writer's new instructions."""
         asks = [
-            # A number of its own for each choice: what failed would else fail again by the stored answer.
+            # Each choice has its own number: otherwise a failed one would fail again with the cached answer.
             rewriting(
                 row["operator"],
                 chain.given["input"],
@@ -160,7 +159,7 @@ def situation_of(chain: Chain, number: int, rounds: int) -> Situation:
 
 
 def batch_from(rows: Sequence[StageRow], rounds: int, group_size: int) -> Batch:
-    """The logged choices as a policy learns from them: one episode a chain, in the order of their numbers."""
+    """The logged choices as a batch to learn from: one episode per chain, in the order of their numbers."""
     numbers = {number: place for place, number in enumerate(sorted({row["chain"] for row in rows}))}
     shape = (len(numbers), rounds)
     seen = np.zeros((*shape, SIZE), dtype=np.float32)
@@ -175,7 +174,7 @@ def batch_from(rows: Sequence[StageRow], rounds: int, group_size: int) -> Batch:
 
 
 def figures(rows: Sequence[StageRow]) -> dict[str, float]:
-    """What a report says of some choices: reward by the choice, share kept, share of each operator."""
+    """Figures of some choices: reward per choice, share kept, share of each operator."""
     kept_share = float(np.mean(["dropped" not in row for row in rows]))
     shares = {name: float(np.mean([row["operator"] == name for row in rows])) for name in (*OPERATORS, STOP)}
     return {"mean_reward": float(np.mean([row["reward"] for row in rows])), "kept_share": kept_share, **shares}

@@ -1,9 +1,7 @@
-"""What a policy sees when it chooses an operator, as numbers: the text by hashed n-grams, and where its chain stands.
+"""A policy's features: the instruction as hashed n-grams, and the state of its chain.
 
-Words and pairs of words are hashed with a sign (feature hashing, arXiv:0902.2206), numbers by how many digits they
-have. Leaves out embeddings by a model, which would cost a forward for each choice.
-
-    python -m pytest tests/test_policy.py -k features
+Words and word pairs are hashed with a sign (feature hashing, arXiv:0902.2206), numbers by their number of digits. A
+model's embeddings would cost a forward pass per choice.
 """
 
 import itertools
@@ -19,15 +17,15 @@ from synth.evolution.operators import OPERATORS
 from synth.near_duplicates import tokens
 
 BUCKETS = 64
-LAST = (*OPERATORS, None)  # the operator before this choice, None at the start of a chain
+LAST = (*OPERATORS, None)  # the previous operator, None at the start of a chain
 SCALARS = ("length", "round", "failed", "novelty", "pass rate known", "pass rate", "one")
 SIZE = BUCKETS + len(LAST) + len(SCALARS)
 
 
 class Situation(NamedTuple):
-    """Before a choice. round: from 1, of `rounds`; last: the chain's last operator; failed: what it made was dropped.
+    """The state before a choice. round: from 1, of `rounds`; last: the previous operator; failed: it was dropped.
 
-    novelty: of the instruction to the pool, when it joined; pass_rate: of it, None where unknown.
+    novelty: of the instruction when it joined the pool; pass_rate: None if unknown.
     """
 
     instruction: str
@@ -40,7 +38,7 @@ class Situation(NamedTuple):
 
 
 def features(situations: Sequence[Situation]) -> np.ndarray:
-    """(N, SIZE) float32. The n-grams of a text have norm 1 together; every other number lies within about 0..1."""
+    """(N, SIZE) float32. A text's n-gram counts are normalised to norm 1; all other features are within about 0..1."""
     return np.stack([_one(situation) for situation in situations]).astype(np.float32)
 
 

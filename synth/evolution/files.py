@@ -1,7 +1,4 @@
-"""Policies by name, and their files: policy.safetensors (all of a policy's state) and policy.json (its settings).
-
-python -m pytest tests/test_policy.py -k "saved or folder"
-"""
+"""Policies by name, and their files: policy.safetensors (a policy's whole state) and policy.json (its settings)."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -23,37 +20,37 @@ KINDS: dict[str, type[OperatorPolicy]] = {kind.kind: kind for kind in (Constant,
 
 
 def make_policy(kind: str, settings: PolicySettings = DEFAULT) -> OperatorPolicy:
-    """A policy that has learned nothing; "uniform" is a constant one."""
+    """An untrained policy; "uniform" is a constant one."""
     return KINDS["constant" if kind == "uniform" else kind](settings)
 
 
 def write_policy(folder: Path, policy: OperatorPolicy) -> None:
-    """Write policy.safetensors and policy.json into a folder that is there."""
+    """Write policy.safetensors and policy.json into an existing folder."""
     save_file({name: np.array(array, order="C") for name, array in policy.arrays().items()}, folder / ARRAYS)
     kind = {"format": FORMAT, "kind": policy.kind, "actions": list(ACTIONS), "features": policy.size}
     write_json(folder / SETTINGS, {**kind, "learning": asdict(policy.settings)})
 
 
 def save_policy(path: str | Path, policy: OperatorPolicy) -> None:
-    """Write a policy's folder, whole or not at all."""
+    """Write a policy's folder, atomically."""
     with atomic_folder(path, SETTINGS) as temporary:
         write_policy(temporary, policy)
 
 
 def load_policy(path: str | Path) -> OperatorPolicy:
-    """The policy of a folder, exact to the bit. Raises UserError where it is none, or was made for other actions."""
+    """The policy of a folder, bit for bit. Raises UserError if there is none, or it has other actions."""
     saved = read_json(Path(path) / SETTINGS)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("kind") not in KINDS:
-        raise UserError(f"{path} holds no policy of format {FORMAT}; train one by synth.evolve")
+        raise UserError(f"{path} holds no policy of format {FORMAT}; train one with synth.evolve")
     if saved["actions"] != list(ACTIONS) or saved["features"] != SIZE:
-        raise UserError(f"{path} was made for other operators or features than this version's; train it anew")
+        raise UserError(f"{path} was made for other operators or features than this version's; train it again")
     policy = KINDS[saved["kind"]](PolicySettings(**saved["learning"]))
     try:
         found = load_file(Path(path) / ARRAYS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} has no readable {ARRAYS} ({error}); train the policy anew") from None
+        raise UserError(f"{path} has no readable {ARRAYS} ({error}); train the policy again") from None
     expected = {name: array.shape for name, array in policy.arrays().items()}
     if {name: array.shape for name, array in found.items()} != expected:
-        raise UserError(f"{path} holds other arrays than its {SETTINGS} says; train the policy anew")
+        raise UserError(f"{path} holds other arrays than its {SETTINGS} says; train the policy again")
     policy.restore(found)
     return policy

@@ -1,17 +1,14 @@
-"""Instructions without a policy: Self-Instruct and Evol-Instruct, each with its published filters.
+"""Instruction generators without a policy: Self-Instruct and Evol-Instruct, each with its published filters.
 
-    SelfInstructGenerator    new instructions after examples: six seed ones and two of its own (arXiv:2212.10560)
-    EvolInstructGenerator    every instruction evolved by an operator drawn evenly, round by round (arXiv:2304.12244)
-    SampledGenerator         either of them for the RLTuner
+    SelfInstructGenerator    new instructions in the style of examples: six seeds and two of its own (arXiv:2212.10560)
+    EvolInstructGenerator    instructions evolved by uniformly drawn operators, round by round (arXiv:2304.12244)
+    SampledGenerator         either of them, for the RLTuner
 
 Both make new instructions from seed rows and evolve given ones; rows are {"instruction", "output"}, with fresh
-responses of the same teacher. What a filter drops is kept apart, with the reason. Leaves out learning what to ask
-(synth/evolve.py).
+responses of the same teacher. Rows that a filter dropped are kept in `dropped`, with the reason.
 
-    generator = EvolInstructGenerator(ask)          # ask: answers asks in their order, by a Teacher say
+    generator = EvolInstructGenerator(ask)          # ask: answers asks in order, by a Teacher for example
     rows = generator.generate_from_seed([{"instruction": "Name three rivers."}], count=100)
-
-    python -m pytest tests/test_generators.py
 """
 
 import asyncio
@@ -37,16 +34,16 @@ from synth.teacher.asking import AskFunction, Asking, ask_all
 from synth.teacher.completions import Ask, Reply
 
 SEED_EXAMPLES, OWN_EXAMPLES = 6, 2
-WAVE = 8  # instructions asked for together, before the next ones can have them as examples
-TRIES = 4  # asked for at most, per instruction wanted
-# What a language model without tools cannot do, and what came too often: the published lists.
+WAVE = 8  # instructions asked for at once, before they can serve as examples for the next ones
+TRIES = 4  # maximum asks per wanted instruction
+# What a language model without tools cannot do, and what came too often (the published lists).
 UNFIT = {"image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot"}
 UNFIT_PAIR, OFTEN = ("go", "to"), "write a program"
 SHORTEST, LONGEST = 4, 150  # words
 
 
 class _Answering:
-    """A function that answers asks, as the stages expect a teacher."""
+    """Wraps a function that answers asks as the Asker that stages expect."""
 
     def __init__(self, ask: AskFunction):
         self.ask = ask
@@ -60,7 +57,7 @@ class _Answering:
 
 
 class _Generator:
-    """What both have in common. dropped: the rows of the last call that a filter dropped, with the reason."""
+    """What both share. dropped: the rows of the last call that a filter dropped, with the reason."""
 
     def __init__(self, ask: AskFunction, asking: Asking | None = None, seed: int = 0):
         self.teacher = _Answering(ask)
@@ -75,16 +72,16 @@ class _Generator:
 
 
 class SelfInstructGenerator(_Generator):
-    """New instructions in the manner of examples. threshold: the highest ROUGE-L to any other that is kept."""
+    """New instructions in the style of examples. threshold: the highest ROUGE-L to any other that is kept."""
 
     threshold = THRESHOLD
 
     def generate_from_seed(self, seed_rows: Sequence[Mapping[str, Any]], count: int) -> list[DataRow]:
-        """`count` new rows, or as many as TRIES times that many asks lead to."""
+        """`count` new rows; fewer if TRIES times as many asks do not yield them."""
         return asyncio.run(self._generate(instructions_of(seed_rows), count))
 
     def evolve_instructions(self, rows: Sequence[Mapping[str, Any]]) -> list[DataRow]:
-        """At most one new row in the manner of each."""
+        """At most one new row in the style of each."""
         texts = instructions_of(rows)
 
         async def made() -> list[DataRow]:
@@ -108,7 +105,7 @@ class SelfInstructGenerator(_Generator):
         return rng.sample(found, len(found))
 
     async def _ask(self, examples: Sequence[list[str]], first: int, pool: Pool) -> list[StageRow]:
-        """One row by examples, numbered from `first`; the pool gets what is kept."""
+        """One row per list of examples, numbered from `first`; kept ones are added to the pool."""
         asks = [
             Ask(
                 prompts.self_instruct(some, number),
@@ -135,16 +132,16 @@ class SelfInstructGenerator(_Generator):
 
 
 class EvolInstructGenerator(_Generator):
-    """Instructions evolved by one of the six operators, drawn evenly: in depth or in breadth.
+    """Instructions evolved by one of the six operators, drawn uniformly: in depth or in breadth.
 
-    Dropped is what is equal to its parent, leaks words of the request, or has only stop words; and a response that is
-    an apology or only stop words.
+    Dropped are instructions that equal their parent, leak words of the request, or have only stop words; and responses
+    that are apologies or only stop words.
     """
 
     def generate_from_seed(self, seed_rows: Sequence[Mapping[str, Any]], count: int) -> list[DataRow]:
-        """`count` rows evolved from the seed rows, which are taken in turn and further in each round.
+        """`count` rows evolved from the seed rows, which are used in turn and evolved further in each round.
 
-        Fewer where TRIES times that many asks do not lead to them.
+        Fewer if TRIES times as many asks do not yield them.
         """
         texts = instructions_of(seed_rows)
         size = min(len(texts), count)
@@ -174,16 +171,16 @@ class EvolInstructGenerator(_Generator):
         return [Chain(number, root_row(number, text, 1.0, None), pool) for number, text in enumerate(texts)]
 
     def _evolution(self, rounds: int) -> Evolution:
-        # Near-duplicates are no filter of Evol-Instruct's: only the same words are dropped.
+        # Evol-Instruct has no near-duplicate filter: only equal words are dropped.
         judge = Judge(self.teacher, self.teacher, Gates(near_duplicates=1.0, shortest=1))
         return Evolution(self.teacher, judge, rounds, self.asking, self.seed, "evol-instruct")
 
 
 class SampledGenerator:
-    """Either of the two as RLTuner takes a generator (synth/sampler.py): it asks by a sampler's settings.
+    """Either of the two as a generator for RLTuner (synth/sampler.py): it asks with a sampler's settings.
 
-    kind: SelfInstructGenerator or EvolInstructGenerator; seed_rows: what is begun from. A setting is read anew for
-    every ask, and an ask's sample index grows with the row numbers, so that other rows are other answers.
+    kind: SelfInstructGenerator or EvolInstructGenerator; seed_rows: to start from. Settings are read at every ask, and
+    an ask's sample index grows with the row numbers, so that other rows are other answers.
     """
 
     def __init__(
@@ -201,7 +198,7 @@ class SampledGenerator:
         return self._results(generator, generator.generate_from_seed(self.seed_rows, count))
 
     def evolve_instructions(self, count: int, first: int = 1) -> Results:
-        """At most one row of each of `count` seed rows, which are taken in turn."""
+        """At most one row from each of `count` seed rows, which are used in turn."""
         generator = self._generator(first)
         rows = [in_turn(self.seed_rows, number) for number in range(first, first + count)]
         return self._results(generator, generator.evolve_instructions(rows))
@@ -228,12 +225,12 @@ class SampledGenerator:
 
 
 def even_operators() -> Constant:
-    """Every operator as often as any other, and no stop."""
+    """All operators with equal probability, and no stop."""
     return Constant(shares=[1 / len(OPERATORS)] * len(OPERATORS) + [0.0])
 
 
 def self_instruct_fault(text: str) -> str:
-    """Why Self-Instruct drops an instruction; "" where it does not (its bootstrap_instructions.py)."""
+    """Why Self-Instruct drops an instruction; "" if it does not (its bootstrap_instructions.py)."""
     words = [word.strip(string.punctuation) for word in normalise(text).split()]
     if not SHORTEST <= len(words) <= LONGEST:
         return "length"
@@ -245,7 +242,7 @@ def self_instruct_fault(text: str) -> str:
 
 
 def instructions_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The "instruction", or else the "input", of each row. Raises UserError where a row has neither, and for none."""
+    """The "instruction", or else the "input", of each row. Raises UserError if a row has neither, and for no rows."""
     texts = [row.get("instruction", row.get("input")) for row in rows]
     wrong = next((n for n, text in enumerate(texts, 1) if not isinstance(text, str) or not text.strip()), None)
     if wrong is not None or not texts:

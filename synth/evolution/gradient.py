@@ -1,11 +1,9 @@
-"""Policies that learn by gradient: a small MLP in MLX, by REINFORCE or by PPO.
+"""Policies trained by gradient: a small MLP in MLX, by REINFORCE or PPO.
 
-    reinforce   by the leave-one-out baseline over a group of episodes with one start (arXiv:2402.14740)
-    ppo         with a critic, by the maths of training/ppo.py: a choice is what a token is there
+    reinforce   with the leave-one-out baseline over a group of episodes with the same start (arXiv:2402.14740)
+    ppo         with a critic, by the maths of training/ppo.py; a choice takes the place of a token
 
-Log probabilities and gradients are of the floored distribution, which is the one that was sampled from.
-
-    python -m pytest tests/test_policy.py tests/test_policy_learns.py
+Log probabilities and gradients are those of the floored distribution, which actions are sampled from.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +21,7 @@ from training.optimizer import Adam, optimizer_arrays, restore_optimizer, update
 
 
 class Network(nn.Module):
-    """Situations (..., F) → logits (..., A) and values (...). The last layers start at 0: all actions are alike."""
+    """Situations (..., F) → logits (..., A) and values (...). The last layers start at 0: uniform actions."""
 
     def __init__(self, size: int, hidden: int, actions: int):
         super().__init__()
@@ -81,7 +79,7 @@ def _chosen(network: Network, features: mx.array, actions: mx.array, floor: floa
 
 
 class Reinforce(OperatorPolicy):
-    """One Adam step a batch, by leave-one-out advantages of the discounted rewards from each choice on."""
+    """One Adam step per batch, with leave-one-out advantages of the discounted returns from each choice on."""
 
     kind = "reinforce"
     learns = True
@@ -127,7 +125,7 @@ class Reinforce(OperatorPolicy):
 
 
 class PPO(Reinforce):
-    """A few steps a batch on training/ppo.py's clipped loss; advantages by GAE with a critic, whitened."""
+    """A few steps per batch on training/ppo.py's clipped loss; whitened GAE advantages with a critic."""
 
     kind = "ppo"
 
@@ -146,9 +144,9 @@ class PPO(Reinforce):
 
 
 def leave_one_out(batch: Batch, gamma: float) -> np.ndarray:
-    """(E, C): the discounted rewards from each choice on, less their mean over the other episodes of the group.
+    """(E, C): the discounted returns from each choice on, minus their mean over the other episodes of the group.
 
-    An episode that has ended has nothing more to come and counts as 0 in the others' mean.
+    An episode that has ended has a return of 0 in the others' mean.
     """
     to_go = np.zeros_like(batch.rewards)
     later = np.zeros(len(to_go), dtype=to_go.dtype)

@@ -1,10 +1,8 @@
-"""Initial instructions from a user's file: plain lines, or JSON rows of the kinds that data sets have.
+"""Initial instructions from a user's file: plain lines, or JSON rows as datasets have them.
 
-    {"instruction"}                        with Alpaca's "input" below it, where there is one
-    {"messages"} or {"conversations"}      the first turn of the user
-Every other file has one instruction a line. Repeated ones are read once. Leaves out their responses.
-
-    python -m pytest tests/test_instructions.py
+    {"instruction"}                        followed by Alpaca's "input", if there is one
+    {"messages"} or {"conversations"}      the user's first turn
+Any other file has one instruction per line. Repeated instructions are read once.
 """
 
 import json
@@ -20,7 +18,7 @@ USERS = ("user", "human")
 
 
 def read_instructions(path: str | Path) -> list[str]:
-    """The instructions of a file, in their order. Raises UserError with file and line where one cannot be read."""
+    """The instructions of a file, in order. Raises UserError with file and line for an unreadable one."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -33,7 +31,7 @@ def read_instructions(path: str | Path) -> list[str]:
         instruction = row if isinstance(row, str) else _instruction(row, place)
         found.setdefault(normalise(instruction), instruction)
     if not found:
-        raise UserError(f"--instructions {path} holds no instruction; write one a line, or JSON rows")
+        raise UserError(f"--instructions {path} holds no instruction; write one per line, or JSON rows")
     return list(found.values())
 
 
@@ -42,7 +40,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         content = _parsed(text, str(path))
         if not isinstance(content, list):
-            raise UserError(f"--instructions {path} is no list of rows; {WANTED}")
+            raise UserError(f"--instructions {path} is not a list of rows; {WANTED}")
         yield from ((f"{path}, row {n}", {} if isinstance(row, str) else row) for n, row in enumerate(content, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -61,7 +59,7 @@ def _parsed(text: str, place: str) -> Any:
 
 def _instruction(row: Any, place: str) -> str:
     if not isinstance(row, dict):
-        raise UserError(f"{place} is no object; {WANTED}")
+        raise UserError(f"{place} is not an object; {WANTED}")
     parts: list[Any] = [row.get("instruction"), row.get("input") or ""]
     if "instruction" not in row:
         turns = row.get("messages", row.get("conversations"))
@@ -69,5 +67,5 @@ def _instruction(row: Any, place: str) -> str:
         said = [turn.get("content", turn.get("value")) for turn in turns if turn.get("role", turn.get("from")) in USERS]
         parts = said[:1]
     if not parts or not all(isinstance(part, str) for part in parts) or not parts[0].strip():
-        raise UserError(f"{place} has the keys {sorted(row)} and no instruction as text; {WANTED}")
+        raise UserError(f"{place} has the keys {sorted(row)} and no instruction as a string; {WANTED}")
     return "\n\n".join(part.strip() for part in parts if part.strip())

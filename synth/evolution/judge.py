@@ -1,14 +1,11 @@
-"""What an evolved instruction is worth: gates that it has to pass, and a reward of three parts.
+"""What an evolved instruction is worth: gates that it must pass, and a reward of three parts.
 
-    gates    a refusal, words of the request leaked, only stop words, too short or too long, ROUGE-L to an instruction
-             of the pool above 0.7, the reviewer's "equal" to its parent in either order: the reward is 0
+    gates    a refusal, words leaked from the request, only stop words, too short or too long, ROUGE-L to an
+             instruction of the pool above 0.7, or equal to its parent by the reviewer in either order: reward 0
     reward   novelty · (1 − the highest ROUGE-L to the pool) + difficulty · 4p(1 − p) − growth · ln(length / parent's)
 
-p is the pass rate: the share of answers that a verifier accepts, or, by consistency, that agree with the most frequent
-one. Without either the difficulty is unknown and counts 0; growth counts only where there is some. Each part is kept
-by itself in the row. Leaves out what asks for rewritings (synth/evolution/chains.py).
-
-    python -m pytest tests/test_judge.py
+p is the pass rate: the share of answers that a verifier accepts, or that agree with the most frequent one. Without
+answers the difficulty is unknown and counts as 0; shrinking is not rewarded. The row records each part separately.
 """
 
 import math
@@ -28,8 +25,8 @@ from synth.teacher.asking import Asker, ask_all
 from synth.teacher.completions import Ask
 from synth.teacher.structured import is_refusal
 
-REVIEW_TOKENS = 256  # of a verdict, for a reviewer that thinks before it says
-# The most frequent function words of English, which alone ask for nothing.
+REVIEW_TOKENS = 256  # of a verdict, including a reviewer's thoughts
+# The most frequent function words of English; on their own they ask for nothing.
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
@@ -68,9 +65,9 @@ class Weights:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How a pass rate is found: `answers` to each instruction (0: none is), read by `answer` or scored by `verifier`.
+    """How a pass rate is found: `answers` per instruction (0: not at all), read by `answer` or scored by `verifier`.
 
-    verifier: f(instructions, responses) -> scores, 1 or more is right. Raises UserError for settings that cannot be.
+    verifier: f(instructions, responses) -> scores, 1 or more is correct. Raises UserError for invalid settings.
     """
 
     answers: int = 0
@@ -81,14 +78,16 @@ class Difficulty:
 
     def __post_init__(self):
         if self.answers < 0 or self.answers == 1:
-            raise UserError(f"--answers is {self.answers}; 0 for none, else at least 2, as one cannot disagree")
+            raise UserError(
+                f"--answers is {self.answers}; 0 for none, else at least 2, as a single one cannot disagree"
+            )
         if self.answers and not (self.answer or self.verifier):
-            raise UserError("--answers needs something to compare them by; give --answer TYPE or --verifier")
+            raise UserError("--answers needs a way to compare them; give --answer TYPE or --verifier")
         if not self.answers and (self.answer or self.verifier):
-            raise UserError("--answer and --verifier compare answers, and none are asked for; give --answers 4, say")
+            raise UserError("--answer and --verifier compare answers, and none are asked for; give --answers 4")
 
     def pass_rate(self, instruction: str, texts: Sequence[str]) -> float:
-        """0..1, of some responses; one that could not be read, or came as "", agrees with none."""
+        """0..1, of some responses; an unreadable or empty one agrees with none."""
         if self.verifier is not None:
             return sum(score >= 1 for score in self.verifier([instruction] * len(texts), list(texts))) / len(texts)
         assert self.answer is not None, "there is a verifier or an answer type"
@@ -100,7 +99,7 @@ class Difficulty:
 
 
 class Pool:
-    """Instructions that a new one is compared with."""
+    """The instructions that a new one is compared with."""
 
     def __init__(self, texts: Sequence[str] = ()):
         self._lists = [tokens(text) for text in texts]
@@ -111,7 +110,7 @@ class Pool:
         self._normalised.add(normalise(text))
 
     def nearest(self, text: str) -> float:
-        """The highest ROUGE-L to one of the pool, 1 for the same words; 0 where it is empty."""
+        """The highest ROUGE-L to the pool, 1 for the same words; 0 if the pool is empty."""
         if normalise(text) in self._normalised:
             return 1.0
         own = tokens(text)
@@ -127,7 +126,7 @@ class Pool:
 
 
 def text_fault(text: str, gates: Gates) -> tuple[str, str]:
-    """(reason, detail) of the first gate that a text alone fails; two empty texts if it passes."""
+    """(reason, detail) of the first gate that fails on the text alone; two empty strings if it passes."""
     lowered, words = text.lower(), text.split()
     leaked = next((words for words in prompts.LEAKS if words in lowered), None)
     if is_refusal(text):
@@ -142,21 +141,21 @@ def text_fault(text: str, gates: Gates) -> tuple[str, str]:
 
 
 def growth(text: str, parent: str) -> float:
-    """How much longer a text is than its parent: ln of the ratio of their tokens, 0 where it is no longer."""
+    """How much longer a text is than its parent: log of the ratio of their token counts, 0 if it is not longer."""
     return max(0.0, math.log(max(len(tokens(text)), 1) / max(len(tokens(parent)), 1)))
 
 
 def reward_of(parts: dict[str, Any], weights: Weights) -> float:
-    """The reward of an instruction that passed all gates. An unknown part (None) counts 0."""
+    """The reward of an instruction that passed all gates. An unknown part (None) counts as 0."""
     novelty, difficulty = (parts[name] or 0.0 for name in ("novelty", "difficulty"))
     return weights.novelty * novelty + weights.difficulty * difficulty - weights.growth * (parts["growth"] or 0.0)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Drops what fails a gate and gives what is left its parts and its reward.
+    """Drops instructions that fail a gate and gives the others their parts and reward.
 
-    reviewer, solver: teachers; the solver gives the answers that a pass rate is of (needed only for that).
+    reviewer, solver: teachers; the solver answers instructions for their pass rates (needed only for that).
     """
 
     reviewer: Asker
@@ -168,9 +167,9 @@ class Judge:
     async def judge(
         self, rows: Sequence[StageRow], parents: Sequence[str], pools: Sequence[Pool], name: str
     ) -> list[StageRow]:
-        """The rows with parts, pass_rate and reward. parents, pools: of each row; a pool gets the texts that pass.
+        """The rows with parts, pass_rate and reward. parents, pools: per row; texts that pass are added to their pool.
 
-        In one pool an earlier row comes before a later one. name: what the ledger's stages begin with.
+        Within one pool earlier rows come first. name: prefix of the ledger's stages.
         """
         rows = self._gated(rows, pools)
         rows = await self._reviewed(rows, parents, name)
@@ -187,7 +186,7 @@ class Judge:
         return judged
 
     def _gated(self, rows: Sequence[StageRow], pools: Sequence[Pool]) -> list[StageRow]:
-        """Gates that cost no call. Within this call a text is also compared with those before it of the same pool."""
+        """Gates that cost no call. A text is also compared with those before it that share its pool."""
         waiting: dict[int, Pool] = {}
         gated = []
         for row, pool in zip(rows, pools, strict=True):
@@ -206,7 +205,7 @@ class Judge:
         return gated
 
     async def _reviewed(self, rows: Sequence[StageRow], parents: Sequence[str], name: str) -> list[StageRow]:
-        """Equal to its parent, as the reviewer says in either order, is no new instruction (Evol-Instruct's rule)."""
+        """Drop what the reviewer calls equal to its parent in either order (Evol-Instruct's rule)."""
         passed = [number for number, row in enumerate(rows) if "dropped" not in row]
         pairs = [(parents[number], rows[number]["input"]) for number in passed]
         asks = [
@@ -228,7 +227,7 @@ class Judge:
         return reviewed
 
     async def _solved(self, rows: Sequence[StageRow], name: str) -> list[StageRow]:
-        """Pass rates, where answers are asked for."""
+        """The rows with pass rates, if answers are asked for."""
         passed = [number for number, row in enumerate(rows) if "dropped" not in row]
         texts = [rows[number]["input"] for number in passed] if self.difficulty.answers else []
         rates = await answer_rates(texts, self.difficulty, self.solver, name)

@@ -1,9 +1,7 @@
-"""What a policy would have earned, from the logs of another: inverse propensities, by the choice.
+"""Off-policy evaluation: what a policy would have earned, estimated from another's logs by importance sampling.
 
-Only the logging policy's propensities are needed, none of which may be 0 where the judged policy chooses: that is what
-the floor of synth/evolution/policy.py is for. Leaves out models of the reward (doubly robust estimates).
-
-    python -m pytest tests/test_off_policy.py
+Needs only the logging policy's propensities, none of which may be 0 where the evaluated policy may choose; the floor of
+synth/evolution/policy.py ensures that. There is no reward model, so estimates are not doubly robust.
 """
 
 import numpy as np
@@ -14,12 +12,12 @@ from training.intervals import Interval, bootstrap
 def episode_values(
     rewards: np.ndarray, propensities: np.ndarray, targets: np.ndarray, mask: np.ndarray, gamma: float = 1.0
 ) -> np.ndarray:
-    """(E,): an unbiased estimate of the judged policy's return from each episode.
+    """(E,): an unbiased estimate of the evaluated policy's return from each episode.
 
         Σ_t γ^t (Π_{s ≤ t} targets_s / propensities_s) r_t        by Precup, Sutton and Singh (2000), per decision
 
     rewards, propensities, targets, mask: (E, C); propensities: with which the logged actions were chosen; targets: with
-    which the judged policy would have chosen them. Raises ValueError where a propensity at a choice is not above 0.
+    which the evaluated policy would have chosen them. Raises ValueError if a choice's propensity is not above 0.
     """
     real = mask > 0
     if not (propensities[real] > 0).all():

@@ -1,10 +1,7 @@
-"""The six ways to evolve an instruction, and stop: what is asked for each, and how the answer is read.
+"""The six ways to evolve an instruction, and stop: what each one asks, and how the answer is read.
 
 The six are those of Evol-Instruct and TeaMs-RL (arXiv:2304.12244, arXiv:2403.08694); the prompts are our own
-(synth/prompts.py). Leaves out which operator is chosen (synth/evolution/policy.py) and whether what comes of it is of
-use (synth/evolution/judge.py).
-
-    python -m pytest tests/test_operators.py
+(synth/prompts.py).
 """
 
 from synth import prompts
@@ -17,7 +14,7 @@ ACTIONS = (*OPERATORS, STOP)
 
 
 def rewriting(operator: str, instruction: str, asking: Asking, sample: int, stage: str) -> Ask:
-    """The question for `instruction` evolved by `operator`. sample: tells apart draws of the same; stage: the ledger's.
+    """The question for `instruction` evolved by `operator`. sample: index of the draw; stage: the ledger's.
 
     Raises KeyError for STOP, which asks nothing.
     """
@@ -26,7 +23,7 @@ def rewriting(operator: str, instruction: str, asking: Asking, sample: int, stag
 
 
 def read_rewriting(reply: Reply) -> tuple[str, str, str]:
-    """The new instruction, or "" with the reason and the detail of why there is none."""
+    """(instruction, "", ""), or ("", reason, detail) if there is none."""
     if reply.status != "ok":
         return "", f"no instruction: {reply.status}", reply.reason
     return reply.parsed.instruction, "", ""

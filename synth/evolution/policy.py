@@ -1,14 +1,12 @@
-"""Policies that choose the operator: what they have in common, fixed shares, and LinUCB.
+"""Policies that choose the operator: their interface, constant probabilities, and LinUCB.
 
-    constant    one distribution for all situations: uniform, a single operator, or a policy's own marginal frequencies
-    linucb      ridge regression of the reward by action, with a bonus for what is uncertain (arXiv:1003.0146)
+    constant    one distribution for all situations: uniform, a single operator, or another policy's marginals
+    linucb      ridge regression of the reward per action, with a bonus for uncertainty (arXiv:1003.0146)
 
-All but the constant give every action at least the propensity `floor`, so that another policy can be judged from their
-logs (synth/evolution/off_policy.py). No action is preferred at the start. Leaves out policies that learn by gradient
-(synth/evolution/gradient.py), their files (synth/evolution/files.py) and what the situations are
-(synth/evolution/features.py).
+All but the constant give every action at least probability `floor`, so that other policies can be evaluated from their
+logs (synth/evolution/off_policy.py). Before training no action is preferred.
 
-    python -m pytest tests/test_policy.py tests/test_policy_learns.py
+Not here: policies trained by gradient (see synth/evolution/gradient.py).
 """
 
 from dataclasses import dataclass
@@ -37,10 +35,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """How a policy learns. Raises UserError for settings that cannot be.
+    """How a policy learns. Raises UserError for invalid settings.
 
-    floor: the least propensity of an action; gamma: discount by the choice (linucb: always 0); alpha: linucb's bonus,
-    in standard deviations; hidden: units of each of the MLP's two hidden layers.
+    floor: minimum probability of an action; gamma: discount per choice (linucb: always 0); alpha: linucb's bonus, in
+    standard deviations; hidden: units of each of the MLP's two hidden layers.
     """
 
     floor: float = 0.02
@@ -57,16 +55,16 @@ class PolicySettings:
 
     def __post_init__(self):
         if not 0 <= self.floor < 1 / len(ACTIONS):
-            raise UserError(f"--floor is {self.floor}; from 0 to below 1/{len(ACTIONS)}, the share of one action")
+            raise UserError(f"--floor is {self.floor}; it must be at least 0 and below 1/{len(ACTIONS)}")
         if not 0 <= self.gamma <= 1:
-            raise UserError(f"--gamma is {self.gamma}; it has to lie between 0 and 1")
+            raise UserError(f"--gamma is {self.gamma}; it must be between 0 and 1")
 
 
 DEFAULT = PolicySettings()
 
 
 class OperatorPolicy:
-    """What all policies have in common. actions: A of them; size: F features."""
+    """The interface of all policies. actions: A of them; size: F features."""
 
     kind = ""
     learns = False
@@ -79,11 +77,11 @@ class OperatorPolicy:
         raise NotImplementedError
 
     def learn(self, batch: Batch) -> dict[str, float]:
-        """Take in a batch; returns figures to report."""
+        """Learn from a batch; returns figures to report."""
         return {}
 
     def freeze(self) -> None:
-        """Explore no more than by the floor and the policy's own randomness."""
+        """Explore no further than by the floor and the policy's own randomness."""
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All of its state."""
@@ -94,7 +92,7 @@ class OperatorPolicy:
 
 
 class Constant(OperatorPolicy):
-    """The same shares whatever the situation: evenly, or `shares` (A,)."""
+    """The same probabilities in every situation: uniform, or `shares` (A,)."""
 
     kind = "constant"
 
@@ -118,12 +116,12 @@ def fixed(action: int, actions: int = len(ACTIONS)) -> Constant:
 
 
 def marginal(policy: OperatorPolicy, features: np.ndarray) -> Constant:
-    """The mean frequencies of a policy's actions over some situations: what it would be if it saw no situation."""
+    """A policy's mean action probabilities over some situations: the same policy without state."""
     return Constant(actions=policy.actions, shares=policy.probabilities(features).mean(axis=0))
 
 
 class LinUCB(OperatorPolicy):
-    """Per action a ridge regression (λ = 1) of the immediate reward; the highest upper bound is chosen, ties evenly."""
+    """Per action a ridge regression (λ = 1) of the immediate reward; the highest upper bound wins, ties at random."""
 
     kind = "linucb"
     learns = True

@@ -1,10 +1,8 @@
-"""Fresh responses to evolved instructions, and the data set that sft.py is trained on.
+"""Fresh responses to evolved instructions, and the dataset that sft.py is trained on.
 
-Every instruction is asked as it will stand in the data; a parent's response is never taken over. Dropped are Evol-
-Instruct's two: a short apology, and a response of nothing but stop words and signs (arXiv:2304.12244, section 3.2.3).
-Leaves out whether a response is right.
-
-    python -m pytest tests/test_evolve.py -k "response or data"
+Every instruction is asked exactly as it appears in the data; a parent's response is never reused. Dropped are, as in
+Evol-Instruct, short apologies and responses of only stop words and punctuation (arXiv:2304.12244, section 3.2.3).
+Whether a response is correct is not checked.
 """
 
 import random
@@ -21,11 +19,11 @@ from synth.teacher.completions import Ask
 from synth.teacher.structured import is_refusal
 
 FORMATS = ("messages", "alpaca", "prompt")
-SHORT_APOLOGY = 80  # words, below which a response that says sorry counts as one
+SHORT_APOLOGY = 80  # words; a shorter response that says sorry counts as an apology
 
 
 def response_fault(text: str) -> str:
-    """Why a response is of no use; "" if it is."""
+    """Why a response is unusable; "" if it is usable."""
     words = tokens(text)
     if is_refusal(text) or ("sorry" in words and len(text.split()) < SHORT_APOLOGY):
         return "apology"
@@ -35,9 +33,9 @@ def response_fault(text: str) -> str:
 
 
 async def respond(rows: Sequence[StageRow], expert: Asker, asking: Asking, sample: int = 0) -> list[StageRow]:
-    """The rows with the expert's response as "output", dropped where there is none of use.
+    """The rows with the expert's response as "output"; dropped if there is no usable one.
 
-    sample: the number of the draw, after those that a pass rate was found by where the same teacher gave them.
+    sample: index of the draw, after the answers for pass rates, which the same teacher may have given.
     """
     asks = [
         Ask(prompts.respond(row["input"]), None, asking.temperature, asking.max_tokens, sample, "respond")
@@ -65,8 +63,8 @@ def data_row(row: StageRow, form: str) -> dict[str, Any]:
 def write_data(rows: Sequence[StageRow], form: str, folder: Path, held_out: float, seed: int) -> Path:
     """Write FOLDER/dataset.jsonl, and for sft.py FOLDER/sft/train.jsonl and valid.jsonl, by initial instruction.
 
-    What one initial instruction led to stands on one side of the split, as its rows are alike. Alpaca's rows are
-    prompts and completions there. Returns the data set's path.
+    All rows from one initial instruction are on the same side of the split, as they are alike. For sft.py Alpaca rows
+    become prompts and completions. Returns the dataset's path.
     """
     roots = sorted({row["root"] for row in rows})
     drawn = set(random.Random(f"{seed} held out").sample(roots, round(held_out * len(roots))))

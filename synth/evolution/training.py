@@ -1,10 +1,8 @@
 """Training the policy with the instructor and the reviewer, without the expert (TeaMs-RL, arXiv:2403.08694).
 
 An iteration draws some initial instructions, takes `group` chains from each through all rounds, and learns from their
-rewards. Each chain has a pool of its own, the initial instructions and what it has made itself, so that the chains of
-a group can be compared. Policy and log are saved together after every iteration: RUN/policy_training.
-
-    python -m pytest tests/test_evolve.py -k policy
+rewards. Each chain has its own pool, of the initial instructions and its own products, so that the chains of a group
+can be compared. Policy and log are saved together after every iteration, in RUN/policy_training.
 """
 
 import random
@@ -27,9 +25,9 @@ Report = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Training:
-    """iterations: updates; starts: initial instructions of an iteration; group: chains from each.
+    """iterations: updates; starts: initial instructions per iteration; group: chains from each.
 
-    Raises UserError for values that cannot be.
+    Raises UserError for invalid values.
     """
 
     iterations: int = 20
@@ -54,9 +52,9 @@ async def train_policy(
     report: Report,
     relabel: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> OperatorPolicy:
-    """The policy after all iterations, from the last saved one if FOLDER/policy_training is there.
+    """The policy after all iterations; resumes from FOLDER/policy_training if it exists.
 
-    report: called with the iteration (from 1) and its figures; relabel: what is learned of a batch instead of it.
+    report: called with the iteration (from 1) and its figures; relabel: maps a batch to the one that is learned from.
     """
     path, log, done = folder / "policy_training", [], 0
     if (path / SETTINGS).is_file():
@@ -82,9 +80,9 @@ def _save(path: Path, policy: OperatorPolicy, log: Sequence[StageRow], iteration
 
 
 def chains_of(roots: Sequence[StageRow], training: Training, iteration: int) -> list[Chain]:
-    """The chains of an iteration; those of a group have one start and follow each other."""
+    """The chains of an iteration; those of a group share a start and are adjacent."""
     count = min(training.starts, len(roots))
-    # All instructions come before any comes again, in a new order each time.
+    # Every instruction is used before any is used again, in a new order each time.
     needed = (iteration + 1) * count
     order: list[StageRow] = []
     while len(order) < needed:

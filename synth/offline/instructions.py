@@ -1,11 +1,9 @@
-"""What the offline teacher knows of instructions: sums in words that a rule evolves, compares and solves.
+"""The offline teacher's instructions: sums in words, which rules evolve, compare and solve.
 
 An instruction is a first sum, further steps and rules about the result, told plainly, as a story or as a table. It is
-read off its text alone, and always worded anew. The more digits have to be worked on, the likelier is a wrong response:
-each one fails at the teacher's error rate. Rewriting fails at that rate too (the instruction comes back as it was, or
-with words of the request), the review at half of it. Leaves out the server (synth/offline/server.py).
-
-    python -m pytest tests/test_offline_instructions.py
+parsed from its text alone, and its wording is always drawn anew. The more digits are involved, the likelier is a wrong
+response: each digit fails at the teacher's error rate. Rewriting fails at that rate too (the instruction comes back
+unchanged, or with words of the request), reviews at half of it.
 """
 
 import re
@@ -100,7 +98,7 @@ class Sum:
 
     @property
     def load(self) -> int:
-        """How many digits have to be worked on: the number of places where a response may go wrong."""
+        """The number of digits to process: the places where a response may go wrong."""
         given = [(self.kind, self.a, self.b)]
         given += [(kind, value, n) for value, (kind, n) in zip(self.values, self.steps, strict=False)]
         digits = [(kind, len(str(abs(x))), len(str(abs(y)))) for kind, x, y in given]
@@ -119,7 +117,7 @@ RULE_PATTERNS = [(rule, _pattern(text)) for rule, texts in RULES.items() for tex
 
 
 def read_sum(text: str) -> Sum | None:
-    """What an instruction asks for; None for one that is none of these."""
+    """What an instruction asks for; None if it is not one of these."""
     found = [(key, match) for key, pattern in START_PATTERNS if (match := pattern.match(text.strip()))]
     if len(found) != 1:
         return None
@@ -127,17 +125,17 @@ def read_sum(text: str) -> Sum | None:
     rest = text.strip()[start.end() :]
     steps = sorted((m.start(), m.end(), kind, int(m["n"])) for kind, p in STEP_PATTERNS for m in p.finditer(rest))
     rules = sorted((m.start(), m.end(), rule) for rule, p in RULE_PATTERNS for m in p.finditer(rest))
-    # With the space before each sentence.
+    # Including the space before each sentence.
     read = sum(1 + step[1] - step[0] for step in steps) + sum(1 + rule[1] - rule[0] for rule in rules)
     if read != len(rest):
-        return None  # something is asked that no rule knows
+        return None  # it asks for something that no rule knows
     return Sum(
         kind, form, int(start["a"]), int(start["b"]), tuple(step[2:] for step in steps), tuple(r[2] for r in rules)
     )
 
 
 def worded(rng: Random, task: Sum) -> str:
-    """An instruction's text, in one of its many wordings."""
+    """An instruction's text, in one of many wordings."""
     names = {"name": rng.choice(NAMES), "goods": rng.choice(GOODS)}
     sentences = [rng.choice(STARTS[task.kind, task.form]).format(a=task.a, b=task.b, **names)]
     sentences += [rng.choice(STEPS[kind]).format(n=number) for kind, number in task.steps]
@@ -146,7 +144,7 @@ def worded(rng: Random, task: Sum) -> str:
 
 
 def starting(count: int, seed: int) -> list[str]:
-    """Instructions to begin with: plain sums, half of them with a story, a step or a rule; no two the same."""
+    """Initial instructions: plain sums, half of them with a story, a step or a rule; no two the same."""
     rng, found = Random(f"{seed} starting"), dict[str, None]()
     while len(found) < count:
         task = _new(rng, rng.choice((1, 2)))
@@ -157,7 +155,7 @@ def starting(count: int, seed: int) -> list[str]:
 
 
 def evolved(rng: Random, task: Sum, operator: str) -> Sum:
-    """The task after an operator; the same where that has no more to give."""
+    """The task after an operator; unchanged if the operator can add nothing more."""
     if operator == "breadth":
         fresh = _new(rng, max(len(str(task.a)), len(str(task.b))), [kind for kind in KINDS if kind != task.kind])
         steps = tuple(_step(rng, fresh) for _ in task.steps)
@@ -186,13 +184,13 @@ def _step(rng: Random, task: Sum) -> tuple[str, int]:
 
 
 class Question:
-    """One of the prompts of instruction evolution, taken apart. sections: the texts in it, in order, by name."""
+    """A prompt of instruction evolution, parsed. sections: the texts in it, in order, with their names."""
 
     def __init__(self, stage: str, sections: list[tuple[str, str]], operator: str = ""):
         self.stage, self.sections, self.operator = stage, sections, operator
 
     def content(self, rng: Random, draw: float, error_rate: float) -> dict[str, Any] | str:
-        """The answer. draw: a random number, 0..1, by which it is wrong or not."""
+        """The answer. draw: a random number, 0..1, which decides whether it is wrong."""
         texts = [text for _, text in self.sections]
         tasks = [read_sum(text) for text in texts]
         if self.stage == "respond":
@@ -219,7 +217,7 @@ def _response(rng: Random, task: Sum | None, draw: float, error_rate: float) -> 
 
 
 def read_question(messages: list[dict], section: re.Pattern) -> Question | None:
-    """A request as one of these, None for any other. section: a delimited text, with its name and itself as groups."""
+    """A request as a Question, None for any other. section: matches a delimited text; its name and text are groups."""
     first_line = messages[0]["content"].split("\n")[0]
     if messages[0]["role"] == "user" and len(messages) == 1:
         text = messages[0]["content"]

@@ -1,9 +1,7 @@
-"""What the offline teacher knows of reviews: short texts, and whether they praise or complain.
+"""The offline teacher's reviews: short texts, and whether they praise or complain.
 
-A text holds one to three opinions; the label is that of most of them. Common opinion words come up more often than
-rare ones, so that a learner has to see many texts to know them all. Leaves out the server (synth/offline/server.py).
-
-    python -m pytest tests/test_offline_reviews.py
+A text holds one to three opinions; the majority decides its label. Common opinion words are drawn more often than rare
+ones, so a learner must see many texts to know them all.
 """
 
 import re
@@ -32,11 +30,11 @@ WORDS = {  # from common to rare
 }
 SUBJECTS = _words("room food service staff soup bed breakfast waiter garden view lift bathroom coffee music bill")
 FRAMES = ("the {} was {}", "we found the {} {}", "i would call the {} {}", "their {} is simply {}")
-RARITY = 0.5  # the chance of a word falls as its place to this power
+RARITY = 0.5  # a word's probability falls with its rank to this power
 
 
 class Reviews:
-    """Texts such as "the soup was bland and their staff is simply rude". A Rule, as synth/offline/rules.py has it."""
+    """Texts such as "the soup was bland and their staff is simply rude". A Rule (synth/offline/rules.py)."""
 
     keywords = ("review", "opinion", "hotel", "restaurant")
     summary = (
@@ -47,7 +45,7 @@ class Reviews:
         return self._text(rng, rng.choice((1, 2)))
 
     def changed(self, rng: Random, input: str, step: int, passage: str | None) -> Sample:
-        """Harder: three opinions of which one goes against the others. Easier: one."""
+        """Harder: three opinions, one of which contradicts the others. Easier: one."""
         return self._text(rng, 3 if step > 0 else 1)
 
     def solve(self, rng: Random, input: str, passage: str | None) -> str | None:
@@ -66,7 +64,7 @@ class Reviews:
 
 
 def other(label: str) -> str:
-    """The label that is not this one."""
+    """The opposite label."""
     return LABELS[1 - LABELS.index(label)]
 
 

@@ -1,9 +1,7 @@
-"""What the offline teacher knows: tasks that a rule can make, solve, get wrong, and make harder or easier.
+"""The offline teacher's tasks: each has a rule that makes, solves, miscalculates, and makes harder or easier samples.
 
-Each rule belongs to one shipped task: arithmetic, digits, library_facts. All that is random comes from the generator
-that is passed in, so the same request gets the same answer. Leaves out the server (synth/offline/server.py).
-
-    python -m pytest tests/test_offline_teacher.py
+Each rule belongs to one shipped task: arithmetic, digits, library_facts. All randomness comes from the generator that
+is passed in, so the same request gets the same answer.
 """
 
 import re
@@ -12,7 +10,7 @@ from random import Random
 from typing import NamedTuple, Protocol
 
 SIZES = (1, 2, 3)  # digits of a new sum's operands
-LARGEST = 9  # digits, where harder sums end
+LARGEST = 9  # digits of the hardest sums' operands
 YEARS = (1000, 1899)
 TOWN_PARTS = (
     (
@@ -37,22 +35,22 @@ TOWN_PARTS = (
     ("a", "e", "i", "o", "u", "an", "el", "in", "or", "ul"),
     ("bury", "dale", "field", "grad", "mouth", "stadt", "ton", "ville"),
 )
-SAME_GUESS = 0.75  # how often a teacher that does not know a year names the same wrong one
+SAME_GUESS = 0.75  # how often a teacher that does not know a year gives the same wrong one
 
 
 class Sample(NamedTuple):
-    """An input and an output that is right for it (or, where the rule does not know, a guess)."""
+    """An input and its correct output (or a guess, if the rule does not know)."""
 
     input: str
     output: str
 
 
 class Rule(Protocol):
-    """One task. passage: what the prompt held, or None. step: 1 for harder, -1 for easier."""
+    """One task. passage: the prompt's passage, or None. step: 1 for harder, -1 for easier."""
 
     @property
     def keywords(self) -> Sequence[str]:
-        """To search a library with."""
+        """For searching a library."""
 
     @property
     def summary(self) -> str:
@@ -62,13 +60,13 @@ class Rule(Protocol):
         """A new sample."""
 
     def changed(self, rng: Random, input: str, step: int, passage: str | None) -> Sample:
-        """A harder or an easier sample than `input`; a new one where that is none of the task."""
+        """A harder or an easier sample than `input`; a new one if `input` does not belong to the task."""
 
     def solve(self, rng: Random, input: str, passage: str | None) -> str | None:
-        """The output for an input, or None where it is none of the task."""
+        """The output for an input, or None if the input does not belong to the task."""
 
     def wrong(self, rng: Random, input: str, output: str) -> str:
-        """A plausible wrong output, seldom the same twice. output: the right one."""
+        """A plausible wrong output, rarely the same twice. output: the correct one."""
 
 
 class Arithmetic:
@@ -116,7 +114,7 @@ class Arithmetic:
 
 
 def _span(size: int) -> tuple[int, int]:
-    """The least and the largest whole number of `size` digits; 0 is one of one digit."""
+    """The smallest and the largest whole number with `size` digits; 0 has one."""
     return (10 ** (size - 1) if size > 1 else 0), 10**size - 1
 
 
@@ -174,10 +172,10 @@ def _last_number(input: str) -> int | None:
 
 
 class Facts:
-    """Founding years of towns: read off the passage, or guessed. Harder and easier: a more or less roundabout question.
+    """Founding years of towns: read from the passage, or guessed. Harder and easier: a more or less roundabout question.
 
-    seed: what the guesses depend on. Of one town mostly the same year is guessed, as models do with what they do not
-    know: a vote alone does not find that out.
+    seed: of the guesses. For one town mostly the same year is guessed, as models do with what they do not know, so a
+    vote alone does not detect it.
     """
 
     keywords = ("town", "founded", "river", "Velmark", "known for")
@@ -224,12 +222,12 @@ class Facts:
 
 
 def _facts(passage: str | None) -> dict[str, str]:
-    """Town → year, as a passage tells them."""
+    """Town → year, from a passage."""
     return dict(re.findall(r"town of (\w+) was founded in ([0-9]{3,4})", passage or ""))
 
 
 def _town(input: str, facts: dict[str, str]) -> str | None:
-    """The town that a question asks about: one of the passage, or else its last name, which is no first word."""
+    """The town that a question asks about: one of the passage's, or else its last capitalised word."""
     known = [name for name in re.findall(r"\w+", input) if name in facts]
     names = known or re.findall(r"\b[A-Z]\w+", input[1:])
     return names[-1] if names else None

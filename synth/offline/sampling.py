@@ -1,15 +1,13 @@
-"""How the offline teacher's answers depend on temperature, top_p and template, in place of what a model would do.
+"""How the offline teacher's answers depend on temperature, top_p and template: a stand-in for a model's behaviour.
 
-With spread = temperature · top_p, which is 1 where a request says nothing:
+With spread = temperature · top_p, which is 1 if a request sets neither:
 
 - errors: the odds of a wrong answer are those of --error-rate, times e^(3 · (spread − 1));
-- variety: below a spread of 1 a new sample is, with the chance 1 − spread, one of 40 favourites, and so repeats itself;
-- the template "varied" halves that chance and doubles the odds of an error; "careful" takes two thirds off the odds.
+- variety: below a spread of 1 a new sample is, with probability 1 − spread, one of 40 favourites, and so repeats;
+- the template "varied" halves that probability and doubles the odds of an error; "careful" divides the odds by 3.
 
-At a spread of 1 and without a template nothing is changed. So data is best at some spread in between, which depends on
-how much a task's learner minds wrong rows and how much few ones. Leaves out everything that is said.
-
-    python -m pytest tests/test_offline_sampling.py
+At a spread of 1 and without a template nothing changes. So data is best at some spread in between, which depends on how
+sensitive a task's learner is to wrong rows and to few distinct ones.
 """
 
 import math
@@ -26,14 +24,14 @@ VARIED_REPEATS = 0.5
 
 
 class Sampling(NamedTuple):
-    """error_rate: of this request, 0..1; repeats: the chance that its sample is a favourite, 0..1."""
+    """error_rate: of this request, 0..1; repeats: the probability that its sample is a favourite."""
 
     error_rate: float
     repeats: float
 
 
 def sampling_of(body: Mapping[str, Any], prompt: str, error_rate: float) -> Sampling:
-    """What a request's parameters and template make of the teacher's error rate. prompt: what the user is told."""
+    """The teacher's error rate and repeats, given a request's parameters and template. prompt: the user's message."""
     temperature, top_p = (_number(body.get(name)) for name in ("temperature", "top_p"))
     spread = temperature * top_p
     template = next((name for name, text in TEMPLATES.items() if _demand(text) and _demand(text) in prompt), "")
@@ -43,7 +41,7 @@ def sampling_of(body: Mapping[str, Any], prompt: str, error_rate: float) -> Samp
 
 
 def favourite(identity: str, repeats: float, seed: int, task: str) -> Random | None:
-    """What a favourite sample is drawn from, the same for all requests; None where the sample is a new one.
+    """The generator of a favourite sample, shared by all requests; None if the sample is to be a new one.
 
     identity: what the answer depends on.
     """
@@ -56,5 +54,5 @@ def _demand(template: str) -> str:
 
 
 def _number(given: Any) -> float:
-    """A parameter within reason; what is none counts as not given."""
+    """A parameter, clipped to 0..5; 1 if it is not a number."""
     return min(max(float(given), 0.0), 5.0) if isinstance(given, int | float) and not isinstance(given, bool) else 1.0

@@ -1,11 +1,10 @@
 """The offline teacher: an OpenAI-compatible server on loopback that answers the pipeline's prompts by rule.
 
-It serves the demo and the tests, over real HTTP, without network and without a model. Its one output is its URL, on
-one line. What is random in an answer (whether it is wrong, and how) follows from the seed, the messages and the
-sample index alone, so that a run that was killed and started again gets the answers it would have got.
-Leaves out streaming, tools, every task that has no rule (synth/offline/rules.py) and every instruction that is no sum
-in words (synth/offline/instructions.py). What temperature, top_p and the template change stands in
-synth/offline/sampling.py.
+It serves the demo and the tests, over real HTTP, without network and without a model. It prints its URL, on one line.
+The randomness in an answer (whether it is wrong, and how) depends only on the seed, the messages and the sample index,
+so that a run that was killed and started again gets the answers it would have got. It knows the tasks that have a rule
+(rules.py, reviews.py) and instructions that are sums in words (instructions.py); for the effect of temperature, top_p
+and template see sampling.py. It does not stream.
 
     python -m synth.offline --port 8080 --error-rate 0.2      with OfflineTeacher() as server: server.url
 """
@@ -35,7 +34,7 @@ from synth.offline.sampling import favourite, sampling_of
 from synth.prompts import STAGES
 from synth.task import SHIPPED, load_task
 
-TASKS = ("arithmetic", "digits", "library_facts", "reviews")  # it knows these, by their instructions
+TASKS = ("arithmetic", "digits", "library_facts", "reviews")  # those it knows, by their instructions
 NEW = ("new_sample", "harder", "easier")  # stages whose answer is a sample
 MOST_BYTES = 16_000_000  # of a request
 SECTION = re.compile(r"^<(\w+) ([a-z]+)>\n(.*?)\n</\1 \2>$", re.DOTALL | re.MULTILINE)  # as synth/prompts.py writes
@@ -45,11 +44,11 @@ PLACEHOLDERS = {"string": "text", "integer": 1, "number": 1.0, "boolean": True, 
 
 
 class BadRequest(Exception):
-    """A request that has no answer; status 400 and the message."""
+    """A request that cannot be answered: status 400 and the message."""
 
 
 class Request(NamedTuple):
-    """One of the pipeline's own prompts, taken apart. sections: the data in it, by name (the last of each name)."""
+    """One of the pipeline's prompts, parsed. sections: the data in it, by name (the last of each name)."""
 
     stage: str
     rule: Rule
@@ -58,11 +57,11 @@ class Request(NamedTuple):
 
 
 class OfflineTeacher:
-    """The server, in threads of this process while it is entered. url: up to and with `/v1`.
+    """The server, in threads of this process while it is entered. url: up to and including `/v1`.
 
-    error_rate, malformed_rate, refusal_rate: shares of answers, 0..1; where an answer is wrong, so is a new sample's
-    output. latency_ms: of every answer. port: 0 for a free one. calls: answers so far; asked: how often each request
-    came (messages and sample index). Raises UserError for a bad argument or a port that is taken.
+    error_rate, malformed_rate, refusal_rate: shares of answers, 0..1; a new sample may have a wrong output, too.
+    latency_ms: of every answer. port: 0 for a free one. calls: answers so far; asked: how often each request came
+    (messages and sample index). Raises UserError for a bad argument or a port in use.
     """
 
     def __init__(
@@ -77,9 +76,9 @@ class OfflineTeacher:
         rates = {"error": error_rate, "malformed": malformed_rate, "refusal": refusal_rate}
         for name, rate in rates.items():
             if not 0 <= rate <= 1:
-                raise UserError(f"--{name}-rate is {rate}; it has to lie between 0 and 1")
+                raise UserError(f"--{name}-rate is {rate}; it must be between 0 and 1")
         if not latency_ms >= 0 or not 0 <= port <= 65535:
-            raise UserError(f"--latency-ms is {latency_ms} and --port {port}; at least 0, and 0 to 65535 are possible")
+            raise UserError(f"--latency-ms is {latency_ms} and --port {port}; they must be at least 0, and 0 to 65535")
         self.error_rate, self.malformed_rate, self.refusal_rate = error_rate, malformed_rate, refusal_rate
         self.latency, self.seed, self.port = latency_ms / 1000, seed, port
         rules: dict[str, Rule] = dict(zip(TASKS, (Arithmetic(), Digits(), Facts(seed), Reviews()), strict=True))
@@ -99,9 +98,7 @@ class OfflineTeacher:
         try:
             self._http = _Server(("127.0.0.1", self.port), Handler)
         except OSError as error:
-            raise UserError(
-                f"--port {self.port} cannot be used ({error.strerror}); leave it out for a free one"
-            ) from None
+            raise UserError(f"--port {self.port} cannot be used ({error.strerror}); omit it for a free one") from None
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}/v1"
         return self
@@ -138,7 +135,7 @@ class OfflineTeacher:
         return _completion(body, content)
 
     def _identity(self, body: dict[str, Any], messages: list[dict], sample: str | None) -> str:
-        """What an answer depends on. A client that numbers nothing gets equal requests numbered as they come."""
+        """What an answer depends on. If a client sends no number, equal requests are numbered as they arrive."""
         request = json.dumps(messages, sort_keys=True)
         with self._lock:
             self.calls += 1
@@ -151,7 +148,7 @@ class OfflineTeacher:
         return f"{self.seed} {sample if body.get('temperature') != 0 else ''} {request}"
 
     def _read(self, messages: list[dict], schema: dict[str, Any] | None) -> Request | None:
-        """The prompt taken apart; None for one that is none of the pipeline's, but has a schema to obey."""
+        """The prompt, parsed; None if it is not one of the pipeline's, but has a schema to follow."""
         first_line = messages[0]["content"].split("\n")[0]
         stage = next((name for name, line in STAGES.items() if line == first_line), None)
         prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
@@ -176,7 +173,7 @@ def _checked_messages(body: Any) -> list[dict]:
 
 
 def _schema(body: dict[str, Any]) -> dict[str, Any] | None:
-    """The JSON schema that the request asks to be obeyed, if any."""
+    """The JSON schema that the answer must follow, if any."""
     wanted = body.get("response_format")
     if wanted is None:
         return None
@@ -191,13 +188,13 @@ def _schema(body: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _obeying(schema: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with just the properties that a flat schema has; a placeholder where it lacks one."""
+    """`content` with exactly the properties of a flat schema; placeholders for missing ones."""
     properties = schema["properties"].items()
     return {name: content.get(name, PLACEHOLDERS.get(prop.get("type"))) for name, prop in properties}
 
 
 def _content(request: Request, rng: Random, wrong: bool) -> dict[str, Any] | str:
-    """The answer of a stage: fields, or the text of stage "answer"."""
+    """A stage's answer: fields, or text for stage "answer"."""
     rule, passage, given = request.rule, request.sections.get("passage"), request.sections.get("input", "")
     if request.stage == "keywords":
         return {"keywords": list(rule.keywords)}
@@ -217,7 +214,7 @@ def _content(request: Request, rng: Random, wrong: bool) -> dict[str, Any] | str
 
 
 def _spoiled(rng: Random, content: dict[str, Any] | str) -> str:
-    """An answer that cannot be read: prose, or JSON that is cut off or has other keys."""
+    """An unreadable answer: prose, or JSON that is truncated or has other keys."""
     prose = rng.choice(UNREADABLE)
     if isinstance(content, str):
         return prose
@@ -239,11 +236,11 @@ def _completion(body: dict[str, Any], content: str | None, refusal: str | None =
 
 
 class _Server(ThreadingTCPServer):
-    # Not HTTPServer: it asks for the machine's name, which takes seconds on some networks.
+    # Not HTTPServer, which looks up the machine's name; that takes seconds on some networks.
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
-    request_queue_size = 128  # the default of 5 makes many who connect at once wait for seconds
+    request_queue_size = 128  # with the default of 5, many simultaneous connections wait for seconds
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -263,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> tuple[int, dict[str, Any]]:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > MOST_BYTES:
-            self.close_connection = True  # what follows is no request
+            self.close_connection = True  # what follows is not a request
             return _error(413, f"a request needs a Content-Length of at most {MOST_BYTES}")
         content = self.rfile.read(int(length))
         if self.path != "/v1/chat/completions":
@@ -285,7 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def handle(self) -> None:
-        # A client that was killed, or has given up, is no fault of the server.
+        # A client that was killed or gave up is not an error of the server.
         with suppress(ConnectionError):
             super().handle()
 
@@ -307,14 +304,14 @@ def teacher_from(flags: str) -> OfflineTeacher:
 def parse_args(args: Sequence[str] | None = None) -> Namespace:
     """The flags of the command line."""
     parser = Parser(__doc__, yaml_file=False)
-    parser.add_argument("--port", type=int, default=0, help="on loopback; 0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="on loopback; 0: a free one")
     parser.add_argument("--error-rate", type=float, default=0.2, help="share of answers that are wrong, 0..1")
-    parser.add_argument("--latency-ms", type=float, default=0.0, help="milliseconds that every answer takes")
+    parser.add_argument("--latency-ms", type=float, default=0.0, help="of every answer, milliseconds")
     parser.add_argument("--malformed-rate", type=float, default=0.0, help="share of unreadable answers, 0..1")
     parser.add_argument("--refusal-rate", type=float, default=0.0, help="share of refused answers, 0..1")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=int, default=0, help="of all randomness")
     parser.add_argument(
-        "--until-stdin-closes", action="store_true", help="end with the process that started this one, by its pipe"
+        "--until-stdin-closes", action="store_true", help="exit when stdin is closed, as when the parent process ends"
     )
     return parser.parse_args(args)
 

@@ -1,9 +1,7 @@
-"""The charts of report.html as inline SVG: a share's bar, histograms, a curve, intervals.
+"""The charts of report.html as inline SVG: bars for shares, histograms, a curve, intervals.
 
-Colours are classes of synth/pipeline/report.html, because its policy admits no style attribute. Every text is escaped
-here. Leaves out what is drawn (synth/pipeline/report.py).
-
-    python -m pytest tests/test_report.py -k "ticks or curve or intervals"
+Colours are CSS classes of synth/pipeline/report.html, because its security policy allows no style attributes. All text
+is escaped here.
 """
 
 import math
@@ -13,7 +11,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 42  # margins around the plot
-KINDS = ("open", "full")  # of a first and a second series: told apart without colour
+KINDS = ("open", "full")  # of the first and the second series; distinguishable without colour
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -30,7 +28,7 @@ def _steps(low: float, high: float, step: float) -> int:
 
 
 def bar(count: float, whole: float, kind: str) -> str:
-    """A bar that fills its cell by the share of count in whole; the figure stands beside it."""
+    """A bar that fills its cell by the share of count in whole; the number is shown beside it."""
     width = 100 * count / whole if whole else 0
     drawn = f'<rect width="{width:.2f}%" height="14" class="{kind}"/>'
     return f'<svg width="100%" height="14" aria-hidden="true">{drawn}</svg>'
@@ -79,7 +77,7 @@ def curve(title: str, points: Points, axis: str = "step") -> str:
 
 
 def intervals(title: str, values: Mapping[str, tuple[float, float, float]]) -> str:
-    """Value, low and high of each name as a dot with a line, on an axis from 0 to 1, or as far as the values reach."""
+    """Value, low and high per name as a dot with a line, on an axis from 0 to 1, extended to the values if needed."""
     height = 34 * len(values) + BOTTOM - 12
     lows, highs = [low for _, low, _ in values.values()], [high for *_, high in values.values()]
     marks = ticks(min(0.0, *lows), max(1.0, *highs))
@@ -108,7 +106,7 @@ def _svg(title: str, drawn: Sequence[str], height: int) -> str:
 
 
 class _Plot:
-    """Where a value lies in the picture."""
+    """Maps values to positions in the picture."""
 
     def __init__(
         self,
@@ -129,7 +127,7 @@ class _Plot:
         return TOP + (high - value) / (high - low) * (self.height - TOP - BOTTOM)
 
     def grid(self, marks: Sequence[float]) -> str:
-        """Lines at the marks of the upright axis, with their numbers; the lowest is the axis."""
+        """Lines at the marks of the y axis, with their numbers; the lowest is the x axis."""
         ends = f'x1="{self.left}" x2="{WIDTH - self.right}"'
         drawn = []
         for place, mark in enumerate(marks):

@@ -1,9 +1,9 @@
 """A run folder's `report.html`: what each stage kept and dropped, pass rates, votes, samples, costs, learning curve.
 
-One file that needs no network: style, script and data stand in it. Every text in it may be a teacher's, so none is
-taken for markup, and a Content-Security-Policy admits that one script only (synth/pipeline/report.html, which also
-holds the table of samples). Any part of a run may be missing; the report says so.
-Leaves out everything that is not in the run folder: nothing is measured here.
+One file that needs no network: it contains its style, script and data. Any text in it may come from a teacher, so none
+is treated as markup, and a Content-Security-Policy allows only its one script (synth/pipeline/report.html, which also
+has the table of samples). Any part of a run may be missing; the report says so. It only shows what is in the run
+folder; nothing is measured here.
 
     python -m synth.pipeline.report RUN_FOLDER
 """
@@ -43,13 +43,13 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 NUMBER, ROW, COLUMN = ' class="number"', ' scope="row"', ' scope="col"'  # attributes of a cell
 NAMED = {"task": "Task", "base_model": "Base model", "teacher_model": "Teacher"}  # of the config, in the summary
 LARGEST = 1e300
-MOST_BINS = 16  # of pass rates, between which a histogram stays readable
+MOST_BINS = 16  # of pass rates, for a readable histogram
 AMOUNTS = ("calls", "cached", "retries", "prompt_tokens", "completion_tokens", "money")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder holds. stages: rows of the finished ones; records: those of RECORDS that are there.
+    """A run folder's content. stages: rows of the finished ones; records: those of RECORDS that exist.
 
     held_out: ids of the samples that chose the checkpoint; curves: training run → (step, mean score).
     """
@@ -62,20 +62,20 @@ class Run:
 
     @property
     def missing(self) -> list[str]:
-        """The files that are not there."""
+        """The files that do not exist."""
         files = {f"{name}.jsonl": self.stages for name in DONE} | {f"{name}.json": self.records for name in RECORDS}
         names = [file for file, found in files.items() if Path(file).stem not in found]
         return names if self.curves else [*names, "metrics.jsonl with mean_score"]
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write FOLDER/report.html from what the folder holds now, in place of an older one.
+    """Write FOLDER/report.html from the folder's current content, replacing an older one.
 
-    Raises UserError where it is no run folder, and for a file in it that cannot be read.
+    Raises UserError if it is not a run folder, or a file in it cannot be read.
     """
     run_found = read_run(folder)
     path = Path(folder) / "report.html"
-    # A lone surrogate is no character: written as a reference, browsers show it as U+FFFD.
+    # Lone surrogates cannot be encoded: written as references, browsers show them as U+FFFD.
     page = render(run_found).encode("utf-8", "xmlcharrefreplace")
     with atomic_file(path) as temporary:
         temporary.write_bytes(page)
@@ -85,11 +85,11 @@ def write_report(folder: str | Path) -> Path:
 def read_run(folder: str | Path) -> Run:
     """The run in a folder. Raises UserError.
 
-    Training runs are looked for in it, in the folders just below, and where its --work-model-paths says.
+    Training runs are searched for in it, in its subfolders, and in its --work-model-paths.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name the folder of a run of synth.run")
+        raise UserError(f"{folder} is not a folder; name the run folder of synth.run")
     stages = {name: _rows(folder / f"{name}.jsonl") for name in DONE if (folder / f"{name}.jsonl").is_file()}
     records = {name: _record(folder / f"{name}.json") for name in RECORDS if (folder / f"{name}.json").is_file()}
     held_out = _rows(folder / HELD_OUT) if (folder / HELD_OUT).is_file() else []
@@ -111,25 +111,25 @@ def _points(rows: Any) -> list[tuple[float, float]]:
 
 
 def _rows(path: Path) -> list[StageRow]:
-    """A stage's rows. A stage that was given none has an empty file."""
+    """A stage's rows. A stage without rows has an empty file."""
     return load_rows(path) if path.stat().st_size else []
 
 
 def _record(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not an object; restore it or write it anew")
+        raise UserError(f"{path} holds {type(content).__name__}, not an object; restore it or write it again")
     return content
 
 
 def number(value: Any) -> float | None:
-    """A number that a browser can hold, or None for anything else."""
+    """A number that JavaScript can represent, or None for anything else."""
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return value if plain and -LARGEST < value < LARGEST else None
 
 
 def own_rows(stages: Mapping[str, Sequence[StageRow]]) -> dict[str, list[StageRow]]:
-    """Each stage's rows without those that an earlier one dropped, which it only carries along."""
+    """Each stage's rows without those that an earlier stage dropped and it only passed on."""
     gone: set[str] = set()
     own = {}
     for name, rows in stages.items():
@@ -139,13 +139,13 @@ def own_rows(stages: Mapping[str, Sequence[StageRow]]) -> dict[str, list[StageRo
 
 
 def samples(stages: Mapping[str, Sequence[StageRow]], held_out: Container[str] = ()) -> list[dict[str, Any]]:
-    """Every sample once, as the last stage left it, in the order of their making, with the fields of the table."""
+    """Every sample once, as its last stage left it, in order of creation, with the fields of the table."""
     found = {row["id"]: (name, row) for name, rows in own_rows(stages).items() for row in rows}
     return [_sample(row, _outcome(name, row, held_out)) for name, row in found.values()]
 
 
 def _outcome(stage: str, row: StageRow, held_out: Container[str]) -> str:
-    """What became of a sample, in words. stage: the last that had it."""
+    """What happened to a sample, in words. stage: the last that had it."""
     if "dropped" in row:
         return f"{stage}: {row['dropped']}"
     return "selected" if stage == "selection" else "held out" if row["id"] in held_out else f"kept by {stage}"
@@ -179,7 +179,7 @@ def render(found: Run) -> str:
         "rows": as_script(samples(found.stages, found.held_out)),
         "end": "\n".join([_ledger(found), _config(found)]),
     }
-    # In one pass, so that nothing which was put in is looked at again.
+    # In one pass, so that inserted text is not searched for placeholders.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
@@ -189,7 +189,7 @@ def _hash(element: re.Match[str] | None) -> str:
 
 
 def as_script(content: Any) -> str:
-    """JSON that stays JSON within <script>: no character of it can end the element or begin a comment."""
+    """JSON that is safe within <script>: no character of it can end the element or start a comment."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -199,7 +199,7 @@ def share(part: float, whole: float) -> str:
 
 
 def amount(value: Any) -> str:
-    """A number as a table shows it: a count whole, money with four decimals."""
+    """A number as a table shows it: counts as integers, money with four decimals."""
     found = number(value)
     if found is None:
         return "–"
@@ -211,7 +211,7 @@ def table(
 ) -> str:
     """A table of plain text. numbers_from: the first column of numbers; total: the last row is a sum.
 
-    label: of a table that may be wider than the page; with it, it can be scrolled by keyboard.
+    label: of a table that may be wider than the page, which makes it scrollable by keyboard.
     """
 
     def line(cells: Sequence[str], tag: str, scope: str) -> str:
@@ -236,7 +236,7 @@ def _absent(*told: str) -> str:
 
 
 def _summary(found: Run) -> str:
-    """One paragraph of what was done, and what is not there."""
+    """One paragraph on what was done, and what is missing."""
     settings, own = found.records.get("config", {}), own_rows(found.stages)
     said = [f"{label}: {settings[key]}." for key, label in NAMED.items() if settings.get(key)]
     said += ["Teacher: the offline one."] if settings.get("teacher_url", "") is None else []
@@ -260,7 +260,7 @@ def _summary(found: Run) -> str:
 
 
 def _evaluated(found: Run) -> dict[str, tuple[float, float, float]]:
-    """Mean, low, high of the base model, the trained one and their difference, where all three are there."""
+    """Mean, low, high of the base model, the trained one and their difference, for those that have all three."""
     record, whole = found.records.get("evaluation", {}), {}
     for key in ("base", "trained", "difference"):
         entry = record[key] if isinstance(record.get(key), dict) else {}
@@ -300,7 +300,7 @@ def _curve(caption: str, points: Points) -> str:
 
 
 def _stages(found: Run) -> str:
-    """What each stage kept, and what it dropped for which reason."""
+    """What each stage kept, and what it dropped and why."""
     lines = []
     for name, rows in own_rows(found.stages).items():
         reasons = Counter(str(row["dropped"]) for row in rows if "dropped" in row)
@@ -323,13 +323,13 @@ def _stages(found: Run) -> str:
 
 
 def rate_bins(rows: Sequence[StageRow]) -> int:
-    """How many steps the axis of pass rates has: those of the fewest rollouts, as 3/8 lies between tenths."""
+    """Number of bins for pass rates: the smallest number of rollouts, as 3/8 lies between tenths."""
     tried = [int(n) for row in rows if (n := number(row["rollouts"])) and n >= 1]
     return fewest if tried and (fewest := min(tried)) <= MOST_BINS else 10
 
 
 def rate_counts(rows: Iterable[StageRow], bins: int) -> list[int]:
-    """Samples by pass rate, to the nearest of 0, 1/bins, ..., 1; the ends hold only those never and always solved."""
+    """Samples by pass rate, to the nearest of 0, 1/bins, ..., 1; the end bins hold only those never and always solved."""
     counts = [0] * (bins + 1)
     for row in rows:
         rate = number(row["pass_rate"])
@@ -340,7 +340,7 @@ def rate_counts(rows: Iterable[StageRow], bins: int) -> list[int]:
 
 
 def margin_counts(rows: Iterable[StageRow]) -> list[int]:
-    """Samples by margin, in tenths; 1 belongs to the last."""
+    """Samples by margin, in tenths; 1 belongs to the last bin."""
     counts = [0] * 10
     for row in rows:
         margin = number(row["margin"])
@@ -387,7 +387,7 @@ def _histogram(title: str, axis: str, labels: Sequence[str], series: Mapping[str
 
 
 def _ledger(found: Run) -> str:
-    """What the teacher was asked and what it cost, by stage."""
+    """The teacher's calls and their cost, by stage."""
     ledger = {name: count for name, count in found.records.get("ledger", {}).items() if isinstance(count, dict)}
     if not ledger:
         return "<h2>Ledger</h2>" + _absent("There is no ledger.json: the teacher's calls are not known.")
@@ -408,7 +408,7 @@ def _config(found: Run) -> str:
 
 def main() -> None:
     parser = Parser(__doc__, yaml_file=False)
-    parser.add_argument("run_folder", help="where synth.run has written its stages")
+    parser.add_argument("run_folder", help="of synth.run")
     print(write_report(parser.parse_args().run_folder))
 
 

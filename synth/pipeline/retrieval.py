@@ -1,14 +1,14 @@
-"""Passages of a local library that suit a few keywords, by BM25, from an index kept on disk.
+"""BM25 search for passages of a local library, with an index kept on disk.
 
-The library is `.jsonl`, `.txt` and `.md`, plain or as `.gz`, `.bz2`, `.xz`, cut into passages of so many words. Up to
-50 000 passages are scored by rank-bm25 in memory, more by bm25s, whose index is memory-mapped. Both use one formula,
-BM25 (k1 1.5, b 0.75) with idf ln((N + 1) / df), which is rank-bm25's BM25Plus and bm25s's "bm25+" at delta 0: a
-delta adds the same number to all passages. (BM25Okapi has no counterpart: it lifts negative idf to a quarter of the
-mean one.)
+The library is `.jsonl`, `.txt` and `.md`, plain or as `.gz`, `.bz2`, `.xz`, split into passages of a fixed number of
+words. Up to 50 000 passages are scored by rank-bm25 in memory, more by bm25s, whose index is memory-mapped. Both use
+the same formula, BM25 (k1 1.5, b 0.75) with idf ln((N + 1) / df), which is rank-bm25's BM25Plus and bm25s's "bm25+"
+with delta 0: a delta adds the same number to all passages. (BM25Okapi has no counterpart: it raises negative idf to a
+quarter of the mean.)
 
-Leaves out stemming and stop words, and writing without spaces: a run of Chinese is one word.
+There is no stemming, no stop words, and no segmentation of scripts without spaces: a run of Chinese is one word.
 
-    pytest tests/test_retrieval.py            python benchmarks/retrieval.py --passages 1000000
+    python benchmarks/retrieval.py --passages 1000000       time and memory
 """
 
 import bz2
@@ -36,9 +36,9 @@ from common.errors import UserError
 from common.files import atomic_folder, read_json, write_json
 from synth.near_duplicates import find_duplicates
 
-LENGTH = 200  # words of a passage
+LENGTH = 200  # words per passage
 OVERLAP = 40  # words
-# ROUGE-L: copies with small changes. Passages that share a frame and differ in its facts lie at 0.8 to 0.9.
+# ROUGE-L: copies with small changes. Passages with the same wording and different facts have 0.8 to 0.9.
 NEAR_DUPLICATES = 0.95
 LARGE = 50_000  # passages, above which bm25s takes over
 ENGINES = ("rank-bm25", "bm25s")
@@ -53,14 +53,14 @@ BLOCK = 1 << 16  # characters of a .txt or .md held at once
 RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 
 MARKER = "retrieval_index.json"
-FORMAT = 1  # of the folder; another number makes every index anew
+FORMAT = 1  # of the folder; changing it rebuilds every index
 TEXTS, TEXT_ENDS = "passages.bin", "passage_ends.npy"  # UTF-8 of all passages end to end; byte where each ends
 WORDS, WORD_ENDS = "words.bin", "word_ends.npy"  # int32 numbers of all words end to end; where each passage ends
 VOCABULARY = "vocab.index.json"  # word → number; the name under which bm25s saves it
 
 
 class Passage(NamedTuple):
-    """A piece of the library. id: FILE#NUMBER, the same as long as file and cutting are; source: the file's path."""
+    """A piece of the library. id: FILE#NUMBER, stable while file and splitting are; source: the file's path."""
 
     id: str
     text: str
@@ -68,19 +68,19 @@ class Passage(NamedTuple):
 
 
 def words(text: str) -> list[str]:
-    """The one tokeniser of passages and queries: runs of letters, digits and underscores, in lower case."""
+    """The tokeniser of passages and queries: runs of letters, digits and underscores, in lower case."""
     return WORD.findall(text.lower())
 
 
 def cut(text: str, length: int, overlap: int) -> list[str]:
-    """Cut a text into passages of at most `length` words, each beginning at most `overlap` words before the last ended.
+    """Split a text into passages of at most `length` words, each starting at most `overlap` words before the last end.
 
-    A passage ends and begins at a sentence where there is one in its second half or in the overlap; the overlap
+    A passage starts and ends at a sentence boundary if there is one in the overlap or in its second half; the overlap
     is at most half the length. No word is lost.
     """
     spans = [match.span() for match in WORD.finditer(text)]
     starts = [start for start, _ in spans]
-    sentences: dict[int, int] = {}  # number of a sentence's first word → character where the sentence begins
+    sentences: dict[int, int] = {}  # index of a sentence's first word → character where the sentence starts
     for match in SENTENCE_END.finditer(text):
         sentences.setdefault(bisect_left(starts, match.end()), match.end())
     begins = sorted(sentences)
@@ -89,7 +89,7 @@ def cut(text: str, length: int, overlap: int) -> list[str]:
         if word in (0, len(spans)):
             return 0 if word == 0 else len(text)
         gap = text[spans[word - 1][1] : spans[word][0]]
-        # A sign before a word belongs to it: -5, $5, (see
+        # Symbols before a word belong to it: -5, $5, (see
         return sentences.get(word, starts[word] - len(re.split(r"\s", gap)[-1]))
 
     passages, first, last = [], 0, 0
@@ -104,9 +104,9 @@ def cut(text: str, length: int, overlap: int) -> list[str]:
 
 
 def library_files(library: str | Path | Sequence[str | Path]) -> dict[str, Path]:
-    """The files of a library by name: a folder's are named by their path within it, hidden ones left out.
+    """The files of a library by name: a folder's are named by their path within it, hidden ones are skipped.
 
-    Two of one name become NAME and NAME~2. Raises UserError where a path is missing, holds none or is of another kind.
+    A second file of the same name becomes NAME~2. Raises UserError if a path is missing, empty or of another kind.
     """
     files: dict[str, Path] = {}
     for root in map(Path, [library] if isinstance(library, str | Path) else library):
@@ -125,12 +125,12 @@ def library_files(library: str | Path | Sequence[str | Path]) -> dict[str, Path]
                 name = f"{base}~{count}"
             files[name] = path
     if not files:
-        raise UserError("the library names no file or folder; give one, or use no library at all")
+        raise UserError("the library names no file or folder; give one, or use no library")
     return files
 
 
 def _kind(path: Path) -> str:
-    """`.jsonl`, `.txt` or `.md`, whatever it is compressed with; empty if none of these."""
+    """`.jsonl`, `.txt` or `.md`, compressed or not; empty if it is none of these."""
     name = path.with_suffix("") if path.suffix.lower() in OPENERS else path
     return name.suffix.lower() if name.suffix.lower() in KINDS else ""
 
@@ -141,7 +141,7 @@ def _is_text(path: Path, root: Path) -> bool:
 
 
 def _lines(path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
-    """Number and text of each line. Raises UserError with the line where the file cannot be decoded or unpacked."""
+    """Number and text of each line. Raises UserError with the line if the file cannot be decoded or decompressed."""
     number = done = 0
     try:
         with path.open("rb") as raw, OPENERS.get(path.suffix.lower(), nullcontext)(raw) as stream:
@@ -156,7 +156,7 @@ def _lines(path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
 
 
 def _texts(path: Path, text_key: str | None, bar: tqdm) -> Iterator[str]:
-    """The texts to cut: the rows of a `.jsonl`, the blocks of a `.txt` or `.md`."""
+    """The texts to split: the rows of a `.jsonl`, the blocks of a `.txt` or `.md`."""
     lines = _lines(path, bar)
     if _kind(path) == ".jsonl":
         yield from (_text_of(line, f"{path}:{number}", text_key) for number, line in lines if line.strip())
@@ -166,7 +166,7 @@ def _texts(path: Path, text_key: str | None, bar: tqdm) -> Iterator[str]:
     for _, line in lines:
         block.append(line)
         size += len(line)
-        # A block ends between paragraphs, unless none ends for long.
+        # A block ends between paragraphs, unless a paragraph is very long.
         if size >= BLOCK and (not line.strip() or size >= 4 * BLOCK):
             yield "".join(block)
             block, size = [], 0
@@ -177,7 +177,7 @@ def _text_of(line: str, place: str, text_key: str | None) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON ({error}); write one object a line") from None
+        raise UserError(f"{place} is not valid JSON ({error}); write one object per line") from None
     if not isinstance(row, dict):
         raise UserError(f'{place} is {type(row).__name__}, not an object; write {{"text": "..."}}')
     keys = [key for key in ([text_key] if text_key else TEXT_KEYS) if key in row]
@@ -185,7 +185,7 @@ def _text_of(line: str, place: str, text_key: str | None) -> str:
         wanted = repr(text_key) if text_key else " or ".join(map(repr, TEXT_KEYS))
         raise UserError(f"{place} has the keys {sorted(row)}; it needs {wanted}, or name the key of the text")
     if not isinstance(row[keys[0]], str):
-        raise UserError(f"{place} has {keys[0]!r} of type {type(row[keys[0]]).__name__}; it has to be a string")
+        raise UserError(f"{place} has {keys[0]!r} of type {type(row[keys[0]]).__name__}; it must be a string")
     return row[keys[0]]
 
 
@@ -198,17 +198,17 @@ def build_index(
     engine: str | None = None,
     progress: bool = False,
 ) -> "Index":
-    """The index of a library, kept in `folder`: opened if made from the same files in the same way, else made anew.
+    """The index of a library, kept in `folder`: opened if made from the same files in the same way, else rebuilt.
 
-    A file counts as the same while path, size and time of change are. length, overlap: words of a passage, and words
-    that one may share with the next; text_key: the `.jsonl` field of the text (default: text, passage or content);
-    engine: one of ENGINES (default: by size). The folder is replaced whole, or left as it was.
-    Raises UserError where the library is missing, empty or cannot be read, with file and line.
+    A file counts as unchanged while path, size and modification time are. length, overlap: words per passage, and words
+    that it may share with the next; text_key: the `.jsonl` field of the text (default: text, passage or content);
+    engine: one of ENGINES (default: by size). The folder is replaced atomically.
+    Raises UserError, with file and line, if the library is missing, empty or cannot be read.
     """
     if length < 1 or not 0 <= overlap <= length // 2:
-        raise UserError(f"passages of {length} words cannot overlap by {overlap}; take 0 to half the length")
+        raise UserError(f"passages of {length} words cannot overlap by {overlap}; use 0 to half the length")
     if engine not in (None, *ENGINES):
-        raise UserError(f"the retrieval engine {engine!r} is not known; take one of {', '.join(ENGINES)}")
+        raise UserError(f"the retrieval engine {engine!r} is not known; use one of {', '.join(ENGINES)}")
     files = library_files(library)
     states = [[name, str(path), path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()]
     cutting = {"length": length, "overlap": overlap, "text_key": text_key}
@@ -221,7 +221,7 @@ def build_index(
                 firsts, vocabulary = _write_passages(files, temporary, length, overlap, text_key, bar)
             count = len(np.load(temporary / TEXT_ENDS, mmap_mode="r"))
             if not count:
-                raise UserError(f"the library {', '.join(map(str, files.values()))} holds no word; add text to it")
+                raise UserError(f"the library {', '.join(map(str, files.values()))} has no words; add text to it")
             chosen = engine or ENGINES[count > LARGE]
             if chosen == "bm25s":
                 _write_bm25s(temporary, vocabulary, progress)
@@ -232,7 +232,7 @@ def build_index(
 
 
 def _pieces(text: str, length: int, overlap: int) -> Iterator[tuple[str, list[str]]]:
-    """The passages of a text with their words; none where it has no word."""
+    """The passages of a text with their words; none if it has no words."""
     found = words(text)
     if len(found) > length:
         yield from ((piece, words(piece)) for piece in cut(text, length, overlap))
@@ -248,7 +248,7 @@ def _write_passages(
     Returns the number of each file's first passage, and word → number.
     """
     vocabulary: defaultdict[str, int] = defaultdict()
-    vocabulary.default_factory = vocabulary.__len__  # an unseen word takes the next number
+    vocabulary.default_factory = vocabulary.__len__  # a new word gets the next number
     text_ends, word_ends, firsts = array("q"), array("q"), []
     text_end = word_end = 0
     with (folder / TEXTS).open("wb") as texts_file, (folder / WORDS).open("wb") as words_file:
@@ -256,7 +256,7 @@ def _write_passages(
             firsts.append(len(text_ends))
             for text in _texts(path, text_key, bar):
                 for piece, its_words in _pieces(text, length, overlap):
-                    # JSON may hold half a surrogate pair, which is no character.
+                    # JSON may contain lone surrogates, which UTF-8 cannot encode.
                     text_end += texts_file.write(piece.encode("utf-8", errors="replace"))
                     array("i", map(vocabulary.__getitem__, its_words)).tofile(words_file)
                     word_end += len(its_words)
@@ -268,7 +268,7 @@ def _write_passages(
 
 
 class _WordNumbers:
-    """The passages as lists of word numbers, read from disk one at a time: what both libraries take as a corpus."""
+    """The passages as lists of word numbers, read from disk one at a time; both libraries accept it as a corpus."""
 
     def __init__(self, folder: Path, vocabulary: dict[str, int]):
         self.vocab = vocabulary
@@ -277,7 +277,7 @@ class _WordNumbers:
 
     @property
     def ids(self) -> "_WordNumbers":
-        """bm25s knows a corpus of numbers by its `ids` and `vocab`."""
+        """bm25s recognises a corpus of numbers by its `ids` and `vocab`."""
         return self
 
     def __len__(self) -> int:
@@ -291,7 +291,7 @@ class _WordNumbers:
 
 
 def _write_bm25s(folder: Path, vocabulary: dict[str, int], progress: bool) -> None:
-    """Replace the word numbers by bm25s's index, which holds the score of every word in every passage."""
+    """Replace the word numbers with bm25s's index, which holds every word's score in every passage."""
     model = bm25s.BM25(k1=K1, b=B, delta=0, method="bm25+")
     model.index(_WordNumbers(folder, vocabulary), create_empty_token=False, show_progress=progress)
     model.save(folder, show_progress=False)
@@ -313,7 +313,7 @@ class Index:
         self._ends = np.load(folder / TEXT_ENDS, mmap_mode="r")
         self._texts = np.memmap(folder / TEXTS, dtype=np.uint8, mode="r")
 
-        # Opened here and not when first searched: by then the folder may hold the index of a changed library.
+        # Opened now and not at the first search, when the folder may hold the index of a changed library.
         if self.engine == "bm25s":
             model = bm25s.BM25.load(folder, mmap=True, load_vocab=False, show_progress=False)
             self._load_scorer = lambda: model.get_scores_from_ids
@@ -323,14 +323,14 @@ class Index:
 
     @cached_property
     def _scores_of(self) -> Callable[[list[int]], np.ndarray]:
-        """From word numbers to the score of every passage. rank-bm25 counts anew, which reading passages can spare."""
+        """Word numbers → every passage's score. Loaded at first use: rank-bm25 has to count words, passages need none."""
         return self._load_scorer()
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def scores(self, query: str) -> np.ndarray:
-        """BM25 of every passage, (len(self),) float32; 0 where no word of the query occurs. A word counts once."""
+        """BM25 of every passage, (len(self),) float32; 0 if no word of the query occurs. Repeated words count once."""
         known = [self.vocabulary[word] for word in dict.fromkeys(words(query)) if word in self.vocabulary]
         if not known:
             return np.zeros(len(self), dtype=np.float32)
@@ -339,10 +339,10 @@ class Index:
     def search(
         self, queries: str | Sequence[str], top_k: int = 10, near_duplicates: float = NEAR_DUPLICATES
     ) -> list[Passage]:
-        """The `top_k` best passages, best first; fewer where fewer hold a word of a query or are distinct.
+        """The `top_k` best passages, best first; fewer if fewer contain a word of a query or are distinct.
 
-        Several queries are merged by reciprocal rank, since their scores have no common scale. Of near-duplicates
-        (ROUGE-L of at least `near_duplicates`) the best stays; `repeated` says how many others were looked at.
+        Several queries are merged by reciprocal rank, as their scores have no common scale. Of near-duplicates (ROUGE-L
+        of at least `near_duplicates`) the best is kept; `repeated` is the number of others.
         """
         scores = [self.scores(query) for query in ([queries] if isinstance(queries, str) else queries)]
         depth = 2 * top_k
@@ -358,16 +358,16 @@ class Index:
             depth *= 4
 
     def passage(self, passage_id: str) -> Passage:
-        """The passage of an id. Raises UserError if there is none."""
+        """The passage with this id. Raises UserError if there is none."""
         name, _, digits = passage_id.rpartition("#")
         if name in self._names and re.fullmatch("[0-9]+", digits):
             number = self._firsts[self._names.index(name)] + int(digits)
             if number < len(self) and self._passage(number).id == passage_id:
                 return self._passage(number)
-        raise UserError(f"the library has no passage {passage_id!r}; it or its cutting was changed since")
+        raise UserError(f"the library has no passage {passage_id!r}; the library or its splitting has changed since")
 
     def _passage(self, number: int) -> Passage:
-        # Files without a word share their first number with the next file: the last of them is the one.
+        # A file without words shares its first number with the next file; the last of them is the right one.
         file = int(np.searchsorted(self._firsts, number, side="right")) - 1
         start = int(self._ends[number - 1]) if number else 0
         text = self._texts[start : int(self._ends[number])].tobytes().decode("utf-8")
@@ -375,14 +375,14 @@ class Index:
 
 
 def best(scores: np.ndarray, count: int) -> list[int]:
-    """The numbers of the highest positive scores, best first; of equal ones the lower number."""
+    """The indices of the highest positive scores, best first; ties by lower index."""
     least = -math.inf if count >= len(scores) else np.partition(scores, -count)[-count]
     found = np.flatnonzero((scores >= least) & (scores > 0))
     return found[np.lexsort((found, -scores[found]))][:count].tolist()
 
 
 def merge(rankings: Sequence[Sequence[int]]) -> list[int]:
-    """One ranking of several by reciprocal rank: an item's worth is the sum of 1 / (60 + rank) over the rankings."""
+    """Reciprocal rank fusion: an item's score is the sum of 1 / (60 + rank) over the rankings."""
     worth: defaultdict[int, float] = defaultdict(float)
     for ranking in rankings:
         for rank, item in enumerate(ranking, 1):

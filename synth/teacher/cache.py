@@ -1,11 +1,9 @@
-"""What a teacher has answered, in one SQLite file: nothing that was once received is asked for again.
+"""A teacher's answers in one SQLite file: nothing received once is asked for again.
 
-A response is committed before `put` returns, so a kill at any moment loses only what was still in flight.
-Refusals, truncated and empty answers are kept under their own status, never as "ok": a restart neither
-pays for them again nor takes them for answers. What never arrived is not stored.
-Leaves out the prompts (only their hash is kept), the keys of endpoints, and the sharing of a file over a network.
-
-    python -m pytest tests/test_cache.py
+A response is committed before `put` returns, so a kill at any moment loses only what was in flight. Refusals,
+truncated and empty answers are kept under their own status, never as "ok": a restart neither pays for them again nor
+takes them for answers. What never arrived is not stored, nor are prompts (only their hash) and API keys. The file
+cannot be shared over a network.
 """
 
 import hashlib
@@ -41,16 +39,16 @@ class Stored(NamedTuple):
 def cache_key(
     endpoint: str, model: str, messages: list[dict], parameters: dict, schema: dict | None, sample: int
 ) -> str:
-    """SHA-256 of everything that an answer depends on. sample: index of one of several calls with the same rest."""
+    """SHA-256 of everything that an answer depends on. sample: index of one of several otherwise equal calls."""
     content = [endpoint, model, messages, parameters, schema, sample]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Cache:
-    """The file at `path`, made if it is missing; open until `close` or the end of a `with` block.
+    """The file at `path`, created if missing; open until `close` or the end of a `with` block.
 
-    wait: seconds to wait for another process that writes. Several processes may use one file.
-    Raises UserError, here and in every method, where the file is no cache, is damaged, full or stays locked.
+    wait: seconds to wait for another process that is writing. Several processes may use one file.
+    Raises UserError, here and in every method, if the file is no cache, is damaged, cannot grow or stays locked.
     """
 
     def __init__(self, path: str | Path, wait: float = 5.0):
@@ -66,9 +64,9 @@ class Cache:
                 "SELECT user_version, (SELECT COUNT(*) FROM sqlite_master) FROM pragma_user_version"
             ).fetchone()
             if found != (FORMAT if tables else 0):
-                raise UserError(f"{self.path} is a database, but no cache of format {FORMAT}; name another file")
+                raise UserError(f"{self.path} is a database, but not a cache of format {FORMAT}; name another file")
             self._db.execute("PRAGMA journal_mode = WAL")
-            # Survives a kill of the process; only a loss of power may lose the last commits, never the file.
+            # Survives a kill of the process; a power failure may lose the last commits, never the file.
             self._db.execute("PRAGMA synchronous = NORMAL")
             if found != FORMAT:
                 self._db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
@@ -83,12 +81,12 @@ class Cache:
         return Stored(*row) if row else None
 
     def put(self, key: str, stored: Stored) -> None:
-        """Store a response. Where another process was first, its response stays."""
+        """Store a response. If another process was first, its response stays."""
         with self._one_line():
             self._db.execute("INSERT OR IGNORE INTO responses VALUES (?, ?, ?, ?, ?, ?)", (key, *stored))
 
     def note(self, name: str) -> str | None:
-        """What was noted under `name`: a capability of an endpoint, say."""
+        """What was noted under `name`, such as a capability of an endpoint."""
         with self._one_line():
             row = self._db.execute("SELECT value FROM notes WHERE name = ?", (name,)).fetchone()
         return row[0] if row else None
@@ -98,7 +96,7 @@ class Cache:
             self._db.execute("INSERT OR REPLACE INTO notes VALUES (?, ?)", (name, value))
 
     def counts(self) -> dict[str, int]:
-        """How many responses are stored, by status."""
+        """The number of stored responses by status."""
         with self._one_line():
             return dict(self._db.execute("SELECT status, COUNT(*) FROM responses GROUP BY status ORDER BY status"))
 
@@ -116,9 +114,11 @@ class Cache:
         try:
             yield
         except OSError as error:
-            raise UserError(f"the cache {self.path} cannot be made ({error.strerror}); choose another path") from None
+            raise UserError(
+                f"the cache {self.path} cannot be created ({error.strerror}); choose another path"
+            ) from None
         except sqlite3.Error as error:
-            remedy = "name another file, or move this one away to begin anew"
+            remedy = "name another file, or move this one away to start over"
             if "locked" in str(error) or "busy" in str(error):
                 remedy = "another process is writing to it: wait for it to end, or name another file"
             raise UserError(f"the cache {self.path} cannot be used ({error}); {remedy}") from None

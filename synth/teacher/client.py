@@ -1,16 +1,12 @@
 """The teacher: one async client for any endpoint that speaks OpenAI's Chat Completions API.
 
-Every response goes through the cache (synth/teacher/cache.py) and is committed there before it is reported; requests
-are bounded, paced and retried (synth/teacher/pace.py), counted and limited (synth/teacher/limits.py), and read as JSON
-where a schema
-is given (synth/teacher/structured.py, synth/teacher/completions.py). Leaves out streaming, tools and what to ask
-(synth/prompts.py).
+Every response is committed to the cache (cache.py) before it is reported. Requests are bounded, paced and retried
+(pace.py), counted and limited (limits.py), and read as JSON if a schema is given (structured.py, completions.py).
+Streaming and tools are not supported.
 
     with Cache("runs/mine/cache.sqlite") as cache:
         async with Teacher("http://127.0.0.1:8080/v1", "default_model", cache) as teacher:
             reply = await teacher.ask([{"role": "user", "content": "What is 2 + 2?"}])
-
-    python -m pytest tests/test_teacher.py
 """
 
 import asyncio
@@ -40,11 +36,11 @@ PROBE_TOKENS = 1024  # some teachers think before they answer
 
 
 class EndpointDown(UserError):
-    """The endpoint refuses every request, or fails again and again; everything that was in flight is stored."""
+    """The endpoint refuses every request, or keeps failing; everything that was in flight is stored."""
 
 
 class Estimate(NamedTuple):
-    """What some asks may cost: tokens of prompts about, of completions at most. Retries and corrections not counted."""
+    """What some asks may cost: prompt tokens roughly, completion tokens at most. Without retries and corrections."""
 
     calls: int
     cached: int
@@ -56,10 +52,10 @@ class Estimate(NamedTuple):
 class Teacher:
     """Asks one model at one endpoint. Use it as an async context manager, within one event loop.
 
-    url: up to and with `/v1`. concurrency: most requests in flight. retries: per request. timeout: seconds per
-    attempt. breaker: failed attempts in a row, per ask under way, after which the endpoint counts as down.
-    base_wait: seconds of the first backoff. key_name: the environment variable with the key (local servers need
-    none). endpoint: the name the cache knows the endpoint by, for one whose port changes (default: the url).
+    url: up to and including `/v1`. concurrency: maximum requests in flight. retries: per request. timeout: seconds per
+    attempt. breaker: consecutive failed attempts, per ask in progress, after which the endpoint counts as down.
+    base_wait: seconds of the first backoff. key_name: the environment variable with the API key (local servers need
+    none). endpoint: the name under which the cache knows the endpoint, if its port changes (default: the URL).
     Raises UserError for a bad argument, LimitReached or EndpointDown, each once nothing is in flight any more.
     """
 
@@ -84,7 +80,7 @@ class Teacher:
         if concurrency < 1 or retries < 0 or timeout <= 0 or breaker < 1:
             raise UserError(
                 f"concurrency {concurrency}, retries {retries}, timeout {timeout} and breaker {breaker}: "
-                "at least 1, 0, above 0 and at least 1 are possible"
+                "they must be at least 1, at least 0, above 0 and at least 1"
             )
         self._key = os.environ.get(key_name, "")
         if not self._key and self.url == OPENAI_URL:
@@ -93,7 +89,7 @@ class Teacher:
 
     async def __aenter__(self) -> "Teacher":
         size = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        local = urlsplit(self.url).hostname in LOOPBACK  # a proxy of the environment could not reach it
+        local = urlsplit(self.url).hostname in LOOPBACK  # a proxy from the environment could not reach it
         self._http = DefaultAsyncHttpxClient(limits=size, timeout=self.timeout, trust_env=not local)
         self._client = AsyncOpenAI(
             base_url=self.url, api_key=self._key or "none", max_retries=0, http_client=self._http, timeout=self.timeout
@@ -103,9 +99,9 @@ class Teacher:
         self._begun = asyncio.Semaphore(self.concurrency)
         self._probing = asyncio.Lock()
         self._asking: dict[str, asyncio.Event] = {}
-        self._active = self._failures = 0  # asks under way; failed attempts in a row
+        self._active = self._failures = 0  # asks in progress; consecutive failed attempts
         self._answered = False
-        self._not_native: set[type[BaseModel]] = set()  # schemas that the endpoint declined
+        self._not_native: set[type[BaseModel]] = set()  # schemas that the endpoint rejected
         self._native = self._noted("structured")
         self._tokens_name = "max_completion_tokens" if self._noted("max_completion_tokens") else "max_tokens"
         return self
@@ -149,7 +145,7 @@ class Teacher:
         return [replies[index] for index in range(len(asks))]
 
     def estimate(self, asks: Sequence[Ask]) -> Estimate:
-        """What the asks would cost, those in the cache counted apart. Sends nothing."""
+        """What the asks would cost; those in the cache are counted separately. Sends nothing."""
         keys = {self._key_of(ask): ask for ask in asks}
         missing = [ask for key, ask in keys.items() if self.cache.get(key) is None]
         costs = [self._most(ask) for ask in missing]
@@ -177,7 +173,7 @@ class Teacher:
     async def _reply(self, ask: Ask) -> Reply:
         """One response as a Reply, without a correction turn."""
         key = self._key_of(ask)
-        while key in self._asking:  # the same ask is under way: its answer serves both
+        while key in self._asking:  # the same ask is in progress: its answer serves both
             await self._asking[key].wait()
         stored = self.cache.get(key)
         cached = stored is not None
@@ -193,13 +189,13 @@ class Teacher:
                 self._asking.pop(key).set()
         status, reason, parsed = stored.status, stored.reason, None
         if ask.schema and status in ("ok", "malformed"):
-            # Anew: the class may check more than its schema says, and may have changed since the answer was stored.
+            # Parsed again: the class may check more than its schema says, and may have changed since.
             parsed, reason = structured.read_json_answer(stored.text, ask.schema)
             status = "malformed" if parsed is None else "ok"
         return Reply(stored.text, parsed, status, Cost(stored.prompt_tokens, stored.completion_tokens), cached, reason)
 
     async def _fetch(self, ask: Ask, key: str) -> Stored:
-        """The endpoint's answer, stored; or, not stored, one of status "failed"."""
+        """The endpoint's answer, stored; or one of status "failed", which is not stored."""
         fault, not_before = Fault("again", ""), 0.0
         for attempt in range(self.retries + 1):
             try:
@@ -232,7 +228,7 @@ class Teacher:
             self.ledger.receive(ask.stage, Cost(stored.prompt_tokens, stored.completion_tokens))
             self.cache.put(key, stored)
             return stored
-        except UserError as error:  # the cache: no use in paying for answers that cannot be kept
+        except UserError as error:  # from the cache: no point in paying for answers that cannot be kept
             self.gate.stop(error)
             raise
         finally:
@@ -242,10 +238,10 @@ class Teacher:
     async def _post(self, form: dict, sample: int) -> dict:
         """The response's JSON. Raises Fault.
 
-        The package's own `create` costs a third more time per call, and returns a str for HTML with status 200.
+        The package's own `create` takes a third longer per call, and returns a str for HTML with status 200.
         """
         try:
-            # httpx's time-outs are between bytes, so a server that drips would never reach one.
+            # httpx's timeouts are between bytes, so a server that sends slowly would never reach one.
             async with asyncio.timeout(self.timeout):
                 response = await self._client.post(
                     "/chat/completions",
@@ -259,11 +255,11 @@ class Teacher:
         except (OpenAIError, TimeoutError, ValueError, RecursionError) as error:
             raise fault_of(error) from None
         if not isinstance(found, dict):
-            raise Fault("again", f"the response is no JSON object but a {type(found).__name__}")
+            raise Fault("again", f"the response is not a JSON object but a {type(found).__name__}")
         return found
 
     def _form(self, ask: Ask) -> dict:
-        """The request's body, in the form the endpoint takes."""
+        """The request's body, in the form the endpoint accepts."""
         form = {"model": self.model, "messages": ask.messages, "temperature": ask.temperature}
         form[self._tokens_name] = ask.max_tokens
         form |= {"top_p": ask.top_p} if ask.top_p is not None else {}
@@ -275,7 +271,7 @@ class Teacher:
         return form
 
     async def _probe(self) -> None:
-        """Find out, once per endpoint and model, whether a JSON schema is accepted and obeyed."""
+        """Find out, once per endpoint and model, whether a JSON schema is accepted and followed."""
         async with self._probing:
             if self._native is not None:
                 return
@@ -283,10 +279,10 @@ class Teacher:
             status = (await self._reply(ask)).status
             if status in ("ok", "malformed"):
                 self._note("structured", status == "ok")
-            self._native = status == "ok"  # undecided counts as no, until the next start
+            self._native = status == "ok"  # unknown counts as no, until the next start
 
     def _adapted(self, ask: Ask, form: dict, fault: Fault) -> bool:
-        """After a request was declined: whether another form of it may do, which is then taken."""
+        """After a request was rejected: switch to another form of it if one may be accepted; whether there is one."""
         if "max_tokens" in form and "max_completion_tokens" in fault.reason:
             self._tokens_name = "max_completion_tokens"
             self._note("max_completion_tokens", True)
@@ -300,7 +296,7 @@ class Teacher:
         return True
 
     def _failed(self, fault: Fault, ask: Ask, form: dict, entered: float) -> None:
-        """Change the form, slow down or stop, as a failed attempt asks for."""
+        """Change the form, slow down or stop, depending on how an attempt failed."""
         if fault.kind == "request" and self._adapted(ask, form, fault):
             fault.kind = "form"
             return
@@ -312,13 +308,13 @@ class Teacher:
         if fault.wait:
             self.gate.pause(fault.wait)
         self._failures += 1
-        # Before the first answer a declined request is likely a wrong setting, which no other request will mend.
+        # Before the first answer a rejected request is probably a wrong setting, which no other request will fix.
         each = 1 if fault.kind == "request" and not self._answered else max(1, self._active)
         if self._failures >= self.breaker * each:
             self.gate.stop(
                 EndpointDown(
-                    f"{self.url} failed {self._failures} times in a row, the last time with: {fault.reason}; "
-                    "see that it runs, then start again: nothing stored is asked for twice"
+                    f"{self.url} failed {self._failures} times in a row, most recently with: {fault.reason}; "
+                    "check that it is running, then start again: nothing stored is asked for twice"
                 )
             )
 
@@ -327,7 +323,9 @@ class Teacher:
 
     def _key_of(self, ask: Ask) -> str:
         parameters = {"temperature": ask.temperature, "max_tokens": ask.max_tokens}
-        parameters |= {"top_p": ask.top_p} if ask.top_p is not None else {}  # where it is not sent, as ever
+        parameters |= (
+            {"top_p": ask.top_p} if ask.top_p is not None else {}
+        )  # only if it is sent, so that older keys stay valid
         schema = structured.schema_of(ask.schema) if ask.schema else None
         return cache_key(self.endpoint, self.model, ask.messages, parameters, schema, ask.sample)
 
@@ -339,7 +337,7 @@ class Teacher:
         self.cache.set_note(f"{name} {self.endpoint} {self.model}", "yes" if value else "no")
 
     def _safe(self, text: str) -> str:
-        """Without the key, should a server send it back, and without halves of characters, which UTF-8 cannot hold."""
+        """Without the API key, if a server sends it back, and without lone surrogates, which UTF-8 cannot hold."""
         text = text.encode("utf-8", "replace").decode()
         return text.replace(self._key, "[key]") if self._key else text
 
@@ -347,7 +345,9 @@ class Teacher:
 def _checked_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"the teacher's URL {url} is not of the form http://HOST:PORT/v1; mend it")
+        raise UserError(f"the teacher's URL {url} is not of the form http://HOST:PORT/v1; fix it")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError(f"the teacher's URL at {parts.hostname} holds more than an address; keys go in the environment")
+        raise UserError(
+            f"the teacher's URL at {parts.hostname} holds more than an address; API keys go in the environment"
+        )
     return url.rstrip("/")

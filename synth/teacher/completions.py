@@ -1,8 +1,6 @@
-"""What is asked of a teacher and what comes back: the question, the reply, and the reading of a chat completion.
+"""Questions to a teacher and their replies, and how a chat completion is read.
 
-Refusals, truncated, empty and malformed answers are told apart here. Leaves out the sending (synth/teacher/client.py).
-
-    python -m pytest tests/test_teacher.py -k "faulty or malformed or key"
+Refusals, truncated, empty and malformed answers are told apart here.
 """
 
 from collections.abc import Callable
@@ -19,10 +17,10 @@ from synth.teacher.pace import Fault
 
 
 class Reply(NamedTuple):
-    """One answer. parsed: set where a schema was given and status is "ok".
+    """One answer. parsed: set if a schema was given and status is "ok".
 
-    status: "ok"; "refusal", "truncated", "empty"; "malformed": the schema was not obeyed, after a correction
-    turn too; "failed": no response came (not stored, so asked again after a restart). reason: why, if not "ok".
+    status: "ok"; "refusal", "truncated", "empty"; "malformed": the schema was not followed, even after a correction
+    turn; "failed": no response came (not stored, so asked again after a restart). reason: why, if not "ok".
     cached: no call was made for it.
     """
 
@@ -36,9 +34,9 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True)
 class Ask:
-    """One question. sample: index among separate calls with the same rest; stage: the ledger's row.
+    """One question. sample: index among otherwise equal calls; stage: the ledger's row.
 
-    temperature and max_tokens are always sent, because servers differ in their defaults; top_p where it is given.
+    temperature and max_tokens are always sent, because servers' defaults differ; top_p only if given.
     """
 
     messages: list[dict]
@@ -51,9 +49,9 @@ class Ask:
 
 
 def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Stored:
-    """What a response holds, as it is stored. safe: applied to every text. Raises Fault if it is no completion at all.
+    """A response's content, as it is stored. safe: applied to every text. Raises Fault if it is no completion.
 
-    Where the endpoint reports no usage, the tokens are guessed from the texts.
+    If the endpoint reports no usage, tokens are estimated from the texts.
     """
     try:
         if not response["choices"]:
@@ -65,7 +63,7 @@ def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Sto
             content = "".join(part.get("text") or "" for part in content)
         usage = response.get("usage") or {}
         counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-        text = safe(content).encode(errors="replace").decode()  # half of a surrogate pair could not be stored
+        text = safe(content).encode(errors="replace").decode()  # a lone surrogate could not be stored
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Fault("again", f"the response is no completion ({type(error).__name__}: {error})") from None
     guessed = (count_tokens(ask.messages), count_tokens([{"content": text}]))
@@ -76,7 +74,7 @@ def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Sto
 
 
 def _status(text: str, finish: str | None, ask: Ask) -> tuple[str, str]:
-    """The status of an answer that was not declined outright, and the reason if it is not "ok"."""
+    """The status of an answer that was not refused outright, and the reason if it is not "ok"."""
     if finish == "length":
         return "truncated", f"cut at {ask.max_tokens} tokens"
     if not text.strip():

@@ -1,10 +1,8 @@
 """What a teacher may cost and what it has cost: limits on calls, tokens and money, and the ledger by stage.
 
-Every attempt is a call, retries and probes included. Tokens are those the endpoint reports; an attempt that got
-no answer is counted as a call of no tokens, since nobody knows what it cost. Leaves out the look-up of prices:
-they are arguments, in whatever currency the limit on money is in.
-
-    python -m pytest tests/test_teacher.py -k "limit or ledger or estimate"
+Every attempt is a call, retries and probes included. Tokens are those the endpoint reports; an attempt without an
+answer counts as a call with no tokens, since its cost is unknown. Prices are arguments, in the currency of the limit on
+money.
 """
 
 from collections.abc import Mapping
@@ -15,7 +13,7 @@ from common.errors import UserError
 
 
 class LimitReached(UserError):
-    """A limit the user set was reached; everything that was in flight is stored."""
+    """A user's limit was reached; everything that was in flight is stored."""
 
 
 class Cost(NamedTuple):

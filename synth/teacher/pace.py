@@ -1,9 +1,4 @@
-"""When a request may be sent, and what a failed one means: the gate, the waits, the faults of an endpoint.
-
-Leaves out the sending itself (synth/teacher/client.py).
-
-    python -m pytest tests/test_teacher.py -k "gate or wait or fault"
-"""
+"""When a request may be sent, and what a failed one means: the gate, the backoff, the faults of an endpoint."""
 
 import asyncio
 import random
@@ -24,10 +19,10 @@ CROWDED = {429, 503}
 
 
 class Fault(Exception):
-    """A request that brought no answer. kind:
+    """A request that got no answer. kind:
 
-    "again": a retry may help; "crowded": so too, at a slower pace; "request": this request will never do;
-    "refusal": the endpoint's filter declined it; "form": it may do in another form; "fatal": no request will do.
+    "again": a retry may help; "crowded": a retry may help, at a slower pace; "request": this request will never work;
+    "refusal": the endpoint's filter rejected it; "form": another form of it may work; "fatal": no request will work.
     wait: seconds the endpoint asked for, or None.
     """
 
@@ -37,7 +32,7 @@ class Fault(Exception):
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait by Retry-After (seconds or an HTTP date, RFC 9110, 10.2.3) or retry-after-ms; None: not said.
+    """Seconds to wait by Retry-After (seconds or an HTTP date, RFC 9110, 10.2.3) or retry-after-ms; None if not given.
 
     now: seconds since the epoch.
     """
@@ -55,8 +50,8 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def backoff(attempt: int, base: float, asked: float | None = None) -> float:
     """Seconds before the next attempt, with full jitter: uniform in [0, base · 2^attempt], at most a minute.
 
-    asked: what the endpoint asked for; the wait is then that much and a jitter of at most `base`, so that those
-    who wait for the same moment do not come all at once.
+    asked: what the endpoint asked for; the wait is then that plus a jitter of at most `base`, so that requests waiting
+    for the same moment are not sent all at once.
     """
     if asked is not None:
         return asked + random.uniform(0, base)
@@ -85,7 +80,7 @@ def fault_of(error: Exception) -> Fault:
     if status in AGAIN or status >= 500:
         wait = retry_after(error.response.headers, time.time())
         if wait is not None and wait > LONGEST_PAUSE:
-            return Fault("fatal", f"{reason}; it asks to wait {wait:.0f} s: start again then")
+            return Fault("fatal", f"{reason}; it asks for a wait of {wait:.0f} s: start again then")
         return Fault("crowded" if status in CROWDED else "again", reason, wait)
     return Fault("request", reason)
 
@@ -99,9 +94,9 @@ def _line(error: object) -> str:
 class Gate:
     """Lets at most `bound` requests through at once, fewer while the endpoint is crowded.
 
-    The width is halved when the endpoint says so (once for all requests that were sent before the last halving)
-    and grows by 1 for every `width` answers. Once stopped, nobody is let in, and those who wait get the error as
-    soon as nothing is in flight any more. Belongs to one event loop.
+    The width is halved when the endpoint is overloaded (once for all requests sent before the last halving) and grows
+    by 1 for every `width` answers. Once stopped, no request is let in, and waiting ones get the error as soon as
+    nothing is in flight any more. Belongs to one event loop.
     """
 
     def __init__(self, bound: int):
@@ -112,10 +107,10 @@ class Gate:
         self._waiting: list[asyncio.Future] = []
 
     async def enter(self, reserve: Callable[[], UserError | None], not_before: float = 0.0) -> float:
-        """Wait for a place and take it; returns the loop's time. `leave` gives it back.
+        """Wait for a slot and take it; returns the loop's time. `leave` gives it back.
 
-        reserve: called when there is a place. If it returns an error, what is in flight is waited for, since it may
-        cost less than was reserved; if nothing is, the gate stops with that error. not_before: on the loop's clock.
+        reserve: called when a slot is free. If it returns an error, requests in flight are waited for, since they may
+        cost less than was reserved; if there are none, the gate stops with that error. not_before: on the loop's clock.
         """
         clock = asyncio.get_running_loop().time
         while True:
@@ -134,7 +129,7 @@ class Gate:
         return clock()
 
     async def check(self) -> None:
-        """Raise the error that stopped the gate, if any did, once nothing is in flight."""
+        """Raise the error that stopped the gate, if any, once nothing is in flight."""
         while self.stopped is not None:
             if not self.in_flight:
                 raise self.stopped
@@ -148,13 +143,13 @@ class Gate:
         self.width = min(self.bound, self.width + 1 / self.width)
 
     def crowded(self, entered: float) -> None:
-        """A request that entered at this time was turned away."""
+        """A request that entered at this time was rejected for overload."""
         if entered >= self._halved_at:
             self.width = max(1.0, self.width / 2)
             self._halved_at = asyncio.get_running_loop().time()
 
     def pause(self, seconds: float) -> None:
-        """Let nobody in for so long: the endpoint asked for it."""
+        """Let no request in for this long, as the endpoint asked for."""
         self._opens_at = max(self._opens_at, asyncio.get_running_loop().time() + seconds)
 
     def stop(self, error: UserError) -> None:

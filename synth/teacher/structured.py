@@ -1,8 +1,6 @@
 """Answers as JSON: the schema sent to an endpoint or written into the prompt, and the answer read back.
 
-Nothing a teacher says is executed. Leaves out the prompts of the pipeline's stages (synth/prompts.py).
-
-    python -m pytest tests/test_teacher.py -k "schema or json or refusal"
+Nothing in an answer is executed.
 """
 
 import functools
@@ -32,13 +30,13 @@ class Probe(BaseModel):
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a text is nothing but a short apology for not answering."""
+    """Whether a text is only a short apology for not answering."""
     return len(text) <= LONGEST_REFUSAL and REFUSAL.match(text) is not None
 
 
 @functools.cache
 def schema_of(schema: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a pydantic class; made once, because making it costs as much as sending it."""
+    """The JSON schema of a pydantic class; cached, because making it takes as long as sending it."""
     return schema.model_json_schema()
 
 
@@ -50,14 +48,14 @@ def response_format(schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def _strict(node: Any) -> Any:
-    """Every property required, no others allowed, no defaults: what OpenAI's strict mode asks for."""
+    """Every property required, no others allowed, no defaults, as OpenAI's strict mode demands."""
     if isinstance(node, list):
         return [_strict(item) for item in node]
     if not isinstance(node, dict):
         return node
     strict = {name: _strict(value) for name, value in node.items()}
     if node.get("type") == "object" and isinstance(node.get("properties"), dict):
-        # A property may itself be called "default": only the property's own node loses that word.
+        # A property may itself be called "default": the key is removed only from the property's own node.
         for prop in strict["properties"].values():
             if isinstance(prop, dict):
                 prop.pop("default", None)
@@ -66,7 +64,7 @@ def _strict(node: Any) -> Any:
 
 
 def with_schema(messages: list[dict], schema: type[BaseModel]) -> list[dict]:
-    """The messages with the schema written below the last one, for endpoints that take none."""
+    """The messages with the schema appended to the last one, for endpoints that accept no schema."""
     text = json.dumps(schema_of(schema), ensure_ascii=False)
     demand = f"Answer with one JSON object and nothing else. It must obey this JSON schema:\n{text}"
     last = messages[-1]
@@ -74,7 +72,7 @@ def with_schema(messages: list[dict], schema: type[BaseModel]) -> list[dict]:
 
 
 def correction(text: str, reason: str) -> list[dict]:
-    """The turn that gives a malformed answer back with what is wrong with it."""
+    """The turn that returns a malformed answer with what is wrong with it."""
     demand = f"That could not be read: {reason}. Give the same answer again as one valid JSON object and nothing else."
     return [{"role": "assistant", "content": text}, {"role": "user", "content": demand}]
 
@@ -82,7 +80,7 @@ def correction(text: str, reason: str) -> list[dict]:
 def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | None, str]:
     """The answer as an object of `schema`, or None and the reason in one line.
 
-    Tried in turn: the text itself; without a thought before it and a fence round it; repaired by json-repair.
+    Tried in turn: the text itself; without leading thoughts and a code fence; repaired by json-repair.
     """
     inner = _unfenced(THOUGHT.sub("", text).strip())
     for candidate in (text, inner):
@@ -94,7 +92,7 @@ def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | No
         found = json_repair.loads(inner)
         if found == "":
             return None, "no JSON in the answer"
-        # Half of a surrogate pair, which no file could hold, becomes a question mark.
+        # A lone surrogate, which no file could hold, becomes a question mark.
         whole = json.dumps(found, ensure_ascii=False).encode(errors="replace")
         return schema.model_validate_json(whole), ""
     except ValidationError as error:
@@ -106,7 +104,7 @@ def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | No
 
 
 def _unfenced(text: str) -> str:
-    """What stands between the first fence and the last, or the whole text if it begins as an object does."""
+    """The text between the first code fence and the last, or the whole text if it starts like an object."""
     start = re.search(r"```[\w-]*\s*", text)
     if not start or text.startswith("{"):
         return text

@@ -1,10 +1,9 @@
-"""Who chooses the next settings: random search, Optuna's TPE, and no one at all, behind one protocol.
+"""What chooses the next settings: random search, Optuna's TPE, or nothing at all, behind one protocol.
 
-An agent proposes settings, and is told what came of them. All that it will ever do follows from what it is told and
-from `state` and `arrays`, so a restored one goes on as if nothing had been. The policies stand in
-synth/tuning/gradient_agents.py. Leaves out generation and the target model (synth/tuning/tuner.py).
+An agent proposes settings and is told the outcome. Its behaviour depends only on what it is told and on `state` and
+`arrays`, so a restored agent continues as if never interrupted.
 
-    python -m pytest tests/test_tuner_agents.py
+Not here: agents trained by policy gradient (see synth/tuning/gradient_agents.py).
 """
 
 from dataclasses import asdict, dataclass
@@ -15,13 +14,13 @@ import numpy as np
 from common.errors import UserError
 from synth.sampler import Settings, Space
 
-SWITCH = 0.25  # the chance that random search draws a template, or a method, anew
-TRIES = 100  # to draw settings that are not the same again
+SWITCH = 0.25  # probability that random search redraws the template, or the method
+TRIES = 100  # to draw settings that differ from the current ones
 INSTALL = "pip install optuna"
 
 
 class Outcome(NamedTuple):
-    """One iteration. reward: the metric's improvement over the iteration before; features: of its batch."""
+    """One iteration. reward: the metric's improvement over the previous iteration; features: of its batch."""
 
     settings: Settings
     metric: float
@@ -30,26 +29,26 @@ class Outcome(NamedTuple):
 
 
 class Agent(Protocol):
-    """Proposes settings and learns. `propose` and `learn` are called in turn; the first `last` is the baseline's."""
+    """Proposes settings and learns. `propose` and `learn` alternate; the first `last` is the baseline's."""
 
     def propose(self, last: Outcome) -> Settings:
-        """The settings of the next iteration. last: the iteration before."""
+        """The settings of the next iteration. last: the previous one."""
 
     def learn(self, outcome: Outcome) -> None:
-        """What came of the settings that were proposed."""
+        """Learn from the outcome of the proposed settings."""
 
     def state(self) -> dict[str, Any]:
-        """All that JSON can hold."""
+        """The part of the state that JSON can hold."""
 
     def arrays(self) -> dict[str, Any]:
-        """All else, as mlx arrays by name."""
+        """The rest of the state, as mlx arrays by name."""
 
     def restore(self, state: dict[str, Any], arrays: dict[str, Any]) -> None:
-        """Be as the agent was that gave these."""
+        """Restore what `state` and `arrays` returned."""
 
 
 class Defaults:
-    """No search: the settings of the start again and again. The control, and how much a metric varies by itself."""
+    """No search: always the initial settings. A control, which also shows how much a metric varies by chance."""
 
     def propose(self, last: Outcome) -> Settings:
         return last.settings
@@ -69,10 +68,10 @@ class Defaults:
 
 @dataclass
 class RandomSearch:
-    """From the settings that are kept a step of ± step_size in temperature and in top_p; kept if better, else undone.
+    """Hill climbing: a step of ± step_size in temperature and in top_p from the best settings so far; kept if better.
 
-    Where there are several templates or methods, each is drawn anew with a chance of 1/4. Better means a higher metric
-    than that of the settings that are kept: the iteration before may have been a bad one that was undone.
+    If there are several templates or methods, each is redrawn with probability 1/4. Better means a higher metric than
+    the best settings', not than the previous iteration's.
     """
 
     space: Space
@@ -124,9 +123,9 @@ class RandomSearch:
 
 
 class TreeParzen:
-    """Optuna's TPE over the whole space, by its own defaults: 10 random trials first. It sees metrics, not rewards.
+    """Optuna's TPE over the whole space, with its defaults: 10 random trials first. It sees metrics, not rewards.
 
-    Raises UserError where optuna, which is optional, is not installed.
+    Raises UserError if optuna, which is optional, is not installed.
     """
 
     def __init__(self, space: Space, seed: int = 0):
@@ -147,8 +146,8 @@ class TreeParzen:
 
     def propose(self, last: Outcome) -> Settings:
         if not self.trials:
-            self.trials.append(last)  # the baseline is a trial, too
-        # A sampler of its own for each trial, so that what it draws follows from the trials' number alone.
+            self.trials.append(last)  # the baseline is a trial as well
+        # A new sampler per trial, so that its draws depend only on the number of trials.
         sampler = self.optuna.samplers.TPESampler(seed=self.seed * 1_000_003 + len(self.trials))
         study = self.optuna.create_study(direction="maximize", sampler=sampler)
         study.add_trials(
@@ -173,7 +172,7 @@ class TreeParzen:
 
 
 def rng_state(rng: np.random.Generator) -> dict[str, Any]:
-    """A generator's state for JSON, whose integers have no limit."""
+    """A generator's state for JSON, whose integers are unbounded."""
     return dict(rng.bit_generator.state)
 
 

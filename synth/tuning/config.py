@@ -1,13 +1,9 @@
 """The tuner's configuration: one YAML file, read strictly, or the same as Python objects.
 
-    task: tasks/my_task.yaml             what samples are of; a path, relative to this file, or reasoning_gym:NAME
-    teacher: {teacher_url: URL, teacher_model: NAME}     flags of a teacher; none: the offline one
-    templates: [plain, careful]          what the agent may choose between
-    rl_tuning: {enable_rl_tuning: true, rl_algorithm: random_search, target_model_path: my_target.py:accuracy}
-
-Leaves out the flags of synth.tune.
-
-    python -m pytest tests/test_tuner_config.py
+task: tasks/my_task.yaml             the samples' task: a path, relative to this file, or reasoning_gym:NAME
+teacher: {teacher_url: URL, teacher_model: NAME}     a teacher's flags; default: the offline teacher
+templates: [plain, careful]          what the agent may choose from
+rl_tuning: {enable_rl_tuning: true, rl_algorithm: random_search, target_model_path: my_target.py:accuracy}
 """
 
 from collections.abc import Mapping
@@ -31,11 +27,11 @@ STRICT = ConfigDict(extra="forbid")
 
 
 def _named(given: Any) -> Any:
-    """A list of the shipped templates' names as name → text."""
+    """A list of shipped templates' names as name → text."""
     if isinstance(given, list | tuple):
         unknown = [name for name in given if name not in TEMPLATES]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is none of {', '.join(TEMPLATES)}; write its text: {{name: text}}")
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(TEMPLATES)}; write its text: {{name: text}}")
         return {name: TEMPLATES[name] for name in given}
     return given
 
@@ -50,9 +46,9 @@ class RLTuningConfig:
     """How the settings are learned.
 
     target_model_path: file.py:function, or None for sft.py on the rows; validation_data_path: its rows. baseline: the
-    metric that the first iteration is compared with; None measures it, on a batch by the settings it starts from.
-    step_size: of temperature and top_p, in one iteration. The rest is of REINFORCE and PPO: update_every in
-    iterations; batch_features: the state holds features of the last batch.
+    metric that the first iteration is compared with; None measures it, on a batch with the initial settings.
+    step_size: of temperature and top_p, per iteration. The rest is for REINFORCE and PPO: update_every in iterations;
+    batch_features: include features of the last batch in the state.
     """
 
     enable_rl_tuning: bool = False
@@ -75,10 +71,10 @@ class RLTuningConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """What generates, by which settings at first, and within which the agent may choose.
+    """The task and its teacher, the initial settings, and the space that the agent may choose from.
 
-    templates: name → text with {request}, or a list of shipped names; sft_* and eval_temperature: of the built-in
-    target, whose completions are the most likely ones at 0.
+    templates: name → text with {request}, or a list of shipped names; sft_* and eval_temperature (0: greedy): of the
+    built-in target.
     """
 
     task: str = ""
@@ -104,12 +100,12 @@ class Config:
 
     @property
     def space(self) -> Space:
-        """What the agent may choose. Raises UserError as Space does."""
+        """What the agent may choose from. Raises UserError as Space does."""
         return Space(self.temperature_range, self.top_p_range, tuple(self.templates), self.methods)
 
     @property
     def settings(self) -> Settings:
-        """What the run starts from, and what its result is compared with."""
+        """The initial settings, which the result is compared with."""
         return Settings(self.temperature, self.top_p, self.template, self.method)
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,7 +124,7 @@ def config_from(content: Mapping[str, Any], place: str) -> Config:
             known = RLTuningConfig if key.startswith("rl_tuning.") else Config
             names = ", ".join(known.__dataclass_fields__)
             raise UserError(f"{place} has the unknown key {key!r}; known are {names}") from None
-        raise UserError(f"{place} sets {key} to {first['input']!r:.60}: {first['msg']}; mend it") from None
+        raise UserError(f"{place} sets {key} to {first['input']!r:.60}: {first['msg']}; fix it") from None
     config.space.check(config.settings)
     return config
 

@@ -1,12 +1,9 @@
-"""Policies that choose the next settings: REINFORCE and PPO, by a small MLP in MLX and the maths of training/ppo.py.
+"""Agents trained by policy gradient: REINFORCE and PPO, with a small MLP in MLX and the maths of training/ppo.py.
 
-State: a moving average of the rewards and the last one, the current settings, features of the last batch where wanted.
-REINFORCE is Williams's (1992), its baseline the mean of the episode's returns; PPO's is a value head, by GAE.
+State: a moving average of the rewards and the last reward, the current settings, optionally features of the last batch.
 Action: a Gaussian step for temperature and for top_p, in units of step_size, and a template and a method, each drawn
-from a softmax. An episode is `update_every` iterations; a token of the loss is one iteration. Leaves out the loop
-(synth/tuning/tuner.py).
-
-    python -m pytest tests/test_gradient_agents.py
+from a softmax. REINFORCE (Williams 1992) uses the mean of the episode's returns as its baseline, PPO a value head with
+GAE. An episode is `update_every` iterations; an iteration takes the place of a token in the loss.
 """
 
 import math
@@ -25,7 +22,7 @@ from training.ppo import RunningMoments, gae, masked_whiten, ppo_loss
 
 HIDDEN = 32
 NUMBERS = 2  # continuous actions: temperature, top_p
-MOVING = 0.7  # of the moving average of rewards: how much of the old one stays
+MOVING = 0.7  # decay of the moving average of rewards
 VF_COEF, VALUE_CLIP = 0.5, math.inf
 MAX_GRAD_NORM = 1.0
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -33,7 +30,7 @@ HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """The fields of RLTuningConfig that a policy needs. value_head: PPO, whose critic is the MLP's last output."""
+    """The fields of RLTuningConfig that an agent needs. value_head: PPO, whose critic is the MLP's last output."""
 
     learning_rate: float = 0.001
     step_size: float = 0.05
@@ -46,13 +43,13 @@ class AgentSettings:
 
 
 class SettingsPolicy(nn.Module):
-    """Two layers: state (T, n) → two means, the logits of both choices, a value. log_std: (2,), for all states."""
+    """Two layers: state (T, n) → two means, the logits of both choices, a value. log_std: (2,), state-independent."""
 
     def __init__(self, state_size: int, choices: tuple[int, ...]):
         super().__init__()
         self.hidden = nn.Linear(state_size, HIDDEN)
         self.out = nn.Linear(HIDDEN, NUMBERS + sum(choices) + 1)
-        self.out.weight = 0.1 * self.out.weight  # at first no state prefers an action
+        self.out.weight = 0.1 * self.out.weight  # initially no state prefers an action
         self.out.bias = mx.zeros_like(self.out.bias)
         self.log_std = mx.zeros((NUMBERS,))
         self.choices = choices
@@ -77,9 +74,9 @@ class SettingsPolicy(nn.Module):
 
 
 class PolicyAgent:
-    """An agent, as synth/tuning/agents.py describes it, that learns by policy gradient.
+    """An agent (synth/tuning/agents.py) that learns by policy gradient.
 
-    features: how many numbers describe a batch. Rewards enter in units of their running deviation; an episode's
+    features: how many numbers describe a batch. Rewards are divided by their running standard deviation; an episode's
     advantages are whitened.
     """
 
@@ -124,7 +121,7 @@ class PolicyAgent:
             self.episode = []
 
     def _state(self, last: Outcome) -> list[float]:
-        """Rewards, in units of their deviation; the settings; the batch's features."""
+        """Rewards, divided by their standard deviation; the settings; the batch's features."""
         scale = self.moments.std
         features = [*last.features, *[0.0] * self.features][: self.features]
         return [self.average / scale, self.last_reward / scale, *self.space.as_vector(last.settings), *features]
@@ -136,7 +133,7 @@ class PolicyAgent:
     def advantages(self) -> tuple[mx.array, mx.array]:
         """Whitened advantages and discounted returns of the episode, both (1, T).
 
-        Without a value head an advantage is a return less the episode's mean.
+        Without a value head an advantage is a return minus the episode's mean.
         """
         rewards = mx.array([[moment["reward"] / self.moments.std for moment in self.episode]])
         mask = mx.ones_like(rewards)
@@ -148,7 +145,7 @@ class PolicyAgent:
         return masked_whiten(advantages, mask), returns
 
     def loss(self, advantages: mx.array, returns: mx.array) -> mx.array:
-        """The episode's loss. REINFORCE is PPO's without a clip: while the ratio is 1, the gradients are equal."""
+        """The episode's loss. REINFORCE's is PPO's without clipping: while the ratio is 1, the gradients are equal."""
         settings, (logprobs, values) = self.settings, self._evaluated(self.episode)
         old = {name: mx.array([[moment[name] for moment in self.episode]]) for name in ("logprob", "value")}
         with_values = settings.value_head

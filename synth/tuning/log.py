@@ -1,10 +1,8 @@
-"""What is written of a tuner's run: each iteration with some of its rows, metrics, the picture of the search.
+"""A tuner's run folder: each iteration with some of its rows, metrics, and a picture of the search.
 
 RUN/iterations.jsonl    settings, metrics, reward, numbers of rows and a sample of them, one iteration a line
-RUN/metrics.jsonl       its figures alone            RUN/data/000003.jsonl    a batch whole
+RUN/metrics.jsonl       its figures only             RUN/data/000003.jsonl    a whole batch
 RUN/search.png          metric, reward and settings  RUN/summary.json         the best settings
-
-python -m pytest tests/test_tuner.py -k "log or picture"
 """
 
 import itertools
@@ -21,15 +19,15 @@ from training.metrics import RunLog, read_metrics
 from training.plots import plot_panels
 
 PICTURE, ITERATIONS = "search.png", "iterations.jsonl"
-LONGEST_LINE = 150  # characters of a row that is shown
+LONGEST_LINE = 150  # characters of a printed row
 FEATURES = 4
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration was; number 0 is the baseline. reward: the metric's improvement over the iteration before.
+    """One iteration; number 0 is the baseline. reward: the metric's improvement over the previous iteration.
 
-    asked: rows that the generator was asked for; rows: that it gave; sample: some of them.
+    asked: rows asked of the generator; rows: how many it returned; sample: some of them.
     """
 
     number: int
@@ -45,7 +43,7 @@ class Iteration:
 
     @property
     def outcome(self) -> Outcome:
-        """What an agent is told of it."""
+        """What the agent is told of it."""
         return Outcome(self.settings, self.metric, self.reward, self.features)
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def best_of(history: Sequence[Iteration]) -> Iteration:
 
 
 class TunerLog:
-    """The log of a run in its folder, from an empty history or from that of a resumed run."""
+    """The log of a run in its folder, from an empty history or a resumed run's."""
 
     def __init__(self, folder: Path, total: int, history: Sequence[Iteration], space: Space, metric: str, name: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +68,7 @@ class TunerLog:
         done = max(len(history) - 1, 0)
         self.log = RunLog(folder, total, done, description=name)
         reported = {row["step"] for row in read_metrics(folder)}
-        for one in history:  # those that were saved and, before a kill, not yet reported
+        for one in history:  # those saved but, before a kill, not yet reported
             if one.number not in reported:
                 self._figures(one, best_of(history[: one.number + 1]))
 
@@ -92,7 +90,7 @@ class TunerLog:
         self.log.report(one.number, figures)
 
     def close(self, history: Sequence[Iteration], finished: bool) -> None:
-        """Draw the picture; of a finished run write and print the summary."""
+        """Draw the picture; if the run is finished, write and print the summary."""
         if not history:
             self.log.close()
             return
@@ -104,7 +102,7 @@ class TunerLog:
 
 
 def panels(history: Sequence[Iteration], space: Space, metric: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The search as curves over the iterations. Names are drawn by their place in the space."""
+    """The search as curves over the iterations. Names are drawn as their index in the space."""
 
     def curve(values: Iterable[float]) -> list[tuple[float, float]]:
         return [(float(number), float(value)) for number, value in enumerate(values)]
@@ -125,9 +123,9 @@ def panels(history: Sequence[Iteration], space: Space, metric: str) -> dict[str,
 
 
 def batch_features(rows: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    """A batch as FEATURES numbers, some 0 to 1: mean lengths of inputs and outputs, distinct words, distinct pairs.
+    """A batch as FEATURES numbers of about 0 to 1: mean lengths of inputs and outputs, distinct words and word pairs.
 
-    Lengths in log10 of characters over 4; distinct ones as shares of all.
+    Lengths as log10 of characters, divided by 4; distinct ones as shares of all.
     """
     if not rows:
         return (0.0,) * FEATURES

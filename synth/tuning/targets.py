@@ -1,12 +1,9 @@
 """Target models: the function that trains on rows and returns metrics, the user's own or the built-in one.
 
     def target_model(rows) -> {"accuracy": 0.81}                  rows: [{"input": ..., "output": ...}, ...]
-    def target_model(rows, validation_dataset) -> {...}           the same, told what to evaluate on
+    def target_model(rows, validation_dataset) -> {...}           the same, with rows to evaluate on
 
-The built-in one runs sft.py on the rows as a process, then has the trained model complete the validation rows' prompts.
-Leaves out the search (synth/tuning/tuner.py).
-
-    python -m pytest tests/test_targets.py
+The built-in one runs sft.py on the rows as a process, then lets the trained model complete the validation prompts.
 """
 
 import hashlib
@@ -41,15 +38,15 @@ BATCH = 64  # completions at once
 
 
 def load_target(spec: str) -> TargetModel:
-    """The function that "file.py:function" names. Importing runs the file's code, with all the user's rights."""
+    """The function that "file.py:function" names. Importing runs the file's code, with the user's permissions."""
     return load_function(spec, WHAT)
 
 
 def takes_validation(function: TargetModel) -> bool:
-    """Whether a target has a second positional parameter that it needs, or one whose name begins with "valid"."""
+    """Whether a target has a second positional parameter that is required, or whose name starts with "valid"."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some callables of C have none
+    except (TypeError, ValueError):  # some callables written in C have none
         return False
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return True
@@ -59,19 +56,19 @@ def takes_validation(function: TargetModel) -> bool:
 
 
 def call_target(function: TargetModel, rows: Sequence[DataRow], validation: Sequence[DataRow], metric: str) -> Metrics:
-    """The metrics of a target, as finite floats (others than `metric` may be NaN and are then left out).
+    """A target's metrics, as finite floats (metrics other than `metric` are omitted if not finite).
 
-    Raises UserError where it fails, returns no metrics, or `metric` is missing or not finite: never a 0 in its place.
+    Raises UserError if it fails, returns no metrics, or `metric` is missing or not finite; it never becomes 0.
     """
     label = str(getattr(function, "__name__", type(function).__name__))
-    # Copies: what the function does to its rows is not done to ours.
+    # Copies, so that the function cannot change our rows.
     given = [[dict(row) for row in some] for some in (rows, validation)]
     try:
         found = function(*given) if takes_validation(function) else function(given[0])
     except (UserError, Stopped):
         raise
     except Exception as error:
-        raise UserError(f"{WHAT} {label} failed: {error_summary(error)}; mend it") from error
+        raise UserError(f"{WHAT} {label} failed: {error_summary(error)}; fix it") from error
     if not isinstance(found, Mapping):
         raise UserError(f"{WHAT} {label} returned {found!r:.60}; return a dict of metrics such as {{{metric!r}: 0.8}}")
     metrics = {str(name): _number(value) for name, value in found.items()}
@@ -82,13 +79,13 @@ def call_target(function: TargetModel, rows: Sequence[DataRow], validation: Sequ
         )
     if not math.isfinite(metrics[metric]):
         raise UserError(
-            f"{WHAT} {label} returned {found[metric]!r:.60} as {metric}, which is no finite number; mend it"
+            f"{WHAT} {label} returned {found[metric]!r:.60} as {metric}, which is not a finite number; fix it"
         )
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def _number(value: Any) -> float:
-    """A metric as a float; NaN for text and all else that is no number."""
+    """A metric as a float; NaN for text and anything else that is not a number."""
     try:
         return math.nan if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -98,11 +95,11 @@ def _number(value: Any) -> float:
 class SftTarget:
     """The built-in target: sft.py from the base model on the rows, then the task's score on the validation rows.
 
-    Metrics: accuracy (the mean of the task's scores), also as mean_score; valid_loss, of the validation rows. What it
-    does for a set of rows is kept in a folder named by their digest: a call that was cut goes on from its last
-    checkpoint, and one that was finished is not made again. flags: further ones of sft.py, as one text; temperature: of
-    the completions; go_on: the command by which to go on; files: open files that the script keeps open as long as it
-    runs, even if this process is killed. Raises UserError where the script fails, Stopped where it was stopped.
+    Metrics: accuracy (the mean of the task's scores), also as mean_score; valid_loss, on the validation rows. Its work
+    for a set of rows is kept in a folder named by their digest: an interrupted call resumes from its last checkpoint,
+    and a finished one is not repeated. flags: further flags of sft.py, as one string; temperature: of the completions;
+    go_on: the command that resumes; files: open files that the script inherits and keeps open, even if this process is
+    killed. Raises UserError if the script fails, Stopped if it was stopped.
     """
 
     def __init__(

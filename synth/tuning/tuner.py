@@ -1,17 +1,12 @@
-"""The tuner: learns how to generate, by how much better a target model gets on what was generated.
+"""The tuner: learns generator settings from how much a target model improves on the generated data.
 
-One iteration: an agent chooses settings, the generator makes a batch by them, the target model is trained on it and
-evaluated, and the agent learns from the improvement. Iteration 0 is the baseline: a batch by the settings that the run
-starts from. All is saved after each target call, so a stopped run repeats none.
+One iteration: an agent chooses settings, the generator makes a batch with them, the target model is trained on it and
+evaluated, and the agent learns from the improvement. Iteration 0 is the baseline: a batch with the initial settings.
+Everything is saved after each target call, so a stopped run repeats none.
 
     with RLTuner(load_config("tuner.yaml"), my_target, validation_rows) as tuner:
         tuner.train(num_iterations=10, batch_size=100)
         print(tuner.best.settings, tuner.confirm(5))
-
-Leaves out what chooses (synth/tuning/agents.py, synth/tuning/gradient_agents.py) and what generates
-(synth/tuning/task_generator.py).
-
-    python -m pytest tests/test_tuner.py
 """
 
 import tempfile
@@ -40,9 +35,9 @@ from synth.tuning.task_generator import TaskGenerator, task_generator
 
 STATE, ARRAYS = "tuner.json", "agent.safetensors"
 FORMAT = 1
-SHOWN = 3  # rows of a batch in the log
-FRESH = 1_000_000  # rows from this number on are for `confirm`: no search comes so far
-# What a loaded state may differ in: places, the teacher's address, and how long the search is.
+SHOWN = 3  # rows of a batch shown in the log
+FRESH = 1_000_000  # rows from this number on are for `confirm`; no search gets that far
+# What may differ in a loaded state: paths, the teacher, and the length of the search.
 FREE = ("output_dir", "teacher", "task", "seed_data")
 FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "validation_data_path")
 
@@ -50,11 +45,10 @@ FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "valid
 class RLTuner:
     """The search for settings of a generator. history: every iteration so far.
 
-    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: as synth/sampler.py describes
-    one
-    (default: samples of config.task, by config.teacher); rl_agent: as synth/tuning/agents.py describes one (default: by
-    config.rl_tuning.rl_algorithm). With config.output_dir, a run folder, everything is logged and saved there.
-    Raises UserError for a configuration that cannot be.
+    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: see synth/sampler.py (default: samples
+    of config.task from config.teacher); rl_agent: see synth/tuning/agents.py (default: by
+    config.rl_tuning.rl_algorithm). If config.output_dir is set, everything is logged and saved there.
+    Raises UserError for an invalid configuration.
     """
 
     def __init__(
@@ -86,17 +80,17 @@ class RLTuner:
     def best(self) -> Iteration:
         """The iteration with the highest metric, the earliest of equal ones; the baseline may be it.
 
-        Its metric is the highest of several that vary by chance, so it promises too much: see `confirm`.
+        Its metric is the highest of several that vary by chance, so it is biased upward: see `confirm`.
         """
         if not self.history:
             raise UserError("the tuner has not been trained; call train first")
         return best_of(self.history)
 
     def train(self, num_iterations: int | None = None, batch_size: int | None = None) -> list[Iteration]:
-        """Search until `num_iterations` have been made, those of a loaded state counted; returns the history.
+        """Search until `num_iterations` are done, including those of a loaded state; returns the history.
 
-        At the end the generator's sampler has the best settings. Defaults: the configuration's. Raises UserError where
-        a batch has no row or the target fails, and Stopped after a Ctrl-C or SIGTERM.
+        At the end the generator's sampler has the best settings. Defaults: the configuration's. Raises UserError if a
+        batch has no rows or the target fails, and Stopped after a Ctrl-C or SIGTERM.
         """
         tuning = self.config.rl_tuning
         total, size = num_iterations or tuning.num_iterations, batch_size or tuning.batch_size
@@ -117,10 +111,10 @@ class RLTuner:
         return self.history
 
     def confirm(self, batches: int) -> dict[str, list[float]]:
-        """The metric of the best settings ("best") and of those of the start ("start"), on fresh batches of each.
+        """The metric of the best settings ("best") and of the initial ones ("start"), on fresh batches.
 
-        Batch by batch both get rows of the same numbers: the two lists are paired. With a run folder the figures are
-        kept in confirmation.json, and none is measured twice.
+        The lists are paired: batch by batch both get rows with the same numbers. With a run folder the figures are kept
+        in confirmation.json, and none is measured twice.
         """
         settings = {"start": self.config.settings, "best": self.best.settings}
         path = self.folder / "confirmation.json" if self.folder else None
@@ -138,7 +132,7 @@ class RLTuner:
         return {name: found[name][:batches] for name in settings}
 
     def _baseline(self, size: int) -> Iteration:
-        """Iteration 0: by the settings of the start, or a number that the configuration gives."""
+        """Iteration 0: with the initial settings, or a number from the configuration."""
         tuning = self.config.rl_tuning
         if tuning.baseline is None:
             return self._evaluated(self.config.settings, size, None)
@@ -152,7 +146,7 @@ class RLTuner:
         return iteration
 
     def _evaluated(self, settings: Settings, size: int, before: float | None) -> Iteration:
-        """Generate, call the target, work out the reward. before: the metric of the iteration before, if any."""
+        """Generate, call the target, compute the reward. before: the previous iteration's metric, if any."""
         number, first = len(self.history), 1 + sum(one.asked for one in self.history)
         results = self.generate(settings, size, first)
         if self.folder:
@@ -168,7 +162,7 @@ class RLTuner:
         return call_target(self.target_model, rows, self.validation_dataset, self.config.rl_tuning.reward_metric)
 
     def generate(self, settings: Settings, size: int, first: int) -> Results:
-        """A batch by the settings, which the generator's sampler has from then on. Raises UserError where it is empty.
+        """A batch with the settings, which the generator's sampler then keeps. Raises UserError if it is empty.
 
         first: the number of its first row.
         """
@@ -177,7 +171,7 @@ class RLTuner:
         if not results.data:
             lost = ", ".join(f"{count} {reason}" for reason, count in results.dropped.items()) or "none came"
             raise UserError(
-                f"by {settings} no row of {size} is left ({lost}); narrow the ranges, or see to the teacher"
+                f"with {settings} no row of {size} is left ({lost}); narrow the ranges, or check the teacher"
             )
         return results
 
@@ -197,7 +191,7 @@ class RLTuner:
             write_json(temporary / STATE, state)
 
     def load(self, path: str | Path) -> None:
-        """Go on from what `save` wrote, to the bit. Raises UserError where it was saved by another configuration.
+        """Resume from what `save` wrote, bit for bit. Raises UserError if it was saved with another configuration.
 
         Paths, the teacher and the number of iterations may differ.
         """
@@ -207,7 +201,7 @@ class RLTuner:
         saved, own = (fixed(config) for config in (state["config"], self.config.as_dict()))
         for key, value in own.items():
             if saved.get(key) != value:
-                raise UserError(f"{path} was saved with {key} {saved.get(key)!r}, and now it is {value!r}; set it back")
+                raise UserError(f"{path} was saved with {key} {saved.get(key)!r}, and it is now {value!r}; set it back")
         arrays = Path(path) / ARRAYS
         self.agent.restore(state["agent"], dict(mx.load(str(arrays))) if arrays.is_file() else {})
         self.generator.sampler.set(Settings(**state["sampler"]))
@@ -226,14 +220,14 @@ class RLTuner:
 
 
 def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration has to stay from a save to a load, as text: JSON makes lists of tuples."""
+    """The part of a configuration that must be the same in `save` and `load`. Tuples become lists, as in JSON."""
     tuning = {f"rl_tuning.{key}": value for key, value in config["rl_tuning"].items() if key not in FREE_TUNING}
     rest = {key: value for key, value in config.items() if key not in (*FREE, "rl_tuning")}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in (rest | tuning).items()}
 
 
 def make_agent(config: Config) -> Agent:
-    """The agent that config.rl_tuning.rl_algorithm names. Raises UserError where its package is missing."""
+    """The agent that config.rl_tuning.rl_algorithm names. Raises UserError if its package is missing."""
     tuning, space = config.rl_tuning, config.space
     if tuning.rl_algorithm == "random_search":
         return RandomSearch(space, tuning.step_size, config.seed)
@@ -257,9 +251,9 @@ def make_agent(config: Config) -> Agent:
 
 @contextmanager
 def default_generator(config: Config) -> Iterator[TaskGenerator]:
-    """Samples of config.task by config.teacher, whose cache is in config.output_dir, or else in no lasting place."""
+    """Samples of config.task from config.teacher; its cache is in config.output_dir, or else temporary."""
     if not config.task:
-        raise UserError("no task is named; write `task: FILE.yaml`, or hand in a generator")
+        raise UserError("no task is named; write `task: FILE.yaml`, or pass a generator")
     task = open_task(config.task)
     rows = None
     if config.seed_data:

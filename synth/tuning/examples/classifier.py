@@ -1,6 +1,6 @@
-"""A target model for the tuner: a scikit-learn classifier of reviews, trained on the rows and tested on the others.
+"""A target model for the tuner: a scikit-learn classifier of reviews, trained on the rows, tested on validation rows.
 
-Needs scikit-learn, which is optional (pip install scikit-learn). The command stands in docs/tuner.md:
+Needs scikit-learn, which is optional (pip install scikit-learn):
 
     python -m synth.tune --config synth/tuning/examples/reviews.yaml
 """
@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 
 
 def accuracy(rows: list[dict[str, Any]], validation_dataset: list[dict[str, Any]]) -> dict[str, float]:
-    """The share of the validation rows that a classifier of word counts, trained on `rows`, has right."""
+    """The accuracy on the validation rows of a word-count classifier trained on `rows`."""
     texts, labels = ([row[key] for row in rows] for key in ("input", "output"))
     tested, truths = ([row[key] for row in validation_dataset] for key in ("input", "output"))
     if len(set(labels)) == 1:
