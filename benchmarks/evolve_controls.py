@@ -3,13 +3,13 @@
     python benchmarks/evolve_controls.py                       PPO, 6 seeds
     python benchmarks/evolve_controls.py --policy linucb --seeds 6 --output-dir runs/evolve_controls_linucb
 
-The arms: learned; uniform, and uniform without stop; the learned policy's own marginal frequencies, which see no
-situation; the operator that is best on the training instructions, measured as the arms are; and a policy trained alike
-on rewards that are dealt out from an even policy's, whatever was chosen. A cell is one arm of one seed,
-in a file of its own: finished ones are kept. Each held-out instruction gets chains until the budget of rewritings is
-used. Measured by instruction: the reward by the call, which was optimised; kept rows; and two measures that were not:
-distinct pairs of words, and distinct kinds of sums as the rule behind the offline teacher reads them. Differences are
-paired by instruction. The intervals are of instructions; how much trainings differ is shown by the seeds themselves.
+The arms: learned; uniform, and uniform without stop; the learned policy's marginal frequencies, without state; the
+operator that is best on the training instructions, measured as the arms are; and a policy trained in the same way on
+rewards drawn at random from a uniform policy's, whatever was chosen. A cell is one arm of one seed, in its own file;
+finished cells are kept. Each held-out instruction gets chains until the budget of rewritings is used up. Measured per
+instruction: the reward per call, which was optimised; kept rows; and two measures that were not optimised, distinct
+word pairs and distinct kinds of sums, as the offline teacher's rule parses them. Differences are paired by instruction.
+Intervals are over instructions; the seeds show how much trainings differ.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def parse_args() -> argparse.Namespace:
 
 
 class Bench:
-    """One seed: its instructions, its teacher, and the arms as policies."""
+    """One seed: its instructions, its teacher, and the arms' policies."""
 
     def __init__(self, args: argparse.Namespace, teacher: Teacher, seed: int):
         self.args, self.teacher, self.seed = args, teacher, seed
@@ -96,7 +96,7 @@ class Bench:
         return policy
 
     async def best_fixed(self) -> OperatorPolicy:
-        """The best on the training instructions, measured there as the arms are on the held-out ones."""
+        """The best operator on the training instructions, measured there as the arms are on the held-out ones."""
         path = self.folder / "fixed.json"
         if not path.is_file():
             policies = {name: fixed(ACTIONS.index(name)) for name in OPERATORS}
@@ -113,7 +113,7 @@ class Bench:
         return fixed(ACTIONS.index(max(means, key=means.__getitem__)))
 
     async def policy(self, arm: str) -> OperatorPolicy:
-        """What chooses the actions in one arm; "marginal" is made from what the learned one chose."""
+        """The policy of one arm; "marginal" is computed from the learned one's choices."""
         if arm == "learned":
             return await self.learned(arm)
         if arm == "marginal":
@@ -128,7 +128,7 @@ class Bench:
         return Constant(shares=without_stop if arm == "uniform without stop" else None)
 
     async def chains(self, policy: OperatorPolicy, instructions: Sequence[str], name: str) -> list[list[StageRow]]:
-        """The choices made from each instruction, until its rewritings are used; its chains share a pool."""
+        """The choices for each instruction, until its rewritings are used up; its chains share a pool."""
         evolution, budget = self.evolution(name), self.args.calls
         roots = await root_rows(instructions, evolution.judge, name)
         pools, rows = [Pool(instructions) for _ in roots], [list[StageRow]() for _ in roots]
@@ -136,7 +136,7 @@ class Bench:
         def left(place: int) -> int:
             return budget - sum(row["operator"] != STOP for row in rows[place])
 
-        for wave in range(budget):  # a chain takes one call at least, or stops at once
+        for wave in range(budget):  # a chain takes at least one call, or stops at once
             chains = {n: Chain(wave * len(roots) + n, root, pools[n]) for n, root in enumerate(roots) if left(n)}
             for number in range(1, evolution.rounds + 1):
                 going = [place for place, chain in chains.items() if not chain.ended and left(place)]
@@ -146,7 +146,7 @@ class Bench:
         return rows
 
     async def measure(self, arm: str) -> dict[str, Any]:
-        """The arm on the held-out instructions: each measure, instruction by instruction."""
+        """The arm on the held-out instructions: each measure per instruction."""
         rows = await self.chains(await self.policy(arm), self.held_out, "evaluate")
         measured = [measures(found, self.args.calls) for found in rows]
         choices = [row for found in rows for row in found]
@@ -164,7 +164,7 @@ class Bench:
 
 
 def dealt_out(seed: int):
-    """A relabelling: rewards drawn from the first batch's, which is an even policy's, whatever was chosen."""
+    """A relabelling: rewards drawn at random from the first batch's, which came from a uniform policy."""
     rng, first = np.random.default_rng((seed, 7)), list[float]()
 
     def relabel(batch: Batch) -> Batch:
@@ -176,7 +176,7 @@ def dealt_out(seed: int):
 
 
 def measures(rows: Sequence[StageRow], budget: int) -> dict[str, float]:
-    """What the choices made from one held-out instruction came to."""
+    """The measures of the choices for one held-out instruction."""
     kept = [row["input"] for row in rows if "dropped" not in row]
     pairs = {pair for text in kept for pair in itertools.pairwise(tokens(text))}
     sums = [found for found in map(read_sum, kept) if found is not None]
@@ -192,7 +192,7 @@ async def cells(args: argparse.Namespace, url: str) -> None:
         missing = [arm for arm in ARMS if not cell_path(folder, seed, arm).is_file()]
         if not missing:
             continue
-        # A cache by the seed, so that the file stays small; it knows the teacher by its flags, as its port changes.
+        # One cache per seed keeps the file small; it knows the teacher by its flags, as its port changes.
         with Cache(folder / f"seed-{seed}.sqlite", wait=60) as cache:
             async with Teacher(url, "m", cache, concurrency=16, endpoint=f"offline {args.error_rate}") as teacher:
                 for arm in missing:

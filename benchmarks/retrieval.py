@@ -1,11 +1,11 @@
 """Time and memory to index a library and to query it, on passages made by rule.
 
     python benchmarks/retrieval.py                         100 000 passages, both engines, and how far they agree
-    python benchmarks/retrieval.py --passages 1000000      bm25s only: rank-bm25 is left out above 100 000
+    python benchmarks/retrieval.py --passages 1000000      bm25s only: rank-bm25 is skipped above 100 000
 
-A passage has 80 to 120 words of a vocabulary of 200 000, which follow Zipf's law; a query has five words, of which
-rare ones are as likely as frequent ones. Each phase runs in a process of its own, so that its peak of memory is its
-own; the peak counts those pages of a memory-mapped file that were read. Leaves out how good the passages are.
+A passage has 80 to 120 words from a vocabulary of 200 000, which follow Zipf's law; a query has five words, rare ones
+as likely as frequent ones. Each phase runs in its own process, so that its peak memory is its own; the peak includes
+the pages read from memory-mapped files. The relevance of the passages is not measured.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def vocabulary() -> list[str]:
-    """Words of one to five syllables: the frequent ones short, as in a language."""
+    """Words of one to five syllables; frequent ones are short, as in natural language."""
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
 
     def word(number: int) -> str:
@@ -64,7 +64,7 @@ def vocabulary() -> list[str]:
 
 
 def write_library(path: Path, passages: int, seed: int) -> None:
-    """A `.jsonl` of that many passages; the same for the same seed."""
+    """Write a `.jsonl` of that many passages; the same for the same seed."""
     random = np.random.default_rng(seed)
     chances = np.cumsum(1 / np.arange(1, VOCABULARY + 1) ** EXPONENT)
     known = vocabulary()
@@ -85,7 +85,7 @@ def make_queries(count: int, seed: int) -> list[str]:
 
 
 def measured(work: Callable, *arguments: object) -> dict[str, Any]:
-    """What `work` returns, with its seconds and peak memory, from a fresh process."""
+    """The result of `work`, with its seconds and peak memory, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measure, work, arguments).result()
@@ -125,7 +125,7 @@ def query_index(folder: Path, queries: list[str]) -> dict[str, Any]:
 
 
 def overlap(one: list[list[int]], other: list[list[int]]) -> float:
-    """The mean share of a query's top passages that the other engine has among its own."""
+    """The mean share of a query's top passages that both engines have in common."""
     pairs = [(set(a), set(b)) for a, b in zip(one, other, strict=True) if a or b]
     return float(np.mean([len(a & b) / max(len(a), len(b)) for a, b in pairs]))
 
@@ -142,7 +142,7 @@ def main() -> None:
     ranked = {}
     for engine in args.engines:
         if engine == "rank-bm25" and args.passages > RANK_BM25_LIMIT:
-            print(f"rank-bm25  left out above {RANK_BM25_LIMIT:,} passages")
+            print(f"rank-bm25  skipped above {RANK_BM25_LIMIT:,} passages")
             continue
         indexed = measured(index_library, library, folder / f"index-{engine}", engine)
         queried = measured(query_index, folder / f"index-{engine}", queries)

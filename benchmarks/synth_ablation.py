@@ -1,12 +1,12 @@
-"""What each part of synthetic data RL is worth: the whole pipeline, and the same without one part, over seeds.
+"""What each part of synthetic data RL is worth: the full pipeline, and the same without one part, over seeds.
 
     python benchmarks/synth_ablation.py                                    every variant, 5 seeds
     python benchmarks/synth_ablation.py --variants full sft --seeds 2
 
-A cell is one synth.run on the arithmetic task with the offline teacher, wrong in 20 % of its answers, and
-tiny-arithmetic; for the two retrieval variants, it is the making and verifying of samples of a task whose facts stand
-only in its library. Each has a folder of its own: finished cells are kept, cut ones resumed. Ends with a table and a
-picture, and both as files. The teacher's seed is the run's: teacher, samples and training differ from seed to seed.
+A cell is one synth.run on the arithmetic task with tiny-arithmetic and the offline teacher, 20 % of whose answers are
+wrong; for the two retrieval variants it is generating and verifying samples of a task whose facts are only in its
+library. Each has its own folder: finished cells are kept, interrupted ones resumed. Ends with a table and a picture,
+both also as files. The teacher's seed is the run's: teacher, samples and training differ from seed to seed.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def cell_folder(folder: Path, variant: str, seed: int) -> Path:
 
 
 def run_cell(folder: Path, variant: str, seed: int) -> None:
-    """Start a cell, go on with it, or leave it where it is finished."""
+    """Start a cell, resume it, or leave it if it is finished."""
     cell = cell_folder(folder, variant, seed)
     if (cell / "result.json").exists():
         return
@@ -97,7 +97,7 @@ def train(cell: Path, flags: Sequence[str], seed: int) -> None:
 
 
 def make_facts(cell: Path, flags: Sequence[str], seed: int) -> None:
-    """Samples of the task that needs its library, made and voted on."""
+    """Samples of the task that needs its library, generated and voted on."""
     cell.mkdir(parents=True, exist_ok=True)
     log, made = cell.with_name(f"{cell.name}.log"), cell / "generate.jsonl"
     with offline_teacher(f"--seed {seed}") as url:
@@ -126,7 +126,7 @@ def is_right_sum(row: StageRow) -> bool:
 
 
 def measure_facts(rows: Sequence[StageRow]) -> dict[str, Any]:
-    """Which of the kept samples tell what the library tells; a town that is none of its towns is wrong."""
+    """The kept samples, and the share that agrees with the library; a town that is not in it is wrong."""
     years = dict(re.findall(r"town of (\w+) was founded in ([0-9]+)", " ".join(load_task(FACTS).passages)))
 
     def is_right(row: StageRow) -> bool:
@@ -136,7 +136,7 @@ def measure_facts(rows: Sequence[StageRow]) -> dict[str, Any]:
 
 
 def share(found: Any) -> float | None:
-    """The share of what is true; None of nothing."""
+    """The share of true values; None if there are no values."""
     values = list(found)
     return sum(values) / len(values) if values else None
 
@@ -157,7 +157,7 @@ def interval(values: Sequence[float]) -> Interval | None:
 
 
 def against_full(cells: dict[str, dict[int, dict[str, Any]]], variant: str) -> Interval | None:
-    """How much more accurate than the full pipeline, seed by seed."""
+    """The difference in accuracy to the full pipeline, paired by seed."""
     full = cells.get("full", {})
     common = [seed for seed in cells[variant] if seed in full]
     return interval([cells[variant][seed]["trained"] - full[seed]["trained"] for seed in common])

@@ -1,8 +1,8 @@
-"""A run of synth.run, killed at random moments and resumed: what is asked again, and whether the end is the same.
+"""synth.run, killed at random moments and resumed: what is asked again, and whether the result is the same.
 
-The teacher is the offline one, over HTTP, in this process, so it sees what all the processes of the run ask. First the
-stages that ask, killed between calls; then whole runs, killed at any time: half the kills hit synth.run alone, so that
-its training goes on without it, and half the training as well.
+The offline teacher runs over HTTP in this process, so it sees what all processes of the run ask. First the stages that
+ask, killed between calls; then whole runs, killed at any time: half the kills hit only synth.run, whose training goes
+on without it, and half the training as well.
 
     python -m benchmarks.synth_kills --kills 20
 """
@@ -63,7 +63,7 @@ def send_kill(process: subprocess.Popen, server: OfflineTeacher, calls: int) -> 
 
 
 def repeated(server: OfflineTeacher) -> int:
-    """How many calls asked what was asked before."""
+    """How many calls repeated an earlier one."""
     return sum(server.asked.values()) - len(server.asked)
 
 
@@ -74,14 +74,14 @@ def tables(folder: Path) -> dict[str, bytes]:
 
 
 def left_by(folder: Path) -> dict[str, bytes]:
-    """All that a whole run leaves and that has no times in it, by file."""
+    """Every file of a whole run that contains no times."""
     names = ("held_out.jsonl", "selection.jsonl", "prompts.jsonl", "checkpoints.json", "evaluation.json")
     weights = (f"{name}/adapters.safetensors" for name in ("adapter", "last_adapter"))
     return {**tables(folder), **{name: (folder / name).read_bytes() for name in (*names, *weights)}}
 
 
 def kill_whole(process: subprocess.Popen, seconds: float, training_too: bool) -> bool:
-    """Kill the process after so many seconds, perhaps with what it has started; whether it was still at work."""
+    """Kill the process after so many seconds, optionally with its children; whether it was still running."""
     try:
         process.wait(seconds)
         return False

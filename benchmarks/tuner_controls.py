@@ -1,16 +1,16 @@
-"""The tuner's agents against each other, against no search, and where nothing matters: what is found, on fresh data.
+"""The tuner's agents compared with each other, with no search, and where settings do not matter, on fresh data.
 
     python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 4 minutes of one core
     python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir DIR
 
 Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
-classifier of reviews that the offline teacher writes, as in synth/tuning/examples (needs scikit-learn; tpe needs
-optuna). Of each a null twin, whose metric varies as much and does not depend on the settings.
+classifier of reviews written by the offline teacher, as in synth/tuning/examples (needs scikit-learn; tpe needs
+optuna). Each has a null twin, whose metric varies as much but does not depend on the settings.
 
-Every cell, one agent on one environment by one seed, makes equally many target calls; then the settings that it calls
-best and those of the start are evaluated on fresh batches and, for reviews, on fresh test rows. Two questions: is that
-better than the start's, and better than what the same search finds without learning? A cell is a file in the output
-folder; those that are there are not run again. Ends with a table, also as a file.
+Every cell, one agent in one environment with one seed, makes the same number of target calls; then its best settings
+and the initial ones are evaluated on fresh batches and, for reviews, on fresh test rows. Two questions: are they better
+than the initial ones, and better than what the same search finds without learning? A cell is a file in the output
+folder; existing ones are not run again. Ends with a table, also written to a file.
 """
 
 import argparse
@@ -65,7 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PPO, fast": {"rl_algorithm": "ppo", **FAST},
     "TPE": {"rl_algorithm": "tpe"},
 }
-# What an agent has to beat to have learned anything: the same without learning.
+# What an agent must beat to have learned anything: the same without learning.
 CONTROLS = {
     "random search": "uniform draws",
     "random search, fast": "uniform draws",
@@ -81,7 +81,7 @@ LEVEL = 0.05
 
 
 class UniformDraws(Defaults):
-    """Settings drawn evenly from the whole space, whatever came of the last."""
+    """Settings drawn uniformly from the whole space, whatever the last outcome."""
 
     def __init__(self, space: Space, seed: int):
         self.space, self.rng = space, Random(seed)
@@ -92,7 +92,7 @@ class UniformDraws(Defaults):
 
 
 class Simulated:
-    """A generator whose rows hold nothing but the settings and a number, for `simulated_target`."""
+    """A generator whose rows hold only the settings and a number, for `simulated_target`."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
@@ -122,13 +122,13 @@ def simulated_target(seed: int, null: bool) -> Callable[[Rows], dict[str, float]
 
 
 def reviews(identity: str, count: int) -> Rows:
-    """Reviews with the right labels, by rule."""
+    """Reviews with correct labels, made by rule."""
     rng, rule = Random(identity), Reviews()
     return [rule.sample(rng, None)._asdict() for _ in range(count)]
 
 
 def reviews_target(null: bool) -> TargetModel:
-    """The example's classifier; for the null twin trained on right rows that vary with the given ones and no more."""
+    """The example's classifier; for the null twin trained on correct rows that only vary with the given ones."""
     accuracy = load_target(str(ROOT / "synth" / "tuning" / "examples" / "classifier.py:accuracy"))
     if not null:
         return accuracy
@@ -136,7 +136,7 @@ def reviews_target(null: bool) -> TargetModel:
 
 
 def direct(teacher: OfflineTeacher) -> Callable[[Sequence[Ask]], list[Reply]]:
-    """Ask an offline teacher without HTTP, ten times as fast."""
+    """Ask an offline teacher without HTTP, which is ten times as fast."""
 
     def reply(ask: Ask) -> Reply:
         assert ask.schema is not None, "samples are asked for by a schema"
@@ -150,7 +150,7 @@ def direct(teacher: OfflineTeacher) -> Callable[[Sequence[Ask]], list[Reply]]:
 
 
 def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RLTuner:
-    """The tuner of a cell. agent: in place of the configuration's."""
+    """The tuner of a cell. agent: instead of the configuration's."""
     sampler, seed, null = Sampler(config.space, config.settings, config.templates), config.seed, "null" in environment
     if environment.startswith("simulated"):
         return RLTuner(config, simulated_target(seed, null), [], Simulated(sampler), agent)
@@ -160,7 +160,7 @@ def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RL
 
 
 def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:
-    """Search, then evaluate start and best on `fresh` batches each, on rows that the search has never seen."""
+    """Search, then evaluate initial and best settings on `fresh` batches each, on rows that the search has not seen."""
     tuning = {"num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
     config = config_from({"templates": list(TEMPLATES), "seed": seed, "rl_tuning": tuning}, variant)
     agent = UniformDraws(config.space, seed) if variant == "uniform draws" else None
@@ -179,7 +179,7 @@ def cell_path(folder: Path, environment: str, variant: str, seed: int) -> Path:
 
 
 def sign_flip(deltas: Sequence[float]) -> float:
-    """Exact two-sided p-value of paired differences: the share of all sign patterns with a mean as far from 0."""
+    """Exact two-sided p-value of paired differences: the share of sign patterns with a mean at least as far from 0."""
     seen = abs(sum(deltas))
     sums = (
         abs(sum(s * d for s, d in zip(signs, deltas, strict=True)))
@@ -189,7 +189,7 @@ def sign_flip(deltas: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values of several questions, adjusted so that one false claim among all is as rare (Holm, 1979)."""
+    """The p-values of several questions, adjusted for multiple comparisons (Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, least = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -199,7 +199,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def table(folder: Path, environments: Sequence[str], variants: Sequence[str], seeds: int) -> str:
-    """One line an agent, environment by environment; p-values are adjusted over the agents of an environment."""
+    """One line per agent and environment; p-values are adjusted over the agents of an environment."""
     head = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     controls = {name: control for name, control in CONTROLS.items() if {name, control} <= {*variants}}
     lines = []
@@ -237,7 +237,7 @@ def read_cells(folder: Path, environment: str, variant: str, seeds: int) -> list
 
 
 def compared(pairs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, str]:
-    """Second less first, paired by seed: interval by bootstrap; p-value exact, adjusted, * where it is below 0.05."""
+    """Second minus first, paired by seed: bootstrap interval; exact adjusted p-value, * if below 0.05."""
     p_values = holm([sign_flip([b - a for a, b in zip(*pair, strict=True)]) for pair in pairs.values()])
     return {
         name: f"{difference(*pair).interval}, {p_value:.3f}{' *' if p_value < LEVEL else ''}"

@@ -138,7 +138,7 @@ def test_another_format_or_program_is_refused_and_left_as_it_was(tmp_path, made)
     db.execute(made)
     db.close()
     before = path.read_bytes()
-    with pytest.raises(UserError, match="no cache of format"):
+    with pytest.raises(UserError, match="not a cache of format"):
         Cache(path)
     assert path.read_bytes() == before
 

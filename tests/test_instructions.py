@@ -44,8 +44,9 @@ def test_rows_of_every_kind(tmp_path):
         ("i.jsonl", '{"messages": []}', "no instruction"), ("i.jsonl", '{"instruction": " "}', "no instruction"),
         ("i.jsonl", '{"instruction": 3}', "no instruction"),
         ("i.jsonl", '{"instruction": "a", "input": [1]}', "no instruction"),
-        ("i.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', "no instruction"), ("i.json", "{}", "no list"),
-        ("i.json", "[1]", "row 1"), ("i.json", "[", "valid JSON"), ("i.jsonl", "[1]", "no object"),
+        ("i.jsonl", '{"messages": [{"role": "user", "content": [1]}]}', "no instruction"),
+        ("i.json", "{}", "not a list"),
+        ("i.json", "[1]", "row 1"), ("i.json", "[", "valid JSON"), ("i.jsonl", "[1]", "not an object"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, content, message):

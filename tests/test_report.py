@@ -332,6 +332,6 @@ def test_the_command_writes_the_report_and_names_it(folder, tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["report", str(folder)])
     synth.pipeline.report.main()
     assert capsys.readouterr().out.strip() == str(folder / "report.html") and (folder / "report.html").is_file()
-    for wrong, said in ((tmp_path / "nowhere", "is no folder"), (tmp_path, "holds no run")):
+    for wrong, said in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "holds no run")):
         with pytest.raises(UserError, match=said):
             write_report(wrong)

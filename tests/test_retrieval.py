@@ -271,7 +271,7 @@ def test_the_text_is_never_held_whole(tmp_path):
         ("a.txt.gz", gzip.compress(b"a\n" * 9999)[:-9], r"a\.txt\.gz cannot be read after line [0-9]"),
         ("a.txt.bz2", b"not packed", r"a\.txt\.bz2 cannot be read after line 0"),
         ("a.md.xz", b"not packed", r"a\.md\.xz cannot be read after line 0"),
-        ("a.txt", b" ... \n", r"a\.txt holds no word"),
+        ("a.txt", b" ... \n", r"a\.txt has no words"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
@@ -289,7 +289,7 @@ def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, message):
         ({"library": "."}, "holds no .jsonl, .txt or .md"),
         ({"length": 10, "overlap": 6}, "10 words cannot overlap by 6"),
         ({"length": 0, "overlap": 0}, "passages of 0 words"),
-        ({"engine": "okapi"}, "engine 'okapi' is not known; take one of rank-bm25, bm25s"),
+        ({"engine": "okapi"}, "engine 'okapi' is not known; use one of rank-bm25, bm25s"),
         ({"text_key": "body"}, "it needs 'body'"),
         ({"folder": "file"}, "is a file"),
         ({"folder": "other"}, "holds other files"),

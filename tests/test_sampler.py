@@ -25,8 +25,8 @@ def test_each_setting_is_got_and_set_alone_and_all_together():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"temperature": 2.1}, "temperature is 2.1; it has to lie within 0 to 2"),
-        ({"top_p": 0.05}, "top_p is 0.05; it has to lie within 0.1 to 1"),
+        ({"temperature": 2.1}, "temperature is 2.1; it must lie within 0 to 2"),
+        ({"top_p": 0.05}, "top_p is 0.05; it must lie within 0.1 to 1"),
         ({"top_p": float("nan")}, "top_p is nan"),
         ({"template": "long"}, "template is 'long'; use one of plain, varied, careful"),
         ({"method": "other"}, "method is 'other'; use one of generate_from_seed, evolve_instructions"),

@@ -151,9 +151,9 @@ def test_a_custom_reader_and_a_reward_lie_beside_the_task_file(write):
     ("text", "fact"),
     [
         ("answer: {type: number}", "lacks an instruction"), ("instruction: Add.", "lacks answer"),
-        (MINIMAL + "demo: []", "unknown key 'demo'"), (MINIMAL + "domain: 5", "has 5 as domain; it has to be text"),
-        ("- a", "no YAML mapping"), ("a: [", "not valid YAML"), (MINIMAL + "library: gone.txt", "does not exist"),
-        (MINIMAL + "library: 5", "it has to be a list"), (MINIMAL + "library: [5]", "it has to be a path"),
+        (MINIMAL + "demo: []", "unknown key 'demo'"), (MINIMAL + "domain: 5", "has 5 as domain; it must be text"),
+        ("- a", "not a YAML mapping"), ("a: [", "not valid YAML"), (MINIMAL + "library: gone.txt", "does not exist"),
+        (MINIMAL + "library: 5", "it must be a list"), (MINIMAL + "library: [5]", "it must be a path"),
         (MINIMAL + "demos: gone.jsonl", "gone.jsonl as demos, which does not exist"),
         (MINIMAL + "demos: [{input: a}]", r"demos of .*mine\.yaml, row 1 has the keys \['input'\]"),
         (MINIMAL + "demos: [5]", "row 1 is 5"), (MINIMAL + "demos: []", "holds no rows"),

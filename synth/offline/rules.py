@@ -172,7 +172,7 @@ def _last_number(input: str) -> int | None:
 
 
 class Facts:
-    """Founding years of towns: read from the passage, or guessed. Harder and easier: a more or less roundabout question.
+    """Founding years of towns: read from the passage, or guessed. Harder and easier: a question more or less indirect.
 
     seed: of the guesses. For one town mostly the same year is guessed, as models do with what they do not know, so a
     vote alone does not detect it.
@@ -227,7 +227,7 @@ def _facts(passage: str | None) -> dict[str, str]:
 
 
 def _town(input: str, facts: dict[str, str]) -> str | None:
-    """The town that a question asks about: one of the passage's, or else its last capitalised word."""
+    """The town a question asks about: one of the passage's, or else its last capitalised word."""
     known = [name for name in re.findall(r"\w+", input) if name in facts]
     names = known or re.findall(r"\b[A-Z]\w+", input[1:])
     return names[-1] if names else None

@@ -329,7 +329,7 @@ def rate_bins(rows: Sequence[StageRow]) -> int:
 
 
 def rate_counts(rows: Iterable[StageRow], bins: int) -> list[int]:
-    """Samples by pass rate, to the nearest of 0, 1/bins, ..., 1; the end bins hold only those never and always solved."""
+    """Samples by pass rate, to the nearest of 0, 1/bins, ..., 1; the end bins: never and always solved."""
     counts = [0] * (bins + 1)
     for row in rows:
         rate = number(row["pass_rate"])

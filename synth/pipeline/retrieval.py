@@ -323,7 +323,7 @@ class Index:
 
     @cached_property
     def _scores_of(self) -> Callable[[list[int]], np.ndarray]:
-        """Word numbers → every passage's score. Loaded at first use: rank-bm25 has to count words, passages need none."""
+        """Word numbers → every passage's score. Loaded at first use, as rank-bm25 has to count words first."""
         return self._load_scorer()
 
     def __len__(self) -> int:
