@@ -140,7 +140,7 @@ def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher
     in_this_process(monkeypatch)
     (tmp_path / "run" / "training").mkdir(parents=True)
     (tmp_path / "run" / "training" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="something other"):
         call(module.main, *words)
     assert (tmp_path / "run" / "training" / "config.json").read_text() == "{}"
     # Its own training, killed before its first checkpoint, begins anew.

@@ -80,7 +80,7 @@ def test_a_target_gets_copies_and_its_metrics_become_floats():
     [
         ({"f1": 0.5, "loss": 1.0}, "returned the metrics f1, loss, but reward_metric is 'accuracy'"),
         ({}, "returned the metrics none, but"),
-        ({"accuracy": math.nan}, "returned nan as accuracy, which is no finite number"),
+        ({"accuracy": math.nan}, "returned nan as accuracy, which is not a finite number"),
         ({"accuracy": math.inf}, "returned inf as accuracy"),
         ({"accuracy": None}, "returned None as accuracy"),
         ({"accuracy": "0.9"}, "returned '0.9' as accuracy"),
