@@ -106,7 +106,7 @@ def test_an_example_whose_package_is_missing_says_so_before_a_teacher_is_asked(t
 def test_an_interval_needs_five_batches():
     found = {"start": [0.5] * 5, "best": [0.6, 0.7, 0.6, 0.7, 0.65]}
     line = tune.confirmation(found, "f1")
-    assert line.startswith("on 5 fresh batches each: f1 0.650 with the best settings, 0.500 with the initial ones; diff")
+    assert line.startswith("on 5 fresh batches each: f1 0.650 with the best settings, 0.500 with the initial ones; d")
     assert "difference 0.150 [0.1" in line
     few = tune.confirmation({name: some[:4] for name, some in found.items()}, "f1")
     assert few.endswith("; for an interval use 5 batches or more")
