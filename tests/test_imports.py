@@ -226,6 +226,29 @@ def test_no_module_calls_cpu_enable_on_being_imported():
     assert [name_of(path) for path in libraries if enables(path)] == []
 
 
+def arrays_at_import(path):
+    """Calls of mlx's functions that run when the file is imported: they would start the device there."""
+    for node in tree_of(path).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.If):
+            continue
+        for call in ast.walk(node):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[0] == "mx":
+                yield f"{name_of(path)}:{call.lineno} calls {ast.unparse(call.func)} on being imported"
+
+
+def test_no_library_makes_an_array_on_being_imported():
+    """A process that forks after Metal was started crashes on macOS."""
+    held = [path for path in FILES if path.relative_to(ROOT).parts[0] not in FREE and path.parent != ROOT]
+    assert [fault for path in held for fault in arrays_at_import(path)] == []
+
+
+def test_an_array_made_on_being_imported_would_be_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "models.py"
+    path.write_text("import mlx.core as mx\nTWO = mx.array(2.0)\ndef f():\n    return mx.array(1)\n", encoding="utf-8")
+    assert list(arrays_at_import(path)) == ["models.py:2 calls mx.array on being imported"]
+
+
 BANNED_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

@@ -15,8 +15,15 @@ BLAS: str | None = None  # what `enable` loaded: openblas, mkl, torch or none; N
 
 
 def wanted() -> bool:
-    """Whether this machine's mlx is the Linux CPU build (the CUDA builds bring libraries of their own)."""
-    return platform.system() == "Linux" and any(importlib.metadata.distributions(name="mlx-cpu"))
+    """Whether this machine's mlx is the Linux CPU build.
+
+    `pip install "mlx[cuda13]"` leaves mlx-cpu installed beside mlx-cuda-13, so the one has to be there and the other
+    not.
+    """
+    if platform.system() != "Linux":
+        return False
+    names = {distribution.name.lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
+    return "mlx-cpu" in names and not any(name.startswith("mlx-cuda") for name in names)
 
 
 def enable() -> None:

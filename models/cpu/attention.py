@@ -12,16 +12,15 @@ from mlx_lm.models import base
 
 from models.cpu.replace import replace_in_mlx_lm
 
-_TWO = mx.array(2.0)
 _LOG2_E = math.log2(math.e)
-_LOWEST = mx.array(-1e30)  # below every score, above what a mask takes off
+_LOWEST = -1e30  # below every score, above what a mask takes off
 _original = base.scaled_dot_product_attention
 
 
 @mx.custom_function
 def _softmax(exponents: mx.array) -> mx.array:
     """Powers of 2 over the last axis, over their sum; exactly 0 at −inf, and all 0 where a row has nothing else."""
-    powers = mx.power(_TWO, exponents - mx.maximum(exponents.max(axis=-1, keepdims=True), _LOWEST))
+    powers = mx.power(mx.array(2.0), exponents - mx.maximum(exponents.max(axis=-1, keepdims=True), _LOWEST))
     return powers / mx.maximum(powers.sum(axis=-1, keepdims=True), 1e-30)
 
 

@@ -11,15 +11,14 @@ from mlx_lm.models import activations
 
 from models.cpu.replace import replace_in_mlx_lm
 
-_TWO = mx.array(2.0)
-_PER_E = mx.array(-math.log2(math.e))
+_MINUS_LOG2_E = -math.log2(math.e)
 _original = activations.swiglu
 
 
 @mx.custom_function
 def _parts(gate: mx.array, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """silu(gate) * x, silu(gate) and sigmoid(gate); where the power overflows, the sigmoid is 0."""
-    sigmoid = 1 / (1 + mx.power(_TWO, gate * _PER_E))
+    sigmoid = 1 / (1 + mx.power(mx.array(2.0), gate * _MINUS_LOG2_E))
     silu = gate * sigmoid
     return silu * x, silu, sigmoid
 
