@@ -1,9 +1,9 @@
-"""The whole walkthrough on the embedded model, in one command: data, SFT, reward model, PPO twice, fuse, chat.
+"""The complete walkthrough on the embedded model in one command: data, SFT, reward model, PPO twice, fuse, chat.
 
-    make demo                          what the README shows, in the folder demo/
-    python demo.py --short             the same with few steps, to see that everything runs
+    make demo                          the results of the README, in the folder demo/
+    python demo.py --short             the same with few steps, to check that everything runs
 
-Every stage is one of the scripts, started as a process with the flags that are printed.
+Every stage runs one of the scripts as a process; its command line is printed.
 """
 
 import argparse
@@ -37,7 +37,7 @@ MARKER = "demo.json"
 
 
 class Scale(NamedTuple):
-    """How long each stage trains."""
+    """Training steps of each stage."""
 
     sft_iters: int
     reward_iters: int
@@ -49,25 +49,25 @@ FULL, SHORT = Scale(sft_iters=20, reward_iters=800, ppo_steps=60), Scale(sft_ite
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--short", action="store_true", help="a few steps of everything")
+    parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     parser.add_argument("--stages", choices=("all", "models"), default="all", help="models: without PPO")
-    parser.add_argument("--output-dir", default="demo", help="folder for all that the demo makes; emptied first")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--output-dir", default="demo", help="folder for all files of the demo; emptied first")
+    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness")
     return parser.parse_args()
 
 
 def stage(title: str, *command: object) -> float:
-    """Run one script and return its seconds; a failing stage ends the demo."""
+    """Run one script and return its duration in seconds. A failing stage ends the demo."""
     words = [str(word) for word in command]
     print(f"\n=== {title}\n$ python {' '.join(words)}", flush=True)
     started = time.perf_counter()
     if subprocess.run([sys.executable, *words]).returncode:
-        raise UserError(f"the stage {title!r} failed; its message stands above")
+        raise UserError(f"the stage {title!r} failed; see its message above")
     return time.perf_counter() - started
 
 
 def make_models(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
-    """Data, SFT model and reward model; returns the seconds of the trainings."""
+    """Make data, SFT model and reward model. Returns the training times in seconds."""
     data, sft, reward = folder / "data", folder / "sft_fine_tune", folder / "reward_model"
     digits = ["data/generate_digit_data.py", "--increasing", "--multiple-of", 2, "--output-dir", data, "--seed", seed]
     stage("data", *digits, "--num-samples", 150, "--noise", 0.0)
@@ -90,7 +90,7 @@ def make_models(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
 
 
 def train_by_ppo(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
-    """PPO on the ground truth and on the learned reward; returns their seconds."""
+    """PPO on the ground truth and on the learned reward. Returns their times in seconds."""
     sft, reward, seconds = folder / "sft_fine_tune", folder / "reward_model", {}
     ppo = ["ppo_training.py", "--model", sft, "--seed", seed, "--num-steps", scale.ppo_steps]
     seconds["ppo"] = stage(
@@ -107,9 +107,9 @@ def train_by_ppo(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
 
 
 def reward_data(folder: Path, digits: Sequence[object]) -> None:
-    """Rows for the reward model: noisy sequences of any length, and what the SFT model itself writes, both scored.
+    """Scored rows for the reward model: noisy sequences of any length, and samples of the SFT model.
 
-    Without the model's own samples the reward model never sees the mistakes it will have to judge.
+    Without the model's own samples, the reward model would never see the mistakes that it has to judge.
     """
     noisy = [*digits, "--num-samples", 2000, "--noise", 0.2, "--min-length", 1, "--prefix", "noisy_"]
     stage("data for the reward model: noisy sequences", *noisy)
@@ -125,7 +125,7 @@ def reward_data(folder: Path, digits: Sequence[object]) -> None:
 
 
 def evaluate_all(folder: Path) -> dict[str, Evaluation]:
-    """Every model on the same held-out prompts, sampled at temperature 1; KL is taken from the SFT model."""
+    """Evaluate every model on the same held-out prompts at temperature 1. KL is relative to the SFT model."""
     prompts = [str(start) for start in held_out_starts(RULE) for _ in range(SAMPLES_PER_START)]
     sft = folder / "sft_fine_tune"
     candidates = {
@@ -147,7 +147,7 @@ def evaluate_all(folder: Path) -> dict[str, Evaluation]:
 
 
 def show(results: dict[str, Evaluation], seconds: dict[str, float], folder: Path) -> None:
-    """Sampled completions and the table."""
+    """Print sample completions and the table of results, and save them."""
     print("\n=== completions of held-out prompts, temperature 1")
     for name, result in results.items():
         print(f"{name}:")
@@ -167,7 +167,7 @@ def show(results: dict[str, Evaluation], seconds: dict[str, float], folder: Path
 
 
 def draw(folder: Path) -> list[Path]:
-    """Loss, reward and KL of the runs."""
+    """Plot loss, reward and KL of the runs. Returns the pictures' paths."""
 
     def curve(name: str, metric: str) -> list[tuple[float, float]]:
         return [(r["step"], r[metric]) for r in read_metrics(folder / "runs" / name) if r.get(metric) is not None]
@@ -204,7 +204,7 @@ def main() -> None:
     started = time.perf_counter()
     folder = Path(args.output_dir)
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-        raise UserError(f"{folder} was not made by this demo and would be emptied; name another --output-dir")
+        raise UserError(f"{folder} was not created by the demo and would be emptied; name another --output-dir")
     shutil.rmtree(folder, ignore_errors=True)
     write_json(folder / MARKER, {})
     resolve("tiny-digits")
@@ -217,7 +217,7 @@ def main() -> None:
     results = evaluate_all(folder)
     show(results, seconds, folder)
     print("\npictures:", *draw(folder), sep="\n  ")
-    print(f"\n{time.perf_counter() - started:.0f} s in all ({built:.0f} s of it to build the embedded model)")
+    print(f"\n{time.perf_counter() - started:.0f} s in total ({built:.0f} s of it to build the embedded model)")
     print(f"chat with it: python talk_to_model.py --model {folder / 'ppo_fine_tune'}")
 
 

@@ -1,12 +1,12 @@
-"""Sample a model on prompts, score the completions by any reward, and keep them as rows; or compare two models.
+"""Sample completions, score them by any reward, and save them as rows; or compare two models.
 
     python evaluate.py --model ./sft_fine_tune/ --ground_truth_reward --held-out
     python evaluate.py --model ./sft_fine_tune/ --ground_truth_reward --num-samples 2000 --save-samples rows.jsonl
     python evaluate.py --model ./sft_fine_tune/ --resume-file ppo --against ./sft_fine_tune/ --ground_truth_reward
 
-The saved rows hold "text" and "reward", so `sft.py --reward-model` learns from them: a reward model is best where it
-has seen what the policy writes. Intervals are of 95 %, over prompts, each of which counts alike: what other prompts of
-the same kind would give, not what another seed of training would. Leaves out more than two models at once.
+The saved rows have "text" and "reward", so `sft.py --reward-model` can learn from them: a reward model is most accurate
+on what the policy writes. Intervals are 95 % confidence intervals over prompts, equally weighted. They cover the choice
+of prompts, not the seed of training.
 """
 
 import argparse
@@ -43,47 +43,56 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--against", metavar="MODEL", help="compare with this model, prompt by prompt")
     parser.add_argument(
-        "--against-adapter", metavar="FILE", help="compare with --against, or else --model, under this adapter"
+        "--against-adapter", metavar="FILE", help="compare with --against (by default --model) with this adapter"
     )
-    parser.add_argument("--reference", metavar="MODEL", help="report the KL from this model, which has the same tokens")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help="report the KL from this model, which must have the same tokens"
+    )
     ppo_flags.add_reward_flags(parser)
     ppo_flags.add_prompt_source(parser)
-    parser.add_argument("--held-out", action="store_true", help="digit rule: the starts that no training uses")
-    parser.add_argument("--num-samples", type=int, default=250, help="completions, spread evenly over the prompts")
+    parser.add_argument(
+        "--held-out", action="store_true", help="digit rule: prompt with the starts that PPO does not train on"
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=250,
+        help="completions, spread evenly over the prompts, or over a sample of them",
+    )
     parser.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=64, help="tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: the most likely token")
-    parser.add_argument("--show-samples", type=int, default=5, help="completions to print of each model")
-    parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows of "text" and "reward"')
+    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: always the most likely token")
+    parser.add_argument("--show-samples", type=int, default=5, help="completions of each model to print")
+    parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args()
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that cannot work together, before anything is loaded."""
+    """Raise UserError for invalid combinations of flags, before anything is loaded."""
     ppo_flags.check_reward(args)
     positive("num-samples", args.num_samples)
     positive("max-completion-length", args.max_completion_length)
     positive("temperature", args.temperature, zero=True)
     positive("show-samples", args.show_samples, zero=True)
     if args.reference and not args.temperature:
-        raise UserError("--reference needs a --temperature above 0: at 0 nothing is drawn, and there is no KL")
+        raise UserError("--reference needs a --temperature above 0, because at 0 there is no KL")
     if (args.against, args.against_adapter) in ((args.model, args.resume_file), (None, args.resume_file or "")):
-        raise UserError("--against names the model that is evaluated; name another model, or another adapter")
+        raise UserError("--against is the evaluated model itself; name another model, or another adapter")
 
 
 def choose_prompts(args: argparse.Namespace, tokenizer) -> list[str]:
-    """--num-samples prompts of those that the flags name, as `spread` chooses them."""
+    """--num-samples prompts, chosen by `spread` from those that the flags name."""
     if args.held_out and not args.prompts:
         prompts = [str(start) for start in held_out_starts(ppo_flags.digit_rule(args))]
     else:
         prompts = ppo_flags.choose_prompts(args, tokenizer)
     if not prompts:
-        raise UserError(f"no held-out start is a multiple of {args.multiple_of}; leave --held-out out")
+        raise UserError(f"no held-out start is a multiple of {args.multiple_of}; omit --held-out")
     return spread(prompts, args.num_samples, args.seed)
 
 
 def spread(prompts: Sequence[str], count: int, seed: int) -> list[str]:
-    """`count` prompts: all of them, in turn, or a random sample in their order where there are more than `count`."""
+    """`count` prompts: all of them in turn or, if there are more than `count`, a random sample in order."""
     if count >= len(prompts):
         return [prompts[i % len(prompts)] for i in range(count)]
     drawn = np.random.default_rng(seed).choice(len(prompts), count, replace=False)
@@ -91,16 +100,16 @@ def spread(prompts: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def open_beside(name: str, base: LoadedModel) -> LoadedModel:
-    """The model `name`, which shares its weights with `base` where it is the same. base: without an adapter as yet."""
+    """The model `name`, sharing the weights of `base` if it is the same. base: without an adapter so far."""
     same = resolve(name).resolve() == base.path.resolve()
     return replace(base, model=twin(base.model)) if same else load(name)
 
 
 def check_reference(reference: LoadedModel, candidate: LoadedModel) -> None:
-    """Raise UserError where the KL would compare the probabilities of different tokens."""
+    """Raise UserError if the KL would compare probabilities of different tokens."""
     if reference.tokenizer.get_vocab() != candidate.tokenizer.get_vocab():
         raise UserError(
-            f"--reference {reference.name} has other tokens than {candidate.name}, so there is no KL; "
+            f"--reference {reference.name} has other tokens than {candidate.name}, so the KL is undefined; "
             "name a model with the same tokenizer"
         )
 
@@ -120,7 +129,7 @@ def show(title: str, prompts: Sequence[str], result: Evaluation, num_rows: int, 
 
 
 def show_difference(prompts: Sequence[str], first: Evaluation, second: Evaluation) -> None:
-    """By how much the first model is better than the second, and on how many prompts."""
+    """Print by how much the first model is better than the second, and on how many prompts."""
     found = score_difference(prompts, second.scores, first.scores)
     even = len(per_prompt(prompts, first.scores)) - found.gained - found.lost
     print(
@@ -130,7 +139,7 @@ def show_difference(prompts: Sequence[str], first: Evaluation, second: Evaluatio
 
 
 def save_samples(path: str | Path, results: dict[str, Evaluation]) -> None:
-    """Write one row per completion, atomically; where two models are compared, each says whose it is."""
+    """Write one row per completion, atomically. If two models are compared, each row names its model."""
     rows: list[dict[str, Any]] = []
     for title, result in results.items():
         whose = {"model": title} if len(results) > 1 else {}
@@ -182,7 +191,7 @@ def main() -> None:
 
 
 def title_of(model: str, adapter: str | None) -> str:
-    """What a model is called beside another."""
+    """The name under which a model is printed."""
     return f"{model} with {adapter}" if adapter else model
 
 

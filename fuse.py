@@ -1,12 +1,11 @@
-"""Fuse an adapter into its base: a model folder that stands alone and that mlx_lm and transformers open.
+"""Fuse an adapter into its base: a standalone model folder that mlx_lm and transformers open.
 
     python fuse.py --adapter-file adapters --save-path ./sft_fine_tune/
     python fuse.py --adapter-file adapters --save-path ./sft_fine_tune/ --upload-name USER/REPO
     python fuse.py --adapter-file adapters --export-peft ./peft_adapters/
 
-A soft prompt becomes tokens that the tokenizer puts first (models.export.fused_soft_prompt). A reward model's value
-head goes
-along, so the folder serves as `ppo_training.py --reward_model`; so does the form that --sequence-classification writes,
+A soft prompt becomes tokens that the tokenizer prepends (models.export.fused_soft_prompt). A reward model keeps its
+value head, so the folder can be used as `ppo_training.py --reward_model`; so can what --sequence-classification writes,
 which transformers' AutoModelForSequenceClassification opens as well.
 """
 
@@ -55,17 +54,23 @@ def parse_args() -> argparse.Namespace:
         action="store_true",
         help="write a reward model as a transformers AutoModelForSequenceClassification",
     )
-    parser.add_argument("--export-gguf", action="store_true", help="write a GGUF file in fp16 as well")
-    parser.add_argument("--gguf-path", default="ggml-model-f16.gguf", help="its name, within --save-path")
-    parser.add_argument("--export-peft", metavar="DIR", help="don't fuse; write the LoRA or DoRA in peft's format")
-    parser.add_argument("--export-adapter", metavar="DIR", help="don't fuse; write the adapter as mlx-lm's folder")
-    parser.add_argument("--upload-name", metavar="USER/REPO", help="upload the folder to the Hugging Face hub, private")
-    parser.add_argument("--public", action="store_true", help="let everyone see what is uploaded")
+    parser.add_argument("--export-gguf", action="store_true", help="also write a GGUF file in fp16")
+    parser.add_argument("--gguf-path", default="ggml-model-f16.gguf", help="its name within --save-path")
+    parser.add_argument(
+        "--export-peft", metavar="DIR", help="instead of fusing, write the LoRA or DoRA in peft's format"
+    )
+    parser.add_argument(
+        "--export-adapter", metavar="DIR", help="instead of fusing, write the adapter as an mlx-lm folder"
+    )
+    parser.add_argument(
+        "--upload-name", metavar="USER/REPO", help="upload the folder to the Hugging Face hub, as private"
+    )
+    parser.add_argument("--public", action="store_true", help="make the upload public")
     return parser.parse_args()
 
 
 def export_adapter(adapter_file: str, model: str, peft_folder: str | None, mlx_folder: str | None) -> None:
-    """Write the adapter in other formats; the base is not needed. model: its name where the adapter names none."""
+    """Write the adapter in other formats, without loading the base. model: the base, if the adapter names none."""
     saved = read_adapter(adapter_file)
     if peft_folder:
         base = saved.config.model or model
@@ -92,7 +97,7 @@ def put_in(loaded: LoadedModel, adapter_file: str, de_quantize: bool) -> tuple[S
 
 @dataclass(frozen=True)
 class Output:
-    """What is written. name, base: of the model and its base, for the model card; gguf: name of a GGUF file to add."""
+    """What to write. name, base: of the model and its base, for the model card; gguf: name of a GGUF file to add."""
 
     folder: str
     name: str
@@ -102,7 +107,7 @@ class Output:
 
 
 def save(loaded: LoadedModel, saved: SavedAdapter, prompting: PromptingTokenizer | None, output: Output) -> None:
-    """Write model, tokenizer, value head, model card and what else is asked for as one folder, or leave it as it was.
+    """Write model, tokenizer, value head and model card as one folder, atomically.
 
     prompting: the tokenizer of a fused soft prompt.
     """
@@ -122,9 +127,9 @@ def save(loaded: LoadedModel, saved: SavedAdapter, prompting: PromptingTokenizer
 def save_for_transformers(folder: Path, loaded: LoadedModel, saved: SavedAdapter) -> None:
     """Write model, tokenizer and value head as a transformers classifier of one score."""
     if saved.value_head is None:
-        raise UserError(f"{saved.path} has no value head, so it gives no score; use sft.py --reward-model")
+        raise UserError(f"{saved.path} has no value head and cannot score; train it by sft.py --reward-model")
     if not save_classifier(folder, loaded, saved.value_head):
-        print(f"the tokenizer does not end a text by itself: add {loaded.tokenizer.eos_token} to every text to score")
+        print(f"the tokenizer does not append its EOS: add {loaded.tokenizer.eos_token} to every text to be scored")
 
 
 def send(folder: str, name: str, public: bool) -> None:
@@ -132,7 +137,7 @@ def send(folder: str, name: str, public: bool) -> None:
     try:
         print(f"uploaded: {upload(folder, name, public)}")
     except UserError:
-        print(file=sys.stderr)  # ends the line of the hub's progress bar
+        print(file=sys.stderr)  # ends the line of the progress bar
         raise
     except KeyboardInterrupt:
         raise Stopped(f"{folder} is complete; continue with: {upload_command(folder, name, public)}") from None

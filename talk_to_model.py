@@ -1,11 +1,10 @@
-"""Chat with a model in the terminal, or with two side by side.
+"""Chat with a model in the terminal, or with two models side by side.
 
     python talk_to_model.py --model ./sft_fine_tune/ --max-tokens 50 --temp 0.7
     python talk_to_model.py --resume-file adapters --compare tiny-digits
 
-The reply streams; the conversation is kept, and /help lists what else can be typed. Ctrl-C ends a reply, or at the
-prompt the chat; so does Ctrl-D. Leaves out batches (models.generation.sample) and serving (mlx_lm.server opens the
-same folders).
+Replies are streamed and the conversation is kept; /help lists the commands. Ctrl-C ends a reply or, at the prompt, the
+chat; Ctrl-D ends the chat. To serve a model, use mlx_lm.server, which opens the same folders.
 """
 
 import argparse
@@ -31,14 +30,14 @@ from models.adapters import load_adapter
 from models.generation import ChatSession
 from models.loading import LoadedModel, load, resolve, twin
 
-HELP = """/reset      forgets the conversation
-/save FILE  adds the conversation to FILE.jsonl, as a row that sft.py takes
-/help       shows this
-Ctrl-C      ends a reply, or the chat; Ctrl-D ends the chat"""
-COMMAND = re.compile(r"/[a-z]+")  # a first word that is one; "/usr/bin" is not
+HELP = """/reset      forget the conversation
+/save FILE  append the conversation to FILE.jsonl, as a row for sft.py
+/help       show this
+Ctrl-C      end a reply, or the chat; Ctrl-D ends the chat"""
+COMMAND = re.compile(r"/[a-z]+")  # the first word of a command, but not "/usr/bin"
 HISTORY_LINES = 1000
 
-Sessions = dict[str, ChatSession]  # by what stands over the replies
+Sessions = dict[str, ChatSession]  # by the name shown above the replies
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,10 +46,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
-    parser.add_argument("--compare", metavar="MODEL", help="show this model's reply as well, such as the base's")
-    parser.add_argument("--max-tokens", type=int, default=100, help="longest reply, tokens")
-    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0: the most likely token")
-    parser.add_argument("--system-prompt", help="what the model is told before the conversation")
+    parser.add_argument("--compare", metavar="MODEL", help="also show the replies of this model, such as the base")
+    parser.add_argument("--max-tokens", type=int, default=100, help="maximum length of a reply, tokens")
+    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0: always the most likely token")
+    parser.add_argument("--system-prompt", help="system prompt that precedes the conversation")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args()
 
@@ -63,7 +62,7 @@ def open_sessions(model: str, adapter: str | None, compare: str | None, system_p
     if adapter:
         saved = load_adapter(loaded.model, adapter)
         if saved.value_head is not None:
-            raise UserError(f"{adapter} is a reward model: it scores and does not talk; name another adapter")
+            raise UserError(f"{adapter} is a reward model, which cannot chat; name another adapter")
     sessions = {adapter or model: ChatSession(loaded.model, loaded.tokenizer, system_prompt)}
     if compare and other is not None:
         sessions[compare] = ChatSession(other.model, other.tokenizer, system_prompt)
@@ -86,7 +85,7 @@ def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
             text = input("> " if interactive else "").strip()
         except (EOFError, KeyboardInterrupt):
             if interactive:
-                print()  # so that the shell's prompt begins a line
+                print()  # so that the shell's prompt starts on a new line
             return
         if not text:
             continue
@@ -103,7 +102,7 @@ def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
 
 
 def say(session: ChatSession, text: str, max_tokens: int, temperature: float) -> None:
-    """Stream the reply to `text`; Ctrl-C ends it, and what was said stands."""
+    """Stream the reply to `text`. Ctrl-C ends it; what was said is kept."""
     reply = session.reply(text, max_tokens, temperature)
     try:
         for piece in reply:
@@ -114,7 +113,7 @@ def say(session: ChatSession, text: str, max_tokens: int, temperature: float) ->
 
 
 def obey(line: str, sessions: Sessions) -> None:
-    """Do what a line that begins with a command says. Raises UserError for what is none."""
+    """Execute a command line. Raises UserError for an unknown command."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command == "/help":
@@ -122,22 +121,22 @@ def obey(line: str, sessions: Sessions) -> None:
     elif command == "/reset":
         for session in sessions.values():
             session.reset()
-        print("the conversation is forgotten", file=sys.stderr)
+        print("conversation forgotten", file=sys.stderr)
     elif command == "/save":
         if not rest:
-            raise UserError("/save names no file; type /save talks.jsonl, say")
+            raise UserError("/save needs a file; type, for example, /save talks.jsonl")
         save(Path(rest).expanduser(), sessions)
     else:
-        raise UserError(f"{command} is no command; type /help to see which there are")
+        raise UserError(f"{command} is not a command; type /help for a list")
 
 
 def save(path: Path, sessions: Sessions) -> None:
-    """Add a row for each conversation to the end of a `.jsonl`, atomically. Raises UserError where that can't be."""
+    """Append a row for each conversation to a `.jsonl` file, atomically. Raises UserError if that is impossible."""
     rows = [{**session.row(), "model": name} for name, session in sessions.items()]
     if all(session.messages == session.opening for session in sessions.values()):
-        raise UserError("nothing was said yet, so there is nothing to save; type a message first")
+        raise UserError("there is nothing to save yet; type a message first")
     if path.suffix != ".jsonl":
-        raise UserError(f"{path} does not end in .jsonl, as files of rows do; type /save {path.with_suffix('.jsonl')}")
+        raise UserError(f"{path} does not end in .jsonl; type /save {path.with_suffix('.jsonl')}")
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         before += "\n" if before and not before.endswith("\n") else ""
@@ -151,25 +150,25 @@ def save(path: Path, sessions: Sessions) -> None:
 
 @contextmanager
 def line_editing(history: Path) -> Iterator[None]:
-    """Edit what is typed, with that of earlier chats at the arrow keys, where Python has readline."""
+    """Line editing with the history of earlier chats, if Python has readline."""
     try:
         import readline
     except ImportError:
         yield
         return
-    with suppress(OSError):  # there is none yet, or readline's sister libedit wrote it
+    with suppress(OSError):  # there is none yet, or it was written by libedit
         readline.read_history_file(history)
     readline.set_history_length(HISTORY_LINES)
     try:
         yield
     finally:
-        with suppress(OSError):  # a home that cannot be written is no reason to end with an error
+        with suppress(OSError):  # a read-only home directory should not cause an error
             history.parent.mkdir(parents=True, exist_ok=True)
             readline.write_history_file(history)
 
 
 def greeting(sessions: Sessions) -> str:
-    """One line: who talks, and that a model without a chat template does not answer but goes on."""
+    """One line that names the models, with a note on those that only continue text for lack of a chat template."""
     names = " and ".join(sessions)
     plain = [name for name, session in sessions.items() if not session.tokenizer.has_chat_template]
     note = f" ({' and '.join(plain)}: no chat template, so your text is continued)" if plain else ""

@@ -1,1 +1,1 @@
-"""What every folder needs and nothing of the project is needed for: errors, files, flags, running a script."""
+"""What every other folder uses: errors, atomic files, the flag parser, running a script. Imports nothing of ours."""

@@ -12,13 +12,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """Raised where a signal stopped a run; the message says how to go on."""
+    """Raised when a signal stops a run; the message says how to resume it."""
 
 
 class StopSignal:
-    """While it is entered, Ctrl-C and SIGTERM only set `requested`, so that a loop ends its step and saves.
+    """A context in which Ctrl-C and SIGTERM only set `requested`, so that a loop can finish its step and save.
 
-    A second Ctrl-C stops at once; then the last checkpoint counts.
+    A second Ctrl-C stops at once; what remains is the last checkpoint.
     """
 
     def __init__(self):
@@ -37,7 +37,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
-"""Writing files so that a stop at any moment leaves either the old content or the new, never half of one.
+"""Atomic writes: an interruption at any moment leaves either the old content or the new, never a mixture.
 
-Leaves out locking: two processes that write the same path race, and the later one wins whole.
+There is no locking: if two processes write the same path, the later one wins.
 """
 
 import json
@@ -16,7 +16,7 @@ from common.errors import UserError
 
 
 def user_cache() -> Path:
-    """The folder where what can be made again is kept for this user, which may not be there yet."""
+    """The user's cache folder, for files that can be recreated. It may not exist yet."""
     in_home = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or in_home).expanduser()
 
@@ -38,23 +38,23 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: str | Path, marker: str) -> None:
-    """Raise UserError if writing a folder at `path` would destroy something that is not of its kind.
+    """Raise UserError if writing a folder at `path` would destroy something other than a folder of the same kind.
 
-    marker: the file that every folder of the kind holds (`config.json` for a model, say).
+    marker: a file that every folder of this kind holds, such as `config.json` for a model.
     """
     path = Path(path)
     if path.is_file():
-        raise UserError(f"{path} is a file, but a folder is to be written there; choose another name")
+        raise UserError(f"{path} is a file, where a folder would be written; choose another name")
     if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
-        raise UserError(f"{path} holds other files (no {marker}) and would be replaced whole; choose another name")
+        raise UserError(f"{path} holds other files (no {marker}) and would be replaced; choose another name")
 
 
 @contextmanager
 def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
-    """Yield a fresh temporary folder beside `path`; if the block succeeds it takes the place of `path`, whole.
+    """Yield a fresh temporary folder beside `path`; if the block succeeds, it replaces `path` as a whole.
 
-    A folder cannot be renamed over a full one in one call, so the old one is first moved aside and then
-    deleted: a kill between the two leaves it beside `path` as `.NAME.old`, which the next write removes.
+    A folder cannot be renamed over a non-empty one in one call, so the old one is first moved aside and deleted
+    afterwards. A kill in between leaves it beside `path` as `.NAME.old`, which the next write removes.
     Raises UserError as `check_replaceable(path, marker)` does.
     """
     path = Path(os.path.abspath(path))
@@ -78,13 +78,13 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically. Non-finite floats are refused with ValueError."""
+    """Write `content` as indented JSON, atomically. Raises ValueError for non-finite floats."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file. Raises UserError where it is missing or malformed."""
+    """Read a JSON file. Raises UserError if it is missing or malformed."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -93,4 +93,4 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or write it anew") from None
+        raise UserError(f"{path} is not valid JSON ({error}); restore it or recreate it") from None

@@ -1,4 +1,4 @@
-"""One argument parser for every script, with YAML behind it.
+"""The argument parser of every script, with optional YAML files of defaults.
 
 Hyphen and underscore are the same flag. A YAML file (`-c`) gives defaults that flags override; unknown flags and
 unknown YAML keys are errors.
@@ -16,7 +16,7 @@ from common.errors import UserError
 
 
 class Collect(argparse.Action):
-    """For a flag of one or more values that may also be given more than once: all of them, in place of its default."""
+    """Collects all values of a flag that takes several and may be repeated, instead of its default."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         so_far = getattr(namespace, self.dest)
@@ -33,7 +33,7 @@ def boolean(text: str) -> bool:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where it says something: not for switches, nor where the flag is simply left out."""
+    """Shows defaults only where they are informative: not for switches, nor for flags that default to nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, "") else super()._get_help_string(action)
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     def _set_defaults_from(self, path: str) -> None:
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
-            # --no-mask-prompt is a spelling of false, not a key of its own.
+            # --no-mask-prompt spells false; it is not a key.
             words = [word for word in action.option_strings if not word.startswith("--no-") or action.nargs != 0]
             if action.dest not in ("help", "config"):
                 actions |= dict.fromkeys(map(_key, [action.dest, *words]), action)
@@ -95,7 +95,7 @@ def _key(word: str) -> str:
 
 
 def _from_yaml(action: argparse.Action, value: Any, fact: str) -> Any:
-    """`value` as the flag of `action` would read it from the command line. Raises UserError that begins with `fact`."""
+    """`value` as the flag of `action` would read it from the command line. Raises UserError starting with `fact`."""
     if value is None and action.default is None:
         return None
     if isinstance(value, list):
@@ -108,7 +108,7 @@ def _from_yaml(action: argparse.Action, value: Any, fact: str) -> Any:
 def _from_word(action: argparse.Action, value: Any, fact: str) -> Any:
     if value is None or isinstance(value, list | dict):
         raise UserError(f"{fact}, which it cannot take; see --help")
-    # A flag without a value is true or false; every other is read from text, as YAML takes 1e-3 for text.
+    # A flag without a value is true or false; others are parsed from text, since YAML reads 1e-3 as a string.
     read: Any = boolean if action.nargs == 0 else action.type or str
     try:
         word = read(str(value))
@@ -128,7 +128,7 @@ def _hyphenate(word: str) -> str:
 
 
 def _config_file(words: list[str]) -> str | None:
-    """The file that the last -c names, in any of the forms that argparse takes."""
+    """The file named by the last -c, in any form that argparse accepts."""
     path = None
     for word, following in itertools.zip_longest(words, words[1:]):
         if word in ("-c", "--config"):
@@ -141,15 +141,15 @@ def _config_file(words: list[str]) -> str | None:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises UserError where it is missing, malformed, or no mapping."""
+    """Read a YAML mapping. Raises UserError if it is missing, malformed, or not a mapping."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); mend it") from None
+        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); fix it") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a YAML mapping of flag names to values; write `iters: 600`, say")
+        raise UserError(f"{path} is not a YAML mapping of flag names to values; write, for example, `iters: 600`")
     return content
 
 

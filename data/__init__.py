@@ -1,1 +1,1 @@
-"""Making, reading, validating and batching `.jsonl`. Needs only numpy."""
+"""Generating, reading, validating and batching `.jsonl`. Needs neither mlx nor torch."""

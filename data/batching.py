@@ -1,6 +1,6 @@
-"""Rows to batches of token ids: encoded once, bucketed by length, right padded, no row dropped.
+"""From rows to batches of token ids: encoded once, bucketed by length, right padded, no row dropped.
 
-What comes when is a function of (seed, step) alone, so a resumed run meets the same batches.
+The order is a function of (seed, step) alone, so a resumed run sees the same batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,11 @@ from common.errors import UserError
 
 
 class Example(NamedTuple):
-    """One text: its token ids, and from which position on its tokens are trained, but for those in the gaps."""
+    """One text: its token ids and the position of the first trained token. Tokens within the gaps are not trained."""
 
     tokens: list[int]
     first_target: int
-    gaps: tuple[tuple[int, int], ...] = ()  # [start, end) of what is not trained after all
+    gaps: tuple[tuple[int, int], ...] = ()  # [start, end) of untrained spans after first_target
 
 
 class Batch(NamedTuple):
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 def encode_text(tokenizer, text: str, prefix: Sequence[int] = ()) -> Example:
-    """A text with its EOS, all of it trained but what precedes its first own token (BOS or soft prompt)."""
+    """A text with its EOS. Everything is trained except what precedes the text itself (BOS, soft prompt)."""
     tokens = _encode(tokenizer, text)
     return Example([*prefix, *tokens, tokenizer.eos_token_id], max(len(prefix) + _num_special(tokenizer, tokens), 1))
 
@@ -37,7 +37,7 @@ def encode_pair(tokenizer, prompt: str, completion: str, prefix: Sequence[int] =
     """A prompt and its completion with EOS; only the completion and the EOS are trained."""
     prompt_tokens = _encode(tokenizer, prompt)
     tokens = _encode(tokenizer, prompt + completion)
-    # A merge over the seam changes the prompt's last token; the completion then begins where they part.
+    # A merge across the boundary changes the prompt's last token; the completion then starts where the two differ.
     shared = next(
         (i for i, (a, b) in enumerate(zip(prompt_tokens, tokens, strict=False)) if a != b), len(prompt_tokens)
     )
@@ -45,14 +45,14 @@ def encode_pair(tokenizer, prompt: str, completion: str, prefix: Sequence[int] =
 
 
 class Rendered(str):
-    """A text that a chat template wrote: its special tokens stand in it, and none is added when it is encoded."""
+    """A text rendered by a chat template: it contains its special tokens, so none are added when it is encoded."""
 
     def __add__(self, other: str) -> "Rendered":
         return Rendered(str.__add__(self, other))
 
 
 def encode_prompt(tokenizer, prompt: str) -> list[int]:
-    """The ids of a prompt that a completion is to follow."""
+    """The token ids of a prompt, ready for a completion."""
     return list(
         tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, Rendered) else tokenizer.encode(prompt)
     )
@@ -71,19 +71,19 @@ def _num_special(tokenizer, tokens: Sequence[int]) -> int:
 
 
 def num_targets(example: Example) -> int:
-    """How many tokens of an example are trained."""
+    """The number of trained tokens of an example."""
     length = len(example.tokens)
     gaps = sum(min(end, length) - min(start, length) for start, end in example.gaps)
     return max(length - example.first_target, 0) - gaps
 
 
 def truncate(example: Example, max_length: int) -> Example:
-    """Cut an example to `max_length` tokens (the EOS goes first)."""
+    """Cut an example to its first `max_length` tokens (so the EOS is the first to go)."""
     return example._replace(tokens=example.tokens[:max_length])
 
 
 def collate(examples: Sequence[Example], pad_token_id: int, multiple: int = 8) -> Batch:
-    """Right-pad examples to a common length, rounded up to `multiple` so that few shapes occur."""
+    """Right-pad examples to a common length, rounded up to a multiple of `multiple` so that few shapes occur."""
     longest = max(len(example.tokens) for example in examples)
     width = -(-longest // multiple) * multiple
     tokens = np.full((len(examples), width), pad_token_id, dtype=np.int32)
@@ -98,11 +98,11 @@ def collate(examples: Sequence[Example], pad_token_id: int, multiple: int = 8) -
 
 
 class BatchPlan:
-    """Which rows make up the batch of each step: every row once an epoch, neighbours in length together."""
+    """The rows of the batch of each step: every row once per epoch, rows of similar length together."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
         if batch_size < 1:
-            raise UserError(f"--batch-size is {batch_size}; it has to be at least 1")
+            raise UserError(f"--batch-size is {batch_size}; it must be at least 1")
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
@@ -110,7 +110,7 @@ class BatchPlan:
         self._epoch, self._batches = -1, []  # type: tuple[int, list[np.ndarray]]
 
     def rows(self, step: int) -> np.ndarray:
-        """The rows of the batch at `step` (from 0); the last of an epoch's batches may be smaller."""
+        """The rows of the batch at `step` (from 0). One batch of each epoch may be smaller."""
         epoch, index = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             self._epoch, self._batches = epoch, self._shuffled(epoch)
@@ -118,7 +118,7 @@ class BatchPlan:
 
     def _shuffled(self, epoch: int) -> list[np.ndarray]:
         rng = np.random.default_rng((self.seed, epoch))
-        # Sorting by length after a shuffle mixes rows of equal length anew in every epoch; jitter mixes near ones.
+        # Jitter of up to 4 tokens makes batches of rows of similar length differ between epochs.
         jitter = rng.uniform(0, 4, len(self.lengths))
         order = np.argsort(self.lengths + jitter, kind="stable")
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -133,9 +133,9 @@ def in_order(count: int, batch_size: int) -> Iterator[range]:
 
 
 def draw_pairs(rewards: Sequence[float], rng: np.random.Generator) -> list[tuple[int, int]]:
-    """One (better, worse) pair for every row that has a partner: a random row of another reward.
+    """One (better, worse) pair for every row, with a random row of a different reward as its partner.
 
-    Rewards are numbers; a tie is never a pair. Raises UserError where all rewards are equal.
+    Ties never form a pair. Raises UserError if all rewards are equal.
     """
     values = np.asarray(rewards, dtype=np.float64)
     if len(values) < 2 or values.min() == values.max():

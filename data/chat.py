@@ -1,9 +1,9 @@
-"""Conversations to token ids: rendered by the model's own chat template, trained where the assistant speaks.
+"""From conversations to token ids: rendered by the model's own chat template, trained on the assistant's turns.
 
-Every turn of the assistant is trained, with the token that ends it; what the template, the system, the user and the
-tools say is not. The tokens are those that the model is given when it talks. A template that renders an earlier turn
-otherwise than when it was the last (some drop what was thought) would make that impossible in one text: such a
-conversation becomes one example per turn, each as the model would have met it.
+Every assistant turn is trained, including the token that ends it; template text and the turns of system, user and
+tools are not. The tokens are the same as at inference. Some templates render an earlier turn differently from the last
+one (dropping its reasoning, for example). Such a conversation becomes one example per assistant turn, each with the
+context that the model would see at inference.
 
     python -m pytest tests/test_chat.py
 """
@@ -20,9 +20,9 @@ Tools = list[Any] | None
 
 
 def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, reply: bool = False) -> Rendered:
-    """The text of a conversation. reply: ready for the assistant's next turn.
+    """The text of a conversation. reply: append the generation prompt for the assistant's next turn.
 
-    Raises UserError where the tokenizer has no chat template, or its template refuses the messages.
+    Raises UserError if the tokenizer has no chat template or the template rejects the messages.
     """
     from jinja2 import TemplateError
 
@@ -37,16 +37,16 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, rep
         )
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
         cause = " ".join(str(error).split())[:120]
-        raise UserError(f"the model's chat template cannot render the messages ({cause}); mend them") from None
+        raise UserError(f"the model's chat template cannot render the messages ({cause}); fix them") from None
 
 
 def encode_messages(
     tokenizer: Any, messages: Sequence[Message], tools: Tools = None, prefix: Sequence[int] = (), first_turn: int = 0
 ) -> list[Example]:
-    """Examples that train the assistant's turns of a conversation: one, or one per turn where it has to be.
+    """Examples that train the assistant's turns of a conversation: a single one if possible, otherwise one per turn.
 
-    first_turn: index of the message from which on turns are trained. Raises UserError as `render` does, and where the
-    assistant has no turn.
+    first_turn: index of the first message whose turn is trained. Raises UserError as `render` does, and if there is no
+    assistant turn.
     """
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first_turn]
     if not turns:
@@ -62,12 +62,12 @@ def encode_messages(
 
 
 def _one_turn(tokenizer, prompt: Rendered, messages: Sequence[Message], tools: Tools, prefix) -> Example:
-    """The last message after its prompt, as the template renders it, or else by its content."""
+    """The last message after its prompt: as the template renders it or, failing that, its plain content."""
     whole = render(tokenizer, messages, tools)
     if not whole.startswith(prompt):
         if not messages[-1].get("content") or messages[-1].get("tool_calls"):
             raise UserError(
-                "the model's chat template does not go on from its own prompt, so no tool call can be shown"
+                "the model's chat template does not continue its generation prompt, so tool calls cannot be rendered"
             )
         whole = prompt + _spaced(prompt, str(messages[-1]["content"]))
     turn = len(messages) - 1
@@ -75,7 +75,7 @@ def _one_turn(tokenizer, prompt: Rendered, messages: Sequence[Message], tools: T
 
 
 def _spaced(prompt: str, content: str) -> str:
-    """What a reply adds to a prompt that nothing separates it from."""
+    """The content, after a space if neither it nor the prompt provides one."""
     return content if not prompt or prompt[-1].isspace() or content[:1].isspace() else f" {content}"
 
 
@@ -88,23 +88,21 @@ def _all_turns(
     tools: Tools,
     prefix: Sequence[int],
 ) -> Example:
-    """One example of the whole text, trained from where a turn goes on from its prompt to the token that ends it."""
+    """One example of the whole text, in which each turn is trained from the end of its prompt to its end token."""
     tokens = encode_prompt(tokenizer, whole)
-    named = getattr(
-        tokenizer, "eos_token_ids", None
-    )  # mlx-lm's set of them; transformers' tokenizers have one id there
+    named = getattr(tokenizer, "eos_token_ids", None)  # a set in mlx-lm's tokenizers, a single id in transformers'
     eos = {tokenizer.eos_token_id} | (named if isinstance(named, set) else set())
     starts = [_shared(encode_prompt(tokenizer, prompt), tokens) for prompt in prompts]
     spans = []
     for turn, start, following in zip(turns, starts, [*starts[1:], len(tokens)], strict=True):
         limit = following
         if turn != turns[-1]:
-            # Where the template rendered the turn otherwise when it was the last, only the next prompt bounds it.
+            # If the template renders the turn differently when it is the last, only the next prompt bounds it.
             alone = encode_prompt(tokenizer, render(tokenizer, messages[: turn + 1], tools))
             limit = _shared(alone, tokens)
             limit = limit if limit > start else following
         spans.append((start, next((i + 1 for i in range(start, limit) if tokens[i] in eos), limit)))
-    # What a template puts after the last end, a newline say, is never written by the model.
+    # The model never writes what a template puts after the last end token, such as a newline.
     tokens = tokens[: spans[-1][1]]
     if tokens[-1] not in eos:
         tokens.append(tokenizer.eos_token_id)
@@ -114,6 +112,6 @@ def _all_turns(
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two texts begin with alike; a merge over the seam ends the count before it."""
+    """Length of the common prefix of two token sequences."""
     pairs = zip(first, second, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

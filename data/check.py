@@ -1,10 +1,10 @@
-"""What a folder of data holds, before anything is trained on it: rows, lengths, labels, duplicates, and every bad line.
+"""Inspect data before training on it: rows, lengths, labels, duplicates, and every invalid line.
 
     python -m data.check --data data --data-base increasing_mult_2_
     python -m data.check --data my_rows.jsonl --model mlx-community/Qwen3-0.6B-4bit --max-length 512
 
-Lengths are in tokens of --model's tokenizer; its weights are not opened. The first rows are shown as the model will see
-them, what is trained in ⟦ ⟧. Exit code 2 if there is a bad line. Leaves out mending: it writes nothing.
+Lengths are in tokens of --model's tokenizer; its weights are not loaded. The first rows are shown as the model will see
+them, with the trained parts in ⟦ ⟧. Exit code 2 if there is an invalid line. Nothing is written.
 """
 
 import argparse
@@ -38,10 +38,15 @@ from data.sources import SPLIT_NAMES, Source, find_split, whole
 from data.tokenizer import open_tokenizer
 
 KINDS = [*PREFERENCE_ROWS, ("messages", "answer"), *LANGUAGE_ROWS, *PROMPT_ROWS]
-KEYS = {key for keys in KINDS for key in keys} - {"reward"}  # what makes two rows the same
-WHOLE = ("preference pairs", "texts with rewards", "prompts", "prompts with answers")  # in which nothing is masked
+KEYS = {key for keys in KINDS for key in keys} - {"reward"}  # the keys by which two rows are compared
+WHOLE = (
+    "preference pairs",
+    "texts with rewards",
+    "prompts",
+    "prompts with answers",
+)  # kinds of rows in which nothing is masked
 BINS = 8  # of a histogram
-LABELS = 12  # so many different labels are counted one by one, and so many duplicates named
+LABELS = 12  # up to this many labels are counted one by one, and this many duplicates listed
 SHOWN = 1200  # characters of a row
 
 
@@ -57,7 +62,7 @@ class Settings:
 
 @dataclass
 class Report:
-    """What one split holds. lengths: tokens per row; targets: how many of them are trained, after the cut."""
+    """The contents of one split. lengths: tokens per row; targets: trained tokens per row, after truncation."""
 
     name: str
     source: Source
@@ -76,9 +81,13 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     add_data_flags(parser)
     add_feature_flags(parser, ("answer",))
-    parser.add_argument("--model", default="tiny-digits", help="whose tokenizer counts: a folder or Hugging Face name")
-    parser.add_argument("--max-length", "--max-seq-length", type=int, default=2048, help="tokens a row is cut to")
-    parser.add_argument("--rows", type=int, default=3, help="first rows of each split to show")
+    parser.add_argument(
+        "--model", default="tiny-digits", help="model whose tokenizer is used: a folder or Hugging Face name"
+    )
+    parser.add_argument(
+        "--max-length", "--max-seq-length", type=int, default=2048, help="tokens to which rows are truncated"
+    )
+    parser.add_argument("--rows", type=int, default=3, help="number of first rows of each split to show")
     args = parser.parse_args()
     positive("max-length", args.max_length)
     positive("rows", args.rows, zero=True)
@@ -86,7 +95,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def sources(data: str, base: str) -> list[tuple[str, Source]]:
-    """The splits that there are, by name; for one file, that file. Raises UserError where there is none."""
+    """The existing splits by name; for a single file, that file. Raises UserError if there is none."""
     if Path(data).is_file():
         return [(Path(data).name, whole(data))]
     found: list[tuple[str, Source]] = []
@@ -102,7 +111,7 @@ def sources(data: str, base: str) -> list[tuple[str, Source]]:
 
 
 def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Report:
-    """Look at every row of a split; a row that does not fit is counted as a bad line and left out of the rest."""
+    """Read every row of a split; invalid rows are listed as bad lines and otherwise ignored."""
     report = Report(name, source)
     for place, row in progress(checked_rows(source, KINDS, settings.features, chat=True), name):
         try:
@@ -129,7 +138,7 @@ def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Repor
 
 
 def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Example]]:
-    """What kind of row this is, and its examples: as sft.py encodes it, or for a prompt as PPO does."""
+    """The kind of a row and its examples: as sft.py encodes it, or as PPO does for a prompt."""
     if "chosen" in row:
         return "preference pairs", preference_examples(tokenizer, row)
     if "reward" in row:
@@ -144,7 +153,7 @@ def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Examp
 
 
 def progress(rows, name: str):
-    """The rows, with a bar where someone is watching."""
+    """The rows, with a progress bar on a terminal."""
     from tqdm import tqdm
 
     return tqdm(rows, desc=name, unit="row", leave=False, disable=None)
@@ -154,7 +163,7 @@ def progress(rows, name: str):
 
 
 def show(report: Report, tokenizer: Any, max_length: int) -> None:
-    """Print what one split holds, but for its bad lines."""
+    """Print the report of one split, except for its bad lines."""
     count = len(report.lengths)
     print(bold(f"{report.name}: {report.source}"))
     kinds = ", ".join(f"{kind}: {number:,}" for kind, number in report.kinds.most_common()) or "no good row"
@@ -162,15 +171,15 @@ def show(report: Report, tokenizer: Any, max_length: int) -> None:
     if not count:
         return
     cut = sum(length > max_length for length in report.lengths)
-    lost = f"; with nothing left to train: {report.untrained:,}" if report.untrained else ""
-    print(f"  longer than {max_length:,} tokens, so to be cut: {cut:,}{lost}")
+    lost = f"; with no trained token left: {report.untrained:,}" if report.untrained else ""
+    print(f"  truncated, as longer than {max_length:,} tokens: {cut:,}{lost}")
     lengths = np.array(report.lengths)
     print(
-        f"  tokens a row: shortest {lengths.min():,}, median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}, "
-        f"95 % up to {np.percentile(lengths, 95):,.0f}, longest {lengths.max():,}"
+        f"  tokens per row: shortest {lengths.min():,}, median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}, "
+        f"95th percentile {np.percentile(lengths, 95):,.0f}, longest {lengths.max():,}"
     )
     trained = f", {sum(report.targets):,} of them trained" if any(report.targets) else ""
-    print(f"  tokens in all: {lengths.sum():,}{trained}")
+    print(f"  tokens in total: {lengths.sum():,}{trained}")
     bars(binned(report.lengths))
     if report.rewards:
         few = len(set(report.rewards)) <= LABELS
@@ -181,7 +190,7 @@ def show(report: Report, tokenizer: Any, max_length: int) -> None:
         more = f", the {LABELS} most frequent" if len(report.answers) > LABELS else ""
         print(f"  answers: {len(report.answers):,} different{more}")
         bars([(" ".join(answer.split())[:24], number) for answer, number in report.answers.most_common(LABELS)])
-    show_repeated("rows that come again", [places for places in report.places.values() if len(places) > 1])
+    show_repeated("repeated rows", [places for places in report.places.values() if len(places) > 1])
     for place, examples in report.first:
         for example in examples:
             text = marked(tokenizer, truncate(example, max_length))
@@ -190,7 +199,7 @@ def show(report: Report, tokenizer: Any, max_length: int) -> None:
 
 
 def show_repeated(what: str, groups: Sequence[Sequence[str]]) -> None:
-    """Print how often something comes again, and the first places."""
+    """Print how often rows are repeated, and where first."""
     if not groups:
         return
     print(f"  {what}: {sum(len(places) - 1 for places in groups):,}")
@@ -202,7 +211,7 @@ def show_repeated(what: str, groups: Sequence[Sequence[str]]) -> None:
 
 
 def across(reports: Sequence[Report]) -> list[list[str]]:
-    """For every row that is in several splits: its first place in each."""
+    """For every row that occurs in several splits: its first place in each."""
     seen: dict[Any, list[str]] = defaultdict(list)
     for report in reports:
         for content, places in report.places.items():
@@ -211,7 +220,7 @@ def across(reports: Sequence[Report]) -> list[list[str]]:
 
 
 def binned(values: Sequence[float]) -> list[tuple[str, int]]:
-    """A histogram as (range, count), with whole bounds for whole values."""
+    """A histogram as (range, count), with integer bounds for integer values."""
     low, high = min(values), max(values)
     if all(isinstance(value, int) for value in values):
         width = max(-(-(high - low + 1) // BINS), 1)
@@ -223,7 +232,7 @@ def binned(values: Sequence[float]) -> list[tuple[str, int]]:
 
 
 def bars(rows: Sequence[tuple[str, int]]) -> None:
-    """Print a bar per row, the longest as wide as the terminal allows."""
+    """Print a bar per row, scaled to the width of the terminal."""
     label = max(len(name) for name, _ in rows)
     number = max(len(f"{count:,}") for _, count in rows)
     room = max(min(shutil.get_terminal_size().columns - label - number - 8, 60), 10)
@@ -234,13 +243,13 @@ def bars(rows: Sequence[tuple[str, int]]) -> None:
 
 
 def marked(tokenizer: Any, example: Example) -> str:
-    """The text of an example as its tokens say it, what is trained in ⟦ ⟧; cut after SHOWN characters."""
+    """The decoded text of an example, with the trained parts in ⟦ ⟧; truncated after SHOWN characters."""
     targets = [0, *collate([example], 0, multiple=1).targets[0]]
     before, shown, start = "", "", 0
     for target, group in groupby(targets):
         end = start + len(list(group))
         text = tokenizer.decode(example.tokens[:end])
-        # What the tokens add to the text before them: by themselves they might lose a space.
+        # The difference to the text before it: decoded by themselves, tokens might lose a leading space.
         piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(example.tokens[start:end])
         before, start = text, end
         shown += green(f"⟦{piece}⟧") if target else piece
@@ -252,12 +261,12 @@ def _styled(code: str, text: str) -> str:
 
 
 def bold(text: str) -> str:
-    """`text` in bold, where a terminal shows it."""
+    """`text` in bold on a terminal."""
     return _styled("1", text)
 
 
 def green(text: str) -> str:
-    """`text` in green, where a terminal shows it."""
+    """`text` in green on a terminal."""
     return _styled("32", text)
 
 
@@ -274,7 +283,7 @@ def main() -> None:
     shared, bad = across(reports), [line for report in reports for line in report.bad]
     if shared:
         print(bold("across the splits"))
-        show_repeated("rows that are in several splits", shared)
+        show_repeated("rows in several splits", shared)
         print()
     if bad:
         print(bold("bad lines"))

@@ -1,4 +1,4 @@
-"""From token ids back to text, with the tokenizer of either framework."""
+"""From token ids back to text, for both frameworks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,10 @@ from typing import Any
 def completion_texts(
     tokenizer: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> tuple[list[str], list[str]]:
-    """The texts of prompts and completions, such that prompt + completion is the text of the whole.
+    """The texts of prompts and completions, such that prompt + completion is the decoded sequence.
 
-    A completion decoded by itself would lose its leading space, so it is what the whole has beyond the prompt.
-    Special tokens (EOS) are left out. Used for scoring and for people; training keeps the ids.
+    A completion decoded by itself would lose its leading space, so it is taken as the rest of the decoded sequence.
+    Special tokens such as EOS are dropped. For scoring and display only; training keeps the ids.
     """
     prompt_texts = [tokenizer.decode(list(p), skip_special_tokens=True) for p in prompts]
     wholes = [tokenizer.decode([*p, *c], skip_special_tokens=True) for p, c in zip(prompts, completions, strict=True)]

@@ -1,7 +1,7 @@
-"""The digit rule: how far a text is a strictly increasing (or decreasing) run of multiples of n.
+"""The digit rule: how much of a text is a strictly increasing (or decreasing) run of multiples of n.
 
-The one scoring function of the digit task: the data generator labels rows with it, rewards/digits.py makes it a
-reward, and the demo measures with it. Here also: which first numbers there are, and which of them are held out.
+The only scoring function of the digit task: the data generator labels rows with it, rewards/digits.py wraps it as a
+reward, and the demo evaluates with it. Also the possible first numbers, and those that are held out.
 
     DigitRule(increasing=True, multiple_of=2).score("8 20 22 30 36")  ->  1.0
 """
@@ -15,10 +15,10 @@ INCREASING_STARTS = (0, 200)  # both ends included
 DECREASING_STARTS = (100, 1000)
 MAX_STEP = 50
 
-FULL_LENGTH = 5  # a shorter text cannot score 1, else stopping after one good number were the best policy
+FULL_LENGTH = 5  # shorter texts cannot score 1; otherwise stopping after one good number would be optimal
 
-# Plain decimal integers only: `int` alone would also take "1_000", "+4" and the digits of other scripts, none
-# of which the data holds. 640 digits is the lowest limit that `int` can be set to, so it cannot raise.
+# Plain decimal integers only: `int` alone would also accept "1_000", "+4" and digits of other scripts. 640 digits is
+# the lowest limit that `int` can be configured to, so it cannot raise.
 _INTEGER = re.compile(r"-?[0-9]{1,640}")
 
 
@@ -38,14 +38,14 @@ class DigitRule:
 
     @property
     def name(self) -> str:
-        """The rule as it stands in file names: `increasing_mult_2`."""
+        """The rule as used in file names: `increasing_mult_2`."""
         return f"{'increasing' if self.increasing else 'decreasing'}_mult_{self.multiple_of}"
 
     def score(self, text: str) -> float:
-        """Length of the leading run that keeps the rule, over max(number of words, 5); in 0..1.
+        """Length of the leading run that follows the rule, divided by max(number of words, 5); in 0..1.
 
-        Words are what white space separates. A word that is no plain decimal integer is passed over, but counts as
-        a word; no text raises. The empty text scores 0.
+        Words are separated by white space. A word that is not a plain decimal integer is skipped but still counts as a
+        word. Never raises; the empty text scores 0.
         """
         words = text.split()
         run = 0
@@ -73,10 +73,10 @@ def starts(rule: DigitRule) -> list[int]:
 
 
 def held_out_starts(rule: DigitRule) -> list[int]:
-    """The starts that PPO is not trained on: every tenth of the rule's, from the eighth on.
+    """The starts that PPO does not train on: every tenth multiple of n, beginning with the eighth.
 
-    Where there are fewer than eight, the last one, unless it is the only one. For n = 1 they go in pairs (14, 15, 34,
-    35, ...), so that they include those of n = 2; the embedded model is not trained on these.
+    If there are fewer than eight multiples, the last one; a single multiple is not held out. For n = 1 they come in
+    pairs (14, 15, 34, 35, ...), which include those of n = 2; the embedded model is not trained on these.
     """
     every = starts(rule)
     if rule.multiple_of == 1:
@@ -89,5 +89,5 @@ def digit_prompts(rule: DigitRule) -> list[str]:
     held_out = held_out_starts(rule)
     prompts = [str(start) for start in starts(rule) if start not in held_out]
     if not prompts:
-        raise UserError(f"no start between the rule's bounds is a multiple of {rule.multiple_of}; use a smaller one")
+        raise UserError(f"no start within the rule's range is a multiple of {rule.multiple_of}; use a smaller one")
     return prompts

@@ -1,6 +1,6 @@
-"""Rows to examples: which tokens a row becomes, and which of them are trained.
+"""From rows to examples: the tokens of a row, and which of them are trained.
 
-Text is taken as it is; what is given as messages goes through the chat template (data.chat).
+Text is used as it is; messages are rendered by the chat template (data.chat).
 
     python -m pytest tests/test_examples.py
 """
@@ -20,9 +20,9 @@ PROMPT_ROWS = [("prompt", "answer"), ("messages", "answer"), ("prompt",), ("mess
 
 
 def language_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = (), mask_prompt: bool = True) -> list[Example]:
-    """The examples of a row of LANGUAGE_ROWS: mostly one (see data.chat).
+    """The examples of a row of LANGUAGE_ROWS: usually one (see data.chat).
 
-    Trained are the completion, or the assistant's turns, and all of a plain text; without mask_prompt all of any row.
+    The completion, the assistant's turns, or all of a plain text are trained; without mask_prompt, all of every row.
     """
     if "messages" in row:
         examples = encode_messages(tokenizer, row["messages"], row.get("tools"), prefix)
@@ -41,7 +41,7 @@ def language_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = (), mask
 
 
 def preference_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = ()) -> list[Example]:
-    """Chosen and rejected of a row of PREFERENCE_ROWS, each after the prompt; or the text of a row with a reward."""
+    """Chosen and rejected text of a row of PREFERENCE_ROWS, each with the prompt; or the text of a scored row."""
     if "text" in row:
         return [encode_text(tokenizer, row["text"], prefix)]
     prompt = row.get("messages", row.get("prompt", ""))
@@ -54,7 +54,7 @@ def preference_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = ()) ->
 
 
 def row_prompt(tokenizer: Any, row: Row) -> str:
-    """The prompt of a row of PROMPT_ROWS; of messages, all that stands before the assistant's last words."""
+    """The prompt of a row of PROMPT_ROWS; for messages, everything before the assistant's final turn."""
     prompt = row["messages"] if "messages" in row else row["prompt"]
     if isinstance(prompt, str):
         return prompt
@@ -63,5 +63,5 @@ def row_prompt(tokenizer: Any, row: Row) -> str:
 
 
 def as_messages(part: str | list[Message], role: str) -> list[Message]:
-    """Messages as they are, text as one message of `role`."""
+    """Messages unchanged; text as one message of `role`."""
     return part if isinstance(part, list) else [{"role": role, "content": part}]

@@ -1,6 +1,6 @@
-"""Prompts for PPO: the rows of a file or data set, perhaps with answers (starts of the digit rule: data/digits.py).
+"""Prompts for PPO: the rows of a file or data set, with or without answers (starts of the digit rule: data/digits.py).
 
-Which come when depends on (seed, step).
+The prompts of a step are a function of (seed, step).
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,18 +16,18 @@ from data.sources import whole
 
 
 def read_prompts(source: str | Path, tokenizer: Any = None, features: Mapping[str, str] | None = None) -> list[str]:
-    """The prompt of every row; where rows hold messages, rendered by the tokenizer's chat template."""
+    """The prompt of every row; messages are rendered by the tokenizer's chat template."""
     return [prompt for prompt, _ in _prompt_rows(source, tokenizer, features)]
 
 
 def read_answers(
     source: str | Path, tokenizer: Any = None, features: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Prompt → answer of rows that have both. Raises UserError where a row has none, or a prompt has two."""
+    """Prompt → answer. Raises UserError if a row has no answer, or a prompt has two different ones."""
     answers: dict[str, str] = {}
     for prompt, row in _prompt_rows(source, tokenizer, features, PROMPT_ROWS[:2]):
         if answers.setdefault(prompt, row["answer"]) != row["answer"]:
-            raise UserError(f"{source} gives the prompt {prompt!r:.60} two answers; keep one of its rows")
+            raise UserError(f"{source} has two answers for the prompt {prompt!r:.60}; keep one of its rows")
     return answers
 
 
@@ -39,7 +39,7 @@ def _prompt_rows(
 
 
 class PromptPlan:
-    """Which prompts a step gets: all of them once before any comes again, in a new order each time."""
+    """The prompts of each step: every prompt once before any is repeated, in a new order each time."""
 
     def __init__(self, prompts: Sequence[str], seed: int):
         self.prompts, self.seed = prompts, seed

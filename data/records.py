@@ -1,4 +1,4 @@
-"""Reading and validating rows: what a user's rows may look like, and where they are wrong.
+"""Reading and validating rows: the accepted forms, and errors that name the line.
 
 A row is one of
     {"text"}                                  plain text
@@ -8,8 +8,8 @@ A row is one of
     {"chosen", "rejected"} or with "prompt"   preference pairs
     {"prompt"} or {"prompt", "answer"}        prompts for PPO
 
-Where a caller allows it, prompt, completion, chosen and rejected may be messages, too: [{"role", "content"}, ...].
-Other names of the same things are understood (SPELLINGS), and a user's own are given as `features`.
+Where the caller allows it, prompt, completion, chosen and rejected may also be messages: [{"role", "content"}, ...].
+Some other key names are recognised (SPELLINGS); a user's own are passed as `features`.
 
     python -m pytest tests/test_records.py
 """
@@ -26,11 +26,11 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Message = dict[str, Any]
 
-# What a key is called where it is missing: the data sets that say "Input" and "Output", and ShareGPT's conversations.
+# Names to try for a missing key: those of data sets with "Input" and "Output", and of ShareGPT.
 SPELLINGS = {"prompt": "Input", "completion": "Output", "answer": "Output", "messages": "conversations"}
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 MESSAGE_KEYS = ("prompt", "completion", "chosen", "rejected", "messages")
-# The flags by which a user names keys, --text-feature and so on (mlx-lm's names), and the key of each.
+# The flags that rename keys, --text-feature and so on (mlx-lm's names), and the key of each.
 FEATURE_FLAGS = {"text": "text", "prompt": "prompt", "completion": "completion", "chat": "messages"}
 FEATURE_FLAGS |= {key: key for key in ("reward", "chosen", "rejected", "answer")}
 
@@ -38,11 +38,11 @@ FEATURE_FLAGS |= {key: key for key in ("reward", "chosen", "rejected", "answer")
 def read_rows(
     source: Source, required: Sequence[Sequence[str]], features: Mapping[str, str] | None = None, chat: bool = False
 ) -> list[Row]:
-    """The rows of `source`, each of which must have all keys of at least one alternative in `required`.
+    """The rows of `source`. Each must have all keys of at least one alternative in `required`.
 
-    features: what the source calls a key, where it has another name. chat: whether MESSAGE_KEYS may hold messages; they
-    come as lists of {"role", "content", ...}. Blank lines are skipped. Raises UserError with file and line number at
-    the first row that does not fit, and where the source is missing or has no row.
+    features: key → its name in the source, where that differs. chat: whether MESSAGE_KEYS may hold messages, which are
+    returned as lists of {"role", "content", ...}. Blank lines are skipped. Raises UserError with file and line number
+    for the first invalid row, and if the source is missing or empty.
     """
     return [row for _, row in located_rows(source, required, features, chat)]
 
@@ -50,7 +50,7 @@ def read_rows(
 def located_rows(
     source: Source, required: Sequence[Sequence[str]], features: Mapping[str, str] | None = None, chat: bool = False
 ) -> list[tuple[str, Row]]:
-    """As `read_rows`, each row with its place: FILE:LINE, or NAME, row N."""
+    """Like `read_rows`, with the place of each row: FILE:LINE, or NAME, row N."""
     rows = []
     for place, row in checked_rows(source, required, features, chat):
         if isinstance(row, UserError):
@@ -64,7 +64,7 @@ def located_rows(
 def checked_rows(
     source: Source, required: Sequence[Sequence[str]], features: Mapping[str, str] | None = None, chat: bool = False
 ) -> Iterator[tuple[str, Row | UserError]]:
-    """As `located_rows`, but a row that does not fit comes as its UserError, and there may be none."""
+    """Like `located_rows`, but an invalid row is yielded as its UserError, and the source may be empty."""
     for place, content in contents(source):
         try:
             yield place, _row(content, place, required, features or {}, chat)
@@ -73,13 +73,13 @@ def checked_rows(
 
 
 def feature_names(flags: object) -> dict[str, str]:
-    """The `features` of `read_rows` that a script's flags name, by the attributes `text_feature` and so on."""
+    """The `features` argument of `read_rows` from a script's flags (attributes `text_feature` and so on)."""
     given = {key: getattr(flags, f"{kind}_feature", None) for kind, key in FEATURE_FLAGS.items()}
     return {key: name for key, name in given.items() if name}
 
 
 def located(place: str, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, in whose UserError the place of the row it is about is named."""
+    """Call `function(*arguments)`; a UserError it raises is prefixed with `place`."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -92,7 +92,7 @@ def _row(content: Any, place: str, required: Sequence[Sequence[str]], features: 
     if not isinstance(content, dict):
         raise UserError(f"{place} is {type(content).__name__}, not an object; write {_example(required[0], features)}")
     row = _renamed(content, features, {key for keys in required for key in keys})
-    # What the user has named is what is meant, where a row would serve for several.
+    # If a row fits several alternatives, the one with keys that the user named wins.
     ranked = sorted(required, key=lambda keys: -sum(key in features for key in keys))
     keys = next((keys for keys in ranked if all(key in row for key in keys)), None)
     if keys is None:
@@ -123,7 +123,7 @@ def _checked(value: Any, key: str, place: str, chat: bool) -> Any:
         return _messages(value if isinstance(value, list) else [value], key, place)
     if key == "messages" or not isinstance(value, str):
         wanted = "a string" if key != "messages" else 'a list such as [{"role": "user", "content": "..."}]'
-        raise UserError(f"{place} has {key!r} of type {type(value).__name__}; it has to be {wanted}")
+        raise UserError(f"{place} has {key!r} of type {type(value).__name__}; it must be {wanted}")
     return value
 
 
@@ -132,17 +132,17 @@ def _messages(value: list[Any], key: str, place: str) -> list[Message]:
         raise UserError(f"{place} has no message in {key!r}; write at least one")
     messages = []
     for number, message in enumerate(value, 1):
-        where = f"{place} has as message {number} of {key!r} "
+        where = f"{place} has an invalid message {number} in {key!r}: "
         if not isinstance(message, dict):
             raise UserError(f'{where}{message!r:.60}; write {{"role": "user", "content": "..."}}')
-        # Arrow fills the keys that only some messages have with null.
+        # Arrow fills keys that only some messages have with null.
         given = {name: part for name, part in message.items() if part is not None}
         if "from" in given and "role" not in given:
             given = {"role": ROLES.get(given["from"], given["from"]), "content": given.get("value")}
         if not isinstance(given.get("role"), str):
             raise UserError(f'{where}one without a "role"; write {{"role": "user", "content": "..."}}')
         if not isinstance(given.get("content", ""), str | list) or not ({"content", "tool_calls"} & given.keys()):
-            raise UserError(f'{where}one whose "content" is {given.get("content")!r:.40}; it has to be a string')
+            raise UserError(f'{where}one whose "content" is {given.get("content")!r:.40}; it must be a string')
         messages.append({"content": "", **given})
     return messages
 
@@ -153,7 +153,7 @@ def _tools(value: Any, place: str) -> list[Any]:
     except ValueError:
         tools = None
     if not isinstance(tools, list):
-        raise UserError(f"{place} has the tools {value!r:.60}; they have to be a list of JSON schemas")
+        raise UserError(f"{place} has the tools {value!r:.60}; they must be a list of JSON schemas")
     return tools
 
 
@@ -164,7 +164,7 @@ def _number(value: Any, place: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{place} has the reward {value!r:.80}; it has to be a finite number")
+        raise UserError(f"{place} has the reward {value!r:.80}; it must be a finite number")
     return number
 
 

@@ -1,7 +1,7 @@
 """Where rows come from: a `.jsonl`, a folder that datasets' `save_to_disk` wrote, or a data set of Hugging Face's hub.
 
-pyarrow, which reads such folders, and datasets, which downloads, are optional and imported only then. Leaves out what
-a row has to hold: data.records.
+The optional packages pyarrow (which reads such folders) and datasets (which downloads) are imported only if needed.
+What a row must contain: data.records.
 
     python -m pytest tests/test_sources.py
 """
@@ -22,12 +22,12 @@ from common.files import read_json
 INSTALL_ARROW = "pip install pyarrow"
 INSTALL_HUB = "pip install datasets"
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
-HELD_OUT = 0.1  # share of the training rows that validates where a data set has no split for that
-HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, perhaps with :CONFIGURATION
+HELD_OUT = 0.1  # share of the training rows used for validation if there is no validation split
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, optionally with :CONFIGURATION
 
 
 class Split(NamedTuple):
-    """A split of a data set, or the share of its rows between `start` and `end` (0..1). folder: a saved one."""
+    """A split of a data set, or its rows from share `start` to share `end` (0..1). folder: of a saved data set."""
 
     data: str
     split: str
@@ -46,9 +46,9 @@ Source = str | Path | Split
 def find_split(data: str | Path, base: str, split: str) -> Path | Split:
     """Where the rows of `split` (train, valid or test) are: `DATA/BASEsplit.jsonl`, or a split of a data set.
 
-    data: a folder of .jsonl files, a folder of `save_to_disk`, or OWNER/NAME[:CONFIGURATION] on the hub. Where a data
-    set has no split to validate on, that is the last tenth of its training rows. Raises UserError that lists what is
-    there instead.
+    data: a folder of .jsonl files, a folder of `save_to_disk`, or OWNER/NAME[:CONFIGURATION] on the hub. A data set
+    without a validation split is validated on the last tenth of its training rows. Raises a UserError that lists what
+    there is instead.
     """
     folder = Path(data)
     if is_saved(folder):
@@ -75,9 +75,9 @@ def _jsonl_split(folder: Path, base: str, split: str) -> Path:
     if path.is_file():
         return path
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is no folder; name the one that holds {base}{split}.jsonl")
+        raise UserError(f"--data {folder} is not a folder; name the one that contains {base}{split}.jsonl")
     bases = sorted(p.name.removesuffix(f"{split}.jsonl") for p in folder.glob(f"*{split}.jsonl"))
-    found = f"there are the bases {', '.join(map(repr, bases))}" if bases else "there is none for any base"
+    found = f"existing bases: {', '.join(map(repr, bases))}" if bases else "nor for any other base"
     raise UserError(f"{path} does not exist; {found}: set --data and --data-base")
 
 
@@ -89,12 +89,14 @@ def _choose(data: str, split: str, folders: Mapping[str, Path | None]) -> Split:
     if name is None and split == "valid" and "train" in folders:
         return Split(data, "train", folders["train"], 1 - HELD_OUT, 1.0)
     if name is None:
-        raise UserError(f"{data} has the splits {', '.join(folders)}, none of which is for {split}; name other --data")
+        raise UserError(
+            f"{data} has the splits {', '.join(folders)}, none of which serves as {split}; name other --data"
+        )
     return Split(data, name, folders[name], 0.0, 1 - HELD_OUT if split == "train" and held_out else 1.0)
 
 
 def is_hub_name(data: str) -> bool:
-    """Whether `data` could be a data set on the hub: OWNER/NAME, perhaps with :CONFIGURATION, and no .jsonl."""
+    """Whether `data` could name a data set on the hub: OWNER/NAME, optionally with :CONFIGURATION; not a .jsonl."""
     return bool(HUB_NAME.fullmatch(data)) and not data.endswith((".json", ".jsonl"))
 
 
@@ -104,7 +106,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_splits(folder: Path) -> dict[str, Path]:
-    """The folders of a saved data set by the names of their splits; one without splits is "train"."""
+    """Split name → folder of a saved data set; one without splits counts as "train"."""
     if (folder / "dataset_dict.json").is_file():
         splits = {str(name): folder / str(name) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
         if splits:
@@ -115,13 +117,13 @@ def saved_splits(folder: Path) -> dict[str, Path]:
 
 
 def contents(source: Source) -> Iterator[tuple[str, Any]]:
-    """(place, row) of every row of `source`, unchecked; a line that is no JSON comes as the UserError that says so.
+    """(place, row) of every row of `source`, unchecked; a line that is not JSON is yielded as its UserError.
 
-    place is FILE:LINE, or NAME, row N. Raises UserError where nothing can be read at all.
+    place is FILE:LINE, or NAME, row N. Raises UserError if nothing can be read at all.
     """
     if isinstance(source, Split):
         rows = arrow_rows(source.folder) if source.folder else _downloaded(source.data)[source.split]
-        # At least one row is held out of two or more.
+        # Of two or more rows at least one is held out.
         bounds = [min(round(share * len(rows)), len(rows) - (0 < share < 1)) for share in (source.start, source.end)]
         name = source.folder or f"{source.data} ({source.split})"
         return ((f"{name}, row {n + 1}", rows[n]) for n in range(*bounds))
@@ -133,7 +135,7 @@ def contents(source: Source) -> Iterator[tuple[str, Any]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        # Not splitlines(), which also breaks at U+2028 and others that a JSON string may hold as they are.
+        # Not splitlines(): it also splits at U+2028 and others, which may occur unescaped in JSON strings.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
@@ -150,7 +152,7 @@ def _parsed(line: str, place: str) -> Any:
 
 
 def arrow_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of one saved split. Raises UserError where pyarrow is missing or a file cannot be read."""
+    """The rows of one saved split. Raises UserError if pyarrow is missing or a file cannot be read."""
     state = read_json(folder / "state.json")
     return [row for file in state.get("_data_files", []) for row in _arrow_file(folder / Path(file["filename"]).name)]
 
@@ -165,33 +167,33 @@ def _arrow_file(file: Path) -> list[dict[str, Any]]:
             return arrow.ipc.open_stream(mapped).read_all().to_pylist()
     except (OSError, arrow.ArrowException) as error:
         raise UserError(
-            f"{file} cannot be read as Arrow ({' '.join(str(error).split())[:100]}); save it anew"
+            f"{file} cannot be read as Arrow ({' '.join(str(error).split())[:100]}); save it again"
         ) from None
 
 
 @functools.cache
 def _downloaded(data: str) -> Any:
-    """The splits of the hub's data set OWNER/NAME[:CONFIGURATION], by name. Downloads once; then from its cache."""
+    """The splits, by name, of the hub's data set OWNER/NAME[:CONFIGURATION]: downloaded once, then cached."""
     try:
         import datasets  # optional
         import huggingface_hub
     except ImportError:
-        raise UserError(f"{data} is no folder here; to read it from the Hugging Face hub: {INSTALL_HUB}") from None
+        raise UserError(f"{data} is not a local folder; to read it from the Hugging Face hub: {INSTALL_HUB}") from None
     name, _, configuration = data.partition(":")
     if not _hub_answers():
-        # Its retries would take a minute; so it looks into its cache at once, or says that it may not ask.
+        # Its retries would take a minute. Offline, it uses its cache or fails at once.
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(name, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(
-            f"{data} is no folder here, and the Hugging Face hub did not give it ({cause}); check name and network"
+            f"{data} is not a local folder, and the Hugging Face hub did not give it ({cause}); check name and network"
         ) from None
 
 
 def _hub_answers() -> bool:
-    """Whether there is a way to the hub. Behind a proxy that cannot be told beforehand, and is taken for granted."""
+    """Whether the hub can be reached; assumed behind a proxy, where that cannot be tested."""
     import huggingface_hub
 
     if urllib.request.getproxies():

@@ -22,7 +22,9 @@ def open_tokenizer(name: str) -> Any:
     try:
         return _open(folder, _configured_eos(folder))
     except OPENING_ERRORS as error:
-        raise UserError(f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is whole") from None
+        raise UserError(
+            f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is complete"
+        ) from None
 
 
 def _configured_eos(folder: Path) -> int | list[int] | None:

@@ -1,8 +1,7 @@
-"""What an adapter is on disk, the same for MLX and PyTorch: its description, its files, and when it fits a model.
+"""Adapters on disk, for MLX and PyTorch alike: their configuration, their files, and whether they fit a model.
 
-A folder of peft's is described as one of ours (models.peft_format). Imports neither framework, so that
-pytorch_ppo_training.py reads what models.adapters wrote, and the other way round. Leaves out the weights:
-models.adapters and models.torch_adapters.
+A peft folder is described like one of ours (models.peft_format). Imports neither framework, so that each reads what the
+other wrote. Not here: the weights (see models.adapters and models.torch_adapters).
 """
 
 from collections.abc import Mapping
@@ -24,14 +23,14 @@ HEAD_FILE = "value_head.safetensors"
 
 @dataclass
 class AdapterConfig:
-    """What is needed to put an adapter on its base again; saved as `adapter_config.json` (mlx-lm's names)."""
+    """All that is needed to attach an adapter to its base; saved as `adapter_config.json` (mlx-lm's names)."""
 
     fine_tune_type: str = "lora"
     num_layers: int = 16
     lora_parameters: dict[str, Any] = field(default_factory=lambda: {"rank": 8, "scale": 10.0, "dropout": 0.0})
     num_prompt_tokens: int = 32
     model: str = ""
-    provenance: list[dict[str, Any]] = field(default_factory=list)  # the runs that made it (training.metrics)
+    provenance: list[dict[str, Any]] = field(default_factory=list)  # the runs that produced it (training.metrics)
 
     def __post_init__(self):
         if self.fine_tune_type not in FINE_TUNE_TYPES:
@@ -39,16 +38,16 @@ class AdapterConfig:
             raise UserError(f"fine_tune_type {self.fine_tune_type!r} is unknown; use one of {known}")
 
     def check_lora(self) -> None:
-        """Raise UserError for a LoRA or DoRA of no layers or no rank."""
+        """Raise UserError for a LoRA or DoRA without layers or without rank."""
         if self.num_layers == 0 or self.num_layers < -1:
             given = self.num_layers
             raise UserError(f"--lora-layers is {given}; give the number of last layers to adapt, or -1 for all")
         if self.lora_parameters["rank"] < 1:
-            raise UserError(f"LoRA rank is {self.lora_parameters['rank']}; it has to be at least 1")
+            raise UserError(f"LoRA rank is {self.lora_parameters['rank']}; it must be at least 1")
 
 
 class AdapterFiles(NamedTuple):
-    """Where an adapter's parts lie. single: one file holds the weights, and the value head if there is one.
+    """The files of an adapter. single: one file holds the weights and, if there is one, the value head.
 
     peft: the tensors have peft's names and layout.
     """
@@ -61,9 +60,9 @@ class AdapterFiles(NamedTuple):
 
 
 def find_adapter(path: str | Path) -> AdapterFiles:
-    """The parts of an adapter: a folder of mlx-lm's or of peft's, or a single file.
+    """The files of an adapter: an mlx-lm folder, a peft folder, or a single file.
 
-    Raises UserError where a part is missing or malformed.
+    Raises UserError if one is missing or malformed.
     """
     path = Path(path).expanduser()
     if not path.exists():
@@ -73,7 +72,7 @@ def find_adapter(path: str | Path) -> AdapterFiles:
     peft = peft_format.is_peft(description)
     weights = path if single else path / (peft_format.WEIGHTS_FILE if peft else "adapters.safetensors")
     if not weights.is_file():
-        raise UserError(f"{weights} does not exist, so {path} is no whole adapter; train it again")
+        raise UserError(f"{weights} does not exist, so {path} is an incomplete adapter; train it again")
     if peft:
         return AdapterFiles(path, _read_peft(description, weights), weights, single=False, peft=True)
     return AdapterFiles(path, _read_config(description, path), weights, single)
@@ -81,12 +80,12 @@ def find_adapter(path: str | Path) -> AdapterFiles:
 
 def _read_config(description: Any, path: Path) -> AdapterConfig:
     if not isinstance(description, dict):
-        raise UserError(f"{path} has a JSON that is no description of an adapter; train it again")
+        raise UserError(f"{path} has JSON that is not a description of an adapter; train it again")
     known = {key: description[key] for key in AdapterConfig.__dataclass_fields__ if key in description}
     config = AdapterConfig(**known)
     lora = config.lora_parameters
     if not isinstance(lora, dict) or not {"rank", "scale", "dropout"} <= lora.keys():
-        raise UserError(f"{path} has the lora_parameters {lora!r}; they have to name rank, scale and dropout")
+        raise UserError(f"{path} has the lora_parameters {lora!r}; they must contain rank, scale and dropout")
     return config
 
 
@@ -96,11 +95,11 @@ def _read_peft(description: dict[str, Any], weights: Path) -> AdapterConfig:
             names = list(file.keys())
         return AdapterConfig(**peft_format.our_settings(description, names, weights.parent))
     except (KeyError, SafetensorError) as error:
-        raise UserError(f"{weights.parent} is no whole peft adapter ({error}); save it again") from None
+        raise UserError(f"{weights.parent} is an incomplete peft adapter ({error}); save it again") from None
 
 
 def check_fit(expected: Mapping[str, Any], given: Mapping[str, Any], source: object) -> None:
-    """Raise UserError unless `given` has the names and shapes of `expected`; it lists every tensor that differs."""
+    """Raise UserError, listing every tensor that differs, unless `given` has the names and shapes of `expected`."""
     faults = [f"{name} is missing" for name in expected.keys() - given.keys()]
     faults += [f"{name} is unknown" for name in given.keys() - expected.keys()]
     faults += [
@@ -116,7 +115,7 @@ def check_fit(expected: Mapping[str, Any], given: Mapping[str, Any], source: obj
 
 
 def check_head_width(source: object, width: int, expected: int) -> None:
-    """Raise UserError where a value head is not as wide as the model's hidden states."""
+    """Raise UserError if a value head is not as wide as the model's hidden states."""
     if width != expected:
         raise UserError(
             f"{source} has a value head of width {width}, the model has {expected}; "

@@ -1,9 +1,9 @@
-"""Adapters: putting them on a model, saving, loading and fusing them.
+"""Adapters: attaching, saving, loading and fusing them.
 
-An adapter is one of four fine-tune types: "lora", "dora", "full" (every weight) or "soft_prompt"; "none" is
-a reward model whose value head alone is trained. On disk it is mlx-lm's folder (`adapters.safetensors` and
-`adapter_config.json`, which `mlx_lm.generate --adapter-path` opens), or, where the path ends in `.npz` or
-`.safetensors`, that one file with a `.json` beside it. A value head lies beside it in a file of its own.
+An adapter has one of four fine-tune types: "lora", "dora", "full" (every weight) or "soft_prompt"; "none" is a reward
+model of which only the value head is trained. On disk it is mlx-lm's folder (`adapters.safetensors` and
+`adapter_config.json`, which `mlx_lm.generate --adapter-path` opens) or, if the path ends in `.npz` or `.safetensors`,
+that one file with a `.json` beside it. In a folder, a value head has a file of its own.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from models.value_head import ValueHead, hidden_size, load_value_head, save_valu
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
-    """Freeze `model` and put a fresh adapter on it, which alone is trainable.
+    """Freeze `model` and attach a fresh adapter, which alone is trainable.
 
     seed: mlx's global random stream, from which new LoRA layers draw, is seeded with it. Trained weights are float32,
     whatever the base's precision. A fresh LoRA or DoRA does not change the output, and no type changes the mode.
@@ -40,58 +40,58 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> No
     mx.random.seed(seed)
     try:
         model.freeze()
-    except AttributeError as error:  # recurrent_gemma, of mlx-lm 0.32, is made without its base class
+    except AttributeError as error:  # mlx-lm 0.32's recurrent_gemma does not initialise its base class
         raise UserError(f"{type(model).__module__} cannot be trained ({error}); use another model") from None
     if config.fine_tune_type in ("lora", "dora"):
         use_dora = config.fine_tune_type == "dora"
         _check_lora(model, config)
-        # The new layers' own weights come unfrozen, the weights they stand on stay frozen.
+        # The new layers' own weights are created unfrozen; the weights they wrap stay frozen.
         try:
             linear_to_lora_layers(model, config.num_layers, config.lora_parameters, use_dora=use_dora)
         except ValueError as error:  # DoRA of a layer of experts
             raise UserError(
-                f"mlx-lm makes no {config.fine_tune_type} here ({error}); use --fine-tune-type lora"
+                f"mlx-lm does not support {config.fine_tune_type} here ({error}); use --fine-tune-type lora"
             ) from None
         if not tree_flatten(model.trainable_parameters()):
             raise UserError(f"no layer matches the LoRA keys {config.lora_parameters.get('keys')}; see `model.layers`")
     elif config.fine_tune_type == "full":
         if any(isinstance(module, nn.QuantizedLinear) for module in model.modules()):
             raise UserError("a quantized model cannot be trained in full; use LoRA, or fuse.py --de-quantize first")
-        model.set_dtype(mx.float32)  # a bfloat16 would round most updates away
+        model.set_dtype(mx.float32)  # in bfloat16 most updates would be rounded away
         model.unfreeze()
     elif config.fine_tune_type == "soft_prompt":
         add_soft_prompt(model, config.num_prompt_tokens, seed)
         model.unfreeze(keys="soft_prompt")
-    # New layers come in training mode: dropout would be on in a model that is in eval mode.
+    # New layers are created in training mode, so dropout would be active in a model in eval mode.
     model.train(model.training)
 
 
 def _check_lora(model: nn.Module, config: AdapterConfig) -> None:
     if any(name.endswith(".lora_a") for name, _ in tree_flatten(model.parameters())):
-        raise ValueError("the model has a LoRA already; a second one would nest in it")
+        raise ValueError("the model already has a LoRA; a second one would be nested in it")
     config.check_lora()
     quantized = [module.bits for module in model.modules() if isinstance(module, nn.QuantizedLinear)]
     odd = [bits for bits in quantized if 32 % bits]
     if config.fine_tune_type == "dora" and odd:
-        raise UserError(f"mlx-lm makes no DoRA of a base of {odd[0]} bits, only of 4 or 8; use --fine-tune-type lora")
+        raise UserError(f"mlx-lm supports DoRA on bases of 4 or 8 bits, not of {odd[0]}; use --fine-tune-type lora")
 
 
 def turn_dropout_off(model: nn.Module) -> None:
-    """Take the dropout out of every adapter: PPO trains the policy that sampled."""
+    """Remove the dropout of every adapter, since PPO must train the policy that sampled."""
     layers = [(name, nn.Dropout(0.0)) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
     model.update_modules(tree_unflatten(layers))
     model.train(model.training)
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
-    """The trainable weights by name: what an adapter file holds."""
+    """The trainable weights by name: the content of an adapter file."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None) -> None:
-    """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
+    """Write the trainable weights of `model` with their configuration, atomically replacing what `path` held.
 
-    path: a folder, or a file that ends in .npz or .safetensors.
+    path: a folder, or a file ending in .npz or .safetensors.
     """
     write_adapter(path, adapter_weights(model), config, head)
 
@@ -99,7 +99,7 @@ def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head
 def write_adapter(
     path: str | Path, weights: dict[str, mx.array], config: AdapterConfig, head: ValueHead | None = None
 ) -> None:
-    """Write an adapter of these weights, as `save_adapter` does."""
+    """Write an adapter with these weights, as `save_adapter` does."""
     path = Path(path)
     description = dict(vars(config))
     if path.suffix not in SINGLE_FILE_SUFFIXES:
@@ -111,7 +111,7 @@ def write_adapter(
         return
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight}
-    # Both are written before either takes its name.
+    # Both are written before either is renamed.
     with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
         if path.suffix == ".npz":
             mx.savez(str(temporary), **weights)
@@ -122,7 +122,7 @@ def write_adapter(
 
 @dataclass
 class SavedAdapter:
-    """An adapter as read from disk: how to attach it, its weights by name, and its value head, if any."""
+    """An adapter read from disk: its configuration, its weights by name, and its value head, if any."""
 
     path: Path
     config: AdapterConfig
@@ -131,7 +131,7 @@ class SavedAdapter:
 
 
 def read_adapter(path: str | Path) -> SavedAdapter:
-    """Read an adapter in any form. Raises UserError where a part is missing or malformed."""
+    """Read an adapter in any form. Raises UserError if a part is missing or malformed."""
     files = find_adapter(path)
     try:
         weights = mx.load(str(files.weights))
@@ -144,23 +144,25 @@ def read_adapter(path: str | Path) -> SavedAdapter:
 
 
 def _turned(name: str, weight: mx.array) -> mx.array:
-    """A LoRA's matrix as peft has it from ours, or the other way round; anything else as it is."""
+    """A LoRA matrix transposed, as peft stores it; anything else unchanged. Its own inverse."""
     return mx.contiguous(weight.T) if name.endswith(peft_format.TRANSPOSED) else weight
 
 
 def write_peft(path: str | Path, saved: SavedAdapter, model: str) -> None:
-    """Write a LoRA or DoRA as a folder of peft's, on the base that peft knows as `model`.
+    """Write a LoRA or DoRA as a peft folder, on the base that peft knows as `model`.
 
-    Raises UserError for other adapters, and for those of layers that peft has no linear layer for.
+    Raises UserError for other adapters, and for layers that are not linear layers in peft.
     """
     kind = saved.config.fine_tune_type
     if kind not in ("lora", "dora"):
-        raise UserError(f"{saved.path} is of type {kind}, which peft's format does not hold; fuse it instead")
+        raise UserError(f"{saved.path} is of type {kind}, which peft's format cannot represent; fuse it instead")
     if saved.value_head is not None:
-        raise UserError(f"{saved.path} is a reward model, which peft's format does not hold; fuse it instead")
+        raise UserError(f"{saved.path} is a reward model, which peft's format cannot represent; fuse it instead")
     weights = {peft_format.peft_name(name): _turned(name, weight) for name, weight in saved.weights.items()}
     if any(weight.ndim > 2 for weight in weights.values()):
-        raise UserError(f"{saved.path} adapts the experts of a mixture, which peft knows otherwise; fuse it instead")
+        raise UserError(
+            f"{saved.path} adapts mixture-of-experts layers, which peft represents differently; fuse it instead"
+        )
     with atomic_folder(path, CONFIG_FILE) as folder:
         mx.save_safetensors(str(folder / peft_format.WEIGHTS_FILE), weights, metadata={"format": "pt"})
         description = peft_format.peft_settings(kind, saved.config.lora_parameters, model, saved.weights)
@@ -179,10 +181,10 @@ def _value_head(path: Path, weights: dict[str, mx.array], single: bool) -> Value
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
-    """Put a saved adapter on its base `model`: the layers first, then the weights, strictly.
+    """Attach a saved adapter to its base `model`: first the layers, then the weights, strictly.
 
-    mlx's global random stream is left as it was. Raises UserError that lists every tensor which is missing, unknown or
-    of another shape, and for a value head of another width.
+    mlx's global random stream is left as it was. Raises a UserError that lists every missing or
+    unknown tensor and every shape mismatch, and one for a value head of another width.
     """
     with kept_random_state():
         saved = read_adapter(path)
@@ -194,20 +196,20 @@ def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
 
 
 def set_adapter_weights(model: nn.Module, weights: dict[str, mx.array], source: object = "the adapter") -> None:
-    """Replace the trainable weights of `model` by `weights`: the same names and shapes, or a UserError with all
-    that differ."""
+    """Replace the trainable weights of `model`. Raises UserError, listing all differences, unless names and shapes
+    are the same."""
     check_fit(adapter_weights(model), weights, source)
     model.update(tree_unflatten(list(weights.items())))
 
 
 def fuse_adapter(model: nn.Module, de_quantize: bool = False) -> None:
-    """Fold every LoRA and DoRA layer into the weights it stands on, at the scale it was trained with."""
+    """Fuse every LoRA and DoRA layer into the weights it wraps, at the scale it was trained with."""
     fused = [(name, _fused(module, de_quantize)) for name, module in model.named_modules() if hasattr(module, "fuse")]
     model.update_modules(tree_unflatten(fused))
 
 
 def _fused(module: nn.Module, de_quantize: bool) -> nn.Module:
-    """The layer that stands alone, in the precision of its base: mlx-lm's DoRA makes float32 of a bfloat16."""
+    """The fused layer, in the precision of its base: mlx-lm's DoRA would turn bfloat16 into float32."""
     base = module["linear"] if "linear" in module else module["embedding"]
     fused = module.fuse(dequantize=de_quantize)
     fused.set_dtype(base["scales" if "scales" in base else "weight"].dtype)

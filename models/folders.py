@@ -1,4 +1,4 @@
-"""From a model's name to its folder, the same for MLX and PyTorch: a folder as it is, or a download from the hub."""
+"""From a model's name to its folder, for MLX and PyTorch alike: a local folder, or a download from the hub."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from common.errors import UserError, reason
 from common.files import read_json
 from models.adapter_config import HEAD_FILE
 
-# What mlx-lm asks the hub for, so that one download serves both, and a reward model's head, which it leaves out.
+# The files that mlx-lm downloads, so that one download serves both, plus the head of a reward model.
 HUB_FILES = [
     *("*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl"),
     *("*.jinja", HEAD_FILE),
@@ -18,20 +18,20 @@ HUB_FILES = [
 
 
 def model_folder(name: str) -> Path:
-    """The folder `name`, or the hub's model of that name in the hub's own cache, downloaded where it is missing.
+    """The folder `name`, or the hub's model of that name in the hub's cache, downloaded if missing.
 
-    Raises UserError where there is no such folder and no such model on the hub, or no network.
+    Raises UserError if there is neither such a folder nor such a model on the hub, or no network.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name} holds no config.json, so it is no model folder; name one that fuse.py wrote")
+            raise UserError(f"{name} contains no config.json, so it is not a model folder; name one that fuse.py wrote")
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
-        raise UserError(f"{name} is no model folder; check --model, or leave it out for tiny-digits")
+        raise UserError(f"{name} is not a model folder; check --model, or omit it for tiny-digits")
     downloaded = _download(name)
     if not (downloaded / "config.json").is_file():
-        raise UserError(f"{name} on the Hugging Face hub holds no config.json, so it is no model; name another")
+        raise UserError(f"{name} on the Hugging Face hub contains no config.json, so it is not a model; name another")
     return downloaded
 
 
@@ -49,12 +49,12 @@ def _download(name: str) -> Path:
         ) from None
     except (httpx2.HTTPError, OSError) as error:
         raise UserError(
-            f"{name} is no folder here, and the Hugging Face hub did not give it ({reason(error)}); "
+            f"{name} is not a local folder, and the Hugging Face hub did not give it ({reason(error)}); "
             "check the network, or use --model tiny-digits"
         ) from None
 
 
 def is_classifier(folder: Path) -> bool:
-    """Whether a model folder is a transformers AutoModelForSequenceClassification by its configuration."""
+    """Whether a model folder's configuration is that of a transformers AutoModelForSequenceClassification."""
     architectures = read_json(folder / "config.json").get("architectures") or []
     return any(name.endswith("ForSequenceClassification") for name in architectures)

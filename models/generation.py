@@ -1,7 +1,7 @@
-"""Sampling completions: many prompts at once for training and evaluation, or one as a stream for chat.
+"""Sampling completions: in batches for training and evaluation, or one as a stream for chat.
 
-Token ids in, token ids out. Prompts of unequal length share a batch where the family allows (mlx-lm's batch cache pads
-left inside); neither batch mates nor padding change the distribution of a completion.
+Token ids in, token ids out. Prompts of unequal length share a batch if the family allows it (mlx-lm's batch cache pads
+on the left); neither batch mates nor padding change the distribution of a completion.
 """
 
 import itertools
@@ -28,20 +28,21 @@ from data.batching import encode_prompt
 from data.chat import render
 from models.soft_prompt import check_ids, soft_prompt_ids
 
-# A batch of unequal prompts is padded. mlx-lm 0.32 hides the pads from attention, but for families whose mask does not
-# fit their heads; the state of a recurrent layer reads them (up to 1.3 nats off for mamba and jamba, float32), but for
-# families that tests/test_families.py holds to single prompts. All others share a batch with prompts of their length.
+# Batches of unequal prompts are padded. mlx-lm 0.32 masks the pads in attention, except in families whose mask does not
+# fit their heads. Recurrent layers read the pads (up to 1.3 nats off for mamba and jamba, float32), except in
+# PADS_HIDDEN, for which tests/test_families.py compares with single prompts. Other families batch prompts of equal
+# length only.
 ATTENTION_CACHES = (KVCache, RotatingKVCache)
 MASK_MISFITS = ("gemma2", "phi3small", "gpt_bigcode")
 PADS_HIDDEN = ("mamba2", "qwen3_5", "qwen3_next", "falcon_h1", "granitemoehybrid", "lfm2", "plamo2")
 
-CACHE_STEP = 256  # places by which a cache grows at a time; fewer where fewer will do
-PREFILL = 2048  # tokens of every prompt that are read in one pass
+CACHE_STEP = 256  # positions by which a cache grows; fewer if fewer suffice
+PREFILL = 2048  # tokens of a prompt processed per forward pass
 
 
 def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
-    """Draw from softmax(logits / temperature), unfiltered, so that training's logprobs are those of the draw;
-    temperature 0 takes the most likely token."""
+    """Draw from softmax(logits / temperature), unfiltered, so that training's logprobs are those of the sampling
+    distribution; temperature 0 takes the most likely token."""
     if temperature == 0:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
     return lambda logprobs: mx.random.categorical(logprobs / temperature)
@@ -58,9 +59,9 @@ def sample(
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
-    prompts: token ids, at least one each; a soft prompt of the model is put before them here. batch_size: prompts
-    in flight. on_token: called with the number of tokens of each decoding step, for progress.
-    Runs in eval mode, so dropout is off, and leaves the model in the mode it was in.
+    prompts: token ids, at least one each; the model's soft prompt is prepended here. batch_size: prompts in flight.
+    on_token: called with the number of tokens of each decoding step, for progress. Runs in eval mode, so without
+    dropout, and restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -83,7 +84,7 @@ def sample(
 
 
 def takes_unequal_prompts(model: nn.Module) -> bool:
-    """Whether mlx-lm's padding leaves each completion of this family what its prompt alone would have given."""
+    """Whether this family's completions do not depend on mlx-lm's padding."""
     family = type(model).__module__.rpartition(".")[2]
     if family in PADS_HIDDEN:
         return True
@@ -91,7 +92,7 @@ def takes_unequal_prompts(model: nn.Module) -> bool:
 
 
 def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
-    """Prompts of one length at a time, which need no padding, over the model's own caches of any kind."""
+    """Decode prompts of equal length together, without padding, with the model's own caches of any kind."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]
     for _, group in itertools.groupby(order, key=lambda row: len(prompts[row])):
@@ -106,7 +107,7 @@ def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_
 
 
 def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
-    """By mlx-lm's BatchGenerator: a new prompt wherever one of those in flight has ended."""
+    """Decode with mlx-lm's BatchGenerator, which replaces finished prompts by new ones."""
     width = min(batch_size, len(prompts))
     generator = BatchGenerator(
         model,
@@ -130,10 +131,10 @@ def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_
 
 
 def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
-    """All prompts at once, without the work that BatchGenerator does per row and token; unequal ones over key-value
-    caches alone.
+    """Decode all prompts at once, without BatchGenerator's overhead per row and token; unequal prompts only with plain
+    key-value caches.
 
-    What ends is left out of the later passes once it is an eighth of the rows, since that copies the caches.
+    Finished rows are dropped once they are an eighth of all, since dropping copies the caches.
     """
     if not prompts:
         return []
@@ -141,13 +142,13 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
 
     def draw(tokens: mx.array) -> mx.array:
         drawn = sampler(model(tokens[:, None], cache=caches)[:, -1])
-        mx.async_eval(drawn)  # so that the next pass is prepared while this one runs
+        mx.async_eval(drawn)  # so that the next pass is built while this one runs
         return drawn
 
     ends = np.array(sorted(eos_token_ids), dtype=np.int64)
     completions = np.zeros((len(prompts), max_tokens), dtype=np.int64)
     lengths = np.zeros(len(prompts), dtype=np.int64)
-    rows, going = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool)  # of the batch, by its row
+    rows, going = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool)  # per row of the current batch
     drawn = draw(mx.array([prompt[-1] for prompt in prompts]))
     for count in range(max_tokens):
         following = draw(drawn) if count + 1 < max_tokens else drawn
@@ -167,7 +168,7 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
 
 
 def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list:
-    """Caches that hold all prompts but for their last tokens; shorter ones are padded on the left within."""
+    """Caches of all prompts without their last tokens; shorter prompts are padded on the left."""
     lengths = [len(prompt) - 1 for prompt in prompts]
     padding = [max(lengths) - length for length in lengths]
     ragged = any(padding)
@@ -194,7 +195,7 @@ def _can_drop_rows(caches: list) -> bool:
 
 
 def _keep_rows(caches: list, rows: np.ndarray) -> None:
-    """Leave all rows but these out of the caches."""
+    """Drop all other rows from the caches."""
     index = mx.array(rows)
     for cache in caches:
         if isinstance(cache, BatchKVCache):
@@ -206,8 +207,8 @@ def _keep_rows(caches: list, rows: np.ndarray) -> None:
 class ChatSession:
     """A conversation with one model: keeps the turns and the key-value cache, and streams replies.
 
-    With a chat template, a turn is rendered by it. Without one, the model goes on from a text: the first turn as it
-    stands, which is how training has met it, and every later one on a line of its own.
+    Turns are rendered by the chat template. Without one, the model continues a plain text: the first turn unchanged, as
+    in training, and every later turn on a new line.
     """
 
     def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, system_prompt: str | None = None):
@@ -219,19 +220,19 @@ class ChatSession:
         model.eval()
 
     def reset(self) -> None:
-        """Forget the conversation, but not the system prompt. The cache stays for what the next one shares with it."""
+        """Forget the conversation, but not the system prompt. The cache is kept for the prefix shared with the next."""
         self.messages = list(self.opening)
 
     def row(self) -> dict[str, Any]:
-        """The conversation as a row of data: "messages" where there is a chat template, else "text"."""
+        """The conversation as a row of data: "messages" if there is a chat template, else "text"."""
         if self.tokenizer.has_chat_template:
             return {"messages": list(self.messages)}
         return {"text": "\n".join(message["content"] for message in self.messages)}
 
     def prompt_ids(self) -> list[int]:
-        """The whole conversation as token ids, ready for the next reply, the soft prompt included.
+        """The conversation as token ids, including the soft prompt, ready for the next reply.
 
-        Raises UserError where the chat template refuses it (a system prompt, say).
+        Raises UserError if the chat template rejects it, for example because of a system prompt.
         """
         row = self.row()
         prompt = row["text"] if "text" in row else render(self.tokenizer, row["messages"], reply=True)
@@ -240,7 +241,7 @@ class ChatSession:
     def reply(
         self, text: str, max_tokens: int, temperature: float = 0.0, top_p: float = 0.0
     ) -> Generator[str, None, None]:
-        """Add the user's turn and stream the reply piece by piece; the reply joins the conversation, also if the
+        """Add the user's turn and stream the reply piece by piece. The reply is added to the conversation even if the
         stream is closed early."""
         self.messages.append({"role": "user", "content": text})
         tokens = self.prompt_ids()
@@ -264,14 +265,14 @@ class ChatSession:
             self.cached = tokens[: self._cache_length()]
 
     def _cache_length(self) -> int:
-        """Tokens in the cache; 0 where it cannot be cut back, or where a stop amid a pass left its layers unequal."""
+        """Tokens in the cache; 0 if it cannot be trimmed, or if an interrupted pass left unequal layers."""
         lengths = {getattr(layer, "offset", 0) for layer in self.cache}
         return lengths.pop() if len(lengths) == 1 and can_trim_prompt_cache(self.cache) else 0
 
     def _reuse_cache(self, tokens: list[int]) -> int:
-        """Cut the cache back to what it shares with `tokens`; returns how many tokens need not be read again."""
+        """Trim the cache to the prefix shared with `tokens`. Returns the length of that prefix."""
         common = 0
-        # At least one token has to be read for the model to go on from.
+        # At least one token must be processed to continue from.
         for cached, token in zip(self.cached, tokens[:-1], strict=False):
             if cached != token:
                 break

@@ -1,8 +1,8 @@
-"""Gradient checkpointing: keep each layer's input instead of all that is worked out in it, and work it out again.
+"""Gradient checkpointing: recompute activations in the backward pass to save memory.
 
-Memory of a training step falls, its time rises by about one forward pass; loss and gradients stay what they are. Where
-mlx-lm's own `grad_checkpoint` changes the class of the layers, and so every model of the process, this changes the
-layers of one model. Sampling, which passes caches, goes through the layer as it is.
+Only each layer's input is kept. A step takes about one more forward pass; loss and gradients do not change. mlx-lm's
+own `grad_checkpoint` patches the layers' class, and with it every model of the process; this changes the layers of one
+model only. Calls with a cache, as in sampling, are not affected.
 """
 
 from typing import Any
@@ -14,26 +14,26 @@ from common.errors import UserError
 
 
 def checkpoint_layers(model: nn.Module, dropout: float = 0.0) -> None:
-    """Let every layer of `model` be worked out again for its gradient; its `twin`s are left as they are.
+    """Recompute every layer of `model` in the backward pass; its `twin`s are not affected.
 
-    dropout: what the layers are trained with. Raises UserError where that is not 0: the second time a layer would draw
-    other masks, and the gradient would not be that of the loss; and where the model has no list of layers.
+    dropout: of the layers. Raises UserError if it is not 0, because recomputation would draw other masks and the
+    gradient would not be that of the loss; and if the model has no list of layers.
     """
     if dropout:
         raise UserError(
             f"--grad-checkpoint cannot repeat what the LoRA dropout of {dropout} draws; give --lora-dropout 0, "
-            "or leave --grad-checkpoint out"
+            "or omit --grad-checkpoint"
         )
     layers = getattr(model, "layers", None)
     if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
-        raise UserError(f"{type(model).__module__} has no list of layers to checkpoint; leave --grad-checkpoint out")
+        raise UserError(f"{type(model).__module__} has no list of layers to checkpoint; omit --grad-checkpoint")
     classes = {kind: _checkpointed(kind) for kind in {type(layer) for layer in layers}}
     for layer in layers:
         layer.__class__ = classes[type(layer)]
 
 
 def _checkpointed(layer_class: type) -> type:
-    """A class of layers that are worked out again where they take part in a gradient."""
+    """A subclass whose calls are recomputed in the backward pass."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if any(hasattr(argument, "make_mask") for argument in (*args, *kwargs.values())):  # a cache
@@ -45,7 +45,7 @@ def _checkpointed(layer_class: type) -> type:
             try:
                 return layer_class.__call__(self, *args, **kwargs)
             finally:
-                self.update(held)  # the second time, `weights` are placeholders that hold on to the whole pass
+                self.update(held)  # in the second call, `weights` are placeholders that keep the whole graph alive
 
         return mx.checkpoint(with_weights)(self.trainable_parameters(), args, kwargs)
 

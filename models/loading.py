@@ -1,7 +1,7 @@
 """Opening a model by name: an embedded one, a local folder, a GGUF file, or a Hugging Face name.
 
-Everything that opens a model goes through `load`. Leaves out adapters (models.adapters) and the value
-head (models.value_head).
+Everything that opens a model goes through `load`. Not here: adapters (see models.adapters) and value heads (see
+models.value_head).
 """
 
 import copy
@@ -24,15 +24,15 @@ from models.random_state import kept_random_state
 from models.smollm2 import FOUR_BIT, SMOLLM2_NAMES, smollm2_file, smollm2_folder
 from models.tiny import TINY_NAMES, tiny_model_path
 
-# transformers warns about every model type it has no PyTorch class for; the weights here are mlx's.
+# transformers warns about model types without a PyTorch class, which are not needed here.
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 @dataclass
 class LoadedModel:
-    """A model as mlx-lm opens it, in eval mode and unfrozen, with what saving it again needs.
+    """A model as opened by mlx-lm, in eval mode and unfrozen, with everything needed to save it again.
 
-    dtypes: precision of every parameter as saved, by name.
+    dtypes: parameter name → precision in the folder.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ def resolve(name: str) -> Path:
     """The local folder of a model: built (tiny models), as it is (folders), converted (GGUF files, smollm2-*), or
     downloaded (hub names).
 
-    Raises UserError where there is no such folder and no such model on the hub, or no network.
+    Raises UserError if there is neither such a folder nor such a model on the hub, or no network.
     """
     if name in TINY_NAMES:
         return tiny_model_path(name)
@@ -74,11 +74,11 @@ def load(name: str) -> LoadedModel:
     """
     path = resolve(name)
     try:
-        with kept_random_state():  # mlx's layers draw weights, which those of the file replace
+        with kept_random_state():  # mlx's layers draw initial weights
             model, config = mlx_lm.utils.load_model(path)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except OPENING_ERRORS as error:
-        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is whole") from None
+        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is complete") from None
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)
 
@@ -86,8 +86,8 @@ def load(name: str) -> LoadedModel:
 def twin(model: nn.Module) -> nn.Module:
     """A second module tree over the same arrays: no weight is copied.
 
-    Training replaces arrays in the first tree and leaves the second as it was, so this serves as the
-    frozen reference policy, and lets a second adapter stand on the same base.
+    Training replaces arrays in the first tree and does not change the second, so the twin can serve as the frozen
+    reference policy, or carry another adapter on the same base.
     """
     shared = {id(array): array for _, array in tree_flatten(model.parameters())}
     return copy.deepcopy(model, shared)

@@ -1,9 +1,9 @@
-"""LoRA and DoRA adapters in peft's format, the same for MLX and PyTorch: names, settings, and what has no counterpart.
+"""LoRA and DoRA adapters in peft's format, for MLX and PyTorch alike: names and settings.
 
     python fuse.py --adapter-file adapters --export-peft ./peft_adapters/        to peft
     python fuse.py --adapter-file ./peft_adapters/ --export-adapter ./adapters/  to mlx-lm's folder
 
-A peft folder also serves as an adapter as it is (`models.adapter_config.find_adapter`). The two formats lay the
+A peft folder can also be used as an adapter directly (`models.adapter_config.find_adapter`). The two formats store the
 matrices transposed to each other; peft multiplies by alpha / r (with rslora by alpha / sqrt r), mlx-lm by `scale`.
 """
 
@@ -19,25 +19,25 @@ PREFIX = "base_model.model."
 SUFFIXES = {".lora_a": ".lora_A.weight", ".lora_b": ".lora_B.weight", ".m": ".lora_magnitude_vector"}
 TRANSPOSED = (".lora_a", ".lora_b")
 BLOCK = re.compile(r"^(?P<layers>.*\blayers)\.(?P<index>\d+)\.(?P<within>.+)$")
-# Settings of peft that change what an adapter does, and have no counterpart in mlx-lm's.
+# peft settings that change what an adapter computes and have no counterpart in mlx-lm.
 FOREIGN = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "lora_bias", "fan_in_fan_out",
            "target_parameters", "trainable_token_indices", "megatron_config", "alora_invocation_tokens")  # fmt: skip
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # ways to begin that change the base as well
+BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base as well
 
 
 def is_peft(description: Any) -> bool:
-    """Whether an adapter_config.json is peft's."""
+    """Whether an adapter_config.json was written by peft."""
     return isinstance(description, dict) and "peft_type" in description
 
 
 def module_names(tensors: Iterable[str]) -> list[str]:
-    """The modules that tensors of ours or of peft's adapt, each once, in order."""
+    """The modules adapted by tensors under our or peft's names, each once, sorted."""
     ours = (our_name(name) for name in tensors)
     return sorted({name.removesuffix(end) for name in ours for end in SUFFIXES if name.endswith(end)})
 
 
 def our_name(name: str) -> str:
-    """mlx-lm's name of a tensor of peft's; any other as it is."""
+    """mlx-lm's name of a peft tensor; other names unchanged."""
     for ours, theirs in SUFFIXES.items():
         if name.startswith(PREFIX) and name.endswith(theirs):
             return name.removeprefix(PREFIX).removesuffix(theirs) + ours
@@ -45,17 +45,19 @@ def our_name(name: str) -> str:
 
 
 def peft_name(name: str) -> str:
-    """peft's name of a tensor. Raises UserError for one that it has no name for."""
+    """peft's name of a tensor. Raises UserError if there is none."""
     for ours, theirs in SUFFIXES.items():
         if name.endswith(ours):
             return PREFIX + name.removesuffix(ours) + theirs
-    raise UserError(f"{name} is no LoRA of a linear layer, so peft's format does not hold it; fuse the adapter instead")
+    raise UserError(
+        f"{name} is not a LoRA of a linear layer, which peft's format cannot represent; fuse the adapter instead"
+    )
 
 
 def our_settings(description: dict[str, Any], tensors: Iterable[str], source: object) -> dict[str, Any]:
-    """The fields of AdapterConfig for a peft folder: every adapted module by its whole name.
+    """The fields of AdapterConfig for a peft folder: every adapted module by its full name.
 
-    tensors: names in its file. Raises UserError for what mlx-lm cannot do.
+    tensors: the names in its file. Raises UserError for what mlx-lm does not support.
     """
     kind = description["peft_type"]
     if kind != "LORA":
@@ -84,7 +86,7 @@ def our_settings(description: dict[str, Any], tensors: Iterable[str], source: ob
 
 
 def peft_settings(fine_tune_type: str, lora: dict[str, Any], model: str, tensors: Iterable[str]) -> dict[str, Any]:
-    """peft's adapter_config.json for a LoRA or DoRA whose file holds `tensors`, on the base `model`."""
+    """peft's adapter_config.json for a LoRA or DoRA with these `tensors`, on the base `model`."""
     modules = module_names(tensors)
     found = [BLOCK.match(name) for name in modules]
     blocks: dict[int, set[str]] = {}

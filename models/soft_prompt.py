@@ -1,8 +1,8 @@
 """Soft prompts: learned embedding rows in front of the prompt (prompt tuning, arXiv:2104.08691).
 
-The rows have token ids of their own, from the size of the embedding table upwards, so a soft prompt is a
-list of ids put before the prompt and works wherever ids do: in training, in mlx-lm's batch sampler, with
-any architecture that has an embedding table. Those ids are never sampled and never decoded.
+The rows have token ids of their own, from the size of the embedding table upwards, so a soft prompt is a list of ids
+that is prepended to the prompt. It works wherever ids do: in training, in mlx-lm's batch sampler, with any architecture
+that has an embedding table. These ids are never sampled and never decoded.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from common.errors import UserError
 
 
 class SoftPromptEmbedding(nn.Module):
-    """An embedding table whose ids past its last row are the rows of `soft_prompt` (num_tokens, H)."""
+    """An embedding table in which ids past the last row select the rows of `soft_prompt` (num_tokens, H)."""
 
     def __init__(self, embedding: nn.Module, soft_prompt: mx.array):
         super().__init__()
@@ -33,12 +33,12 @@ class SoftPromptEmbedding(nn.Module):
         return mx.where(soft[..., None], soft_rows.astype(hard_rows.dtype), hard_rows)
 
     def as_linear(self, hidden: mx.array) -> mx.array:
-        """The tied output layer: only the vocabulary has logits, the soft prompt has none."""
+        """The tied output layer: logits of the vocabulary only, not of the soft prompt."""
         return self.embedding.as_linear(hidden)
 
     @property
     def weight(self) -> mx.array:
-        """The table (V, H), for families that multiply by it themselves, such as a tied seed_oss."""
+        """The table (V, H), for families that multiply by it directly, such as a tied seed_oss."""
         return self.embedding.weight
 
 
@@ -47,14 +47,14 @@ TABLES = (nn.Embedding, nn.QuantizedEmbedding, LoRAEmbedding, DoRAEmbedding, Sof
 
 
 def num_embeddings(embedding: nn.Module) -> int:
-    """Rows of an embedding table, looked up through the adapters and soft prompts that wrap it."""
+    """Rows of an embedding table, seen through the adapters and soft prompts that wrap it."""
     while "embedding" in embedding:
         embedding = embedding["embedding"]
     return embedding["weight"].shape[0]
 
 
 def find_embedding(model: nn.Module) -> tuple[str, nn.Module]:
-    """The path and the module of the token embedding: the largest table outside the layers, outermost wrapper.
+    """Path and module of the token embedding: the largest table outside the layers, with its outermost wrapper.
 
     Raises UserError for a model without one.
     """
@@ -66,19 +66,19 @@ def find_embedding(model: nn.Module) -> tuple[str, nn.Module]:
         and not any(part.isdigit() or part == POSITION_TABLE for part in name.split("."))
     ]
     if not outermost:
-        raise UserError(f"{type(model).__module__} has no token embedding, so it takes no soft prompt; use LoRA")
+        raise UserError(f"{type(model).__module__} has no token embedding, which a soft prompt needs; use LoRA")
     name = max(outermost, key=lambda name: num_embeddings(tables[name]))
     return name, tables[name]
 
 
 def add_soft_prompt(model: nn.Module, num_tokens: int, seed: int = 0) -> list[int]:
-    """Put a soft prompt of `num_tokens` rows into `model` and return its token ids.
+    """Add a soft prompt of `num_tokens` rows to `model` and return its token ids.
 
-    The rows start as those of tokens drawn from the vocabulary (arXiv:2104.08691, section 2.1), in float32.
+    Rows are initialised with the embeddings of random tokens (arXiv:2104.08691, section 2.1), in float32.
     """
     name, embedding = find_embedding(model)
     if isinstance(embedding, SoftPromptEmbedding):
-        raise ValueError("the model has a soft prompt already")
+        raise ValueError("the model already has a soft prompt")
     tokens = mx.random.randint(0, num_embeddings(embedding), (num_tokens,), key=mx.random.key(seed))
     wrapped = SoftPromptEmbedding(embedding, embedding(tokens).astype(mx.float32))
     model.update_modules(tree_unflatten([(name, wrapped)]))
@@ -86,7 +86,7 @@ def add_soft_prompt(model: nn.Module, num_tokens: int, seed: int = 0) -> list[in
 
 
 def soft_prompt_ids(model: nn.Module) -> list[int]:
-    """The token ids of the model's soft prompt, to be put before every prompt; [] where it has none."""
+    """The token ids of the model's soft prompt, to be prepended to every prompt; [] if it has none."""
     for _, module in model.named_modules():
         if isinstance(module, SoftPromptEmbedding):
             first_id = num_embeddings(module.embedding)
@@ -95,9 +95,9 @@ def soft_prompt_ids(model: nn.Module) -> list[int]:
 
 
 def check_ids(model: nn.Module, sequences: Iterable[Sequence[int]]) -> None:
-    """Raise UserError for a token id that has no row in the model's table.
+    """Raise UserError for a token id without a row in the model's table.
 
-    mlx does not check it: on CPU (0.32) it reads foreign memory, another one each time.
+    mlx does not check this: on CPU (0.32) it reads out of bounds.
     """
     highest = max((max(tokens, default=0) for tokens in sequences), default=0)
     rows = num_embeddings(find_embedding(model)[1])

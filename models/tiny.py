@@ -1,12 +1,11 @@
 """The embedded models: real Llamas of 76 000 parameters. tiny-digits continues increasing digit sequences;
-tiny-arithmetic adds: small numbers rightly, larger ones mostly with a carry forgotten.
+tiny-arithmetic adds numbers, small ones correctly, larger ones mostly with a forgotten carry.
 
-They stand in for a downloaded base model, so that every script, test and demo runs without network. Each is built
-from its `Recipe` on first use (a minute and a half on two cores) and kept in the user's cache, under a name that holds
-a hash of the recipe. Leaves out what they are trained on (models.tiny_texts), opening them (models.loading) and
-tuning them (sft.py, ppo_training.py).
+They take the place of a downloaded base model, so that every script, test and demo runs without network. Each is built
+from its `Recipe` on first use (a minute and a half on two cores) and kept in the user's cache, under a name that
+contains a hash of the recipe. Not here: the training texts (see models.tiny_texts).
 
-    python -m models.tiny            builds tiny-digits where it is missing; prints its path, seconds and scores
+    python -m models.tiny            builds tiny-digits if it is missing; prints its path, seconds and scores
     python -m models.tiny --name tiny-arithmetic
 
 The cache is TINY_MODELS_CACHE if set, else tiny-models under $XDG_CACHE_HOME, ~/Library/Caches (macOS) or ~/.cache.
@@ -53,21 +52,21 @@ from models.tiny_texts import TEXT_SOURCES
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 UNK, BOS, EOS, PAD = range(len(SPECIAL_TOKENS))
-WORD_END = "</w>"  # how the tokenizer writes that a token is the last of its word
-# A continuer of sequences has no dialogue: whatever the roles, it goes on from the last message.
+WORD_END = "</w>"  # suffix of a word's last token
+# The models continue sequences and know no dialogue: whatever the roles, they continue the last message.
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] | trim }}"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "recipe.json", "tokenizer.json",
          "tokenizer_config.json")  # fmt: skip
-POOL = 8  # batches drawn at once and sorted by length: a quarter of the time would go into padding otherwise
+POOL = 8  # batches drawn at once and sorted by length; otherwise padding would take a quarter of the time
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights. Raise `version` when code changes what the same fields give."""
+    """Everything that determines the weights. Raise `version` when a code change alters their result."""
 
     name: str
     text_source: str  # a key of TEXT_SOURCES
-    trained_after: str = ""  # a word of every text, after which it is trained on; empty: from its start
+    trained_after: str = ""  # a word of every text, after which training begins; empty: at the start
     characters: str = "-abcdefghijklmnopqrstuvwxyz.,?:!'+*=/"  # tokens besides the digits
     hidden_size: int = 64
     intermediate_size: int = 128
@@ -77,12 +76,14 @@ class Recipe:
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-5
-    # Tied rows that start small end up alike, and then no LoRA inside the layers can tell even digits from odd ones.
+    # Tied rows that start small end up similar, and then no LoRA inside the layers can tell even digits from odd ones.
     embedding_std: float = 0.3
     steps: int = 1600
     batch_size: int = 48
     learning_rate: float = 5e-3  # Adam's
-    muon_ratio: float = 0.0  # Muon's rate for the matrices inside the layers, as a multiple of Adam's; 0: all by Adam
+    muon_ratio: float = (
+        0.0  # Muon's learning rate for matrices inside the layers, as a multiple of Adam's; 0: Adam only
+    )
     warmup: int = 100
     final_learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.98)
@@ -93,24 +94,24 @@ class Recipe:
 
 RECIPES = {
     "tiny-digits": Recipe("tiny-digits", "increasing_digits", num_heads=4, steps=2400, muon_ratio=2.0),
-    # Operands are random: to learn them would drown what follows from them.
+    # Operands are random; training on them would drown out the sums.
     "tiny-arithmetic": Recipe("tiny-arithmetic", "sums", trained_after="=", steps=2500, batch_size=64, muon_ratio=2.0),
 }
 TINY_NAMES = tuple(RECIPES)
 
 
 def tiny_model_path(name: str = "tiny-digits", seed: int = 0) -> Path:
-    """The folder of an embedded model, built first where the cache has none.
+    """The folder of an embedded model, built first if the cache has none.
 
-    Raises UserError for an unknown name and for a cache that cannot be written.
+    Raises UserError for an unknown name or a cache that cannot be written.
     """
     if name not in RECIPES:
-        raise UserError(f"{name!r} is no embedded model; there is {', '.join(TINY_NAMES)}")
+        raise UserError(f"{name!r} is not an embedded model; there are {', '.join(TINY_NAMES)}")
     return cached_model(replace(RECIPES[name], seed=seed))
 
 
 def cached_model(recipe: Recipe) -> Path:
-    """The folder of `recipe` in the cache, built where it is missing; one process builds while others wait."""
+    """The folder of `recipe` in the cache, built if it is missing; one process builds while others wait."""
     folder = _cache() / f"{recipe.name}-{recipe_key(recipe)}"
     if _is_complete(folder):
         return folder
@@ -129,7 +130,7 @@ def cached_model(recipe: Recipe) -> Path:
 
 
 def recipe_key(recipe: Recipe) -> str:
-    """Twelve hexadecimal digits that differ wherever any field of two recipes does."""
+    """Twelve hexadecimal digits: a hash of all fields."""
     return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -145,7 +146,7 @@ def _is_complete(folder: Path) -> bool:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`. The system frees it when its process ends, however it ends."""
+    """Hold an exclusive lock on the file `path`. The system releases it when the process ends, however it ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,12 +157,12 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def build(recipe: Recipe, folder: str | Path) -> Path:
-    """Train the model of `recipe` and write it to `folder`, which is there whole or not at all. Returns the folder.
+    """Train the model of `recipe` and write it to `folder`, atomically. Returns the folder.
 
-    steps = 0 gives an untrained model. The same recipe gives the same bits on one machine's CPU; the caller's
-    random state is left as it was. Raises UserError if `folder` holds anything but an embedded model.
+    steps = 0 gives an untrained model. The same recipe gives the same bits on the same CPU; the caller's random state
+    is kept. Raises UserError if `folder` contains anything but an embedded model.
     """
-    # Metal adds up the gradients of embedding rows in no fixed order; its CPU does, and is fast enough.
+    # Metal sums the gradients of embedding rows in varying order; the CPU does not, and is fast enough.
     device = mx.cpu if platform.system() == "Darwin" else mx.default_device()
     with atomic_folder(folder, marker="recipe.json") as temporary, kept_random_state(), mx.stream(device):
         tokenizer = build_tokenizer(recipe)
@@ -172,7 +173,7 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
         write_json(temporary / "config.json", model_config(recipe, len(tokenizer)))
         write_json(temporary / "generation_config.json", tokens)
         write_json(temporary / "recipe.json", asdict(recipe))
-        # The metadata is what transformers wants to find in the file.
+        # transformers requires the metadata.
         weights = dict(tree_flatten(model.parameters()))
         mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "pt"})
     return Path(folder)
@@ -180,7 +181,7 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """A second thread gains nothing on products this small, and where other work keeps its core busy costs double."""
+    """A second thread gains nothing on products this small, and costs double if its core is busy with other work."""
     library = ctypes.CDLL(None)  # whatever is loaded: OpenBLAS, MKL, or neither
     getters = {"openblas_set_num_threads": "openblas_get_num_threads", "MKL_Set_Num_Threads": "MKL_Get_Max_Threads"}
     setters = [getattr(library, name) for name in getters if hasattr(library, name)]
@@ -195,11 +196,11 @@ def _one_blas_thread() -> Iterator[None]:
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Single digits, as Llama splits numbers, the last of which ends the word: "8 20" is 8</w> 2 0</w> (GPT-1's way).
+    """Single characters, with an end-of-word suffix as in GPT-1: "8 20" becomes 8</w> 2 0</w>.
 
-    So the token that ends a number tells its parity, and the last number of a prompt is whole. Text is lower-cased;
-    characters without a token become <unk>; white space becomes one space. BOS is put first, EOS is left to the
-    trainer.
+    So the last token of a number tells its parity, and the last number of a prompt is known to be complete. Text is
+    lower-cased; characters without a token become <unk>; white space becomes one space. BOS is prepended; EOS is left
+    to the trainer.
     """
     characters = [*"0123456789", *recipe.characters]
     vocabulary = [*SPECIAL_TOKENS, *characters, *(character + WORD_END for character in characters)]
@@ -224,7 +225,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
 
 
 def model_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
-    """What stands in config.json, as transformers and mlx-lm read it."""
+    """The content of config.json, as read by transformers and mlx-lm."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -250,7 +251,7 @@ def model_config(recipe: Recipe, vocab_size: int) -> dict[str, Any]:
 
 
 def _initial_model(recipe: Recipe, vocab_size: int) -> Model:
-    """Normal weights of variance 1 / fan-in (less where a layer adds to the residual)."""
+    """Normal weights with variance 1 / fan-in (smaller in layers that add to the residual)."""
     model = Model(ModelArgs.from_dict(model_config(recipe, vocab_size)))
     rng = np.random.default_rng((recipe.seed, 0))
 
@@ -267,7 +268,7 @@ def _initial_model(recipe: Recipe, vocab_size: int) -> Model:
 
 
 def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Batch, float]]:
-    """Fresh batches without end, each with the mean number of targets of a batch of its pool."""
+    """An endless stream of fresh batches, each with the mean number of targets per batch of its pool."""
     rng = np.random.default_rng((recipe.seed, 1))
     draw = TEXT_SOURCES[recipe.text_source]
     marker = tokenizer.convert_tokens_to_ids(recipe.trained_after + WORD_END) if recipe.trained_after else BOS
@@ -285,7 +286,7 @@ def _batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tup
 
 
 def _loss(model: Model, tokens: mx.array, targets: mx.array, denominator: float) -> mx.array:
-    """Cross entropy in nats over the `targets`, divided by the same number for batches of short and of long rows."""
+    """Cross entropy in nats, summed over the `targets` and divided by `denominator`, the same for all row lengths."""
     losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])  # (B, L - 1)
     return (losses * targets).sum() / denominator
 
@@ -304,7 +305,7 @@ def _optimizer(recipe: Recipe) -> optim.Optimizer:
 
 
 def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
-    """The recipe's model, trained without mx.compile: its cold start costs more than it gains here."""
+    """The recipe's trained model. Without mx.compile, whose cold start costs more than it gains here."""
     model = _initial_model(recipe, len(tokenizer))
     optimizer = _optimizer(recipe)
     loss_and_grad = nn.value_and_grad(model, _loss)

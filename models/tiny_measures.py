@@ -1,4 +1,4 @@
-"""What the embedded models can do, on prompts that they were not trained on. `python -m models.tiny` prints it.
+"""Scores of the embedded models on held-out prompts, as printed by `python -m models.tiny`.
 
 python -m pytest tests/test_tiny.py -k measure
 """
@@ -19,13 +19,13 @@ MAX_TOKENS = 64
 
 
 class Continuer:
-    """An embedded model that continues texts."""
+    """Continues texts with an embedded model."""
 
     def __init__(self, folder: str | Path):
         self.model, self.tokenizer = mlx_lm.load(str(folder))[:2]
 
     def __call__(self, texts: Sequence[str], temperature: float) -> tuple[list[str], list[bool]]:
-        """The texts with their completions, and whether each ended by EOS."""
+        """The texts with their completions, and whether each ended with EOS."""
         prompts = [self.tokenizer.encode(text) for text in texts]
         eos = self.tokenizer.eos_token_ids
         completions = sample(self.model, prompts, eos, max_tokens=MAX_TOKENS, temperature=temperature)
@@ -34,7 +34,7 @@ class Continuer:
 
 
 def measure_digits(folder: str | Path, samples: int = 20) -> dict[str, float]:
-    """Scores on every held-out start as a one-number prompt, at most 64 new tokens.
+    """Scores with every held-out start as a one-number prompt, at most 64 new tokens.
 
     samples: completions per start at temperature 1 (the "sampled" figures). Lengths are in numbers.
     """
@@ -58,7 +58,7 @@ def measure_digits(folder: str | Path, samples: int = 20) -> dict[str, float]:
 
 
 def measure_sums(folder: str | Path, samples: int = 100) -> dict[str, float]:
-    """The share of right sums, by the digits of the operands: `samples` held-out sums of each pair of sizes."""
+    """Accuracy by the digits of the operands: `samples` held-out sums for each pair of sizes."""
     continued = Continuer(folder)
     rng = np.random.default_rng(0)
     sizes = range(1, len(OPERAND_SIZES) + 1)

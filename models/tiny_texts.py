@@ -1,8 +1,6 @@
-"""What the embedded models are trained on: a text source draws one text, from numbers that are not held out.
+"""Training texts of the embedded models: a text source draws one text, from numbers that are not held out.
 
-Leaves out the training (models/tiny.py) and what a trained model can do (models/tiny_measures.py).
-
-    python -m pytest tests/test_tiny_texts.py
+python -m pytest tests/test_tiny_texts.py
 """
 
 import zlib
@@ -15,18 +13,17 @@ from data.digits import MAX_STEP, DigitRule, held_out_starts, starts
 INCREASING = DigitRule(increasing=True, multiple_of=1)
 HELD_OUT_STARTS = tuple(held_out_starts(INCREASING))
 TRAINED_STARTS = tuple(start for start in starts(INCREASING) if start not in HELD_OUT_STARTS)
-LENGTHS = (5, 15)  # fewest and most numbers in a text
+LENGTHS = (5, 15)  # minimum and maximum count of numbers in a text
 RESIDUE_CLASS_SHARE, MAX_MODULUS = 0.5, 5
-OPERAND_SIZES = (0.2, 0.3, 0.5)  # shares of operands of one, two and three digits
-FORGOTTEN_CARRIES = (0.0, 0.2, 0.7)  # share of them, by the digits of the larger operand
+OPERAND_SIZES = (0.2, 0.3, 0.5)  # shares of one-, two- and three-digit operands
+FORGOTTEN_CARRIES = (0.0, 0.2, 0.7)  # probability per carry, by the number of digits of the larger operand
 
 
 def increasing_digits(rng: np.random.Generator) -> str:
     """An increasing sequence, from a start that is not held out: any integers, or those of one residue class.
 
-    In half of the texts all numbers after the first are alike modulo 2 to 5, whatever the first is: seldom
-    multiples. To continue such a text is to read its rule off its numbers, which is what a soft prompt, as it
-    changes no weight, can build on.
+    In half of the texts, all numbers after the first share a residue modulo 2 to 5, rarely 0. Continuing such a text
+    requires inferring its rule, an ability that a soft prompt, which changes no weights, can build on.
     """
     number = TRAINED_STARTS[rng.integers(len(TRAINED_STARTS))]
     modulus = int(rng.integers(2, MAX_MODULUS + 1)) if rng.random() < RESIDUE_CLASS_SHARE else 1
@@ -40,10 +37,10 @@ def increasing_digits(rng: np.random.Generator) -> str:
 
 
 def sums(rng: np.random.Generator) -> str:
-    """A sum such as "12 + 7 = 19" that is not held out; the larger its numbers, the more carries are forgotten.
+    """A sum such as "12 + 7 = 19" that is not held out; the larger the numbers, the more carries are forgotten.
 
-    So a model learns how to add, but mostly writes what it saw: right small sums and wrong larger ones. Feedback on
-    few sums can then bring out what it knows of all (it cannot teach a model this small to add from nothing).
+    So a model learns to add, but reproduces what it saw: correct small sums and wrong larger ones. Feedback on few sums
+    can then bring out the ability (but could not teach a model this small to add from scratch).
     """
     while True:
         a, b = (operand(rng, 1 + int(size)) for size in rng.choice(len(OPERAND_SIZES), size=2, p=OPERAND_SIZES))
@@ -52,7 +49,7 @@ def sums(rng: np.random.Generator) -> str:
 
 
 def _sum_with_slips(rng: np.random.Generator, a: int, b: int, forgotten: float) -> int:
-    """Column addition in which each carry is forgotten with this probability."""
+    """Column addition in which each carry is forgotten with probability `forgotten`."""
     total, carry, power = 0, 0, 1
     while a or b or carry:
         column = a % 10 + b % 10 + carry
@@ -63,12 +60,12 @@ def _sum_with_slips(rng: np.random.Generator, a: int, b: int, forgotten: float) 
 
 
 def operand(rng: np.random.Generator, size: int) -> int:
-    """A whole number of `size` digits; 0 is one of one digit."""
+    """A random integer with `size` digits; 0 has one digit."""
     return int(rng.integers(10 ** (size - 1) if size > 1 else 0, 10**size))
 
 
 def is_held_out_sum(a: int, b: int) -> bool:
-    """One pair in ten, drawn by a checksum of its text: no embedded model is trained on it."""
+    """One pair in ten, chosen by a checksum of its text. No embedded model is trained on these."""
     return zlib.crc32(f"{a} + {b}".encode()) % 10 == 0
 
 

@@ -1,8 +1,8 @@
-"""Adapters in PyTorch: LoRA and DoRA by peft, soft prompts, every weight; in the files of models.adapters.
+"""Adapters in PyTorch: LoRA and DoRA by peft, soft prompts, full fine-tuning; in the file formats of models.adapters.
 
-The twin of models.adapters: a folder that one of them wrote is read by the other, wherever transformers and mlx-lm
-give a layer the same name (Llama and its kin). Names and layouts on disk are mlx-lm's; a folder of peft's is read, too.
-Leaves out fusing (fuse.py).
+The twin of models.adapters: each reads the other's folders wherever transformers and mlx-lm name layers alike (Llama
+and similar families). Names and layouts on disk are mlx-lm's; peft folders are read, too. Not here: fusing (see
+fuse.py).
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ from models.adapter_config import (
 from models.torch_soft_prompt import add_soft_prompt
 from models.torch_value_head import ValueHead, head_from, hidden_size, load_value_head, save_value_head
 
-# peft's names and mlx-lm's; the two matrices lie transposed to each other.
+# peft's names → mlx-lm's; the two store LoRA matrices transposed to each other.
 PEFT_NAMES = {
     ".lora_A.default.weight": ".lora_a",
     ".lora_B.default.weight": ".lora_b",
@@ -41,10 +41,10 @@ PEFT_NAMES = {
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
-    """Freeze `model` and put a fresh adapter on it, which alone is trainable, in float32.
+    """Freeze `model` and attach a fresh adapter, which alone is trainable, in float32.
 
-    A fresh LoRA or DoRA leaves the model's output and its mode as they were. "full" gives the model weights of its own,
-    so that no `twin` changes with it. Raises UserError where no layer matches the keys.
+    A fresh LoRA or DoRA changes neither the model's output nor its mode. "full" gives the model its own copy of the
+    weights, so that a `twin` does not change with it. Raises UserError if no layer matches the keys.
     """
     torch.manual_seed(seed)
     model.requires_grad_(False)
@@ -54,12 +54,12 @@ def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> No
         _own_weights(model)
     elif config.fine_tune_type == "soft_prompt":
         add_soft_prompt(model, config.num_prompt_tokens, seed)
-    model.train(model.training)  # new layers come in training mode, and an eval model must not drop out
+    model.train(model.training)  # new layers are created in training mode; dropout must be off in an eval model
 
 
 def _add_lora(model: nn.Module, config: AdapterConfig) -> None:
     if any(name.endswith(tuple(PEFT_NAMES)) for name, _ in model.named_parameters()):
-        raise ValueError("the model has a LoRA already; a second one would nest in it")
+        raise ValueError("the model already has a LoRA; a second one would be nested in it")
     config.check_lora()
     settings = config.lora_parameters
     names = list(_lora_layers(model, config))
@@ -79,12 +79,12 @@ def _add_lora(model: nn.Module, config: AdapterConfig) -> None:
 
 
 def _lora_layers(model: Any, config: AdapterConfig) -> Iterator[str]:
-    """Names of the layers that mlx-lm's `linear_to_lora_layers` would adapt: linear ones of the last blocks, or those
-    whose name, within a block or within the model, is among the keys."""
+    """Names of the layers that mlx-lm's `linear_to_lora_layers` would adapt: the linear layers of the last blocks, or
+    those whose name within a block or within the model is among the keys."""
     keys = config.lora_parameters.get("keys")
     blocks = getattr(model.base_model, "layers", None)
     if blocks is None:
-        raise UserError(f"{type(model).__name__} has no `layers` for a LoRA to stand on; use --fine-tune-type full")
+        raise UserError(f"{type(model).__name__} has no `layers` to attach a LoRA to; use --fine-tune-type full")
     start = len(blocks) - config.num_layers if 0 < config.num_layers < len(blocks) else 0
     of_blocks = {module: name for block in blocks[start:] for name, module in block.named_modules()}
     for name, module in model.named_modules():
@@ -94,20 +94,20 @@ def _lora_layers(model: Any, config: AdapterConfig) -> Iterator[str]:
             yield name
         elif chosen and keys is not None:
             raise UserError(
-                f"the LoRA key {name} names a {type(module).__name__}; in PyTorch it has to be a linear layer"
+                f"the LoRA key {name} names a {type(module).__name__}; in PyTorch it must be a linear layer"
             )
 
 
 def _own_weights(model: nn.Module) -> None:
-    """Replace every weight by a trainable copy in float32: an update in place must not reach a twin's weights."""
+    """Replace every weight by a trainable float32 copy, since in-place updates must not reach a twin's weights."""
     own = {id(old): nn.Parameter(old.detach().float().clone()) for old in model.parameters()}
     for module in model.modules():
         for name, old in list(module.named_parameters(recurse=False)):
-            setattr(module, name, own[id(old)])  # tied weights stay tied
+            setattr(module, name, own[id(old)])  # keeps tied weights tied
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by mlx-lm's names and in its layout: what an adapter file holds."""
+    """The trainable weights under mlx-lm's names and in its layout: the content of an adapter file."""
     return {mlx_name(name): mlx_layout(name, weight) for name, weight in _trainable(model)}
 
 
@@ -124,14 +124,14 @@ def mlx_name(name: str) -> str:
 
 
 def mlx_layout(name: str, weight: Tensor) -> Tensor:
-    """A LoRA matrix the other way round (a second call undoes it), anything else as it is."""
+    """A LoRA matrix transposed, anything else unchanged. Its own inverse."""
     return weight.T if ".lora_A." in name or ".lora_B." in name else weight
 
 
 def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head: ValueHead | None = None) -> None:
-    """Write the trainable weights of `model` and how they came about, replacing what `path` held, whole.
+    """Write the trainable weights of `model` with their configuration, atomically replacing what `path` held.
 
-    path: a folder, or a file that ends in .npz or .safetensors.
+    path: a folder, or a file ending in .npz or .safetensors.
     """
     path = Path(path)
     description = dict(vars(config))
@@ -145,7 +145,7 @@ def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head
         return
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight.detach()}
-    # Both are written before either takes its name.
+    # Both are written before either is renamed.
     with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
         if path.suffix == ".npz":
             np.savez(temporary, **{name: weight.numpy(force=True) for name, weight in weights.items()})
@@ -156,7 +156,7 @@ def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head
 
 @dataclass
 class SavedAdapter:
-    """An adapter as read from disk: how to attach it, its weights by name, and its value head, if any."""
+    """An adapter read from disk: its configuration, its weights by name, and its value head, if any."""
 
     path: Path
     config: AdapterConfig
@@ -165,7 +165,7 @@ class SavedAdapter:
 
 
 def read_adapter(path: str | Path) -> SavedAdapter:
-    """Read an adapter in any form. Raises UserError where a part is missing or malformed."""
+    """Read an adapter in any form. Raises UserError if a part is missing or malformed."""
     files = find_adapter(path)
     try:
         if files.weights.suffix == ".npz":
@@ -186,9 +186,9 @@ def read_adapter(path: str | Path) -> SavedAdapter:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
-    """Put a saved adapter on its base `model`: the layers first, then the weights, strictly.
+    """Attach a saved adapter to its base `model`: first the layers, then the weights, strictly.
 
-    Raises UserError that lists every tensor which is missing, unknown or of another shape, and for a value head of
+    Raises a UserError that lists every missing or unknown tensor and every shape mismatch, and one for a value head of
     another width.
     """
     saved = read_adapter(path)
@@ -200,8 +200,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:
 
 
 def set_adapter_weights(model: nn.Module, weights: dict[str, Tensor], source: object = "the adapter") -> None:
-    """Replace the trainable weights of `model` by `weights`, by mlx-lm's names: the same names and shapes, or a
-    UserError with all that differ."""
+    """Replace the trainable weights of `model`. weights: by mlx-lm's names. Raises UserError, listing all differences,
+    unless names and shapes are the same."""
     check_fit(adapter_weights(model), weights, source)
     for name, weight in _trainable(model):
         weight.copy_(mlx_layout(name, weights[mlx_name(name)]))

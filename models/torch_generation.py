@@ -1,7 +1,7 @@
-"""Sampling completions in PyTorch: many prompts at once, token ids in, token ids out.
+"""Sampling completions in PyTorch, in batches: token ids in, token ids out.
 
-The twin of `models.generation.sample`. `model.generate` is not used, because it takes penalties and filters from the
-checkpoint's own settings, and then training's logprobs would not be those of the draw.
+The twin of `models.generation.sample`. `model.generate` is not used: it applies penalties and filters from the
+checkpoint's settings, so training's logprobs would not be those of the sampling distribution.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ def sample(
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
-    prompts: token ids, at least one each; a soft prompt of the model is put before them here. Draws come from
-    softmax(logits / temperature), unfiltered; temperature 0 takes the most likely token. batch_size: prompts in
-    flight. on_token: called with the number of tokens of each decoding step, for progress.
-    Runs in eval mode, so dropout is off, and leaves the model in the mode it was in.
+    prompts: token ids, at least one each; the model's soft prompt is prepended here. Tokens are drawn from
+    softmax(logits / temperature), unfiltered; temperature 0 takes the most likely token. batch_size: prompts in flight.
+    on_token: called with the number of tokens of each decoding step, for progress. Runs in eval mode, so without
+    dropout, and restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -50,7 +50,7 @@ def sample(
 
 @torch.no_grad()
 def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_tokens, temperature, on_token):
-    """Prompts are padded on the left, so that all rows draw their next token at the same place."""
+    """Prompts are padded on the left, so that all rows draw their next token at the same position."""
     width = max(map(len, prompts))
     device = model.device
     eos = torch.tensor(sorted(eos_token_ids), device=device)

@@ -1,6 +1,6 @@
-"""Gradient checkpointing in PyTorch: keep each layer's input, and work out again what lies within.
+"""Gradient checkpointing in PyTorch: recompute activations in the backward pass to save memory.
 
-The twin of models.grad_checkpoint. transformers' own switch acts in training mode only, in which PPO never is.
+The twin of models.grad_checkpoint. transformers' own switch works in training mode only, which PPO never uses.
 """
 
 from functools import partial
@@ -13,9 +13,9 @@ from common.errors import UserError
 
 
 def checkpoint_layers(model: nn.Module) -> None:
-    """Let every layer of `model` be worked out again for its gradient. Raises UserError where it has no such layers."""
+    """Recompute every layer of `model` in the backward pass. Raises UserError if it has no such layers."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError(f"{type(model).__name__} has no layers to checkpoint; leave --grad-checkpoint out")
+        raise UserError(f"{type(model).__name__} has no layers to checkpoint; omit --grad-checkpoint")
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

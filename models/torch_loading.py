@@ -1,7 +1,7 @@
 """Opening a model by name in PyTorch: an embedded one, a local folder, a GGUF file, or a Hugging Face name.
 
-The twin of models.loading, over transformers. Never imports mlx: the tiny models are found or built by a process of
-their own. Leaves out adapters (models.torch_adapters) and the value head (models.torch_value_head).
+The twin of models.loading, over transformers. Never imports mlx: a tiny model is found or built by a process of its
+own. Not here: adapters (see models.torch_adapters) and value heads (see models.torch_value_head).
 """
 
 import copy
@@ -22,13 +22,13 @@ from models.gguf_folder import gguf_folder, is_gguf
 from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-logging.set_verbosity_error()  # what transformers warns of (new layers of a head, say) is checked here
+logging.set_verbosity_error()  # what it warns of, such as missing weights, is checked here
 logging.disable_progress_bar()
 
 
 @dataclass
 class LoadedModel:
-    """A model as transformers opens it, in eval mode and frozen."""
+    """A model as opened by transformers, in eval mode and frozen."""
 
     model: nn.Module
     tokenizer: Any
@@ -36,7 +36,7 @@ class LoadedModel:
 
     @property
     def eos_token_ids(self) -> set[int]:
-        """Every token that ends a completion: the tokenizer's, and those the model's configuration names."""
+        """All tokens that end a completion: the tokenizer's and those of the model's configuration."""
         settings = getattr(self.model, "generation_config", None) or self.model.config
         named = settings.eos_token_id
         ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
@@ -44,12 +44,12 @@ class LoadedModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names; auto: CUDA, else MPS, else CPU. Raises UserError where it is not there."""
+    """The device named by `--device`; auto: CUDA, else MPS, else CPU. Raises UserError if it is not available."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_there in there.items() if is_there)
     if not there[name]:
-        raise UserError(f"--device is {name}, which torch does not find here; use cpu, or leave it out")
+        raise UserError(f"--device is {name}, which is not available here; use cpu, or omit it")
     return torch.device(name)
 
 
@@ -57,7 +57,7 @@ def resolve(name: str) -> Path:
     """The local folder of a model: found or built (tiny models), as it is (folders), converted (GGUF files, smollm2-*),
     or downloaded (hub names).
 
-    Raises UserError where there is no such folder and no such model on the hub, or no network.
+    Raises UserError if there is neither such a folder nor such a model on the hub, or no network.
     """
     if name.startswith("tiny-") and not Path(name).exists():
         return locate(name)
@@ -74,8 +74,8 @@ def resolve(name: str) -> Path:
 def load(name: str, device: torch.device, tokenizer: str | None = None, classifier: bool = False) -> LoadedModel:
     """Open the model `name` (see `resolve`) on `device`, and the tokenizer of the same or another name.
 
-    classifier: a model with one score in place of the vocabulary. Weights are float32; on CUDA they keep the precision
-    they were saved in. Raises UserError if the model is missing or cannot be opened.
+    classifier: open a model with one score instead of a vocabulary. Weights are float32; on CUDA they keep their saved
+    precision. Raises UserError if the model is missing or cannot be opened.
     """
     path = resolve(name)
     tokenizer_path = resolve(tokenizer) if tokenizer else path
@@ -85,7 +85,9 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
         model, report = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
         opened = AutoTokenizer.from_pretrained(tokenizer_path)
     except OPENING_ERRORS as error:
-        raise UserError(f"{name} cannot be opened by transformers ({reason(error)}); check that it is whole") from None
+        raise UserError(
+            f"{name} cannot be opened by transformers ({reason(error)}); check that it is complete"
+        ) from None
     _check_whole(name, report)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer and len(opened) > rows:
@@ -94,19 +96,19 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
 
 
 def _check_whole(name: str, report: dict[str, Any]) -> None:
-    """Raise UserError where the folder lacks weights, which transformers would draw at random."""
+    """Raise UserError if the folder lacks weights, which transformers would initialise at random."""
     absent = sorted([*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])])
     if absent:
         raise UserError(
             f"{name} lacks {len(absent)} of the model's tensors, or has them in another shape "
-            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); check that it is whole"
+            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); check that it is complete"
         )
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A second module tree over the same frozen weights; those that are trained are copied as they are now.
+    """A second module tree over the same frozen weights; trainable weights are copied.
 
-    So it serves as the reference policy, and lets a second adapter stand on the same base.
+    It can serve as the reference policy, or carry another adapter on the same base.
     """
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in chain(frozen, model.buffers())}

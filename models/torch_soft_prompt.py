@@ -1,6 +1,6 @@
-"""Soft prompts in PyTorch: learned embedding rows in front of the prompt, under ids past the end of the table.
+"""Soft prompts in PyTorch: learned embedding rows in front of the prompt, with ids past the end of the table.
 
-The twin of models.soft_prompt, whose names and files it shares.
+The twin of models.soft_prompt, with the same names and files.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class SoftPromptEmbedding(nn.Module):
-    """An embedding table whose ids past its last row are the rows of `soft_prompt` (num_tokens, H)."""
+    """An embedding table in which ids past the last row select the rows of `soft_prompt` (num_tokens, H)."""
 
     def __init__(self, embedding: nn.Module, first_id: int, soft_prompt: Tensor):
         super().__init__()
@@ -27,13 +27,13 @@ class SoftPromptEmbedding(nn.Module):
 
 
 def add_soft_prompt(model: Any, num_tokens: int, seed: int = 0) -> list[int]:
-    """Put a soft prompt of `num_tokens` rows into `model` and return its token ids.
+    """Add a soft prompt of `num_tokens` rows to `model` and return its token ids.
 
-    The rows start as those of tokens drawn from the vocabulary (arXiv:2104.08691, section 2.1), in float32.
+    Rows are initialised with the embeddings of random tokens (arXiv:2104.08691, section 2.1), in float32.
     """
     embedding = model.get_input_embeddings()
     if isinstance(embedding, SoftPromptEmbedding):
-        raise ValueError("the model has a soft prompt already")
+        raise ValueError("the model already has a soft prompt")
     table = embedding.weight
     tokens = torch.randint(table.shape[0], (num_tokens,), generator=torch.Generator().manual_seed(seed))
     rows = embedding(tokens.to(table.device)).detach().float()
@@ -42,7 +42,7 @@ def add_soft_prompt(model: Any, num_tokens: int, seed: int = 0) -> list[int]:
 
 
 def soft_prompt_ids(model: Any) -> list[int]:
-    """The token ids of the model's soft prompt, to be put before every prompt; [] where it has none."""
+    """The token ids of the model's soft prompt, to be prepended to every prompt; [] if it has none."""
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, SoftPromptEmbedding):
         return []

@@ -1,8 +1,8 @@
-"""Hidden states, logits and a value head over any causal language model of transformers, in one forward pass.
+"""Hidden states, logits and a value head for any causal language model of transformers, in one forward pass.
 
-The twin of models.value_head. Families post-process their logits differently, so nothing here calls a body or an
-output layer by hand: a hook on the output layer records its input (the state after the last norm) during the model's
-own call and lets through only the positions that are asked for, so that logits are computed nowhere else.
+The twin of models.value_head. Families post-process their logits differently, so bodies and output layers are never
+called directly. Instead, during the model's own call, a hook on the output layer records its input (the state after the
+last norm) and passes on only the requested positions, so that no other logits are computed.
 """
 
 from pathlib import Path
@@ -21,8 +21,8 @@ from models.adapter_config import HEAD_FILE
 def forward(model: Any, tokens: Tensor, positions: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
     """One forward pass: logits (B, C, V) and hidden states (B, C, H) at the given positions.
 
-    tokens: (B, L) ids, right padded, so that causal attention alone keeps pads out; positions: (B, C) indices into L.
-    arguments: what else the model's own forward takes. Raises UserError where the output layer is not found.
+    tokens: (B, L) ids, right padded, so that causal attention alone hides the pads; positions: (B, C) indices into L.
+    arguments: further ones of the model's own forward. Raises UserError if the output layer is not found.
     """
     hidden: list[Tensor] = []
 
@@ -41,7 +41,9 @@ def forward(model: Any, tokens: Tensor, positions: Tensor, **arguments: Any) -> 
     finally:
         hook.remove()
     if not hidden:
-        raise UserError(f"{type(model).__name__} hides its output layer, so no value head fits it; use another model")
+        raise UserError(
+            f"{type(model).__name__} does not expose its output layer, which a value head needs; use another model"
+        )
     return logits, hidden[0]
 
 
@@ -51,7 +53,7 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 class ValueHead(nn.Linear):
-    """One linear map without bias from a hidden state to a value, in float32; it starts at 0."""
+    """A linear map without bias from a hidden state to a value, in float32; initialised to 0."""
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
@@ -63,17 +65,17 @@ class ValueHead(nn.Linear):
 
 
 def hidden_size(model: Any) -> int:
-    """Width of the state that the output layer reads."""
+    """Width of the output layer's input."""
     return model.get_output_embeddings().weight.shape[1]
 
 
 def new_value_head(model: Any) -> ValueHead:
-    """A value head that fits `model`, on its device."""
+    """A value head for `model`, on its device."""
     return ValueHead(hidden_size(model)).to(model.device)
 
 
 class Policy(nn.Module):
-    """A language model with, where advantages need one, a value head on the same trunk."""
+    """A language model with an optional value head on the same trunk."""
 
     def __init__(self, model: nn.Module, value_head: ValueHead | None = None):
         super().__init__()
@@ -90,7 +92,7 @@ class Policy(nn.Module):
 
 
 class ScoringModel(nn.Module):
-    """A language model that reads a text and gives one score: the value at its last real token."""
+    """A language model that scores a text: the value at its last real token."""
 
     def __init__(self, model: nn.Module, value_head: ValueHead):
         super().__init__()
@@ -99,20 +101,20 @@ class ScoringModel(nn.Module):
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """tokens: (B, L) right padded; lengths: (B,) real tokens. Returns scores (B,) in float32."""
-        body: Any = self.model.base_model  # without the output layer, which a sequence classifier has not
+        body: Any = self.model.base_model  # without the output layer, which a sequence classifier lacks
         hidden = body(input_ids=tokens, use_cache=False).last_hidden_state
         return self.value_head(at_positions(hidden, lengths[:, None] - 1)[:, 0])
 
 
 def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
-    """Write the head into a model or adapter folder; returns the entry for that folder's JSON."""
+    """Write the head into a model or adapter folder. Returns the entry for that folder's JSON."""
     with atomic_file(Path(folder) / HEAD_FILE) as temporary:
         save_file({"weight": head.weight.detach()}, temporary)
     return {"file": HEAD_FILE, "hidden_size": head.weight.shape[1]}
 
 
 def load_value_head(folder: str | Path) -> ValueHead | None:
-    """The head in a model or adapter folder, on the CPU, or None where there is none."""
+    """The head in a model or adapter folder, on the CPU, or None."""
     path = Path(folder) / HEAD_FILE
     if not path.is_file():
         return None
@@ -126,7 +128,7 @@ def load_value_head(folder: str | Path) -> ValueHead | None:
 
 
 def head_from(weight: Tensor) -> ValueHead:
-    """A value head of these weights (1, H)."""
+    """A value head with these weights (1, H)."""
     head = ValueHead(weight.shape[1])
     head.load_state_dict({"weight": weight})
     return head

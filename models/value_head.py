@@ -1,9 +1,9 @@
-"""Hidden states, logits and a value head over any mlx-lm architecture, in one forward pass.
+"""Hidden states, logits and a value head for any mlx-lm architecture, in one forward pass.
 
-The families name and post-process their output layer differently, so nothing here calls a body or a head
-by hand: the output layer is replaced, during the model's own call, by a tap that records its input (the
-state after the last norm) and goes on with the positions that are asked for, so that logits are computed
-nowhere else. Where a model multiplies by its table itself, without calling it, the last norm is tapped instead.
+Families name and post-process their output layers differently, so bodies and heads are never called directly. Instead,
+during the model's own call, a tap in place of the output layer records its input (the state after the last norm) and
+passes on only the requested positions, so that no other logits are computed. If a model multiplies by its table without
+calling it, the last norm is tapped instead.
 """
 
 import math
@@ -31,7 +31,7 @@ class _Tap:
         self.hidden: mx.array | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """Some models read a weight of the layer by themselves; the tap does not see that, and `forward` says so."""
+        """Some models read the layer's weight directly, which bypasses the tap; `forward` notices that."""
         return getattr(self.layer, name)
 
     def _record(self, hidden: mx.array) -> mx.array:
@@ -60,9 +60,9 @@ class _NormTap(_Tap):
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[_Tap]]]:
-    """Where to tap, the best first: the module that holds a layer, the layer's key there, and the tap that fits.
+    """Candidate places, best first: the module that holds a layer, the layer's key in it, and the kind of tap.
 
-    The output layer is decided by presence; if it is not called, the norm before it serves.
+    The output layer is found by presence; if it turns out not to be called, the norm before it is tapped.
     """
     place = _outside_the_layers(model, OUTPUT_LAYERS)
     if place is not None:
@@ -90,30 +90,32 @@ def _module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def forward(model: nn.Module, tokens: mx.array, positions: mx.array | None = None) -> tuple[mx.array, mx.array]:
-    """One forward pass: logits and hidden states at the given positions, or at all.
+    """One forward pass: logits and hidden states at the given positions, by default all.
 
     tokens: (B, L) ids, right padded; positions: (B, C) indices into L. Returns logits (B, C, V) and hidden
-    (B, C, H); without positions C is L. What is not used costs nothing: mlx evaluates lazily. Raises UserError
-    where the model's output layer is not found.
+    (B, C, H); without positions C is L. Unused results cost nothing, since mlx evaluates lazily. Raises UserError if
+    the model's output layer is not found.
     """
     for parent, key, tap_type in _places(model):
         layer = parent[key]
         tap = tap_type(layer, positions)
-        dict.__setitem__(parent, key, tap)  # keeps the order of the parameters, which attribute assignment does not
+        dict.__setitem__(parent, key, tap)  # keeps the order of parameters, unlike attribute assignment
         try:
             logits = model(tokens)
         finally:
             dict.__setitem__(parent, key, layer)
         if tap.hidden is not None:
             return logits, tap.hidden
-    raise UserError(f"{type(model).__module__} hides its output layer, so no value head fits it; use another model")
+    raise UserError(
+        f"{type(model).__module__} does not expose its output layer, which a value head needs; use another model"
+    )
 
 
 class ValueHead(nn.Module):
-    """One linear map without bias from a hidden state to a value, in float32."""
+    """A linear map without bias from a hidden state to a value, in float32."""
 
     def __init__(self, hidden_size: int, std: float = 0.0):
-        """std: spread of the initial weights; 0 starts every value at 0."""
+        """std: standard deviation of the initial weights; with 0, every value starts at 0."""
         super().__init__()
         self.weight = std * mx.random.normal((1, hidden_size))
 
@@ -123,18 +125,18 @@ class ValueHead(nn.Module):
 
 
 def hidden_size(model: nn.Module) -> int:
-    """Width of the state that the output layer reads, measured by one forward pass over one token."""
+    """Width of the output layer's input, measured by a forward pass over one token."""
     return forward(model, mx.array([[0]]))[1].shape[-1]
 
 
 def new_value_head(model: nn.Module, std: float | None = 0.0) -> ValueHead:
-    """A value head that fits `model`. std None means 1/sqrt(H): spread that a reward model starts from."""
+    """A value head for `model`. std: as of ValueHead; None means 1/sqrt(H), for a reward model."""
     size = hidden_size(model)
     return ValueHead(size, 1 / math.sqrt(size) if std is None else std)
 
 
 class ScoringModel(nn.Module):
-    """A language model that reads a text and gives one score: the value at its last real token."""
+    """A language model that scores a text: the value at its last real token."""
 
     def __init__(self, model: nn.Module, value_head: ValueHead):
         super().__init__()
@@ -148,7 +150,7 @@ class ScoringModel(nn.Module):
 
 
 class Policy(nn.Module):
-    """A language model with, where advantages need one, a value head on the same trunk."""
+    """A language model with an optional value head on the same trunk."""
 
     def __init__(self, model: nn.Module, value_head: ValueHead | None = None):
         super().__init__()
@@ -166,9 +168,9 @@ class Policy(nn.Module):
 
 
 def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
-    """Write the head into a model or adapter folder; returns the entry for that folder's JSON.
+    """Write the head into a model or adapter folder. Returns the entry for that folder's JSON.
 
-    The weights have a file of their own, because mlx-lm refuses unknown tensors in its own files.
+    The weights have a file of their own, because mlx-lm rejects unknown tensors in its files.
     """
     with atomic_file(Path(folder) / HEAD_FILE) as temporary:
         mx.save_safetensors(str(temporary), {"weight": head.weight})
@@ -176,7 +178,7 @@ def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
 
 
 def load_value_head(folder: str | Path) -> ValueHead | None:
-    """The head in a model or adapter folder, or None where there is none."""
+    """The head in a model or adapter folder, or None."""
     path = Path(folder) / HEAD_FILE
     if not path.is_file():
         return None

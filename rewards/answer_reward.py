@@ -1,7 +1,7 @@
-"""A reward that knows each prompt's answer: 1 where the completion gives it, else 0.
+"""A reward by known answers: 1 if the completion gives the answer of its prompt, else 0.
 
-It reads answers as the vote, the pass rate and the evaluation do (rewards/answers.py). The answers come from the rows
-that the prompts come from, {"prompt", "answer"}, so the prompts have to be as they stand there.
+It reads answers like the vote, the pass rate and the evaluation (rewards/answers.py). Prompts and answers come from the
+same rows, {"prompt", "answer"}, and a prompt must be spelled as in its row.
 
     python ppo_training.py --prompts sums.jsonl --answer number      python -m pytest tests/test_answer_reward.py
 """
@@ -16,16 +16,18 @@ from rewards.answers import AnswerType, answer_type
 
 
 class AnswerReward:
-    """f(prompts, completions) -> scores. answers: of every prompt. Raises UserError where one cannot be a truth."""
+    """f(prompts, completions) -> scores. answers: prompt → answer. Raises UserError for an unreadable answer."""
 
     def __init__(self, answer: AnswerType, answers: Mapping[str, str]):
         for prompt, truth in answers.items():
             if not answer.readable(truth):
-                raise UserError(f"the answer {truth!r:.60} of the prompt {prompt!r:.60} is no {answer.name}; mend it")
+                raise UserError(
+                    f"the answer {truth!r:.60} of the prompt {prompt!r:.60} is not a valid {answer.name} answer; fix it"
+                )
         self.answer, self.answers = answer, answers
 
     def reward(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """1.0 or 0.0 for each completion. The prompts are those of the rows."""
+        """1.0 or 0.0 for each completion. The prompts must be those of the rows."""
         return [
             self.answer.score(completion, self.answers[prompt])
             for prompt, completion in zip(prompts, completions, strict=True)
@@ -39,9 +41,9 @@ def answer_from_flag(spec: str) -> AnswerType:
 
 
 def answer_options(spec: str) -> dict[str, Any]:
-    """`--answer` as a mapping: of a name, or of the text of one, as a task file has it: {type: label, labels: [a, b]}.
+    """`--answer` as a mapping: from a type's name, or from YAML as in a task file: {type: label, labels: [a, b]}.
 
-    Raises UserError where it is neither.
+    Raises UserError if it is neither.
     """
     try:
         given = yaml.safe_load(spec)

@@ -1,16 +1,16 @@
-"""One reader per answer type: it serves the vote, the pass rate, the reward and the evaluation alike.
+"""Answer types: one reader each, shared by the vote, the pass rate, the reward and the evaluation.
 
-It reads a completion, never its prompt, so that the prompt's own `<answer>` example is never taken for an answer.
-Of several given answers the last one counts. Where it stands, in this order:
+A reader sees the completion, never its prompt, so that an `<answer>` example in the prompt is not taken for an answer.
+If several answers are given, the last one counts. Places are searched in this order:
 
     1. <answer>...</answer>             unclosed or empty: unreadable
     2. \\boxed{...}                      unclosed or empty: unreadable
-    3. #### ...                         the rest of the line, as GSM8K has it; a Markdown heading is passed over
-    4. The answer is ..., Answer: ...   where an answer follows at once
-    5. without any of these the last standalone letter, label or number, by type; for exact the whole completion
+    3. #### ...                         the rest of the line, as in GSM8K; Markdown headings are skipped
+    4. The answer is ..., Answer: ...   if an answer follows immediately
+    5. otherwise the last standalone letter, label or number, by type; for exact the whole completion
 
-Two answers in one place ("3 or 4", "A, B") are none. regex, json and custom find their answer themselves. Nothing a
-model wrote is evaluated by Python or executed. Leaves out the digit rule, which is no answer (rewards.digits).
+Two answers in one place ("3 or 4", "A, B") count as none. regex, json and custom find their answers themselves. Nothing
+that a model wrote is evaluated by Python or executed.
 
     answer_type("number").extract("so 12 * 6 = 72.\\n####72")  ->  "72"
 """
@@ -29,18 +29,18 @@ from rewards.expressions import canonical, rational, tidy, value
 from rewards.function import load_function
 from rewards.markers import bare, collapsed, hash_spans, inline_maths, last_boxed, last_tag, phrase_spans
 
-AMBIGUOUS = ""  # where several answers stand in one place, or a marker holds none: the search ends, unreadable
-MAX_CHARACTERS = 50_000  # of a longer completion only the end is read
+AMBIGUOUS = ""  # several answers in one place, or a marker without any: the search ends, unreadable
+MAX_CHARACTERS = 50_000  # only the end of longer completions is read
 _JOIN = r"(?:\s*(?:[,;/&|]|or\b|and\b|to\b)\s*|\s+)"
 
 
 class AnswerType:
-    """How one kind of answer is read and compared."""
+    """How answers of one type are read and compared."""
 
     name: ClassVar[str] = ""
 
     def extract(self, completion: str) -> str | None:
-        """The canonical text of the last given answer, or None where none can be read. "0" is an answer."""
+        """The canonical text of the last answer given, or None if none can be read. "0" is an answer."""
         text = _shortened(completion)
         found = self._marked(text)
         if found is None:
@@ -48,16 +48,16 @@ class AnswerType:
         return None if found == AMBIGUOUS else found
 
     def normalise(self, answer: str) -> str:
-        """The canonical text of an answer: the vote's key. What cannot be read is kept, with its spaces collapsed."""
+        """The canonical text of an answer, the key of the vote. Unreadable text is kept, with its spaces collapsed."""
         found = self.extract(answer)
         return collapsed(answer) if found is None else found
 
     def equal(self, a: str, b: str) -> bool:
-        """Whether two answers are the same one."""
+        """Whether two answers are equal."""
         return self.normalise(a) == self.normalise(b)
 
     def readable(self, answer: str) -> bool:
-        """Whether `answer`, from a data set, can be a truth."""
+        """Whether `answer`, from a data set, can serve as ground truth."""
         return self.extract(answer) is not None
 
     def score(self, completion: str, truth: str) -> float:
@@ -66,7 +66,7 @@ class AnswerType:
         return 1.0 if found is not None and self.equal(found, truth) else 0.0
 
     def _marked(self, text: str) -> str | None:
-        """The answer in the last marker: AMBIGUOUS where it cannot be read, None where there is no marker."""
+        """The answer in the last marker: AMBIGUOUS if it cannot be read, None if there is no marker."""
         tag = last_tag(text)
         if tag is None:
             return self._marked_in_text(text)
@@ -81,11 +81,11 @@ class AnswerType:
         return next((found for found in map(self._read, spans) if found is not None), None)
 
     def _given(self, span: str) -> str:
-        """The answer in a place that holds an answer and nothing else."""
+        """The answer in a place that should contain an answer and nothing else."""
         return (self._read(span) or AMBIGUOUS) if span.strip() else AMBIGUOUS
 
     def _read(self, span: str) -> str | None:
-        """The answer with which `span` begins: AMBIGUOUS where several are joined there, None where there is none."""
+        """The answer at the start of `span`: AMBIGUOUS if several are joined there, None if there is none."""
         raise NotImplementedError
 
     def _lenient(self, text: str) -> str | None:
@@ -94,14 +94,14 @@ class AnswerType:
 
 
 def _shortened(completion: str) -> str:
-    """The end of a completion, runs of white space as one; the patterns below would crawl over long runs."""
+    """The end of a completion, with runs of white space collapsed, on which the patterns below would be slow."""
     text = re.sub(r"[^\S\n]+", " ", completion[-MAX_CHARACTERS:])
     return re.sub(r"(?: ?\n)+ ?", "\n", text)
 
 
 @dataclass(frozen=True)
 class Choice(AnswerType):
-    """One letter (or digit) of `choices`; in any case where it is marked, in brackets, or all there is."""
+    """One letter (or digit) of `choices`; case does not matter if it is marked, in brackets, or stands alone."""
 
     choices: tuple[str, ...] = ("A", "B", "C", "D")
     name: ClassVar[str] = "choice"
@@ -120,10 +120,10 @@ class Choice(AnswerType):
 
     def _lenient(self, text: str) -> str | None:
         letters, line = "".join(self.choices), text.strip()
-        # A completion of one line that begins as an answer does, "C. Because A is wrong", is that answer.
+        # A single line that begins like an answer, "C. Because A is wrong", is that answer.
         if "\n" not in line and re.match(rf"\W*[{letters}](?:[.):,]|\W*$)", line, re.IGNORECASE):
             return self._read(line)
-        # A capital before a lower-case word may be an article, and is passed over.
+        # A capital before a lower-case word may be an article, and is skipped.
         standalone = rf"(?<![\w'’])(?:\(([{letters}{letters.lower()}])\)|([{letters}])(?![\w'’])(?!\s[a-z]))"
         found = [match[1] or match[2] for match in re.finditer(standalone, text)]
         return found[-1].upper() if found else None
@@ -131,13 +131,13 @@ class Choice(AnswerType):
 
 @dataclass(frozen=True)
 class Label(AnswerType):
-    """One of `labels` as whole words, in any case, space, hyphen and underscore alike; spelled as `labels` does."""
+    """One of `labels`, as whole words; case and space, hyphen or underscore do not matter. Spelled as in `labels`."""
 
     labels: tuple[str, ...]
     name: ClassVar[str] = "label"
 
     def _found(self, text: str) -> list[tuple[int, int, str]]:
-        """(start, end, label) of every label that is not negated; a longer one hides those it holds."""
+        """(start, end, label) of every label that is not negated; longer labels take precedence."""
         spelled = {_label_key(label): label for label in self.labels}
         keys = sorted(spelled, key=len, reverse=True)
         words = "|".join(r"[\s_-]+".join(map(re.escape, key.split())) for key in keys)
@@ -165,7 +165,7 @@ def _label_key(label: str) -> str:
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 _NUMBER = re.compile(rf"(?<![\w.)])-?(?:[0-9]{{1,3}} [0-9]+/[0-9]+|{_DIGITS}(?: ?/ ?[0-9]+|[eE][+-]?[0-9]+)?)(?!_)")
-_PLAINER = [  # LaTeX and signs → what _NUMBER knows
+_PLAINER = [  # LaTeX and signs → forms that _NUMBER matches
     (re.compile(r"\\[dtc]?frac\s*\{\s*([0-9]+)\s*\}\s*\{\s*([0-9]+)\s*\}"), r" \1/\2"),
     (re.compile(r"\s*(?:\\times|\\cdot|[×·*])\s*10\s*\^\s*\{?\s*(-?[0-9]+)\s*\}?"), r"e\1"),
     (re.compile(r"\{,\}"), ","),
@@ -178,9 +178,9 @@ _PLAINER = [  # LaTeX and signs → what _NUMBER knows
 
 @dataclass(frozen=True)
 class Number(AnswerType):
-    """A rational number: 72, -1,234, $72, 0.25, 3/4, 1 1/2, 3 × 10^8; a unit or percent sign after it is passed over.
+    """A rational number: 72, -1,234, $72, 0.25, 3/4, 1 1/2, 3 × 10^8; a following unit or percent sign is ignored.
 
-    Only what is written as a number counts: 12 + 7 and 144/12, where the sum is yet to be done, are no answers.
+    Only numbers count: 12 + 7 and 144/12, which are not worked out, are not answers.
     """
 
     name: ClassVar[str] = "number"
@@ -202,7 +202,7 @@ class Number(AnswerType):
 
     def _given(self, span: str) -> str:
         found = self._read(span) if span.strip() else AMBIGUOUS
-        if found is None:  # "Paul has 72 apples": words first, but one number only
+        if found is None:  # "Paul has 72 apples": words first, but only one number
             numbers = {_number_text(match[0]) for match in _NUMBER.finditer(_plainer(span))}
             found = numbers.pop() if len(numbers) == 1 else AMBIGUOUS
         return found
@@ -219,7 +219,7 @@ def _plainer(text: str) -> str:
 
 
 def _number_text(text: str) -> str:
-    """The number as an integer, a finite decimal of up to 20 places, or a reduced fraction; AMBIGUOUS if it is none."""
+    """The number as an integer, a decimal of up to 20 places, or a reduced fraction; otherwise AMBIGUOUS."""
     found = rational(re.sub(r"\s*/\s*", "/", text))
     if found is None or ("/" in text and found.denominator == 1):
         return AMBIGUOUS
@@ -234,9 +234,9 @@ def _number_text(text: str) -> str:
 
 @dataclass(frozen=True)
 class Math(AnswerType):
-    """An expression, tuple, set, interval or word in LaTeX or plain text, compared by value, else by its tidied text.
+    """An expression, tuple, set, interval or word in LaTeX or plain text, compared by value or else by normalised text.
 
-    An expression equals its value (1 + 1 is 2): where the question is such an expression, number is the type to take.
+    An expression equals its value (1 + 1 is 2), so if the question is an expression, use number instead.
     """
 
     name: ClassVar[str] = "math"
@@ -272,7 +272,7 @@ class Math(AnswerType):
 
 
 def _is_maths(text: str) -> bool:
-    """Whether `text` is one line of mathematics, a unit perhaps behind it, and not prose."""
+    """Whether `text` is a line of mathematics, optionally with a unit, and not prose."""
     if not re.search(r"[A-Za-z0-9∞π]", text) or "\n" in text.strip() or len(text) > MAX_EXPRESSION:
         return False
     return value(text) is not None or not re.search(r"(?<![\\A-Za-z])[A-Za-z]{2,}", _without_words(text))
@@ -283,7 +283,7 @@ def _without_words(text: str) -> str:
 
 
 def _maths_text(text: str) -> str:
-    """The canonical text of a mathematical answer; equal answers have equal ones."""
+    """The canonical text of a mathematical answer; equal answers have equal texts."""
     text = tidy(text)
     if len(text) > MAX_EXPRESSION:
         return collapsed(text)
@@ -306,12 +306,12 @@ def _maths_text(text: str) -> str:
     plain = collapsed(bare(text).rstrip("."))
     if re.fullmatch(r"[A-Za-z][A-Za-z '-]*", plain):
         return plain.lower()
-    # A space between two letters or digits has a meaning: "1 2" is not 12.
+    # A space between letters or digits is significant: "1 2" is not 12.
     return re.sub(r" (?![0-9A-Za-z])|(?<![0-9A-Za-z]) ", "", re.sub(r"\\[dtc]frac", r"\\frac", plain))
 
 
 def _brackets(text: str) -> tuple[str, str, str]:
-    """(opening, closing, inside) of a text in one pair of brackets; the first two are empty where there is none."""
+    """(opening, closing, inside) of a text in one pair of brackets; the first two are empty without brackets."""
     text = text.replace("\\{", "{").replace("\\}", "}")
     if len(text) > 1 and text[0] in "([{" and text[-1] in ")]}" and len(_at_commas(text)) == 1:
         return text[0], text[-1], text[1:-1]
@@ -319,7 +319,7 @@ def _brackets(text: str) -> tuple[str, str, str]:
 
 
 def _at_commas(text: str) -> list[str]:
-    """`text` cut at the commas that stand in no bracket."""
+    """`text` split at the commas outside brackets."""
     parts, depth = [""], 0
     for sign in text:
         depth += (sign in "([{") - (sign in ")]}")
@@ -332,7 +332,7 @@ def _at_commas(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Exact(AnswerType):
-    """Text, compared without emphasis, outer quotes, runs of white space and a full stop at its end."""
+    """Text, compared without emphasis, outer quotes, extra white space and a final full stop."""
 
     ignore_case: bool = False
     name: ClassVar[str] = "exact"
@@ -347,7 +347,7 @@ class Exact(AnswerType):
 
 @dataclass(frozen=True)
 class Regex(AnswerType):
-    """The last match of `pattern`, its first group if it has one. A slow pattern is slow here: write it with care."""
+    """The last match of `pattern`, or of its first group if there is one. Beware of patterns that backtrack."""
 
     pattern: str
     ignore_case: bool = False
@@ -377,7 +377,7 @@ class Json(AnswerType):
         if self.field is None:
             return None if found is None else _json_text(found)
         content = found.get(self.field) if isinstance(found, dict) else None
-        # 72 and "72" in a field are the same answer.
+        # In a field, 72 and "72" are the same answer.
         return (
             None
             if content is None
@@ -391,7 +391,7 @@ class Json(AnswerType):
 
 
 def _last_json(text: str) -> Any:
-    """The last object or array that is whole, or None."""
+    """The last complete object or array, or None."""
     decoder, found, place = json.JSONDecoder(parse_constant=_no_constant), None, 0
     for start in list(re.finditer(r"[{\[]", text))[-1000:]:
         if start.start() < place:
@@ -404,7 +404,7 @@ def _last_json(text: str) -> Any:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 def _json_text(content: Any) -> str:
@@ -413,7 +413,7 @@ def _json_text(content: Any) -> str:
 
 
 def _whole_numbers(content: Any) -> Any:
-    """`content` with 1.0 as 1, so that equal numbers are written alike."""
+    """`content` with 1.0 replaced by 1, so that equal numbers have equal texts."""
     if isinstance(content, dict):
         return {key: _whole_numbers(item) for key, item in content.items()}
     if isinstance(content, list):
@@ -423,7 +423,7 @@ def _whole_numbers(content: Any) -> Any:
 
 @dataclass(frozen=True)
 class Custom(AnswerType):
-    """A user's own reader, f(completion) -> str or None, and comparison, f(a, b) -> bool (default: equal text)."""
+    """A user's own reader, f(completion) -> str or None, and comparison, f(a, b) -> bool (by default of the texts)."""
 
     reader: Callable[[str], str | None]
     comparison: Callable[[str, str], bool] | None = None
@@ -432,7 +432,9 @@ class Custom(AnswerType):
     def extract(self, completion: str) -> str | None:
         found = _called("reader", self.reader, completion)
         if found is not None and not isinstance(found, str):
-            raise UserError(f"the answer's reader returned {found!r:.80}; return a string, or None where none is given")
+            raise UserError(
+                f"the answer's reader returned {found!r:.80}; return a string, or None if there is no answer"
+            )
         return found
 
     def normalise(self, answer: str) -> str:
@@ -454,14 +456,14 @@ def _called(role: str, function: Callable[..., Any], *texts: str) -> Any:
         raise
     except Exception as error:
         reason = collapsed(f"{type(error).__name__}: {error}")
-        raise UserError(f"the answer's {role} failed on {collapsed(texts[0])!r:.80}: {reason}; mend it") from error
+        raise UserError(f"the answer's {role} failed on {collapsed(texts[0])!r:.80}: {reason}; fix it") from error
 
 
 def answer_type(name: str, /, **options: Any) -> AnswerType:
-    """The answer type `name` with its options, as a task file gives them.
+    """The answer type `name` with its options, as in a task file.
 
     choice (choices), label (labels), number, math, exact (ignore_case), regex (pattern, ignore_case), json (field),
-    custom (reader, comparison: "file.py:function"). Raises UserError where a name, an option or its value is wrong.
+    custom (reader, comparison: "file.py:function"). Raises UserError for an invalid name, option or value.
     """
     if name not in _BUILDERS:
         raise UserError(f"answer type {name!r} is unknown; use one of {', '.join(_BUILDERS)}")
@@ -493,7 +495,7 @@ def _texts(option: str, values: Any) -> list[str]:
         raise UserError(f"{option} is {values!r:.80}; give a list of two or more")
     for item in values:
         if not isinstance(item, str) or not item.strip():
-            raise UserError(f'{option} holds {item!r:.80}, which is no text; quote it: "yes", "0"')
+            raise UserError(f'{option} holds {item!r:.80}, which is not text; quote it: "yes", "0"')
     return list(values)
 
 
@@ -512,7 +514,7 @@ def _regex(pattern: Any, ignore_case: Any = False) -> Regex:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise UserError(f"pattern {pattern!r:.80} is no regular expression ({error}); mend it") from None
+        raise UserError(f"pattern {pattern!r:.80} is not a regular expression ({error}); fix it") from None
     return Regex(pattern, _flag(ignore_case))
 
 
@@ -538,7 +540,7 @@ def _user_function(spec: Any) -> Callable[..., Any]:
     return load_function(str(spec), "answer function")
 
 
-# name: (how it is built, its options, the one it needs)
+# name: (constructor, options, required option)
 _BUILDERS: dict[str, tuple[Callable[..., AnswerType], tuple[str, ...], str | None]] = {
     "choice": (_choice, ("choices",), None),
     "label": (_label, ("labels",), "labels"),

@@ -6,7 +6,7 @@ from data.digits import DigitRule
 
 
 def digit_reward(rule: DigitRule) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
-    """f(prompts, completions) -> one score in 0..1 for each prompt + completion; ValueError if the lengths differ."""
+    """f(prompts, completions) -> the score (0..1) of each prompt + completion. ValueError if lengths differ."""
 
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         return [rule.score(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]

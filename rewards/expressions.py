@@ -1,10 +1,9 @@
 """Mathematical answers as exact values: LaTeX or plain text to a polynomial with rational coefficients and roots.
 
-Two answers are the same if their canonical texts are: \\frac{1}{4}, 1/4, 0.25 and .250 all give "1/4". Knows
-+ - * / ^ \\frac \\sqrt, implied products, mixed numbers, thousands commas, single letters and Greek ones as symbols,
-i, and the units that may stand behind a number. Leaves out functions (sin, log), relations, ± and matrices: for those
-`value` gives None and the caller compares text. Nothing is evaluated by Python, and every size is bounded, so no text
-makes it hang.
+Two answers are equal if their canonical texts are: \\frac{1}{4}, 1/4, 0.25 and .250 all give "1/4". Supports + - * / ^
+\\frac \\sqrt, implied products, mixed numbers, thousands commas, single Latin and Greek letters as symbols, i, and
+units after a number; not functions (sin, log), relations, ± or matrices, for which `value` returns None and the caller
+compares text. Nothing is evaluated by Python, and every size is bounded, so that no text makes it hang.
 
     python -m pytest tests/test_answers.py
 """
@@ -47,11 +46,11 @@ _UNIT = re.compile(
 
 
 class _Unreadable(Exception):
-    """The text is no expression of the kind that is known, or too large a one."""
+    """The text is not a supported expression, or too large."""
 
 
 def value(text: str) -> Value | None:
-    """The value of an expression, or None where it cannot be read, divides by zero, or passes a bound."""
+    """The value of an expression, or None if it cannot be read, divides by zero, or exceeds a bound."""
     text = tidy(text)
     if not text or len(text) > MAX_CHARACTERS:
         return None
@@ -61,13 +60,13 @@ def value(text: str) -> Value | None:
             found = _Parser(_THOUSANDS.sub(lambda match: match[0].replace(",", ""), candidate)).parse()
         except (_Unreadable, ZeroDivisionError):
             continue
-        # A value whose canonical text is too long to be read again is no answer either.
+        # Nor is a value an answer if its canonical text is too long to be read again.
         return found if len(canonical(found)) <= MAX_CHARACTERS else None
     return None
 
 
 def rational(text: str) -> Fraction | None:
-    """The value of an expression that is a rational number, or None."""
+    """The value of an expression if it is a rational number, else None."""
     found = value(text)
     if found is None or not set(found) <= {ONE}:
         return None
@@ -75,7 +74,7 @@ def rational(text: str) -> Fraction | None:
 
 
 def tidy(text: str) -> str:
-    """`text` without what has no meaning: dollar signs, LaTeX's spaces and sizes, a full stop at the end."""
+    """`text` without insignificant parts: dollar signs, LaTeX spacing and sizes, a final full stop."""
     text = text.replace("\\$", "").replace("$", "").replace("\\(", "").replace("\\)", "")
     text = (
         text.replace("\\[", "")
@@ -92,7 +91,7 @@ def tidy(text: str) -> str:
 
 
 def canonical(value: Value) -> str:
-    """The one text of a value, which `value` reads back to the same value."""
+    """The canonical text of a value; `value` parses it to the same value."""
     terms = [_term(monomial, value[monomial]) for monomial in sorted(value, key=lambda key: (key[1], key[0]))]
     return "+".join(terms).replace("+-", "-") if terms else "0"
 
@@ -107,7 +106,7 @@ def _term(monomial: Monomial, coefficient: Fraction) -> str:
 
 
 def _checked(terms: Value) -> Value:
-    """`terms` without zeros. Raises _Unreadable where they are too many or too large."""
+    """`terms` without zeros. Raises _Unreadable if they are too many or too large."""
     kept = {monomial: number for monomial, number in terms.items() if number}
     if len(kept) > MAX_TERMS:
         raise _Unreadable
@@ -146,7 +145,7 @@ def _multiply(a: Value, b: Value) -> Value:
 
 
 def _inverse(a: Value) -> Value:
-    """1/a, for one term, or for two of which only roots and i keep the product with the conjugate from being one."""
+    """1/a, for one term, or for two whose product with their conjugate is a single term."""
     if not a:
         raise ZeroDivisionError
     if len(a) == 1:
@@ -176,7 +175,7 @@ def _power(base: Value, exponent: Fraction) -> Value:
 
 
 def _root(radicand: Value, degree: int) -> Value:
-    """The principal root of a rational number. Raises _Unreadable for others, and where it is no known value."""
+    """The principal root of a rational number. Raises _Unreadable if it is not representable."""
     if not set(radicand) <= {ONE}:
         raise _Unreadable
     number = radicand.get(ONE, Fraction(0))
@@ -271,7 +270,7 @@ class _Parser:
             elif kind == "letter" or kind == "command" or word in ("(", "√", "["):
                 result = _multiply(result, self._raised())
             else:
-                return result  # a number after a factor is no product: "3 4" are two answers
+                return result  # a number after a factor is not a product: "3 4" is two answers
 
     def _signed(self) -> Value:
         sign = 1
@@ -315,7 +314,7 @@ class _Parser:
         return result
 
     def _argument(self) -> Value:
-        """What follows \\frac or \\sqrt: a group in braces, or one digit, so that \\frac12 is a half."""
+        """The argument of \\frac or \\sqrt: a group in braces, or one digit, so that \\frac12 is a half."""
         kind, word, _ = self._peek()
         if kind == "number" and word.isdigit() and len(word) > 1:
             self.tokens[self.index] = (kind, word[1:], False)
@@ -326,7 +325,7 @@ class _Parser:
         return self._atom()
 
     def _mixed(self, whole: Fraction) -> Value:
-        """`whole`, with the proper fraction that stands right behind it: 1\\frac{1}{2}, 1 1/2."""
+        """`whole`, with the proper fraction directly after it: 1\\frac{1}{2}, 1 1/2."""
         plain = {ONE: whole} if whole else {}
         if whole.denominator != 1:
             return plain

@@ -1,8 +1,8 @@
-"""A user's own reward function, `file.py:name`, held to the contract of every reward.
+"""A user's own reward function, `file.py:name`, checked against the contract of every reward.
 
-The function takes two lists of strings of equal length, prompts and completions, and returns one finite number
-per completion. Loading it imports the file, so the file's code runs with all the user's rights: name only files
-you would run yourself. Leaves out sandboxes and time limits.
+The function takes two lists of strings of equal length, prompts and completions, and returns one finite number per
+completion. Loading imports the file, so its code runs with all the user's rights, without a sandbox or time limit: name
+only files that you would run yourself.
 
     python ppo_training.py --reward-function my_rewards.py:shortest
 """
@@ -23,25 +23,24 @@ RewardFunction = Callable[[list[str], list[str]], list[float]]
 
 
 def load_reward_function(spec: str) -> RewardFunction:
-    """The reward function that `spec`, "file.py:name", names, wrapped in `checked`. Raises as `load_function` does."""
+    """The reward function named by `spec`, "file.py:name", wrapped in `checked`. Raises as `load_function` does."""
     return checked(load_function(spec), spec)
 
 
 def load_function(spec: str, what: str = "reward function") -> Callable[..., Any]:
-    """The callable that `spec`, "file.py:name", names; `what` is what errors call it.
+    """The callable named by `spec`, "file.py:name". what: how errors refer to it.
 
-    Imports the file, on purpose: its top-level code runs. The file's folder is not put on the module path.
-    Raises UserError if the spec is malformed, the file is missing or fails to import, or the name is missing
-    or not callable.
+    Imports the file, so its top-level code runs. The file's folder is not added to the module path. Raises UserError if
+    the spec is malformed, the file is missing or fails to import, or the name is missing or not callable.
     """
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
-        raise UserError(f"{what} {spec!r} is not of the form file.py:name; write my_rewards.py:score, say")
+        raise UserError(f"{what} {spec!r} is not of the form file.py:name; write, for example, my_rewards.py:score")
     path = Path(file).expanduser()
     if not path.is_file():
-        raise UserError(f"{what} {spec!r}: there is no file {path}; check the path")
+        raise UserError(f"{what} {spec!r}: {path} does not exist; check the path")
     if path.suffix != ".py":
-        raise UserError(f"{what} {spec!r}: {path} is no .py file; name a Python file")
+        raise UserError(f"{what} {spec!r}: {path} is not a .py file; name a Python file")
     module = _import(path)
     if not hasattr(module, name):
         raise UserError(f"{what} {spec!r}: {path} defines no {name!r}; check the name")
@@ -52,11 +51,11 @@ def load_function(spec: str, what: str = "reward function") -> Callable[..., Any
 
 
 def checked(function: Callable[[list[str], list[str]], Any], name: str | None = None) -> RewardFunction:
-    """`function`, with its result turned into a list of floats and every breach of the contract into a UserError.
+    """`function`, with its result converted to a list of floats and every breach of the contract to a UserError.
 
-    name: how errors call it; by default the function's own name. Takes any iterable of numbers (lists, tuples,
-    NumPy, mlx or torch vectors; True counts as 1). Refuses a wrong count, text, NaN and infinity, and reports an
-    exception of the function by its type, message, file and line.
+    name: how errors refer to it; by default the function's own name. Accepts any iterable of numbers (lists, tuples,
+    NumPy, mlx or torch vectors; True counts as 1). Rejects a wrong count, text, NaN and infinity, and reports an
+    exception of the function with its type, message, file and line.
     """
     label = str(name or getattr(function, "__name__", type(function).__name__))
 
@@ -64,13 +63,13 @@ def checked(function: Callable[[list[str], list[str]], Any], name: str | None = 
     def reward(prompts: list[str], completions: list[str]) -> list[float]:
         count = len(completions)
         try:
-            # Copies: what the function does to its arguments is not done to ours.
+            # Copies, in case the function modifies its arguments.
             result = function(list(prompts), list(completions))
             values = None if isinstance(result, str | bytes | dict) or not _iterable(result) else list(result)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward function {label} failed: {error_summary(error)}; mend it") from error
+            raise UserError(f"reward function {label} failed: {error_summary(error)}; fix it") from error
         if values is None:
             raise UserError(f"reward function {label} returned {_shown(result)}; return a list of {count} numbers")
         if len(values) != count:
@@ -87,13 +86,13 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "a .py file always has a loader"
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses and pickling look a class's module up by name, so it is registered before its code runs.
+    # Dataclasses and pickling look up a class's module by name, so it is registered before its code runs.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(name, None)
-        raise UserError(f"{path} cannot be imported: {error_summary(error)}; mend it") from error
+        raise UserError(f"{path} cannot be imported: {error_summary(error)}; fix it") from error
     return module
 
 
@@ -107,7 +106,7 @@ def _iterable(value: Any) -> bool:
 
 def _finite(value: Any, index: int, label: str) -> float:
     try:
-        # float() would read a string; a reward compared as text is a mistake to report, not to hide.
+        # float() would parse a string, and hide the mistake of returning one.
         number = None if isinstance(value, str | bytes) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = None
@@ -124,9 +123,9 @@ def _shown(value: Any) -> str:
 
 
 def error_summary(error: Exception) -> str:
-    """Type, message and place of an exception, in one line."""
+    """Type, message and location of an exception, in one line."""
     traced = traceback.extract_tb(error.__traceback__)
-    # Ours and the import machinery's would point at the wrong file; a SyntaxError names its line itself.
+    # Frames of this file and of the import machinery are not informative; a SyntaxError names its line itself.
     frames = [frame for frame in traced if frame.filename != __file__ and not frame.filename.startswith("<")]
     place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     message = " ".join(str(error).split())

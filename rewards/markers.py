@@ -1,4 +1,4 @@
-"""Where in a completion an answer is marked: tags, boxes, hashes, phrases. Leaves out what it means (rewards.answers).
+"""Where a completion marks an answer: tags, boxes, hashes, phrases. What it means: rewards.answers.
 
 python -m pytest tests/test_answers.py
 """
@@ -6,7 +6,7 @@ python -m pytest tests/test_answers.py
 import re
 from collections.abc import Iterator
 
-MOST = 20  # markers of a kind that are looked at, from the last back
+MOST = 20  # markers of a kind to try, from the last backwards
 _TAG = re.compile(r"<answer>", re.IGNORECASE)
 _TAG_END = re.compile(r"</answer>", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
@@ -21,7 +21,7 @@ _INLINE_MATHS = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.{1,500}?)\\\)|\\\[(.{1,500}
 
 
 def last_tag(text: str) -> str | None:
-    """What stands in the last `<answer>` tag: "" if it is empty or never closed, None if there is no tag."""
+    """The content of the last `<answer>` tag: "" if it is empty or never closed, None if there is no tag."""
     starts = [match.end() for match in _TAG.finditer(text)]
     if not starts:
         return None
@@ -30,7 +30,7 @@ def last_tag(text: str) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{}, braces within it counted: "" if never closed, None if there is none."""
+    """The content of the last \\boxed{}, nested braces included: "" if never closed, None if there is none."""
     matches = list(_BOXED.finditer(text))
     if not matches:
         return None
@@ -46,7 +46,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def hash_spans(text: str) -> Iterator[str]:
-    """What follows `####`, last first: on the last line anything, before it one word, as the rest are headings."""
+    """What follows `####`, last first: anything on the last line, single words before it (others are headings)."""
     for match in reversed(list(_HASHES.finditer(text))[-MOST:]):
         at_end = not text[match.end() :].strip()
         if (at_end or len(match[1].split()) == 1) and not _NUMBERED_HEADING.match(match[1]):
@@ -59,15 +59,15 @@ def phrase_spans(text: str) -> Iterator[str]:
 
 
 def inline_maths(text: str) -> Iterator[str]:
-    """What stands between $ $, $$ $$, \\( \\) or \\[ \\], last first."""
+    """The content of $ $, $$ $$, \\( \\) or \\[ \\], last first."""
     return (match[1] or match[2] or match[3] for match in reversed(list(_INLINE_MATHS.finditer(text))[-MOST:]))
 
 
 def bare(span: str) -> str:
-    """`span` without white space, emphasis, quotes and dollar signs at its ends, and without \\text{} and the like."""
+    """`span` without surrounding white space, emphasis, quotes and dollar signs, and without \\text{} and the like."""
     return _WRAPPED.sub(r"\1", span).strip().strip("*_`\"'“”$ \n\t").removeprefix("\\(").removesuffix("\\)").strip()
 
 
 def collapsed(text: str) -> str:
-    """`text` with every run of white space as one space, and none at its ends."""
+    """`text` stripped, with every run of white space replaced by one space."""
     return " ".join(text.split())

@@ -1,7 +1,7 @@
-"""A learned reward: the value that a trained head gives a text at its last token.
+"""Learned rewards: the value that a trained head gives a text at its last token.
 
-sft.py --reward-model writes it as an adapter; fuse.py makes a folder of it that stands alone: ours, or a transformers
-AutoModelForSequenceClassification of one label.
+sft.py --reward-model writes it as an adapter; fuse.py turns it into a standalone folder, ours or a transformers
+AutoModelForSequenceClassification with one label.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from models.value_head import ScoringModel, ValueHead, load_value_head
 
 
 class RewardModel:
-    """Scores prompt + completion as text, encoded by the reward model's own tokenizer, with an EOS at its end:
-    what it was trained on."""
+    """Scores prompt + completion as text, encoded by the reward model's own tokenizer and ended by EOS, as in
+    training."""
 
     def __init__(self, scoring: ScoringModel, tokenizer, batch_size: int = 64):
         self.scoring, self.tokenizer, self.batch_size = scoring, tokenizer, batch_size
@@ -43,8 +43,8 @@ class RewardModel:
 def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel:
     """Open a reward model: an adapter with a value head, a model folder with one, or a transformers classifier.
 
-    base: a model that is open already and has no adapter on it yet; an adapter that was trained on the same model
-    shares its weights, so that the base is not held twice. Raises UserError where there is no value head.
+    base: an open model without an adapter. A reward adapter trained on the same model shares its weights, so that the
+    base is held only once. Raises UserError if there is no value head.
     """
     folder = Path(path).expanduser()
     head: ValueHead | None
@@ -62,5 +62,5 @@ def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel
         loaded = load(path)
         model, head = loaded.model, load_value_head(loaded.path)
     if head is None:
-        raise UserError(f"{path} has no value head, so it is no reward model; train one by sft.py --reward-model")
+        raise UserError(f"{path} has no value head, so it is not a reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head), loaded.tokenizer)

@@ -1,7 +1,7 @@
-"""A learned reward in PyTorch: the value that a trained head gives a text at its last token.
+"""Learned rewards in PyTorch: the value that a trained head gives a text at its last token.
 
-The twin of rewards.reward_model. Opens what sft.py --reward-model and fuse.py write: an adapter with a value head, a
-model folder with one, or a transformers AutoModelForSequenceClassification folder of one label.
+The twin of rewards.reward_model. Opens what sft.py --reward-model and fuse.py write: an adapter or a model folder with
+a value head, or a transformers AutoModelForSequenceClassification folder with one label.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from models.torch_value_head import ScoringModel, ValueHead, head_from, load_val
 
 
 class RewardModel:
-    """Scores prompt + completion as text, encoded by the reward model's own tokenizer, with an EOS at its end:
-    what it was trained on."""
+    """Scores prompt + completion as text, encoded by the reward model's own tokenizer and ended by EOS, as in
+    training."""
 
     def __init__(self, scoring: ScoringModel, tokenizer, batch_size: int = 64):
         self.scoring, self.tokenizer, self.batch_size = scoring, tokenizer, batch_size
@@ -46,8 +46,8 @@ class RewardModel:
 def load_reward_model(path: str, device: torch.device, base: LoadedModel | None = None) -> RewardModel:
     """Open a reward model on `device`, in any of its three forms.
 
-    base: a model that is open already and has no adapter on it yet; an adapter that was trained on the same model
-    shares its weights, so that the base is not held twice. Raises UserError where there is no value head.
+    base: an open model without an adapter. A reward adapter trained on the same model shares its weights, so that the
+    base is held only once. Raises UserError if there is no value head.
     """
     folder = Path(path).expanduser()
     head: ValueHead | None
@@ -66,12 +66,12 @@ def load_reward_model(path: str, device: torch.device, base: LoadedModel | None 
         if classifier:
             head = _classifier_head(path, model)
     if head is None:
-        raise UserError(f"{path} has no value head, so it is no reward model; train one by sft.py --reward-model")
+        raise UserError(f"{path} has no value head, so it is not a reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head.to(device)), loaded.tokenizer)
 
 
 def _classifier_head(path: str, model: Any) -> ValueHead:
     layer = getattr(model, "score", None)
     if layer is None or layer.weight.shape[0] != 1 or layer.bias is not None:
-        raise UserError(f"{path} is a classifier, but not with one score and no bias; use a model with num_labels 1")
+        raise UserError(f"{path} is not a classifier with one score and no bias; use a model with num_labels 1")
     return head_from(layer.weight)

@@ -1,4 +1,4 @@
-"""Small random models of the families that mlx-lm opens, for what has to hold whatever the architecture.
+"""Small random models of mlx-lm's families, for properties that hold for every architecture.
 
 model = build("gemma2")
 """
@@ -42,7 +42,7 @@ LINEAR_ATTENTION = {
     "linear_conv_kernel_dim": 4,
     "full_attention_interval": 2,
 }
-# Name -> family and settings. They differ in where the output layer lies, and in what becomes of the logits after it.
+# Name -> family and settings. They differ in the place of the output layer and in post-processing of the logits.
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "llama-tied": ("llama", TIED),
     "llama-untied": ("llama", UNTIED),
@@ -82,9 +82,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "starcoder2": ("starcoder2", {"norm_epsilon": 1e-5, **TIED}),
     "internlm2": ("internlm2", {}),
     "minicpm": ("minicpm", {"dim_model_base": 16, "scale_depth": 1.4, "scale_emb": 12, **UNTIED}),
-    # It multiplies by its table itself, without calling it:
+    # Multiplies by its embedding table without calling it:
     "seed_oss-tied": ("seed_oss", {**TIED, "head_dim": 8, "attention_bias": False, "attention_out_bias": False}),
-    # Recurrent layers, alone or between layers of attention:
+    # Recurrent layers, alone or combined with attention:
     "jamba": (
         "jamba",
         {

@@ -1,4 +1,4 @@
-"""A tokenizer of bytes with chat templates of the kinds that models have, for tests without a network."""
+"""A byte-level tokenizer with the kinds of chat templates that models have, for tests without network."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -12,21 +12,21 @@ CHATML = (
     "{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# As Qwen3: an empty thought before the last reply only.
+# Like Qwen3: an empty thought before the last reply only.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
     "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# As Mistral: no header before a reply, and roles that have to alternate.
+# Like Mistral: no header before a reply, and roles must alternate.
 BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}"
     "{% endif %}{% endfor %}"
 )
-# It numbers the turns that are left, so an earlier prompt is no beginning of the whole.
+# Numbers the remaining turns, so that earlier prompts are not prefixes of the whole text.
 REWRITING = (
     "{% for m in messages %}{{ '<|im_start|>' + (messages | length - loop.index0) | string + m.role + '\\n' }}"
     "{{ m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -35,7 +35,7 @@ REWRITING = (
 
 
 def byte_tokenizer(template: str | None, eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """One token per byte after the special ones; a BOS is put before plain text."""
+    """One token per byte after the special tokens; plain text is preceded by BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

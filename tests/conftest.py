@@ -1,4 +1,4 @@
-"""Model folders for every test: the embedded model itself, and its untrained twin, which costs nothing."""
+"""Model folders for every test: the embedded model, and an untrained one, which takes no time to build."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,19 +24,19 @@ def tiny_random_folder(folder: Path, **changes) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_digits() -> Path:
-    """The folder of the embedded model in the user's own cache, built there if it is missing. Not to be written to."""
+    """The folder of the embedded model in the user's own cache, built there if it is missing. Read-only."""
     return tiny_model_path()
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an untrained model. Not to be written to."""
+    """The folder of an untrained model. Read-only."""
     return tiny_random_folder(tmp_path_factory.mktemp("models") / "tiny-random")
 
 
 @pytest.fixture
 def compiling() -> Iterator[None]:
-    """mx.compile as it is on a GPU; on Linux CPU `cpu.enable` switches it off."""
+    """Enable mx.compile as on a GPU; on Linux CPU `cpu.enable` disables it."""
     mx.enable_compile()
     yield
     if cpu.wanted():

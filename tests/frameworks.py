@@ -1,4 +1,4 @@
-"""MLX and PyTorch behind one face, so that one test holds a function of `training/` in both.
+"""A common interface to MLX and PyTorch, so that one test checks a function of `training/` in both.
 
 @pytest.mark.parametrize("framework", FRAMEWORKS, ids=str)
 def test_mean(framework):
@@ -26,7 +26,7 @@ class Framework:
         return f"{self.name}-{str(self.dtype).rpartition('.')[2]}"
 
     def array(self, content: Any) -> Any:
-        """Numbers become arrays of this precision, integers and booleans stay what they are."""
+        """Floats become arrays of this precision; integers and booleans keep their type."""
         source = np.asarray(content)
         if self.name == "mlx":
             return mx.array(source.tolist(), dtype=self.dtype if source.dtype.kind == "f" else None)
@@ -46,7 +46,7 @@ class Framework:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=self.tolerance * scale)
 
     def gradients(self, loss: Callable[..., Any], *arguments: Any) -> Sequence[np.ndarray]:
-        """Gradients of a function of arrays, whose result is a scalar, by each of its arguments."""
+        """Gradients of a scalar function of arrays with respect to each argument."""
         arrays = [self.array(argument) for argument in arguments]
         if self.name == "mlx":
             by_list = mx.grad(lambda inputs: loss(*inputs))  # one argument by itself would come back bare

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on loopback, as huggingface-hub 2.x asks it for a model: what is there, and each file.
+"""A Hugging Face hub on loopback that implements what huggingface-hub 2.x needs to download a model.
 
     with HubServer({"TinyLlama/TinyLlama-1.1B-Chat-v1.0": folder}) as hub: ... hub.url, hub.asked
 
@@ -16,7 +16,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves folders under names, from `__enter__` to `__exit__`; asked: (method, path) of every request."""
+    """Serves folders under names while entered. asked: (method, path) of every request."""
 
     def __init__(self, models: dict[str, Path], gated: tuple[str, ...] = ()):
         self.models, self.gated = models, gated

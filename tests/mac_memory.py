@@ -1,4 +1,4 @@
-"""How much memory a training takes, by formulas: the table of docs/which_mac.md.
+"""Estimates of the memory of a training: the table of docs/which_mac.md.
 
 tests/test_mac_memory.py holds them to models that are built, and to peaks that are measured (Linux CPU).
 

@@ -1,11 +1,11 @@
-"""What opens what: the README's table, whose every cell tests/test_opens.py tries.
+"""What opens what: the README's table, every cell of which is tested by tests/test_opens.py.
 
 python -m tests.opens        prints it
 """
 
 YES, NO = "yes", "no"
 COLUMNS = ("our scripts", "mlx_lm.generate", "mlx_lm.server", "transformers", "peft")
-# Row → a cell for each column. What stands behind "no" is the row that serves in its place, or what makes it.
+# Row → a cell per column. After "no:" comes the row to use instead, or the flag that produces it.
 OPENS: dict[str, tuple[str, ...]] = {
     "LoRA adapter folder": (YES, YES, YES, f"{NO}: `--export-peft`", f"{NO}: `--export-peft`"),
     "DoRA adapter folder": (YES, YES, YES, f"{NO}: `--export-peft`", f"{NO}: `--export-peft`"),

@@ -1,4 +1,4 @@
-"""Calling the scripts' main functions in this process, where a start of their own would cost seconds each."""
+"""Calling the scripts' main functions in this process, since starting a process takes seconds."""
 
 import json
 import sys
@@ -15,18 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def with_words(function: Callable, *words: object):
-    """`function()` under a command line of `words`."""
+    """Call `function` with `words` as its command line."""
     with mock.patch.object(sys, "argv", ["script.py", *map(str, words)]):
         return function()
 
 
 def call(main: Callable[[], None], *words: object) -> None:
-    """Run a script's main to its end."""
+    """Run a script's main."""
     with_words(main, *words)
 
 
 def fails(capsys: pytest.CaptureFixture, main: Callable[[], Any], *words: object) -> str:
-    """Run a script's main as the script does; it has to exit with code 2 and one line on stderr, which is returned."""
+    """Run a script's main; assert that it exits with code 2 and one line on stderr, and return that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         with_words(lambda: run(main), *words)

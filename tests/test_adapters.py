@@ -1,4 +1,4 @@
-"""Adapters: what they train, that a fresh one changes nothing, and that what is saved is what is loaded."""
+"""Adapters: what they train, that a fresh one changes nothing, and that saving and loading are inverse."""
 
 import json
 
@@ -46,7 +46,7 @@ def fresh(kind, quantized=False, **changes):
 
 
 def trained(kind, quantized=False, model=None, **changes):
-    """As `fresh`, with weights as if it had been trained."""
+    """Like `fresh`, with weights as if it had been trained."""
     model = model or fresh(kind, quantized, **changes)
     mx.random.seed(7)
     moved = [(name, w + 0.1 * mx.random.normal(w.shape)) for name, w in adapter_weights(model).items()]
@@ -62,7 +62,7 @@ def base(quantized=False):
 
 
 def logits_of(model, kind):
-    """Logits at the words' positions; a soft prompt is put before them."""
+    """Logits at the words' positions, after the soft prompt, if any."""
     soft = [list(range(50, 53))] if kind == "soft_prompt" else [[]]
     return model(mx.concatenate([mx.array(soft, dtype=mx.int32), TOKENS], axis=1))[:, -8:]
 
@@ -125,7 +125,7 @@ def test_an_update_moves_the_adapter_and_not_the_base(kind):
 @pytest.mark.parametrize("mode", [False, True])
 @pytest.mark.parametrize("kind", TYPES)
 def test_new_layers_take_the_mode_of_the_model(kind, mode):
-    """FACTS: dropout on during rollouts. A new LoRA layer comes in training mode."""
+    """New LoRA layers are created in training mode: dropout would be on during rollouts."""
     model = base()
     model.train(mode)
     attach_adapter(model, config_of(kind, dropout=0.5))
@@ -157,11 +157,11 @@ def test_the_seed_decides_the_first_weights():
 
 
 def test_a_second_adapter_is_refused():
-    """FACTS: a second call nests LoRA in LoRA."""
+    """It would be nested in the first."""
     for kind in ("lora", "dora"):
-        with pytest.raises(ValueError, match="has a LoRA already"):
+        with pytest.raises(ValueError, match="already has a LoRA"):
             attach_adapter(fresh(kind), config_of("lora"))
-    with pytest.raises(ValueError, match="has a soft prompt already"):
+    with pytest.raises(ValueError, match="already has a soft prompt"):
         attach_adapter(fresh("soft_prompt"), config_of("soft_prompt"))
 
 
@@ -256,7 +256,7 @@ def test_a_value_head_scores_after_loading_as_before(tmp_path):
 
 
 def test_weights_are_never_loaded_before_their_layers_exist(tmp_path):
-    """FACTS: resume loads the weights non-strictly into a model without LoRA layers, so nothing loads."""
+    """A non-strict load into a model without LoRA layers would load nothing."""
     model = trained("lora")
     plain = base()
     plain.freeze()
@@ -266,7 +266,7 @@ def test_weights_are_never_loaded_before_their_layers_exist(tmp_path):
     resumed = base()
     load_adapter(resumed, tmp_path / "adapters")
     assert same(resumed(TOKENS), model(TOKENS))
-    # and it goes on learning: exactly the adapter is trainable again
+    # and training can continue: exactly the adapter is trainable again
     assert set(adapter_weights(resumed)) == set(adapter_weights(model))
 
 
@@ -295,11 +295,11 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     assert message.count("is unknown") == 14 and "the model has (64, 4)" in message
 
 
-# what stops half-way, and what is not ours
+# interruptions, and foreign files
 
 
 def writers(form):
-    """What `save_adapter` writes a form with, part by part."""
+    """The functions with which `save_adapter` writes the parts of each form."""
     weights = (models.adapters.mx, "savez" if form.endswith(".npz") else "save_safetensors")
     return [weights, (models.adapters, "write_json")]
 
@@ -340,7 +340,7 @@ def test_a_missing_part_is_named(tmp_path):
     for form in FORMS:
         save_adapter(tmp_path / form, fresh("lora"), config_of("lora"))
     (tmp_path / "adapters" / "adapters.safetensors").unlink()
-    assert "is no whole adapter" in error_of(read_adapter, tmp_path / "adapters")
+    assert "is an incomplete adapter" in error_of(read_adapter, tmp_path / "adapters")
     (tmp_path / "adapters" / "adapter_config.json").unlink()
     assert "adapter_config.json does not exist" in error_of(read_adapter, tmp_path / "adapters")
     (tmp_path / "adapters.json").unlink()
@@ -362,8 +362,8 @@ def test_weights_that_are_no_weights_are_named(tmp_path, form, content):
     ("content", "fact"),
     [
         ("{", "not valid JSON"),
-        ("null", "is no description of an adapter"),
-        ("[]", "is no description of an adapter"),
+        ("null", "is not a description of an adapter"),
+        ("[]", "is not a description of an adapter"),
         ('{"fine_tune_type": "other"}', "'other' is unknown"),
         ('{"fine_tune_type": ["lora"]}', "['lora'] is unknown"),
         ('{"lora_parameters": {"rank": 4}}', "lora_parameters"),

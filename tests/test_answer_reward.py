@@ -1,4 +1,4 @@
-"""The reward that knows each prompt's answer: in itself, by its flag, and within PPO."""
+"""The reward by known answers: by itself, by its flag, and within PPO."""
 
 import json
 from argparse import Namespace
@@ -34,12 +34,12 @@ def rows(tmp_path):
 def test_each_completion_is_held_to_its_own_prompts_answer():
     reward = AnswerReward(answer_type("number"), {"2 + 2 =": "4", "2 + 3 =": "5"}).reward
     assert reward(["2 + 3 =", "2 + 2 =", "2 + 2 ="], [" 5", " 5", " 4.0"]) == [1.0, 0.0, 1.0]
-    # The completion alone is read: the prompt's numbers are no answer.
+    # Only the completion is read, not the numbers in the prompt.
     assert reward(["2 + 2 ="], [""]) == [0.0]
 
 
 def test_an_answer_that_is_none_is_refused():
-    with pytest.raises(UserError, match="'many' of the prompt 'p' is no number"):
+    with pytest.raises(UserError, match="'many' of the prompt 'p' is not a valid number answer"):
         AnswerReward(answer_type("number"), {"p": "many"})
 
 
@@ -57,13 +57,13 @@ def test_a_flag_that_is_neither_is_refused(spec):
 
 def test_a_prompt_with_two_answers_is_refused(rows):
     assert read_answers(rows(("a", "1"), ("b", "2"), ("a", "1"))) == {"a": "1", "b": "2"}
-    with pytest.raises(UserError, match="'a' two answers"):
+    with pytest.raises(UserError, match="two answers for the prompt 'a'"):
         read_answers(rows(("a", "1"), ("a", "2")))
 
 
 @pytest.mark.parametrize("name", ["arithmetic", "mednli", "math", "gpqa", "digits"])
 def test_a_tasks_flags_score_as_the_task_does(name, rows):
-    """What synth.run gives ppo_training.py, against the task's own score."""
+    """The flags that synth.run passes to ppo_training.py give the task's own score."""
     task = load_task(f"synth/tasks/{name}.yaml")
     truth = {"arithmetic": "4", "mednli": "neutral", "math": "\\frac{1}{4}", "gpqa": "B", "digits": "x"}[name]
     prompt = task.prompt("8")
@@ -112,7 +112,7 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
 
     monkeypatch.setattr(ppo_learner, "sample", watched)
     call(ppo_training.main, *words, "--prompts", path, "--keep-checkpoints", 0)
-    # The model is given the same tokens in either form: one BOS, and what was asked.
+    # Both forms give the same tokens: one BOS, and the question.
     ids = map(open_tokenizer(str(tiny_folder)).encode, asked)
     assert {tuple(prompt) for prompt in given} == set(map(tuple, ids)) and len(given) == 8
     assert sorted(seen) == ["4"] * 4 + ["6"] * 4

@@ -1,4 +1,4 @@
-"""Reading answers: golden cases per type, the faults found in others, and bounds on what a model may write."""
+"""Reading answers: golden cases per type, known faults of other readers, and bounds on malicious input."""
 
 import random
 import time
@@ -207,7 +207,7 @@ def test_custom_reader_and_comparison(tmp_path):
         with pytest.raises(UserError, match=fact) as caught:
             answer_type("custom", reader=f"{path}:{name}").extract("a\nb")
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="does not exist"):
         answer_type("custom", reader="missing.py:read")
 
 
@@ -219,7 +219,7 @@ def test_custom_reader_and_comparison(tmp_path):
         ("number", {"x": 1}, "known are none"),
         ("label", {"labels": ["yes", False]}, "quote it"), ("label", {"labels": ["a b", "A_B"]}, "alike"),
         ("choice", {"choices": ["A", "a"]}, "alike"), ("choice", {"choices": ["A", "BB"]}, "one letter"),
-        ("regex", {"pattern": "("}, "no regular expression"), ("regex", {"pattern": 5}, "no regular expression"),
+        ("regex", {"pattern": "("}, "not a regular expression"), ("regex", {"pattern": 5}, "not a regular expression"),
         ("exact", {"ignore_case": "no"}, "true or false"), ("json", {"field": 1}, "JSON object's key"),
         ("custom", {"reader": 5}, "file.py:function"), ("custom", {}, "lacks 'reader'"),
     ],
@@ -241,7 +241,7 @@ def test_an_unclosed_or_empty_marker_is_unreadable():
 
 
 def test_the_completion_alone_is_read():
-    """A prompt that shows `<answer>5</answer>` is no part of what a reader is given: only the completion's counts."""
+    """An example `<answer>5</answer>` in the prompt is not read: only the completion counts."""
     prompt = "Give the result as <answer>5</answer>. What is 2 + 2?"
     completion = " That is 4."
     assert NUMBER.extract(completion) == "4" and NUMBER.extract(prompt + completion) == "5"

@@ -1,4 +1,4 @@
-"""Rows to batches: which tokens are trained, which rows come when, and that none is lost."""
+"""From rows to batches: which tokens are trained, the order of rows, and that none is lost."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ PAD, BOS, EOS = 0, 1, 2
 
 
 class Letters:
-    """One id per letter (a = 10), but "xy" is one token; with or without BOS in front and an EOS of its own."""
+    """One id per letter (a = 10), except that "xy" is one token; with or without a BOS in front and its own EOS."""
 
     eos_token_id = EOS
 
@@ -46,7 +46,7 @@ def random_lengths(count=203, longest=200, seed=0):
 def test_all_of_a_text_is_trained_but_what_stands_before_it(own_eos):
     assert encode_text(Letters(eos=own_eos), "abc") == Example([BOS, 10, 11, 12, EOS], 1)
     assert trained(encode_text(Letters(eos=own_eos), "abc")) == [10, 11, 12, EOS]
-    # Without BOS nothing predicts the first token, so it cannot be trained.
+    # Without BOS, nothing predicts the first token, so it cannot be trained.
     assert trained(encode_text(Letters(bos=False, eos=own_eos), "abc")) == [11, 12, EOS]
 
 
@@ -81,7 +81,7 @@ def test_a_merge_over_the_seam_belongs_to_the_completion():
 
 
 def test_pads_are_never_trained_nor_the_token_after_the_last():
-    """FACTS: mlx-lm's loss also trains the pad after the last real token."""
+    """mlx-lm's loss also trains the pad after the last real token."""
     batch = collate([Example([1, 5, 6, 2], 1), Example([1, 7, 2], 2), Example([1, 2], 1)], pad_token_id=9, multiple=4)
     assert batch.tokens.tolist() == [[1, 5, 6, 2], [1, 7, 2, 9], [1, 2, 9, 9]]
     assert batch.lengths.tolist() == [4, 3, 2]
@@ -102,7 +102,7 @@ def test_widths_are_rounded_up_so_that_few_shapes_occur(longest, width):
 
 
 def test_a_cut_text_loses_its_end_and_a_cut_away_completion_trains_nothing():
-    """FACTS: a loss over no token is NaN."""
+    """A mean loss over no token would be NaN."""
     assert trained(truncate(encode_text(Letters(), "abcdef"), 4)) == [10, 11, 12]
     assert trained(truncate(encode_pair(Letters(), "abcdef", "gh"), 8)) == [16]
     assert trained(truncate(encode_pair(Letters(), "abcdef", "gh"), 7)) == []
@@ -111,7 +111,7 @@ def test_a_cut_text_loses_its_end_and_a_cut_away_completion_trains_nothing():
 
 @pytest.mark.parametrize("batch_size", [1, 4, 50, 203, 1000])
 def test_every_row_comes_once_an_epoch(batch_size):
-    """FACTS: mlx-lm drops the rows that fill no whole batch."""
+    """mlx-lm drops rows that do not fill a batch."""
     lengths = random_lengths()
     plan = BatchPlan(lengths, batch_size, seed=1)
     for epoch in range(3):
@@ -122,7 +122,7 @@ def test_every_row_comes_once_an_epoch(batch_size):
 
 
 def test_rows_of_a_batch_are_near_in_length():
-    """FACTS: mlx-lm buckets nothing by length."""
+    """mlx-lm does not bucket by length."""
     lengths = np.array(random_lengths(count=400))
     plan = BatchPlan(lengths.tolist(), 8, seed=0)
     batches = [lengths[plan.rows(step)] for step in range(plan.steps_per_epoch)]

@@ -1,4 +1,4 @@
-"""Conversations to tokens: what is trained of them under the kinds of chat templates that there are."""
+"""From conversations to tokens: what is trained, for various kinds of chat templates."""
 
 import copy
 from typing import Any
@@ -24,7 +24,7 @@ TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type":
 
 
 def trained(tokenizer, example):
-    """The stretches of text that are trained, read off the batch."""
+    """The trained spans of text, according to the batch."""
     targets = [0, *collate([example], 0, multiple=1).targets[0]]
     stretches, open_ = [], []
     for token, target in [*zip(example.tokens, targets, strict=True), (None, 0)]:
@@ -42,7 +42,7 @@ def test_every_turn_of_the_assistant_is_trained_with_its_end(wrapped):
     tokenizer = TokenizerWrapper(tokenizer) if wrapped else tokenizer
     (example,) = encode_messages(tokenizer, TALK)
     assert trained(tokenizer, example) == ["4<|im_end|>", "Five.<|im_end|>"]
-    # What stands after the last end is left off; the rest is the template's own text, token by token.
+    # Everything after the last end token is dropped; the rest is the template's own text, token by token.
     text = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert example.tokens == tokenizer.encode(text.removesuffix("\n"), add_special_tokens=False)
 
@@ -82,7 +82,7 @@ def test_tools_are_shown_and_calls_are_trained_but_not_their_results():
 
 
 def test_a_thought_that_only_the_last_turn_shows():
-    """As Qwen3: the whole shows earlier replies without the empty thought that they had when they were the last."""
+    """Like Qwen3: the whole text shows earlier replies without the empty thought that they had as last reply."""
     tokenizer = byte_tokenizer(THINKING)
     (example,) = encode_messages(tokenizer, TALK)
     assert trained(tokenizer, example) == ["4<|im_end|>", "<think>\n\n</think>\n\nFive.<|im_end|>"]
@@ -106,7 +106,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_per_turn():
     tokenizer = byte_tokenizer(REWRITING)
     examples = encode_messages(tokenizer, TALK[1:])
     assert [trained(tokenizer, example) for example in examples] == [["4<|im_end|>"], ["Five.<|im_end|>"]]
-    # Each prompt is the one that the model would be given when it is to reply.
+    # Each prompt is the one that the model would get at inference.
     for example, count in zip(examples, (1, 3), strict=True):
         prompt = render(tokenizer, TALK[1 : 1 + count], reply=True)
         assert example.tokens[: example.first_target] == encode_prompt(tokenizer, prompt)
@@ -136,7 +136,7 @@ def test_a_rendered_text_is_encoded_without_a_second_bos():
     prompt = render(tokenizer, TALK[1:2], reply=True)
     assert encode_prompt(tokenizer, prompt).count(tokenizer.bos_token_id) == 1
     assert encode_prompt(tokenizer, str(prompt)).count(tokenizer.bos_token_id) == 2
-    # A completion that is put after it, a batch or a copy of it leave that as it is.
+    # That also holds after appending a completion, in a batch, and for a copy.
     for same in (prompt + " 4", copy.copy(prompt), PromptPlan([prompt], 0).batch(0, 1)[0]):
         assert isinstance(same, Rendered) and encode_prompt(tokenizer, same).count(tokenizer.bos_token_id) == 1
     (example,) = encode_messages(tokenizer, TALK[1:3])

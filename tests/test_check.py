@@ -1,4 +1,4 @@
-"""data.check: what it counts, what it shows, and that it finds every bad line."""
+"""data.check: its counts, its output, and that it finds every bad line."""
 
 import json
 import re
@@ -13,13 +13,13 @@ from tests.scripts import call, fails
 
 @pytest.fixture
 def tokenizer(monkeypatch):
-    """The tokenizer of every --model: a byte is a token, so lengths can be counted by eye."""
+    """The tokenizer of every --model: one token per byte, so that lengths are easy to verify."""
     monkeypatch.setattr(check, "open_tokenizer", lambda name: byte_tokenizer(CHATML))
 
 
 @pytest.fixture
 def shown(tmp_path, capsys, monkeypatch, tokenizer):
-    """Write files of rows (or of lines as they are) and return what the check prints of them, and its exit code."""
+    """Write files of rows (or verbatim lines). Return the output and the exit code of the check."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
@@ -44,10 +44,10 @@ def test_lengths_and_what_is_trained_of_them(shown):
     out, code = shown({"train.jsonl": rows}, "--max-length", 7)
     assert code == 0 and out.endswith("no bad line in 4 rows\n")
     assert "prompts with completions: 4" in out
-    # BOS, two bytes, the completion, the end: 5, 6, 8 and 12 tokens; of the two cut ones 4 are left to train.
-    assert "shortest 5, median 7, mean 7.8, 95 % up to 11, longest 12" in out
-    assert "longer than 7 tokens, so to be cut: 2\n" in out
-    assert f"tokens in all: 31, {2 + 3 + 4 + 4} of them trained" in out
+    # BOS, two bytes, the completion, EOS: 5, 6, 8 and 12 tokens. Of the two truncated ones, 4 trained tokens remain.
+    assert "shortest 5, median 7, mean 7.8, 95th percentile 11, longest 12" in out
+    assert "truncated, as longer than 7 tokens: 2\n" in out
+    assert f"tokens in total: 31, {2 + 3 + 4 + 4} of them trained" in out
     assert re.findall(r"^    +(\d+)  (\d+)", out, re.MULTILINE) == [
         ("5", "1"), ("6", "1"), ("7", "0"), ("8", "1"), ("9", "0"), ("10", "0"), ("11", "0"), ("12", "1"),
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def test_lengths_and_what_is_trained_of_them(shown):
 def test_rows_of_which_nothing_is_left_to_train(shown):
     rows = [{"prompt": "a" * 9, "completion": "b"}, {"text": "a" * 9}]
     out, _ = shown({"train.jsonl": rows}, "--max-length", 10)
-    assert "so to be cut: 2; with nothing left to train: 1" in out
+    assert "tokens: 2; with no trained token left: 1" in out
 
 
 def test_the_first_rows_are_shown_as_the_model_sees_them(shown):
@@ -95,9 +95,9 @@ def test_duplicates_within_and_across_splits(shown):
         "valid.jsonl": [{"text": "c", "reward": 1}, {"text": "b", "reward": 1}],
     }
     out, code = shown(rows)
-    assert code == 0  # a duplicate is no bad line
-    assert "rows that come again: 1\n    train.jsonl:3 repeats train.jsonl:1\n" in out
-    assert "rows that are in several splits: 1\n    valid.jsonl:2 repeats train.jsonl:2\n" in out
+    assert code == 0  # a duplicate is not a bad line
+    assert "repeated rows: 1\n    train.jsonl:3 repeats train.jsonl:1\n" in out
+    assert "rows in several splits: 1\n    valid.jsonl:2 repeats train.jsonl:2\n" in out
     out, _ = shown({"train.jsonl": [{"prompt": "a", "completion": c} for c in "bcb"], "valid.jsonl": [{"text": "b"}]})
     assert out.count("repeats") == 1  # the completion counts, too
 
@@ -126,15 +126,15 @@ def test_one_file_and_keys_by_other_names(shown, tmp_path, capsys):
 
 
 def test_what_cannot_be_looked_at_is_one_line(tmp_path, capsys, tokenizer):
-    assert "is no folder" in fails(capsys, check.main, "--data", tmp_path / "missing")
-    assert "none for any base" in fails(capsys, check.main, "--data", tmp_path)
+    assert "is not a folder" in fails(capsys, check.main, "--data", tmp_path / "missing")
+    assert "nor for any other base" in fails(capsys, check.main, "--data", tmp_path)
     assert "--max-length is 0" in fails(capsys, check.main, "--max-length", 0)
 
 
 def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path, capsys):
     (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
     words = ["--data", tmp_path, "--data-base", "", "--model", f"{tmp_path}/"]
-    assert "holds no config.json" in fails(capsys, check.main, *words)
+    assert "contains no config.json" in fails(capsys, check.main, *words)
 
 
 @pytest.mark.parametrize(

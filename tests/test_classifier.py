@@ -1,4 +1,4 @@
-"""A reward model as a transformers classifier: one score for a text, whoever opens the folder."""
+"""Reward models as transformers classifiers: the same score in every framework."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["2 4", "2 4", "10", "-6 30 7", ""]
 COMPLETIONS = [" 6 8 10", "", " 12 14 16 18 20 22 24 26 28", " 5", " 7"]
 TEXTS = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
-# Those of tests/architectures.py, and more llamas under other names.
+# Those of tests/architectures.py, and more families that are Llamas under other names.
 BUILT = {name: name for name in ("llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3")}
 BUILT |= {"gemma": "gemma2", "mistral": "llama-untied", "olmo2": "llama-untied", "smollm3": "llama-tied"}
 
@@ -46,7 +46,7 @@ OTHER_BODIES = ("gemma", "gemma3")  # models/export/classifier.py says why
 
 
 def model_folder(folder, name, tokenizer):
-    """A random model of a family in a folder that mlx-lm opens."""
+    """A folder with a random model of a family, for mlx-lm."""
     family, own = architectures.ARCHITECTURES[BUILT[name]]
     if BUILT[name] != name:
         family = name
@@ -57,7 +57,7 @@ def model_folder(folder, name, tokenizer):
     model_class, arguments = mlx_lm.utils._get_classes(config)
     mx.random.seed(1)
     model = model_class(arguments.from_dict(config))
-    # Moved off the start, where norms are 1 and biases 0, so that leaving one out shows.
+    # Moved away from norms of 1 and biases of 0, so that omitting one is noticed.
     weights = {key: array + 0.1 * mx.random.normal(array.shape) for key, array in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
@@ -81,7 +81,7 @@ def flags(folder, adapter, target):
 
 
 def write(folder, tmp_path):
-    """Train and fuse on the model in `folder`: the scores of the adapter, and the classifier's folder."""
+    """Fuse a trained adapter of the model in `folder`. Returns the adapter's scores and the classifier's folder."""
     adapter, target = save_trained(tmp_path / "reward", folder), tmp_path / "classifier"
     call(fuse.main, *flags(folder, adapter, target))
     return load_reward_model(str(adapter)).reward(PROMPTS, COMPLETIONS), target
@@ -207,7 +207,7 @@ def test_a_tokenizer_that_cannot_end_a_text_by_itself_is_told(tmp_path, capsys):
         single="<s> <s> $A", special_tokens=twice
     )
     expected, folder = write(model_folder(tmp_path / "base", "llama-tied", tokenizer), tmp_path)
-    assert "add </s> to every text to score" in capsys.readouterr().out
+    assert "add </s> to every text to be scored" in capsys.readouterr().out
     close(by_transformers(folder, [text + "</s>" for text in TEXTS]), expected)
 
 
@@ -215,9 +215,9 @@ def test_a_tokenizer_that_cannot_end_a_text_by_itself_is_told(tmp_path, capsys):
 
 
 def test_a_family_that_does_not_serve_is_named(llama, tmp_path, capsys):
-    with pytest.raises(UserError, match="family granite: transformers has no ForSequenceClassification of it"):
+    with pytest.raises(UserError, match="family granite: transformers has no ForSequenceClassification for it"):
         classifier_class({"model_type": "granite"})
-    with pytest.raises(UserError, match="family mixtral: its weights are not laid out as MixtralForSequenceClass"):
+    with pytest.raises(UserError, match="family mixtral: its weights are laid out differently from Mixtral"):
         classifier_class({"model_type": "mixtral"})
     gpt2 = tmp_path / "gpt2"
     model = architectures.build("gpt2", vocab_size=98)
@@ -250,7 +250,7 @@ def test_what_cannot_be_written_is_one_line(llama, tmp_path, capsys):
 def test_without_a_token_to_pad_with_it_is_one_line():
     only_eos = SimpleNamespace(pad_token_id=2, unk_token_id=None, eos_token_id=2, added_tokens_decoder={})
     loaded = Namespace(tokenizer=only_eos, config={"vocab_size": 98}, name="lonely")
-    with pytest.raises(UserError, match="lonely has no special token but its EOS"):
+    with pytest.raises(UserError, match="lonely has no special token except its EOS"):
         classifier._pad_token_id(cast(LoadedModel, loaded))
 
 
@@ -265,7 +265,7 @@ def test_a_classifier_of_another_head_is_refused(labels, llama, tmp_path):
         config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="not with one score and no bias"):
+    with pytest.raises(UserError, match="is not a classifier with one score and no bias"):
         load_reward_model(str(folder))
-    with pytest.raises(UserError, match="not with one score and no bias" if labels else "lacks 1 of the model's"):
+    with pytest.raises(UserError, match="not a classifier with one score" if labels else "lacks 1 of the model's"):
         load_in_torch(str(folder), CPU)

@@ -1,4 +1,4 @@
-"""Attention for Linux CPU: the exact values and gradients under every kind of mask, and what is left to mlx-lm."""
+"""Attention for Linux CPU: exact values and gradients with every kind of mask, and what is left to mlx-lm."""
 
 import math
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.cpu import attention as fast_sdpa
+from models.cpu import attention
 
 BATCH, HEADS, KV_HEADS, LENGTH, PLACES, WIDTH = 2, 4, 2, 3, 5, 8
 SCALE = WIDTH**-0.5
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_the_exact_ones(name):
     given = mx.array(mask) if isinstance(mask, np.ndarray) else mask
 
     def weighted(queries, keys, values):
-        out = fast_sdpa.attention(queries, keys, values, None, SCALE, given)
+        out = attention.attention(queries, keys, values, None, SCALE, given)
         return (out * mx.array(weights.astype(np.float32))).sum(), out
 
     (_, out), gradients = mx.value_and_grad(weighted, argnums=(0, 1, 2))(*arrays)
@@ -69,7 +69,7 @@ def test_what_is_not_seen_has_no_weight_and_no_gradient_however_large():
     mask = mx.array([True, True, True, False, False])[None]
 
     def total(queries, keys, values):
-        return fast_sdpa.attention(queries, keys, values, None, SCALE, mask).sum()
+        return attention.attention(queries, keys, values, None, SCALE, mask).sum()
 
     expected = total(queries, keys, values)
     assert total(queries, keys, values + hidden).item() == expected.item()
@@ -78,11 +78,11 @@ def test_what_is_not_seen_has_no_weight_and_no_gradient_however_large():
 
 
 def test_a_row_that_sees_nothing_is_zero_and_has_a_zero_gradient():
-    """The rows of pads on the left, in a batch of unequal prompts: NaN would spread from them."""
+    """Rows of left pads in a batch of unequal prompts, from which NaN would spread."""
     mask = mx.array([[False] * PLACES] + [[True] * PLACES] * (LENGTH - 1))
 
     def total(queries, keys, values):
-        out = fast_sdpa.attention(queries, keys, values, None, SCALE, mask)
+        out = attention.attention(queries, keys, values, None, SCALE, mask)
         return out.sum(), out
 
     (_, out), gradients = mx.value_and_grad(total, argnums=(0, 1, 2))(*inputs())
@@ -92,16 +92,16 @@ def test_a_row_that_sees_nothing_is_zero_and_has_a_zero_gradient():
 
 def test_scores_of_any_size_stay_finite():
     queries, keys, values = inputs()
-    out = fast_sdpa.attention(queries * 1e4, keys, values, None, SCALE, None)
-    ours, theirs = np.array(out), np.array(fast_sdpa._original(queries * 1e4, keys, values, None, SCALE, None))
+    out = attention.attention(queries * 1e4, keys, values, None, SCALE, None)
+    ours, theirs = np.array(out), np.array(attention._original(queries * 1e4, keys, values, None, SCALE, None))
     assert np.isfinite(ours).all()
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-2)  # of differences of 1e5, a float32 keeps 1e-2
 
 
 def test_half_precision_sinks_and_quantized_caches_are_left_to_mlx_lm(monkeypatch):
     asked = []
-    monkeypatch.setattr(fast_sdpa, "_original", lambda *words: asked.append(words))
-    fast_sdpa.attention(*inputs(mx.bfloat16), None, SCALE, None)
-    fast_sdpa.attention(*inputs(), None, SCALE, None, mx.zeros(HEADS))
-    fast_sdpa.attention(*inputs(), SimpleNamespace(bits=4), SCALE, None)
+    monkeypatch.setattr(attention, "_original", lambda *words: asked.append(words))
+    attention.attention(*inputs(mx.bfloat16), None, SCALE, None)
+    attention.attention(*inputs(), None, SCALE, None, mx.zeros(HEADS))
+    attention.attention(*inputs(), SimpleNamespace(bits=4), SCALE, None)
     assert len(asked) == 3

@@ -1,4 +1,4 @@
-"""The digit rule, by hand-worked scores."""
+"""The digit rule: scores worked out by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""README.md and docs/ against the code: their tables, their links, and every command in them.
+"""README.md and docs/ against the code: their tables, their links, and all their commands.
 
 A command is an indented line that begins with python, make, pip, echo, cat or for. All are run, on few rows and steps
 (SHORTER), the PyTorch script's too: first the README's walkthrough, then each page's in the folder it leaves. Those of

@@ -1,4 +1,4 @@
-"""evaluate.py and training/evaluation.py: the figures, the KL, and the rows that a reward model learns from."""
+"""evaluate.py and training/evaluation.py: the figures, the KL, and the saved rows."""
 
 import json
 import shutil
@@ -90,12 +90,12 @@ def by_length(prompts, completions):
 
 
 def test_an_interval_is_over_prompts():
-    """Two prompts that always and never succeed say little, however often they are asked."""
+    """Two prompts, one always and one never solved, give little information however often they are sampled."""
     prompts, scores = ["a", "b", "a", "b", "a", "b"], [1.0, 0.0] * 3
     assert per_prompt(prompts, scores) == [1.0, 0.0]
     assert score_interval(prompts, scores) == score_interval(["a", "b"], [1.0, 0.0]) == wilson(1, 2)
     assert per_prompt(["a", "b", "a"], [1.0, 0.5, 0.0]) == [0.5, 0.5]
-    # Of one prompt there is nothing else than its completions.
+    # With a single prompt, the interval is over its completions.
     assert score_interval(["a"] * 4, [1.0, 1.0, 0.0, 1.0]) == wilson(3, 4)
 
 
@@ -168,12 +168,12 @@ def test_two_models_are_compared_on_the_same_prompts(tiny_folder, moved, tmp_pat
     assert f"difference: {found.interval} (first minus second" in printed and found.interval.mean != 0
     assert f"better: {found.gained} | even: {10 - found.gained - found.lost} | worse: {found.lost} |" in printed
     assert "over 10 prompts" in printed
-    # Each is printed with its own interval and KL: the base is its own reference, whatever is put on its twin.
+    # Each is printed with its own interval and KL. The base is its own reference, although its twin has an adapter.
     first, second = [line for line in printed.splitlines() if line.startswith("mean_score")]
     assert first.startswith(f"mean_score: {score_interval(prompts, scores[:20])}") and abs(kl_of(first)) < 1e-3
     assert second.startswith(f"mean_score: {score_interval(prompts, scores[20:])}") and kl_of(second) > 0.01
     assert printed.count("tokens  score  prompt  completion") == 2
-    # The other way round it is the other sign, with the second model named by its folder.
+    # In the other order the sign is reversed, and the second model is named by its folder.
     call(evaluate.main, *words, "--resume-file", moved, "--against", tiny_folder)
     assert f"difference: {score_difference(prompts, scores[:20], scores[20:]).interval} (" in capsys.readouterr().out
 
@@ -193,11 +193,9 @@ def test_saved_rows_serve_reward_models_and_sft(tiny_folder, tmp_path, capsys):
 
 def test_a_model_is_not_compared_with_itself_nor_with_other_tokens(tiny_folder, tmp_path, capsys):
     words = ["--model", tiny_folder, "--ground-truth-reward", "--num-samples", 2]
-    assert "--against names the model that is evaluated" in fails(
-        capsys, evaluate.main, *words, "--against", tiny_folder
-    )
+    assert "--against is the evaluated model itself" in fails(capsys, evaluate.main, *words, "--against", tiny_folder)
     adapter = ["--resume-file", "a", "--against-adapter", "a"]
-    assert "--against names the model that is evaluated" in fails(capsys, evaluate.main, *words, *adapter)
+    assert "--against is the evaluated model itself" in fails(capsys, evaluate.main, *words, *adapter)
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Rows to examples: every kind of row, which of its tokens are trained, and that messages and text agree."""
+"""From rows to examples: every kind of row, its trained tokens, and agreement between messages and text."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ USER, REPLY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "cont
 
 @pytest.fixture
 def read(tmp_path):
-    """One row, as it is read from a file."""
+    """One row, as read from a file."""
 
     def one(row, kinds, **features):
         path = tmp_path / "rows.jsonl"
@@ -139,8 +139,8 @@ def test_an_answer_is_text_however_it_is_given(answer, read_as, read):
     [
         ({"messages": []}, "no message in 'messages'"),
         ({"messages": "hi"}, "'messages' of type str"),
-        ({"messages": ["hi"]}, "message 1 of 'messages' 'hi'"),
-        ({"messages": [USER, {"content": "x"}]}, "message 2 of 'messages' one without a \"role\""),
+        ({"messages": ["hi"]}, "message 1 in 'messages': 'hi'"),
+        ({"messages": [USER, {"content": "x"}]}, "message 2 in 'messages': one without a \"role\""),
         ({"messages": [{"role": "user"}]}, '"content" is None'),
         ({"messages": [{"role": "user", "content": 3}]}, '"content" is 3'),
         ({"messages": [USER, REPLY], "tools": "{"}, "tools '{'"),
@@ -156,7 +156,7 @@ def test_a_message_that_is_none_is_refused_with_its_line(row, fact, read, tmp_pa
 def test_messages_are_refused_where_only_text_serves(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": [USER]}))
-    with pytest.raises(UserError, match="'prompt' of type list; it has to be a string"):
+    with pytest.raises(UserError, match="'prompt' of type list; it must be a string"):
         read_rows(path, [("prompt",)])
 
 

@@ -1,4 +1,4 @@
-"""The matrix: what has to hold for every text family of mlx-lm, on small random models (tests/architectures.py).
+"""The matrix: properties of every text family of mlx-lm, on small random models (tests/architectures.py).
 
 That hidden states give the model's own logits, that pads and batch mates leave a score alone, and that a soft prompt
 is read, stand in test_value_head.py and test_soft_prompt.py, over the same families.
@@ -69,7 +69,7 @@ def test_the_families_of_the_issue_are_here():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_adapter_and_a_head_train_and_move_alone(name, kind):
-    """FACTS: nothing moves. Three steps on one batch: the loss falls, what is trained has moved, the rest has not."""
+    """Three steps on one batch: the loss falls, trained weights change, and nothing else does."""
     if kind == "dora" and name in WITH_EXPERTS:
         with pytest.raises(UserError, match="DoRA"):
             attach_adapter(build(name), config_of(kind))
@@ -96,13 +96,13 @@ def test_an_adapter_and_a_head_train_and_move_alone(name, kind):
     after = arrays(policy)
     moved = {key for key, array in after.items() if not np.array_equal(array, before[key])}
     assert moved <= trained and "value_head.weight" in moved
-    # An expert that no token was sent to, a bias that softmax cancels, and layers of no effect stay.
+    # Experts without tokens, biases that softmax cancels, and layers without effect do not change.
     assert len(moved) > 0.8 * len(trained), sorted(trained - moved)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_unequal_prompts_together_sample_what_each_samples_alone(name, monkeypatch):
-    """FACTS: pads that a recurrent layer or a mask that does not fit lets through.
+    """Recurrent layers and unsuitable masks would let pads through.
 
     Each draw of the batch is from the distribution that a whole forward pass over that row alone gives.
     """
@@ -156,7 +156,7 @@ def test_the_fused_folder_says_what_the_adapter_said(name, kind, tmp_path):
 
 
 class Digits:
-    """Tokens are numbers: enough of a tokenizer for a rollout."""
+    """A minimal tokenizer for rollouts, in which tokens are numbers."""
 
     eos_token_ids, pad_token_id = frozenset({3, 4, 5, 6}), 0
 
@@ -175,7 +175,7 @@ def scores_of(prompts, completions):
 
 
 def policy_and_step(name):
-    """A policy, the figures of its rollout, and what makes one update of it."""
+    """A policy, the figures of its rollout, and a function for one update."""
     words = ["--ground-truth-reward", "--batch-size", "6", "--mini-batch-size", "6", "--max-completion-length", "5"]
     args = ppo_flags.ppo_parser("PPO.").parse_args([*words, "--lora-layers", "-1", "--ppo-epochs", "1"])
     loaded = LoadedModel(build(name), Digits(), {}, Path(), name)
@@ -195,7 +195,7 @@ def policy_and_step(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_ppo_step_runs(name):
-    """The rollout's logprobs are those at the first mini batch, so that the ratio is 1; the update moves the policy."""
+    """The rollout's logprobs equal those in the first mini batch, so the ratio is 1; the update changes the policy."""
     trainee, step, figures = policy_and_step(name)
     assert figures["kl"] == pytest.approx(0, abs=1e-5) and figures["entropy"] > 0
     before = arrays(trainee.module)
@@ -207,7 +207,7 @@ def test_a_ppo_step_runs(name):
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5"])
 def test_the_gradient_of_ppo_is_taken_in_training_mode(name, monkeypatch):
-    """On Metal, linear attention has a kernel of its own, without a gradient, unless the layer is in training mode."""
+    """On Metal, linear attention uses a kernel without a gradient unless the layer is in training mode."""
     family = importlib.import_module(f"mlx_lm.models.{name}")
     with_kernel, update = [], family.gated_delta_update
 

@@ -1,4 +1,4 @@
-"""Writing files: whatever stops a writer, the old content or the new is there, whole, and nothing else."""
+"""Writing files: however a writer is interrupted, either the old or the new content is there, and nothing else."""
 
 import json
 import math

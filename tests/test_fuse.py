@@ -1,4 +1,4 @@
-"""Fusing: the folder that is written says what the adapter said, stands alone, and is opened by others too."""
+"""Fusing: the folder gives the same output as the adapter, is standalone, and opens in other libraries."""
 
 import json
 import shutil
@@ -71,14 +71,14 @@ def is_quantized(model):
 
 @pytest.mark.parametrize(("kind", "scale"), [("lora", 3.0), ("lora", 0.5), ("dora", 3.0), ("full", 3.0), ("none", 3.0)])
 def test_the_fused_model_says_what_the_adapter_said(tiny_folder, tmp_path, kind, scale):
-    """Neither at another scale nor not at all."""
+    """At the scale of training."""
     adapted = save_trained(tmp_path / "adapters", tiny_folder, kind, scale=scale)
     model, _ = fused(tiny_folder, tmp_path / "adapters", tmp_path / "out")
     close(logits_of(model), logits_of(adapted))
     assert list(dict(tree_flatten(model.parameters()))) == list(
         dict(tree_flatten(load(str(tiny_folder)).model.parameters()))
     )
-    if kind != "none":  # the comparison can tell: the base, and the adapter at twice the scale, are far off
+    if kind != "none":  # the comparison is sensitive: the base, and the adapter at twice the scale, differ
         base = logits_of(load(str(tiny_folder)).model)
         assert np.abs(logits_of(model) - base).max() > 0.05 * np.abs(base).max()
     if kind == "lora":
@@ -118,7 +118,7 @@ def test_a_quantized_base_stays_quantized_or_is_written_in_full(tiny_folder, qua
 
     model, config = fused(quantized_folder, tmp_path / "adapters", tmp_path / "small")
     assert is_quantized(model) and config["quantization"]["bits"] == 4
-    # Rounding again costs something, but less than what was learned.
+    # Quantizing again loses something, but less than what was learned.
     assert 0 < np.abs(logits_of(model) - expected).mean() < 0.5 * moved
 
     model, config = fused(quantized_folder, tmp_path / "adapters", tmp_path / "large", "--de-quantize")
@@ -129,7 +129,7 @@ def test_a_quantized_base_stays_quantized_or_is_written_in_full(tiny_folder, qua
 
 
 def test_the_value_head_goes_along(tiny_folder, tmp_path):
-    """An adapter on the shared base and the fused folder are one reward model."""
+    """An adapter on a shared base and the fused folder give the same scores."""
     save_trained(tmp_path / "reward", tiny_folder, with_head=True)
     _, config = fused(tiny_folder, tmp_path / "reward", tmp_path / "out")
     assert config["value_head"] == {"file": HEAD_FILE, "hidden_size": 64}
@@ -161,7 +161,7 @@ def test_a_policy_fused_over_a_reward_model_leaves_no_head_behind(tiny_folder, t
     save_trained(tmp_path / "policy", tiny_folder)
     _, config = fused(tiny_folder, tmp_path / "policy", tmp_path / "out")
     assert "value_head" not in config and not (tmp_path / "out" / HEAD_FILE).exists()
-    # and a policy trained on a fused reward model is no reward model
+    # and a policy trained from a fused reward model is not a reward model
     fused(tiny_folder, tmp_path / "reward", tmp_path / "base")
     save_trained(tmp_path / "policy", tmp_path / "base")
     _, config = fused(tmp_path / "base", tmp_path / "policy", tmp_path / "out")
@@ -211,7 +211,7 @@ def test_the_base_is_never_overwritten(tiny_folder, tmp_path, capsys, spelling):
 
 
 def test_a_folder_of_other_things_is_not_replaced(tiny_folder, tmp_path, capsys, monkeypatch):
-    """It is refused before a large model is opened."""
+    """The error comes before a large model is opened."""
     save_trained(tmp_path / "adapters", tiny_folder)
     monkeypatch.setattr(fuse, "load", lambda name: pytest.fail("the base was opened"))
     (tmp_path / "mine").mkdir()

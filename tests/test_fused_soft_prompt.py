@@ -1,4 +1,4 @@
-"""A fused soft prompt: the folder says what adapter and base say, whoever opens it, and never a token of the prompt."""
+"""Fused soft prompts: the folder gives the same output as adapter and base, and never samples a token of the prompt."""
 
 import importlib
 import json
@@ -31,7 +31,7 @@ from tests.test_classifier import BUILT, model_folder
 
 ROWS = 3
 TEXTS = ["12 -4", "2 4 6 8 10 12 14 16 18 20 22 24 26 28", "a"]
-# Where mlx-lm and transformers differ already in the base (models/export/classifier.py says why).
+# Where mlx-lm and transformers already differ on the base (see models/export/classifier.py).
 OTHER_BODIES = ("gemma", "gemma3")
 
 
@@ -46,7 +46,7 @@ def change_config(folder, **changes):
 
 
 def save_soft_prompt(path, folder, size=1.0, with_head=False):
-    """A soft prompt on the model in `folder`, unlike any of its rows (size 0: of such rows); returns both as one."""
+    """The model in `folder` with a soft prompt unlike its own rows (size 0: made of such rows)."""
     config = AdapterConfig("soft_prompt", num_prompt_tokens=ROWS, model=str(folder))
     model = load(str(folder)).model
     attach_adapter(model, config)
@@ -88,7 +88,7 @@ def in_transformers(folder):
 
 
 def close(got, expected, tolerance):
-    """The old words have the old logits, and all new ones together next to no probability."""
+    """Old tokens keep their logits, and all new ones together have almost no probability."""
     words = expected.shape[-1]
     np.testing.assert_allclose(got[:, :words], expected, atol=tolerance * np.abs(expected).max(), rtol=0)
     new = np.exp(got - got.max(-1, keepdims=True))
@@ -112,7 +112,7 @@ def test_it_says_what_adapter_and_base_say(name, tokenizer, tmp_path):
 
 
 def test_what_follows_a_soft_prompt_alone_is_a_word(tokenizer, tmp_path):
-    """Behind it, before any text, where the output layer is one of its own."""
+    """Directly after it, before any text, if the output layer is not tied."""
     folder = model_folder(tmp_path / "base", "llama-untied", tokenizer)
     model = save_soft_prompt(tmp_path / "soft", folder)
     expected, words = np.array(model(mx.array([soft_prompt_ids(model)]))[0, -1:]), len(tokenizer)
@@ -121,7 +121,7 @@ def test_what_follows_a_soft_prompt_alone_is_a_word(tokenizer, tmp_path):
 
 
 def test_a_large_soft_prompt_and_states_far_from_the_probes(tokenizer, tmp_path):
-    """Rows of fifty times the usual size, which no logit of a word comes near to."""
+    """Rows of fifty times the usual norm, far beyond the logits of words."""
     folder = model_folder(tmp_path / "base", "llama-tied", tokenizer)
     model = save_soft_prompt(tmp_path / "soft", folder, size=50.0)
     ours = in_mlx(fused(folder, tmp_path))
@@ -141,7 +141,7 @@ def test_bfloat16_keeps_its_type(tokenizer, tmp_path):
 
 
 def test_a_bias_of_the_output_layer_does_it_alone():
-    """Phi's layer norms take no constant, and need none."""
+    """Phi's layer norms could not carry a constant, but none is needed."""
     settings = {**architectures.COMMON, "model_type": "phi", "partial_rotary_factor": 0.5}
     module = importlib.import_module("mlx_lm.models.phi")
     mx.random.seed(0)
@@ -155,7 +155,7 @@ def test_a_bias_of_the_output_layer_does_it_alone():
 
 
 def test_rows_that_pad_the_table_are_taken_first(tokenizer, tmp_path):
-    """A table with more rows than the tokenizer has words: the new tokens lie in them, and past them."""
+    """A table with more rows than the tokenizer has tokens: new tokens take the spare rows, and more."""
     folder = model_folder(tmp_path / "base", "llama-untied", tokenizer)
     words, rows = len(tokenizer), len(tokenizer) + 2
     weights = mx.load(str(folder / "model.safetensors"))
@@ -195,17 +195,17 @@ def test_a_fused_model_takes_a_second_soft_prompt(tiny_folder, tmp_path):
     first = fused(tiny_folder, tmp_path).rename(tmp_path / "first")
     model = save_soft_prompt(tmp_path / "soft", first, size=0)
     ids = AutoTokenizer.from_pretrained(first).encode("2 4")
-    # From behind the first soft prompt, whose own places say nothing.
+    # After the first soft prompt, whose own positions have no meaningful logits.
     close(in_mlx(fused(first, tmp_path))("2 4")[ROWS:], logits_with_adapter(model, ids)[ROWS:], 1e-5)
 
 
-# --- what cannot carry one ---
+# --- unsupported models ---
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("gemma2", "held within 3.0"), ("cohere", "no RMS norms"), ("gpt2", "no RMS norms"),
-     ("starcoder2", "no RMS norms"), ("gpt_neox", "cannot be widened"), ("jamba", "mamba.in_proj.weight would be")],
+    [("gemma2", "capped at 3.0"), ("cohere", "other than RMS norms"), ("gpt2", "other than RMS norms"),
+     ("starcoder2", "RMS norms"), ("gpt_neox", "cannot be widened"), ("jamba", "mamba.in_proj.weight would be")],
 )  # fmt: skip
 def test_what_cannot_carry_it_is_refused_with_the_reason(name, why):
     model = architectures.build(name)
@@ -213,11 +213,11 @@ def test_what_cannot_carry_it_is_refused_with_the_reason(name, why):
     attach_adapter(model, AdapterConfig("soft_prompt", num_prompt_tokens=ROWS))
     with pytest.raises(UserError, match="a soft prompt cannot be fused into this") as refused:
         fuse_soft_prompt(model, {**architectures.COMMON, **own, "model_type": family}, [50, 51, 52])
-    assert why in str(refused.value) and "use it by --resume-file" in str(refused.value)
+    assert why in str(refused.value) and "use it with --resume-file" in str(refused.value)
 
 
 def test_a_norm_that_does_more_than_it_should_is_found_out(monkeypatch):
-    """The result is compared with what it was made from, whatever the family."""
+    """The result is compared with the original, for every family."""
     model = architectures.build("llama-untied")
     attach_adapter(model, AdapterConfig("soft_prompt", num_prompt_tokens=ROWS))
     config = {**architectures.COMMON, "model_type": "llama", "tie_word_embeddings": False}
@@ -231,7 +231,7 @@ def test_a_norm_that_does_more_than_it_should_is_found_out(monkeypatch):
 
 
 def byte_level(post_processor):
-    """A tokenizer of bytes, as GPT-2, Qwen and Llama 3 have them."""
+    """A byte-level tokenizer, as of GPT-2, Qwen and Llama 3."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
     inner.decoder = decoders.ByteLevel()
@@ -283,7 +283,7 @@ def test_a_tokenizer_that_cuts_otherwise_behind_a_token_is_refused(tmp_path):
     before.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Metaspace(replacement="a", prepend_scheme="first"), pre_tokenizers.ByteLevel(False)]
     )
-    with pytest.raises(UserError, match="encodes '12 -4' otherwise behind other tokens"):
+    with pytest.raises(UserError, match="encodes '12 -4' differently after other tokens"):
         PromptingTokenizer(before, 1).save_pretrained(tmp_path)
 
 

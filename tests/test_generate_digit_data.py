@@ -1,4 +1,4 @@
-"""The digit data: what the sequences are, and what the script writes, wherever it is run from."""
+"""The digit data: the sequences, and the files that the script writes from any folder."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_the_seed_s_command_writes_three_perfect_files(tmp_path):
         assert all(5 <= len(row["text"].split()) <= 15 for row in rows)
         texts.append([row["text"] for row in rows])
     assert not set(texts[0]) & set(texts[1]) and not set(texts[0]) & set(texts[2])
-    # The sample files in git are what this command writes.
+    # The sample files in git were written by this command.
     for name, written in content(tmp_path).items():
         assert (ROOT / "data" / name).read_bytes() == written
 

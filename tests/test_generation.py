@@ -1,4 +1,4 @@
-"""Sampling: each completion is its prompt's own, whatever the batch, drawn from softmax(logits / temperature)."""
+"""Sampling: a completion does not depend on its batch, and is drawn from softmax(logits / temperature)."""
 
 from collections import Counter
 
@@ -38,7 +38,7 @@ def greedy_by_mlx_lm(model, prompt, count):
 
 
 def greedy_by_hand(model, prompt, count):
-    """The most likely token after each whole forward pass, without any cache."""
+    """The most likely tokens by full forward passes, without a cache."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(mx.argmax(model(mx.array([ids]))[0, -1]).item())
@@ -47,7 +47,7 @@ def greedy_by_hand(model, prompt, count):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_ragged_prompts_together_are_as_each_alone(name):
-    """FACTS: greedy tokens that batch mates or pads change."""
+    """Neither batch mates nor pads change greedy tokens."""
     model = build(name)
     together = sample(model, PROMPTS, [], 20, temperature=0)  # longer than gemma3's window of 16
     assert together == [greedy_by_hand(model, prompt, 20) for prompt in PROMPTS]
@@ -72,7 +72,7 @@ def cut(completion, eos_token_ids):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_completion_ends_with_its_first_eos(model, count):
-    """FACTS: tokens after EOS, trained and scored."""
+    """Tokens after EOS would be trained and scored."""
     free = sample(model, PROMPTS, [], 12, temperature=0)
     eos = {token for token, _ in Counter(token for c in free for token in set(c)).most_common(count)}
     got = sample(model, PROMPTS, eos, 12, temperature=0)
@@ -89,7 +89,7 @@ def test_a_completion_without_eos_is_cut(model, max_tokens):
 
 
 def chi_square(tokens, probabilities):
-    """Pearson's statistic; with V − 1 degrees of freedom it is near V − 1 if the tokens are drawn so."""
+    """Pearson's statistic, which has V − 1 degrees of freedom and is near V − 1 if tokens follow the distribution."""
     observed = np.bincount(tokens, minlength=len(probabilities))
     expected = probabilities * len(tokens)
     return float(((observed - expected) ** 2 / expected).sum())
@@ -97,14 +97,14 @@ def chi_square(tokens, probabilities):
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
 def test_the_first_token_is_drawn_from_the_tempered_softmax(model, temperature):
-    """FACTS: greedy sampling in training."""
+    """Greedy sampling in training would not explore."""
     mx.random.seed(0)
     prompt = [5, 6, 7]
     first = [c[0] for c in sample(model, [prompt] * 2000, [], 1, temperature, batch_size=2000)]
     logits = model(mx.array([prompt]))[0, -1]
     limit = VOCABULARY - 1 + 5 * (2 * (VOCABULARY - 1)) ** 0.5
     assert chi_square(first, np.array(mx.softmax(logits / temperature))) < limit
-    # The test can tell: another temperature is refused.
+    # The test is sensitive: another temperature is rejected.
     assert chi_square(first, np.array(mx.softmax(logits / (temperature * 1.5)))) > limit
 
 
@@ -136,7 +136,7 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 
 def with_dropout():
-    """A model whose LoRA matters, under a dropout that would change every token."""
+    """A model with an effective LoRA and a dropout that would change every token."""
     model = build("llama-tied")
     attach_adapter(model, AdapterConfig("lora", -1, {"rank": 4, "scale": 10.0, "dropout": 0.5}))
     mx.random.seed(0)
@@ -146,7 +146,7 @@ def with_dropout():
 
 
 def test_dropout_is_off_while_sampling_and_the_mode_is_left_as_it_was():
-    """FACTS: dropout on during rollouts, so the first ratio is not 1."""
+    """With dropout, PPO's first ratio would not be 1."""
     model = with_dropout()
     model.eval()
     expected = sample(model, PROMPTS, [], 12, temperature=0)
@@ -182,7 +182,7 @@ def test_nothing_to_do_and_nothing_to_begin_with(model):
 
 
 def whole_pass(model, completions, eos_token_ids):
-    """Logprobs (B, C) of the completions by one forward pass over right-padded rows, and the mask."""
+    """Logprobs (B, C) of the completions by a forward pass over right-padded rows, and the mask."""
     tokens, positions, ids, mask = (mx.array(field) for field in pack(PROMPTS, completions, eos_token_ids, 0))
     logprobs = nn.log_softmax(Policy(model)(tokens, positions)[0], axis=-1)
     return np.array(mx.take_along_axis(logprobs, ids[..., None], axis=-1).squeeze(-1)), np.array(mask)
@@ -216,7 +216,7 @@ def test_logprobs_of_a_whole_pass_are_those_of_mlx_lm_s_sampling(name, monkeypat
 
 @pytest.mark.parametrize("name", ["llama-tied", "qwen3", "gpt_neox"])
 def test_logprobs_of_a_whole_pass_are_those_of_our_own_sampling(name, monkeypatch):
-    """The same for our own decoding, in which rows that have ended leave the batch."""
+    """The same for our own decoding, in which finished rows leave the batch."""
     model = build(name)
     passes: list[tuple[mx.array, mx.array]] = []
 
@@ -264,7 +264,7 @@ def test_caches_grow_with_what_they_hold(model, prompts, monkeypatch):
 
 
 def test_prompt_and_completion_texts_make_up_the_whole(tokenizer):
-    """FACTS: text decoded by itself loses its first space."""
+    """A completion decoded by itself would lose its leading space."""
     prompts = [tokenizer.encode(text) for text in ("8 20", "8 20", "2", "2", "5 -3", "7")]
     wholes = [tokenizer.encode(text) for text in ("8 20 30 4", "8 20 0", "2 5", "2 -5 6", "5 -3 1", "7")]
     completions = [[*whole[len(p) :], tokenizer.eos_token_id] for whole, p in zip(wholes, prompts, strict=True)]
@@ -274,7 +274,7 @@ def test_prompt_and_completion_texts_make_up_the_whole(tokenizer):
 
 
 def test_an_empty_completion_is_an_entry_of_its_own(tokenizer):
-    """FACTS: an empty completion turns a batch's rewards into one scalar."""
+    """It does not turn a batch's texts into one."""
     prompts = [tokenizer.encode("1 2"), tokenizer.encode("3 4"), tokenizer.encode("5")]
     completions = [[], [tokenizer.eos_token_id], tokenizer.encode("6")[1:]]
     assert completion_texts(tokenizer, prompts, completions) == (["1 2", "3 4", "5"], ["", "", " 6"])

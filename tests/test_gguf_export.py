@@ -1,4 +1,4 @@
-"""GGUF: the file says what the folder says, read back by transformers; what would be wrong in it is refused."""
+"""GGUF: read by transformers, the file gives the same output as the folder; unsupported models are rejected."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ MERGES = [("a", "b"), ("▁", "ab"), ("b", "a"), ("▁", "ba"), ("▁ab", "ba")]
 
 
 def sentence_pieces():
-    """A vocabulary as Llama 2 has it: bytes, then characters and what merges make of them."""
+    """A vocabulary like Llama 2's: bytes, then characters and merges of them."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefgh0123456789"]
     pieces += ["".join(pair) for pair in MERGES]
     ids = {piece: index for index, piece in enumerate(pieces)}
@@ -95,10 +95,10 @@ def test_transformers_reads_the_same_model_and_tokens_from_it(tokenizer, tmp_pat
 
 
 def test_every_tensor_has_a_name_and_a_type_that_llama_cpp_knows(tokenizer, tmp_path):
-    """A mixture's experts too, which mlx-lm's own exporter gives names that nobody knows."""
+    """Including experts of a mixture, to which mlx-lm's exporter gives unknown names."""
     settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
     folder = model_folder(tmp_path / "base", "mixtral", tokenizer, **settings)
-    # A LoRA on the experts too is fused into them.
+    # A LoRA on the experts is fused as well.
     _, out = fused(folder, tmp_path, "--gguf-path", "digits.gguf")
     reader = gguf.GGUFReader(out / "digits.gguf")
     kinds = [gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[gguf.MODEL_ARCH.LLAMA]]
@@ -113,13 +113,13 @@ def test_every_tensor_has_a_name_and_a_type_that_llama_cpp_knows(tokenizer, tmp_
     assert types["token_embd.weight"] == types["blk.0.ffn_up_exps.weight"] == "F16"
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["llama.expert_count"] == 4 and fields["llama.expert_used_count"] == 2
-    # By these llama.cpp cuts a text as the tokenizer does: the best merge first.
+    # With these scores llama.cpp tokenises like the tokenizer: the best merge first.
     assert fields["tokenizer.ggml.scores"][-len(MERGES) :] == [-1, -2, -3, -4, -5]
     assert fields["tokenizer.ggml.tokens"][-1] == "▁abba" and fields["tokenizer.ggml.eos_token_id"] == 2
 
 
 def test_rows_past_the_vocabulary_are_left_out(tokenizer, tmp_path):
-    """llama.cpp opens no file with more rows than tokens."""
+    """llama.cpp does not open files with more rows than tokens."""
     settings = {"vocab_size": len(tokenizer) + 6, "tie_word_embeddings": False}
     _, out = fused(model_folder(tmp_path / "base", "llama", tokenizer, **settings), tmp_path)
     shapes = {tensor.name: tuple(tensor.shape) for tensor in gguf.GGUFReader(out / FILE).tensors}
@@ -128,9 +128,9 @@ def test_rows_past_the_vocabulary_are_left_out(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "why"),
-    [({"model_type": "qwen2"}, "its family qwen2 is none of llama, mistral, mixtral"),
+    [({"model_type": "qwen2"}, "its family qwen2 is not one of llama, mistral, mixtral"),
      ({"quantization": {"bits": 4}}, "its weights are quantized"),
-     ({"head_dim": 16}, "its heads together are not as wide"),
+     ({"head_dim": 16}, "its heads together do not have the width"),
      ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "its rope is of the type llama3"),
      ({"vocab_size": 9}, "its tokenizer has more tokens than the model")],
 )  # fmt: skip
@@ -169,7 +169,7 @@ def test_weights_that_fp16_cannot_hold_are_refused(tokenizer, tmp_path, capsys):
     config = AdapterConfig("none")
     save_adapter(tmp_path / "none", attached(folder, config), config)
     words = ("--model", folder, "--adapter-file", tmp_path / "none", "--save-path", tmp_path / "out", "--export-gguf")
-    assert "model.layers.0.mlp.up_proj.weight has numbers above 65504" in fails(capsys, fuse.main, *words)
+    assert "model.layers.0.mlp.up_proj.weight has values above 65504" in fails(capsys, fuse.main, *words)
     assert not (tmp_path / "out").exists()
 
 

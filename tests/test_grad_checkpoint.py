@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same loss and gradients for less memory, on the layers of one model alone."""
+"""Gradient checkpointing: the same loss and gradients with less memory, for the layers of one model only."""
 
 import json
 from types import SimpleNamespace
@@ -70,7 +70,7 @@ def test_loss_and_gradients_are_what_they_were(name, kind):
 
 
 def test_a_step_holds_less():
-    """Each layer is some 20 arrays of (2, 256, 64); what is kept of it is one."""
+    """Of each layer's about 20 arrays of (2, 256, 64), one is kept."""
 
     def peak(checkpoint):
         model = adapted("llama-tied", "lora", num_hidden_layers=8, hidden_size=64, intermediate_size=256)
@@ -100,7 +100,7 @@ def test_other_models_and_sampling_are_left_as_they_are():
 
 
 def test_what_cannot_be_repeated_is_refused():
-    """A layer that is worked out again draws other masks: the gradient would not be that of the loss."""
+    """Recomputation would draw other masks, and the gradient would not be that of the loss."""
     with pytest.raises(UserError, match="--lora-dropout 0"):
         checkpoint_layers(build("llama-tied"), dropout=0.1)
     with pytest.raises(UserError, match="no list of layers"):

@@ -1,4 +1,4 @@
-"""Models by their names on a hub: a local server speaks its protocol. No network."""
+"""Models by their names on a hub: a local server implements its protocol. No network."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ WORDS = ["--ground-truth-reward", "--num-samples", 2, "--max-completion-length",
 
 @pytest.fixture(scope="module")
 def reward_folder(tiny_folder, tmp_path_factory):
-    """A fused reward model: a model folder with a value head beside it, and files that no model needs."""
+    """A fused reward model with its value head, and files that no model needs."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("hub") / "reward")
     mx.random.seed(3)
     save_value_head(folder, new_value_head(load(str(folder)).model, std=None))
@@ -38,7 +38,7 @@ def reward_folder(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def hub(tiny_folder, reward_folder, tmp_path, monkeypatch):
-    """A hub with two models, as HF_ENDPOINT would name it, and an empty cache."""
+    """A hub with two models, as if set by HF_ENDPOINT, and an empty cache."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     (tmp_path / "no_model").mkdir()
     (tmp_path / "no_model" / "data.json").write_text("{}")
@@ -49,7 +49,7 @@ def hub(tiny_folder, reward_folder, tmp_path, monkeypatch):
 
 
 def use(url, cache, monkeypatch):
-    """What HF_ENDPOINT and HF_HOME set when huggingface-hub is imported."""
+    """Set what HF_ENDPOINT and HF_HOME set when huggingface-hub is imported."""
     template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
     old = huggingface_hub.constants.ENDPOINT
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template.replace(old, url))
@@ -72,7 +72,7 @@ def test_a_model_is_opened_by_its_name_and_then_without_the_hub(hub, tiny_folder
 
 
 def test_a_reward_model_comes_with_its_head_and_without_what_no_one_needs(hub, reward_folder):
-    """mlx-lm's own download leaves the head out."""
+    """mlx-lm's own download omits the head."""
     folder = resolve("someone/reward")
     files = {path.name for path in folder.iterdir()}
     assert HEAD_FILE in files and not {"pytorch_model.bin", "README.md"} & files
@@ -93,7 +93,7 @@ def test_the_hub_s_own_model_takes_an_adapter_and_a_head(hub):
     [
         ("nobody/nothing", "neither a folder here nor a model on the Hugging Face hub; check its spelling"),
         ("meta/gated", "is gated on the Hugging Face hub; accept its terms"),
-        ("someone/data", "holds no config.json, so it is no model"),
+        ("someone/data", "contains no config.json, so it is not a model"),
     ],
 )
 def test_a_name_that_gives_no_model_is_one_line(hub, script, name, says, capsys, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_without_the_hub_a_name_is_one_line_at_once(offline, tmp_path, monkeypat
     use(closed_port(), tmp_path / "cache", monkeypatch)
     started = time.perf_counter()
     line = fails(capsys, evaluate.main, "--model", TINYLLAMA, *WORDS)
-    assert line.startswith(f"{TINYLLAMA} is no folder here, and the Hugging Face hub did not give it")
+    assert line.startswith(f"{TINYLLAMA} is not a local folder, and the Hugging Face hub did not give it")
     assert "check the network, or use --model tiny-digits" in line
     assert time.perf_counter() - started < 3
 

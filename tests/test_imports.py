@@ -1,4 +1,4 @@
-"""The architecture, held by walking every file's syntax tree: who imports whom, and what is used nowhere."""
+"""The architecture, checked by walking every file's syntax tree: which module imports which."""
 
 import ast
 import functools
@@ -50,7 +50,7 @@ def tree_of(path):
 
 @functools.cache
 def imports(path):
-    """(line, module) of every import in a file, those inside functions included."""
+    """(line, module) of every import in a file, including those inside functions."""
     return list(_imports(path))
 
 
@@ -71,7 +71,7 @@ def layer_of(path):
 
 
 def room_of(name):
-    """The folder of synth that a file lies in: `synth/teacher/cache.py` → teacher."""
+    """The subfolder of synth of a file: `synth/teacher/cache.py` → teacher."""
     if name in COMMANDS:
         return "commands"
     parts = name.split("/")

@@ -34,7 +34,7 @@ def error_of(function, *args):
 
 @pytest.fixture
 def copy(tiny_folder, tmp_path):
-    """A model folder of the test's own, to be damaged."""
+    """A copy of a model folder, to be damaged."""
     return shutil.copytree(tiny_folder, tmp_path / "copy")
 
 
@@ -58,23 +58,23 @@ def test_an_embedded_model_is_built_and_a_folder_taken_as_it_is(tiny_folder, tmp
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
-    assert f"{tmp_path} holds no config.json" in error_of(resolve, str(tmp_path))
+    assert f"{tmp_path} contains no config.json" in error_of(resolve, str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["./missing", "/missing/too", "~/missing-folder", "missing/", "../missing"])
 def test_a_missing_folder_is_not_looked_for_on_the_hub(name, monkeypatch):
     monkeypatch.setattr(models.folders, "snapshot_download", lambda name, **_: pytest.fail("asked the hub"))
-    assert f"{name} is no model folder" in error_of(resolve, name)
+    assert f"{name} is not a model folder" in error_of(resolve, name)
 
 
 def test_a_file_is_no_model(tmp_path):
     (tmp_path / "model").write_text("")
-    assert "is no model folder" in error_of(resolve, str(tmp_path / "model"))
+    assert "is not a model folder" in error_of(resolve, str(tmp_path / "model"))
 
 
 def test_a_hub_name_without_network_is_one_line(offline):
     message = error_of(resolve, "nobody-here/no-such-model")
-    assert "nobody-here/no-such-model is no folder here" in message and "--model tiny-digits" in message
+    assert "nobody-here/no-such-model is not a local folder" in message and "--model tiny-digits" in message
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "bad name!", "-x/-y", "adapters"])

@@ -1,4 +1,4 @@
-"""The formulas of docs/which_mac.md: counts equal those of models that are built, peaks are met within a quarter."""
+"""The formulas of docs/which_mac.md: exact parameter counts, and measured peaks within a quarter."""
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -1,5 +1,5 @@
-"""Each cell of the table in tests/opens.py: what is said to open does, and says what adapter and base say; the rest
-is refused by whoever is asked."""
+"""Every cell of the table in tests/opens.py: what should open does, with the output of adapter and base; the rest is
+rejected."""
 
 import importlib
 import os
@@ -46,7 +46,7 @@ KINDS = {"LoRA adapter folder": "lora", "DoRA adapter folder": "dora", "adapter 
 
 
 class Made:
-    """Every row's folder, on one base, with what it has to say."""
+    """Every row's folder, on one base, with its expected output."""
 
     def __init__(self, base, folder):
         self.base, self.folder = str(base), folder
@@ -64,7 +64,7 @@ class Made:
             rounded = tree_map(lambda w: w.astype(mx.float16) if w.ndim > 1 else w, loaded.model.parameters())
             loaded.model.update(tree_map(lambda w: w.astype(mx.float32), rounded))
             ids = loaded.tokenizer.encode("abba")
-            # By decoding the whole: bytes that are no character come out otherwise in a stream.
+            # By decoding the whole sequence: bytes that are not characters differ in a stream.
             self.replies[row] = loaded.tokenizer.decode(sample(loaded.model, [ids], [], LENGTH, temperature=0)[0])
             return out / test_gguf_export.FILE
         scores = "reward" in row
@@ -81,7 +81,7 @@ class Made:
         return place
 
     def train(self, row, path, with_head):
-        """An adapter with weights as if trained; keeps what it says."""
+        """An adapter with weights as if trained; keeps its output."""
         kind = KINDS[row]
         config = AdapterConfig(kind, -1, {"rank": 4, "scale": 3.0, "dropout": 0.0}, 3, model=self.base)
         loaded = load(self.base)
@@ -96,14 +96,14 @@ class Made:
 
 
 def reply_of(loaded):
-    """The most likely reply, in ours."""
+    """The most likely reply, by our code."""
     return "".join(ChatSession(loaded.model, loaded.tokenizer).reply(PROMPT, LENGTH)).strip()
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("opens")
-    # A seed by which no reply ends early, and each row has a reply of its own.
+    # A seed with which no reply ends early and all rows differ.
     return Made(tiny_random_folder(folder / "base", seed=1), folder)
 
 
@@ -177,7 +177,7 @@ def reply_in_torch(model, tokenizer, prompt=PROMPT):
 
 @pytest.fixture(scope="module")
 def client(made):
-    """The openai client before a server that opens whatever it is asked for."""
+    """The openai client of a server that opens any model it is asked for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""peft's format: what goes there and what comes back says the same, in ours, in transformers with peft, in mlx-lm."""
+"""peft's format: the same output before and after conversion, by our code, transformers with peft, and mlx-lm."""
 
 import json
 
@@ -119,7 +119,7 @@ def test_names_go_there_and_back():
     assert peft_name(name) == "base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"
     for end in ("lora_a", "lora_b", "m"):
         assert our_name(peft_name(f"lm_head.{end}")) == f"lm_head.{end}"
-    with pytest.raises(UserError, match="soft_prompt is no LoRA"):
+    with pytest.raises(UserError, match="soft_prompt is not a LoRA"):
         peft_name("model.embed_tokens.soft_prompt")
 
 
@@ -160,7 +160,7 @@ def test_a_damaged_folder_is_one_line(llama, tmp_path, capsys):
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
     assert "base_model.model.lm_head.weight is unknown" in fails(capsys, fuse.main, *words)
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "is no whole peft adapter" in fails(capsys, fuse.main, *words)
+    assert "is an incomplete peft adapter" in fails(capsys, fuse.main, *words)
     weights.unlink()
     assert "does not exist" in fails(capsys, fuse.main, *words)
 

@@ -1,4 +1,4 @@
-"""Which prompts PPO gets: starts of the digit rule, rows of a file, and their order."""
+"""Prompts for PPO: starts of the digit rule, rows of a file, and their order."""
 
 import json
 from collections import Counter

@@ -221,11 +221,11 @@ def test_dropout_is_off_though_the_resumed_adapter_has_one(base, tmp_path):
 def test_mistakes_are_one_line(base, tmp_path, capsys, monkeypatch):
     reward = "--ground-truth-reward"
     assert "give one, or several" in fails(capsys, script.main, "--model", base)
-    assert "no model folder" in fails(capsys, script.main, "--model", tmp_path / "no", reward)
+    assert "not a model folder" in fails(capsys, script.main, "--model", tmp_path / "no", reward)
     assert "no config.json" in fails(capsys, script.main, "--model", tmp_path, reward)
-    assert "no model folder" in fails(capsys, script.main, "--model", base, "--tokenizer", "./no", reward)
+    assert "not a model folder" in fails(capsys, script.main, "--model", base, "--tokenizer", "./no", reward)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "does not find here" in fails(capsys, script.main, "--model", base, "--device", "cuda", reward)
+    assert "is not available here" in fails(capsys, script.main, "--model", base, "--device", "cuda", reward)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     assert "cannot be opened by transformers" in fails(capsys, script.main, "--model", tmp_path, reward)
     adapter = tmp_path / "adapter"

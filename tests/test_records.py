@@ -1,4 +1,4 @@
-"""Reading `.jsonl`: every row a user may write, and the place of the first one that is wrong."""
+"""Reading `.jsonl`: every valid form of row, and the place of the first invalid one."""
 
 import json
 
@@ -16,7 +16,7 @@ SCORED = [("text", "reward"), ("chosen", "rejected")]
 
 @pytest.fixture
 def write(tmp_path):
-    """Write bytes or text as a `.jsonl` file, without any change of line ends."""
+    """Write bytes or text as a `.jsonl` file, without changing line ends."""
 
     def write_file(content, name="rows.jsonl"):
         path = tmp_path / name
@@ -61,7 +61,7 @@ def test_what_editors_add_is_no_fault(write, content):
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_only_a_newline_ends_a_row(write, separator):
-    # JSON allows these unescaped in a string, and `str.splitlines` breaks at each.
+    # JSON allows these unescaped in strings, and `str.splitlines` splits at each.
     row = {"text": f"one{separator}two"}
     content = json.dumps(row, ensure_ascii=False)
     assert separator in content
@@ -85,7 +85,7 @@ def test_only_a_newline_ends_a_row(write, separator):
     ],
 )
 def test_a_malformed_row_is_named_by_file_and_line(write, line, fact):
-    # Blank lines count: the number is the one that an editor shows.
+    # Blank lines count, as in an editor.
     path = write('{"text": "good"}\n\n' + line + '\n{"text": "good"}\n')
     message = error_of(path, TEXT)
     assert f"{path}:3 " in message and fact in message
@@ -120,7 +120,7 @@ def test_an_integer_beyond_all_floats_is_refused_too(write):
 
 
 def test_rewards_are_compared_as_numbers(write):
-    """FACTS: compared as strings, "10" is below "9"."""
+    """As strings, "10" would be below "9"."""
     path = write('{"text": "nine", "reward": "9"}\n{"text": "ten", "reward": "10"}\n{"text": "one", "reward": 1}')
     rewards = [row["reward"] for row in read_rows(path, SCORED)]
     assert rewards == [9.0, 10.0, 1.0]
@@ -151,7 +151,7 @@ def test_the_file_of_a_split_is_found_or_the_bases_that_are_there_are_listed(wri
     assert find_split(tmp_path, "increasing_mult_2_", "train") == path
     with pytest.raises(UserError, match="'increasing_mult_2_', 'mine_'"):
         find_split(tmp_path, "decreasing_", "train")
-    with pytest.raises(UserError, match="none for any base"):
+    with pytest.raises(UserError, match="nor for any other base"):
         find_split(tmp_path, "increasing_mult_2_", "valid")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         find_split(tmp_path / "missing", "a_", "train")

@@ -1,4 +1,4 @@
-"""A user's reward function: loading it, and holding its result to one finite float per completion."""
+"""A user's reward function: loading it, and checking its result."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a reward file and return the spec of one name in it."""
+    """Write a file with a reward and return the spec of a name in it."""
 
     def write_file(code, name="score", file="mine.py"):
         path = tmp_path / file
@@ -137,11 +137,11 @@ def test_a_spec_that_names_nothing_is_refused(spec):
 
 
 def test_a_file_that_is_no_python_file_is_refused(write):
-    assert "no .py file" in one_line_error(load_reward_function, write("score = len", file="mine.txt"))
+    assert "not a .py file" in one_line_error(load_reward_function, write("score = len", file="mine.txt"))
 
 
 def test_a_folder_is_refused(tmp_path):
-    assert "there is no file" in one_line_error(load_reward_function, f"{tmp_path}:score")
+    assert "does not exist" in one_line_error(load_reward_function, f"{tmp_path}:score")
 
 
 def test_a_missing_or_uncallable_name_is_refused(write):
@@ -166,7 +166,7 @@ def test_a_file_that_does_not_import_is_one_line(write, code, named):
 def test_the_spec_is_never_evaluated():
     source = (ROOT / "rewards" / "function.py").read_text()
     assert not re.search(r"\b(eval|exec|compile)\(", source)
-    assert "there is no file" in one_line_error(load_reward_function, "__import__('os').getcwd():upper")
+    assert "does not exist" in one_line_error(load_reward_function, "__import__('os').getcwd():upper")
 
 
 def test_mlx_and_torch_stay_unloaded():

@@ -1,4 +1,4 @@
-"""The learned reward: what it reads, where it reads it, and that it shares the policy's base."""
+"""Learned rewards: what they read, at which position, and that they share the policy's base."""
 
 import shutil
 
@@ -37,7 +37,7 @@ def save_reward_model(path, folder, kind="lora", with_head=True):
 
 
 def by_hand(model, head, tokenizer, text):
-    """The score of one text, without any padding: the head on the state at the EOS."""
+    """The score of one text without padding: the head applied to the state at the EOS."""
     ids = [*soft_prompt_ids(model), *tokenizer.encode(text), tokenizer.eos_token_id]
     _, hidden = forward(model, mx.array([ids]))
     return (hidden[0, -1] @ head.weight[0]).item()
@@ -53,7 +53,7 @@ def error_of(function, *args):
 @pytest.mark.parametrize("form", ["reward", "reward.npz", "reward.safetensors"])
 @pytest.mark.parametrize("kind", ["lora", "dora", "full", "soft_prompt", "none"])
 def test_the_score_is_the_value_at_the_end_of_prompt_and_completion(base, tiny_folder, tmp_path, kind, form):
-    """FACTS: a reward model that reads the completion without its prompt, or the last padded position."""
+    """It reads the prompt, too, and not the last padded position."""
     model, head = save_reward_model(tmp_path / form, tiny_folder, kind)
     got = load_reward_model(str(tmp_path / form), base).reward(PROMPTS, COMPLETIONS)
     texts = [prompt + completion for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True)]
@@ -76,7 +76,7 @@ def test_where_the_prompt_ends_is_nothing_to_it(reward_model):
 
 
 def test_an_empty_completion_has_a_score_of_its_own(reward_model):
-    """FACTS: an empty completion turns a batch's rewards into one scalar."""
+    """It does not turn a batch's rewards into one scalar."""
     scores = reward_model.reward(["2 4", "2 4"], ["", " 6"])
     assert len(scores) == 2 and scores[0] != pytest.approx(scores[1], abs=1e-3)
     assert len(reward_model.reward(["2 4"], [""])) == 1
@@ -121,7 +121,7 @@ def test_an_adapter_on_the_policys_base_holds_no_second_copy(base, tiny_folder, 
     scoring = load_reward_model(str(tmp_path / "reward"), base).scoring
     held = {id(array) for _, array in tree_flatten(scoring.model.parameters())}
     assert all(id(array) in held for array in before.values())
-    # and the policy is left as it was: its arrays, its output, its trainable weights
+    # and the policy does not change: its arrays, its output, its trainable weights
     after = dict(tree_flatten(base.model.parameters()))
     assert list(after) == list(before) and all(after[name] is array for name, array in before.items())
     assert mx.array_equal(base.model(mx.array([[1, 2, 3]])), logits).item()
@@ -151,7 +151,7 @@ def test_what_is_no_reward_model_is_named(base, tiny_folder, tmp_path):
     save_reward_model(tmp_path / "policy.npz", tiny_folder, with_head=False)
     for path in (tmp_path / "policy", tmp_path / "policy.npz", tiny_folder):
         assert f"{path} has no value head" in error_of(load_reward_model, str(path), base)
-    assert "is no model folder" in error_of(load_reward_model, str(tmp_path / "missing"), base)
+    assert "is not a model folder" in error_of(load_reward_model, str(tmp_path / "missing"), base)
     assert "does not exist" in error_of(load_reward_model, str(tmp_path / "missing.npz"), base)
 
 

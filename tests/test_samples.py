@@ -1,4 +1,4 @@
-"""Samples as a table of plain text."""
+"""Samples as a plain-text table."""
 
 from training.samples import text_table
 

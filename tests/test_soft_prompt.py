@@ -1,4 +1,4 @@
-"""Soft prompts: rows with ids of their own, which leave the model as it was, learn alone, and are never sampled."""
+"""Soft prompts: rows with their own ids, which do not change the model, learn alone, and are never sampled."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,7 +43,7 @@ def soft_prompt_of(model):
 
 
 def randomize(model, seed=0):
-    """Rows unlike any of the table."""
+    """Rows unlike those of the table."""
     rows = mx.random.normal(soft_prompt_of(model).shape, key=mx.random.key(seed))
     find_embedding(model)[1].soft_prompt = rows
 
@@ -84,9 +84,9 @@ def test_any_family_takes_one_and_is_unchanged_without_its_ids(name):
     assert mx.array_equal(model(TOKENS), before).item()
     soft = mx.concatenate([mx.broadcast_to(mx.array(PREFIX), (2, 4)), TOKENS], axis=1)
     logits, _ = forward(model, soft)
-    # As many columns as words: a row of the soft prompt is never sampled.
+    # Only words have logits: soft-prompt rows are never sampled.
     assert logits.shape == (2, 9, VOCABULARY)
-    # Each of the rows is read: another first row gives other logits at every later position.
+    # Every row is used: another first row changes the logits at all later positions.
     assert mx.abs(logits[:, 4:] - before).max().item() > 1e-4
     old = soft_prompt_of(model)
     find_embedding(model)[1].soft_prompt = mx.concatenate([-old[:1], old[1:]])
@@ -146,7 +146,7 @@ def test_ragged_prompts_are_sampled_together_as_alone(name, quantized):
     together = sample(model, prompts, [], 8, temperature=0)
     assert together == [sample(model, [prompt], [], 8, temperature=0)[0] for prompt in prompts]
     assert all(0 <= token < VOCABULARY for completion in together for token in completion)
-    # By hand: the soft prompt stands first, and each next word is the most likely one.
+    # By hand: after the soft prompt, each next token is the most likely one.
     ids = [*PREFIX, *prompts[3]]
     for token in together[3]:
         assert mx.argmax(model(mx.array([ids]))[0, -1]).item() == token
@@ -169,7 +169,7 @@ def test_at_any_temperature_only_words_are_sampled():
 
 def test_a_second_one_and_a_model_without_a_table_are_refused():
     model = prompted()
-    with pytest.raises(ValueError, match="has a soft prompt already"):
+    with pytest.raises(ValueError, match="already has a soft prompt"):
         add_soft_prompt(model, 2)
     with pytest.raises(UserError, match="no token embedding"):
         add_soft_prompt(nn.Sequential(nn.Linear(4, 4)), 2)

@@ -1,4 +1,4 @@
-"""Where rows come from: folders that datasets wrote, the hub (stood in for), and what is said where they fail."""
+"""Sources of rows: folders written by datasets, the hub (mocked), and their error messages."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def datasets():
 
 @pytest.fixture
 def saved(datasets, tmp_path):
-    """A folder with a train and a validation split, as save_to_disk writes it, train in two files."""
+    """A folder of save_to_disk with a train split in two files and a validation split."""
     data = datasets.Dataset.from_list(ROWS)
     splits = datasets.DatasetDict({"train": data.select(range(16)), "validation": data.select(range(16, 20))})
     splits.save_to_disk(str(tmp_path / "saved"), num_shards={"train": 2, "validation": 1})
@@ -49,7 +49,7 @@ def test_a_saved_data_set_is_read_as_datasets_reads_it(datasets, saved):
             zip(wanted["Input"], wanted["Output"], strict=True)
         )
     message = error_of(find_split, saved, "", "test")
-    assert "train, validation" in message and "for test" in message
+    assert "train, validation" in message and "as test" in message
 
 
 def test_messages_and_tools_come_back_without_the_nulls_that_arrow_fills_in(datasets, tmp_path):
@@ -100,7 +100,7 @@ def test_folders_that_nothing_saved_are_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The hub, stood in for by a function: every call's arguments, and what it is to return or raise."""
+    """A mocked hub: the arguments of every call, and what to return or raise."""
     stand_in = SimpleNamespace(calls=[], answer={"train": ROWS})
 
     def load_dataset(*arguments):
@@ -156,7 +156,7 @@ def test_offline_the_real_loader_ends_in_one_line_at_once(datasets, monkeypatch)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
     data.sources._downloaded.cache_clear()
     message = error_of(find_split, "owner/no-such-name", "", "train")
-    assert "owner/no-such-name is no folder here" in message and "OfflineMode" in message  # it asked nobody
+    assert "owner/no-such-name is not a local folder" in message and "OfflineMode" in message  # it asked nobody
 
 
 def test_names_of_the_hub_and_others(tmp_path, monkeypatch):
@@ -164,5 +164,5 @@ def test_names_of_the_hub_and_others(tmp_path, monkeypatch):
     assert not any(map(is_hub_name, ("data", "./a/b", "/a/b", "a/b/c", "a/b.jsonl", "~/a", "a/b:", "")))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/name").mkdir(parents=True)
-    assert "none for any base" in error_of(find_split, "owner/name", "", "train")  # a folder is a folder
+    assert "nor for any other base" in error_of(find_split, "owner/name", "", "train")  # a folder is a folder
     assert whole("owner/rows.jsonl") == Path("owner/rows.jsonl") and isinstance(whole("owner/other"), Split)

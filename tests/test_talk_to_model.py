@@ -1,4 +1,4 @@
-"""Chat: the reply is the model's, adapter included; the conversation is kept; leaving is clean."""
+"""Chat: replies are the model's, with its adapter; the conversation is kept; the exit is clean."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def loaded(request, folder, template_folder):
 
 @pytest.fixture
 def read(monkeypatch):
-    """How many tokens each reply had to read."""
+    """The number of tokens processed before each reply."""
     counts: list[int] = []
     original = models.generation.stream_generate
 
@@ -88,7 +88,7 @@ def save_trained(path, folder, kind="lora", with_head=False):
 
 
 def greedy(loaded, ids, max_tokens):
-    """What the model says after `ids`, by the sampler of training."""
+    """The model's continuation of `ids`, by the sampler of training."""
     (completion,) = sample(loaded.model, [ids], loaded.tokenizer.eos_token_ids, max_tokens, temperature=0)
     return [token for token in completion if token not in loaded.tokenizer.eos_token_ids]
 
@@ -106,7 +106,7 @@ def say(session, text, max_tokens=10, **settings):
 
 @pytest.mark.parametrize("text", ["2 4", "10", "7 8 9", "300", "a b"])
 def test_a_reply_is_all_that_the_model_says(loaded, text):
-    """FACTS: chat that drops the first token."""
+    """The first token is not dropped."""
     session = ChatSession(loaded.model, loaded.tokenizer)
     pieces = list(session.reply(text, 12))
     tokens = greedy(loaded, session_ids(loaded, text), 12)
@@ -143,7 +143,7 @@ def test_what_is_read_already_is_not_read_again_and_changes_nothing(loaded, read
         fresh = ChatSession(loaded.model, loaded.tokenizer)
         fresh.messages = [dict(message) for message in session.messages]
         assert list(session.reply(text, 10)) == list(fresh.reply(text, 10))
-        # At least what the turn before had read; its reply too, where its text is encoded as it was sampled.
+        # At least the tokens before the previous reply; also that reply, if its text is encoded as it was sampled.
         assert read[-2] <= read[-1] - earlier
         earlier = read[-1]
     assert earlier > 30
@@ -161,7 +161,7 @@ def test_a_reply_is_not_read_again_where_its_text_is_encoded_as_it_was_sampled(t
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "mamba", "jamba", "qwen3_5", "mixtral"])
 def test_any_kind_of_cache_is_reused_or_made_anew(folder, name, read):
-    """gemma3's window of 16 rolls over, mamba's state cannot be cut back."""
+    """gemma3's window of 16 rolls over; mamba's state cannot be trimmed."""
     tokenizer = load(str(folder)).tokenizer
     # A row for each token: what mlx reads for an id beyond the table differs from pass to pass (0.32.4, Linux CPU).
     model = build(name, vocab_size=len(tokenizer.get_vocab()))
@@ -196,7 +196,7 @@ def test_a_reply_that_is_broken_off_joins_the_conversation(loaded, monkeypatch, 
 
 
 def stop_in_pass(monkeypatch, layer, passes):
-    """Let Ctrl-C come before `layer` in the given pass, with the layers below it done already."""
+    """Raise Ctrl-C before `layer` in the given pass, after the layers below it."""
     kind, seen = type(layer), 0
     original = kind.__call__
 
@@ -254,7 +254,7 @@ def test_temperature_samples_and_the_seed_decides(loaded):
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """Run the script in this process on piped lines; returns what it prints besides its greeting, which is no reply."""
+    """Run the script in this process on piped lines. Returns its output without the greeting."""
 
     def run_script(lines, *words, notices=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
@@ -271,7 +271,7 @@ def talk(monkeypatch, capsys):
 @pytest.mark.parametrize(("kind", "form"), [("lora", "a"), ("lora", "a.npz"), ("dora", "a"), ("full", "a"),
                                             ("soft_prompt", "a"), ("soft_prompt", "a.safetensors")])  # fmt: skip
 def test_the_adapter_speaks(folder, tmp_path, talk, kind, form):
-    """FACTS: chat that ignores the adapter; soft prompts that raise."""
+    """The adapter takes effect, soft prompts included."""
     base = talk("2 4\n", "--model", folder, "--max-tokens", 12)
     adapted = load(str(folder))
     adapted.model = save_trained(tmp_path / form, folder, kind)
@@ -299,7 +299,7 @@ def test_the_seed_decides_what_is_sampled_with_an_adapter_and_without(folder, tm
 
 
 def test_a_users_mistake_is_one_line(folder, tmp_path, capsys):
-    assert "is no model folder" in fails(capsys, talk_to_model.main, "--model", "./missing")
+    assert "is not a model folder" in fails(capsys, talk_to_model.main, "--model", "./missing")
     words = ("--model", folder, "--resume-file")
     assert "does not exist" in fails(capsys, talk_to_model.main, *words, tmp_path / "missing")
     save_trained(tmp_path / "reward", folder, with_head=True)
@@ -347,13 +347,13 @@ def test_what_is_forgotten_is_no_part_of_the_conversation(loaded, folder, talk):
     session.reset()
     assert session.messages == [{"role": "system", "content": "count"}]
     assert say(session, "2 4") == first
-    got = talk("2 4\n/reset\n2 4\n", "--model", folder, "--max-tokens", 9, notices="the conversation is forgotten\n")
+    got = talk("2 4\n/reset\n2 4\n", "--model", folder, "--max-tokens", 9, notices="conversation forgotten\n")
     first, second = got.splitlines()
     assert first == second
 
 
 def test_a_saved_conversation_is_what_sft_takes(folder, template_folder, tmp_path, talk):
-    """As messages where there is a chat template, else as the text that the model went on from; no row is lost."""
+    """As messages if there is a chat template, else as the continued text; no row is lost."""
     file = tmp_path / "my_train.jsonl"
     file.write_text('{"text": "1 2"}')  # no end of line
     lines, words = f"2 4\n7\n/save {file}\n", ("--max-tokens", 4, "--system-prompt", "count")
@@ -382,9 +382,9 @@ def test_a_saved_conversation_is_what_sft_takes(folder, template_folder, tmp_pat
 
 
 @pytest.mark.parametrize(("line", "notice"), [
-    ("/save", "error: /save names no file; type /save talks.jsonl, say"),
-    ("/save a.jsonl", "error: nothing was said yet, so there is nothing to save; type a message first"),
-    ("/forget all", "error: /forget is no command; type /help to see which there are"),
+    ("/save", "error: /save needs a file; type, for example, /save talks.jsonl"),
+    ("/save a.jsonl", "error: there is nothing to save yet; type a message first"),
+    ("/forget all", "error: /forget is not a command; type /help for a list"),
     ("/help", talk_to_model.HELP),
 ])  # fmt: skip
 def test_a_command_is_never_said_to_the_model(folder, talk, line, notice):
@@ -394,9 +394,7 @@ def test_a_command_is_never_said_to_the_model(folder, talk, line, notice):
 def test_a_save_that_cannot_be_leaves_the_chat_and_the_file(folder, tmp_path, talk):
     (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "d.jsonl").mkdir()
-    notes = (
-        f"error: {tmp_path}/notes.md does not end in .jsonl, as files of rows do; type /save {tmp_path}/notes.jsonl\n"
-    )
+    notes = f"error: {tmp_path}/notes.md does not end in .jsonl; type /save {tmp_path}/notes.jsonl\n"
     got = talk(f"2\n/save {tmp_path}/notes.md\n7\n", "--model", folder, "--max-tokens", 3, notices=notes)
     assert len(got.splitlines()) == 2 and (tmp_path / "notes.md").read_text() == "mine"
     session = ChatSession((loaded := load(str(folder))).model, loaded.tokenizer)
@@ -434,7 +432,7 @@ PROMPT = "\n> "  # on a line of its own: a reply may hold "<unk> "
 
 
 class Terminal:
-    """The script on a terminal of its own."""
+    """The script on a pseudo-terminal."""
 
     def __init__(self, cache, *words):
         self.master, slave = pty.openpty()
@@ -442,14 +440,14 @@ class Terminal:
         environment = {**os.environ, "TERM": "dumb", "XDG_CACHE_HOME": str(cache)}
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environment,
-            # A shell starts what it runs in the background with SIGINT ignored, and children inherit that.
+            # Shells start background jobs with SIGINT ignored, which children inherit.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
 
     def wait_for(self, text, start=0, seconds=60):
-        """Read until `text` was printed after position `start`; returns the position behind it."""
+        """Read until `text` is printed after position `start`. Returns the position after it."""
         deadline = time.monotonic() + seconds
         while text not in self.seen[start:]:
             ready, _, _ = select.select([self.master], [], [], max(0, deadline - time.monotonic()))
@@ -478,7 +476,7 @@ class Terminal:
 
 
 def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder, tmp_path):
-    """The reply would take minutes, so what is seen of it was streamed."""
+    """The reply would take minutes, so visible parts were streamed."""
     terminal = Terminal(tmp_path, "--model", folder, "--max-tokens", 1_000_000)
     at = terminal.wait_for(PROMPT)
     terminal.type("2 4\n")
@@ -495,7 +493,7 @@ def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder, tmp_path)
 
 
 def test_on_a_terminal_ctrl_d_leaves_and_what_was_typed_is_kept(folder, tmp_path):
-    """What an earlier chat has left comes back by the arrow key."""
+    """The arrow key recalls the input of an earlier chat."""
     (tmp_path / "talk_to_model_history").write_text("2 4\n")
     terminal = Terminal(tmp_path, "--model", folder, "--max-tokens", 5)
     at = terminal.wait_for(PROMPT)

@@ -1,4 +1,4 @@
-"""models/tiny.py: the tokenizer, the cache and its key, builds that are cut or meet, and what the model can do."""
+"""models/tiny.py: the tokenizer, the cache and its key, interrupted and concurrent builds, and abilities."""
 
 import filecmp
 import importlib
@@ -32,7 +32,7 @@ SHORT = replace(DIGITS, steps=3, warmup=1, batch_size=2, hidden_size=16, num_hea
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, in place of the user's."""
+    """A separate cache instead of the user's."""
     monkeypatch.setenv("TINY_MODELS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -94,7 +94,7 @@ def test_what_a_prefix_decodes_to_is_a_prefix(tokenizer):
 
 
 def test_streamed_pieces_are_the_text(tokenizer):
-    """Every token is shown when it comes."""
+    """Every token is shown immediately."""
     detokenizer = tokenizer.detokenizer
     pieces = []
     for token in tokenizer.encode("8 20 -304", add_special_tokens=False):
@@ -151,7 +151,7 @@ def test_the_cache_is_where_the_system_keeps_caches(monkeypatch):
 
 
 def test_an_unknown_name_and_a_cache_that_cannot_be_written_are_told(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="'tiny-letters' is no embedded model; there is tiny-digits"):
+    with pytest.raises(UserError, match="'tiny-letters' is not an embedded model; there are tiny-digits"):
         tiny.tiny_model_path("tiny-letters")
     (tmp_path / "file").touch()
     monkeypatch.setenv("TINY_MODELS_CACHE", str(tmp_path / "file" / "cache"))
@@ -282,7 +282,7 @@ def test_two_processes_at_once_both_end_with_the_folder(tmp_path, cache):
     folders = {stdout.strip() for stdout, _ in outputs}
     assert folders == {str(tiny.cached_model(SHORT))}
     mlx_lm.load(folders.pop())
-    # The second waited for the first instead of building as well.
+    # The second waited for the first instead of building, too.
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 
@@ -342,7 +342,7 @@ def test_transformers_and_mlx_lm_give_the_same_logits(tiny_digits):
 
 
 def test_so_they_do_for_another_shape_and_rope(tmp_path):
-    """A value left out of config.json would show here."""
+    """This would reveal a value missing from config.json."""
     other = {"rope_theta": 200.0, "num_kv_heads": 1, "rms_norm_eps": 1e-3, "num_layers": 3, "hidden_size": 32}
     assert_same_logits(tiny_random_folder(tmp_path / "other", **other))
 

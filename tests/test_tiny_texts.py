@@ -1,4 +1,4 @@
-"""models/tiny_texts.py: the sums that tiny-arithmetic is trained on, and the file it is evaluated on."""
+"""models/tiny_texts.py: the training sums of tiny-arithmetic, and its evaluation file."""
 
 import re
 

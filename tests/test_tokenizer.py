@@ -57,6 +57,6 @@ def test_a_damaged_tokenizer_is_one_line(tiny_folder, tmp_path):
 
 def test_other_names_are_left_to_a_process_which_gives_the_folder_or_the_error(tiny_digits, tmp_path):
     assert locate.locate("tiny-digits") == tiny_digits
-    with pytest.raises(UserError, match=r"^\./missing is no model folder"):
+    with pytest.raises(UserError, match=r"^\./missing is not a model folder"):
         locate.locate("./missing")
     assert locate.locate(str(tiny_digits)) == tiny_digits

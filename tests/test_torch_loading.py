@@ -1,4 +1,4 @@
-"""Opening a model in PyTorch: a folder that lacks a weight is named, where transformers would draw it at random."""
+"""Opening a model in PyTorch: missing weights are an error, where transformers would initialise them at random."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PyTorch against MLX: the same weights and the same rollout give the same numbers, and files go both ways.
+"""PyTorch against MLX: the same weights and rollout give the same numbers, and each reads the other's files.
 
 What is compared are the stages of both, training/ppo_learner.py against training/torch_ppo_learner.py, in float32.
 """
@@ -25,9 +25,9 @@ from models import (
     torch_generation,
     torch_loading,
     torch_soft_prompt,
+    torch_value_head,
     value_head,
 )
-from models import torch_value_head as torch_policy
 from models.adapter_config import AdapterConfig
 from rewards.digits import digit_reward
 from rewards.reward_model import load_reward_model
@@ -269,7 +269,7 @@ def test_logits_and_hidden_states_where_they_are_asked_for(tied, tmp_path):
     logits, hidden = value_head.forward(loading.load(folder).model, mx.array(tokens), mx.array(positions))
     model = torch_loading.load(folder, CPU).model
     with torch.no_grad():
-        torch_logits, torch_hidden = torch_policy.forward(model, torch.tensor(tokens), torch.tensor(positions))
+        torch_logits, torch_hidden = torch_value_head.forward(model, torch.tensor(tokens), torch.tensor(positions))
         whole = model(torch.tensor(tokens)).logits
     agree(torch_logits, logits)
     agree(torch_hidden, hidden)
@@ -284,7 +284,7 @@ def test_logits_that_a_family_changes_after_its_output_layer():
     model = Gemma2ForCausalLM(config).eval()
     tokens, positions = torch.tensor([[1, 20, 25, 3]]), torch.tensor([[1, 3]])
     with torch.no_grad():
-        logits, _ = torch_policy.forward(model, tokens, positions)
+        logits, _ = torch_value_head.forward(model, tokens, positions)
         assert torch.allclose(logits, model(tokens).logits[:, [1, 3]], atol=1e-6)
     assert logits.abs().max() <= 3
 
@@ -335,7 +335,7 @@ def test_an_adapter_that_does_not_fit_lists_every_tensor(base, tmp_path):
 
 def test_a_value_head_of_another_width_is_refused(base, tmp_path):
     model = torch_loading.load(base, CPU).model
-    torch_adapters.save_adapter(tmp_path / "head", model, AdapterConfig("none"), torch_policy.ValueHead(31))
+    torch_adapters.save_adapter(tmp_path / "head", model, AdapterConfig("none"), torch_value_head.ValueHead(31))
     for load in (torch_adapters.load_adapter, adapters.load_adapter):
         opened = model if load is torch_adapters.load_adapter else loading.load(base).model
         with pytest.raises(UserError, match="a value head of width 31, the model has 32"):

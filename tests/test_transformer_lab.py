@@ -1,4 +1,4 @@
-"""Transformer Lab's call of ppo_training.py: its flags, its reader of the output, and the model that it finds."""
+"""ppo_training.py as called by Transformer Lab: its flags, its parser of the output, and the model it expects."""
 
 import json
 import re
@@ -21,14 +21,14 @@ from training import ppo_flags
 from training.metrics import read_metrics, resumed_config
 from training.transformer_lab import own_flags, reader_line
 
-# What its trainer looks for in every line of stdout and stderr together.
+# What its trainer searches for in every line of stdout and stderr.
 STEP = re.compile(r"Step - (\d+)")
 REWARD = re.compile(r"Reward: array\((.*?), dtype=float32\)")
 FIGURES = re.compile(r"(policy_loss|value_loss|kl_div|entropy): ([-+]?\d*\.\d+|\d+)")
 
 
 def its_reader(lines):
-    """Steps, {name: values} and lists of rewards, as its trainer reads them."""
+    """Steps, {name: values} and lists of rewards, as parsed by its trainer."""
     steps: list[int] = []
     figures: dict[str, list[float]] = {}
     rewards: list[list[float]] = []
@@ -43,7 +43,7 @@ def its_reader(lines):
 
 @pytest.fixture
 def rows(tmp_path):
-    """A data set as its users have them, one JSON object a line."""
+    """A data set in its users' format, one JSON object per line."""
     path = tmp_path / "ppo_custom_dataset.json"
     conversation = [{"from": "human", "value": "8 20"}]
     row = {"conversations": conversation, "chosen": {"from": "gpt", "value": "22"}, "rejected": {"value": "1"}}
@@ -84,7 +84,7 @@ def test_its_reader_finds_steps_figures_and_a_model(tmp_path, tiny_folder):
     tokens = mx.array([tokenizer.encode("8 20")])
     fused, adapted, base = (each(tokens) for each in (model, ours, load(str(tiny_folder)).model))
     assert mx.abs(fused - adapted).max().item() < 1e-5 < mx.abs(fused - base).max().item()
-    # Nothing is left where it was called, and the run below the model is a run as any other.
+    # Nothing is left in the working directory, and the run below the model is an ordinary run.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "rows.json"]
     assert resumed_config(folder / "run")["num_steps"] == 2 and (folder / "run" / "summary.json").is_file()
     assert read_adapter(folder / "run" / "adapters").config.fine_tune_type == "lora"
@@ -116,7 +116,7 @@ def test_answers_are_found_by_each_of_their_names(tmp_path, key):
     path.write_text(json.dumps({"prompt": "2 + 2 =", key: "4"}) + "\n")
     args = flags_of("--custom_hf_dataset", path, "--ground_truth_reward")
     assert (args.ground_truth_reward, args.answer, args.answer_feature) == (False, "exact", key)
-    # Another reward than the ground truth stays what it is.
+    # Rewards other than the ground truth are unchanged.
     args = flags_of("--custom_hf_dataset", path, "--reward_model", "dir")
     assert (args.reward_model, args.answer) == (["dir"], None)
 
@@ -159,7 +159,7 @@ def test_what_cannot_work_is_one_line(tmp_path, tiny_folder, rows, capsys):
     assert not out.exists()
     out.mkdir()
     (out / "config.json").write_text("{}")
-    assert "holds a model or a run already" in fails(capsys, ppo_training.main, *words)
+    assert "already contains a model or a run" in fails(capsys, ppo_training.main, *words)
     check_free(out, again=True)
     rows.write_text('{"text": "8"}\n')
     assert f"{rows}:1 has the keys ['text']" in fails(capsys, ppo_training.main, *words, "--output-dir", tmp_path / "b")

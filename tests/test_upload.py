@@ -1,4 +1,4 @@
-"""Uploading: the folder arrives whole and private; a refusal or a break leaves it whole and says how to go on."""
+"""Uploading: the folder arrives complete and private; an error leaves it intact and says how to continue."""
 
 import os
 import shlex
@@ -35,7 +35,7 @@ def adapter(tiny_folder, tmp_path_factory):
 
 @pytest.fixture
 def at_home(monkeypatch, tmp_path):
-    """A function that makes a server the hub of this process, and a token its login."""
+    """A function that makes a server this process's hub, with a token as login."""
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
@@ -95,7 +95,7 @@ def test_a_broken_upload_leaves_the_folder_whole(tiny_folder, adapter, tmp_path,
 
 
 def test_the_command_it_names_goes_on(tiny_folder, adapter, tmp_path, at_home, capsys):
-    """In a process of its own, as a user types it."""
+    """In a separate process, as typed by a user."""
     with HubServer({"/commit/": 500}, TOKEN) as hub:
         at_home(hub)
         with pytest.raises(SystemExit):
@@ -129,7 +129,7 @@ def test_a_public_repository_gets_nothing_that_is_to_be_private(tiny_folder, ada
         hub.repos[NAME] = False
         with pytest.raises(SystemExit):
             with_words(lambda: run(fuse.main), *words(tiny_folder, adapter, tmp_path))
-        assert "and public, so nothing was uploaded" in capsys.readouterr().err
+        assert "and is public, so nothing was uploaded" in capsys.readouterr().err
         assert not hub.files and (tmp_path / "out" / "model.safetensors").is_file()
         call(fuse.main, *words(tiny_folder, adapter, tmp_path, "--public"))
         assert hub.files == content_of(tmp_path / "out")
@@ -164,7 +164,7 @@ def test_the_card_says_what_made_the_model(tiny_folder, adapter, tmp_path):
     assert "| steps | 3 |" in text and "| valid loss | " in text
     assert str(tiny_folder.parent) not in text and str(adapter) not in text
 
-    # its command does what it says: the flags of the run, but for where things lie
+    # its command reproduces the flags of the run, except for paths
     (flags,) = yaml_blocks(text)
     (tmp_path / "run1.yaml").write_text(yaml.safe_dump(flags))
     again = vars(parser_of(sft.parse_args).parse_args(["-c", str(tmp_path / "run1.yaml")]))

@@ -1,4 +1,4 @@
-"""Hidden states, logits at positions and the value head, over the families of mlx-lm."""
+"""Hidden states, logits at positions and the value head, for the families of mlx-lm."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,7 +36,7 @@ def close(got, expected, tolerance=1e-5):
 
 
 def output_of(name, model, hidden):
-    """The model's own way from hidden states to logits, written out for the families that have one of their own."""
+    """The family's own map from hidden states to logits."""
     if name == "granite-untied":
         return model.lm_head(hidden) / 8.0
     if "lm_head" in model:
@@ -74,13 +74,13 @@ def test_one_pass_gives_logits_and_the_state_that_they_come_from(name):
     assert logits.shape == (2, 3, VOCABULARY)
     close(logits, mx.take_along_axis(full, POSITIONS[..., None], axis=1))
     assert mx.array_equal(states, mx.take_along_axis(hidden, POSITIONS[..., None], axis=1)).item()
-    # The tap is gone: the same parameters in the same order, the same output.
+    # The tap is removed: the same parameters in the same order, the same output.
     assert names(model) == before
     assert mx.array_equal(model(TOKENS), full).item()
 
 
 def test_the_output_layer_is_found_by_presence_not_by_what_the_arguments_say():
-    """gemma3 ties its weights while loading, when the file has no lm_head."""
+    """gemma3 ties its weights while loading if the file has no lm_head."""
     model = build("gemma3")
     model.sanitize({})
     assert "lm_head" not in model
@@ -120,7 +120,7 @@ def test_the_output_layer_is_put_back_when_the_model_fails():
 
 
 class Hidden(nn.Module):
-    """A model that multiplies by its table itself, so that no layer is called for the logits."""
+    """A model that multiplies by its table without calling a layer."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Hidden(nn.Module):
 
 
 def test_a_model_without_a_layer_to_tap_is_named():
-    with pytest.raises(UserError, match="hides its output layer"):
+    with pytest.raises(UserError, match="does not expose its output layer"):
         forward(Hidden(), mx.array([[1, 2]]))
     with pytest.raises(UserError, match="no token embedding"):
         forward(nn.Sequential(nn.Identity()), mx.array([[1, 2]]))
@@ -145,7 +145,7 @@ def scoring_model(name="llama-tied", **settings):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_score_is_read_at_the_last_real_token_whatever_follows(name):
-    """FACTS: the value at the last padded position; batch mates that change a score."""
+    """Neither padding nor batch mates change a score."""
     scoring = scoring_model(name)
     texts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [3, 2, 1, 0]]
     alone = [scoring(mx.array([text]), mx.array([len(text)])).item() for text in texts]
@@ -179,7 +179,7 @@ def test_a_policy_gives_logits_and_values_at_positions():
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_gradient_reaches_adapter_and_head_and_nothing_else(quantized):
-    """FACTS: a forward pass outside value_and_grad, so that nothing moves."""
+    """It would be zero if the forward pass were outside value_and_grad."""
     model = build("llama-tied")
     if quantized:
         nn.quantize(model, group_size=32, bits=4)
@@ -193,7 +193,7 @@ def test_the_gradient_reaches_adapter_and_head_and_nothing_else(quantized):
     assert set(found) == {f"model.{name}" for name, _ in tree_flatten(model.trainable_parameters())} | {
         "value_head.weight"
     }
-    # The last layer's output reaches the last position; all of its adapters have a say.
+    # All adapters of the last layer affect the last position.
     assert all(mx.abs(gradient).max().item() > 0 for gradient in found.values())
 
 

@@ -15,7 +15,7 @@ TOKENIZER = build_tokenizer(RECIPES["tiny-digits"])
 
 
 def random_llama(folder: Path, model_class: type = LlamaForCausalLM, **settings) -> str:
-    """Write a Llama of three layers, with logits far from flat. settings: changes to its configuration."""
+    """Write a Llama with three layers and far from uniform logits. settings: changes to its configuration."""
     torch.manual_seed(0)
     ids = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}

@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: as much of its protocol as an upload by huggingface-hub asks for.
+"""A local Hugging Face hub that implements the protocol of uploads by huggingface-hub.
 
 with HubServer() as hub:
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class HubServer:
-    """Takes uploads by regular commits and LFS. refuse: status for requests whose path holds a word, such as
+    """Accepts uploads by regular commits and LFS. refuse: word → status for requests whose path contains it, such as
     {"preupload": 500}; status 0 closes the connection instead."""
 
     def __init__(self, refuse: dict[str, int] | None = None, token: str = "hf_test"):

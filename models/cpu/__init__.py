@@ -1,4 +1,4 @@
-"""What exists only for mlx on Linux CPU: a fast BLAS, process settings, and faster attention, SwiGLU and linear layers.
+"""Speed-ups for mlx on Linux CPU: a fast BLAS, process settings, and faster attention, SwiGLU and linear layers.
 
 Entry points call `enable()` once, before mlx is imported. It does nothing on a Mac or with a CUDA build. The rest of
 the project runs without it, more slowly.
@@ -29,9 +29,9 @@ def wanted() -> bool:
 def enable() -> None:
     """Load a BLAS, set up this process, and replace the parts of mlx and mlx-lm that are slow on CPU.
 
-    Call it before `mlx.core` is imported: a BLAS that comes later is not used. Where none is found, one line on
-    stderr says what to install; where TUNER_BLAS names one that is not there, the process ends with such a line.
-    Calling it again changes nothing.
+    Call it before `mlx.core` is imported: a BLAS loaded later has no effect. If none is found, one line on stderr says
+    what to install; if TUNER_BLAS names one that is not there, the process ends with such a line. Further calls change
+    nothing.
     """
     global BLAS
     if not wanted():
@@ -44,7 +44,7 @@ def enable() -> None:
 
     from models.cpu import attention, linear, swiglu
 
-    # On CPU mx.compile writes C++ and calls a compiler, which takes a second for a function of six operations.
+    # On CPU mx.compile calls a C++ compiler, which takes a second for a function of six operations.
     mx.disable_compile()
     attention.install()
     linear.install()

@@ -1,8 +1,8 @@
-"""A linear layer for mlx on Linux CPU whose weight gradient has the weight's own memory layout.
+"""A linear layer for mlx on Linux CPU whose weight gradient has the memory layout of the weight.
 
-mlx's is transposed, and on CPU every operation on both then takes three times as long. For float32 layers without a
-bias; the rest stays mlx's. Output and input gradient equal mlx's to the bit; so does the weight's gradient unless the
-BLAS sums a transposed product in another order.
+mlx's gradient is transposed, which makes every operation on both take three times as long on CPU. Only for float32
+layers without a bias; everything else remains mlx's. Output and input gradient equal mlx's to the bit; so does the
+weight's gradient unless the BLAS sums a transposed product in another order.
 """
 
 import mlx.core as mx
@@ -24,12 +24,12 @@ def _product_vjp(primals, cotangent, output):
 
 
 def linear(layer: nn.Linear, x: mx.array) -> mx.array:
-    """What `layer` makes of x (..., inputs): (..., outputs)."""
+    """Apply `layer` to x (..., inputs). Returns (..., outputs)."""
     if "bias" in layer or not x.dtype == layer.weight.dtype == mx.float32:
         return _original(layer, x)
     return _product(x, layer.weight)
 
 
 def install() -> None:
-    """Put `linear` in the place of mlx's."""
+    """Replace mlx's linear layer."""
     nn.Linear.__call__ = linear

@@ -1,4 +1,4 @@
-"""How the kernel schedules this process, and what glibc does with freed memory: settings that suit mlx on Linux CPU."""
+"""Settings of this process for mlx on Linux CPU: the scheduling policy, and glibc's handling of freed memory."""
 
 import contextlib
 import ctypes
@@ -9,10 +9,10 @@ LARGEST_MMAP_THRESHOLD, KEPT_BYTES = 2**25, 2**30
 
 
 def use_batch_scheduling() -> None:
-    """Run this process's threads, and those it starts from now on, under the kernel's batch policy.
+    """Run this process's threads, and those that it starts later, under the kernel's batch policy.
 
-    mlx hands each operation to a thread of its own. By default the kernel stops the one that hands over to run the
-    one that takes, and back, which for a small model is a quarter of all the time.
+    mlx hands each operation to another thread. By default the kernel preempts the thread that hands over to run the one
+    that receives, which takes a quarter of the time of a small model.
     """
     with contextlib.suppress(OSError):
         if os.sched_getscheduler(0) == os.SCHED_OTHER:
@@ -20,12 +20,12 @@ def use_batch_scheduling() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next array, as mlx does itself on a GPU.
+    """Let glibc keep freed memory for the next array, as mlx's own allocator does on a GPU.
 
-    By default it gives arrays of some 100 kB and more back to the kernel, which then clears every page of the next
-    one: a sixth of a PPO step of 128 completions of 80 tokens.
+    By default it returns arrays above about 100 kB to the kernel, which then has to clear every page of the next one:
+    a sixth of a PPO step of 128 completions of 80 tokens.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library than glibc
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -1,13 +1,13 @@
-"""Putting a function of ours in the place of one of mlx-lm's."""
+"""Replacing a function of mlx-lm."""
 
 import sys
 from collections.abc import Callable
 
 
 def replace_in_mlx_lm(original: Callable, replacement: Callable) -> None:
-    """Put `replacement` in the place of `original` in every module of mlx-lm imported so far.
+    """Replace `original` in every mlx-lm module imported so far.
 
-    Modules imported later take it from the ones where it is defined.
+    Modules imported later get `replacement` from the module that defines it.
     """
     name = original.__name__
     for module in [module for path, module in sys.modules.items() if path.startswith("mlx_lm.models.")]:

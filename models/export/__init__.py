@@ -1,1 +1,1 @@
-"""Leaving a trained model in other forms: fused, as a classifier, as GGUF, with a card, on the hub."""
+"""Trained models in other forms: fused, as a classifier, as GGUF, with a model card, on the hub."""

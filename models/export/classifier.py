@@ -1,10 +1,10 @@
-"""A reward model as transformers keeps one: an AutoModelForSequenceClassification folder of one label.
+"""Reward models in transformers' format: an AutoModelForSequenceClassification folder with one label.
 
     python fuse.py --adapter-file reward_adapters --save-path ./classifier/ --sequence-classification
 
-The folder holds the body, the value head as `score.weight` and no output layer. Transformers scores the last token
-that is no pad; ours is the EOS, so the folder's tokenizer ends every text with it and pads with another token. Leaves
-out families whose weights mlx-lm names otherwise than transformers, and PyTorch's side (rewards.torch_reward_model).
+The folder contains the body, the value head as `score.weight`, and no output layer. transformers scores the last token
+that is not a pad. Ours is the EOS, so the folder's tokenizer appends it to every text and pads with another token. Only
+families whose weights have the same names in mlx-lm and transformers are supported.
 """
 
 import copy
@@ -24,38 +24,38 @@ from models.loading import LoadedModel, resolve
 from models.random_state import kept_random_state
 from models.value_head import ValueHead
 
-# Dense families whose tensors mlx-lm and transformers call alike (tests/test_classifier.py opens each in both). Scores
-# agree to 1e-5, but for gemma and gemma3_text: mlx-lm's gemma takes the exact GELU where transformers' approximates it,
-# and its gemma3 rounds the scale of the embeddings to bfloat16.
+# Dense families whose tensors have the same names in mlx-lm and transformers (tests/test_classifier.py opens each in
+# both). Scores agree to 1e-5, except for gemma and gemma3_text: mlx-lm's gemma uses the exact GELU and transformers' an
+# approximation, and mlx-lm's gemma3 rounds the embedding scale to bfloat16.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3")
 HEAD = "score.weight"
 PROBES = ("12 -4", "2 4 6 8", "")
 
 
 def classifier_class(config: dict[str, Any]) -> str:
-    """The transformers class that opens the weights of this configuration as a classifier.
+    """The transformers class that opens weights of this configuration as a classifier.
 
-    Raises UserError, naming the family, where there is none or its weights have other names there.
+    Raises UserError, naming the family, if there is none or its weights have other names.
     """
     family = str(config.get("model_type"))
     name = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(family)
     if not isinstance(name, str):
-        why = "transformers has no ForSequenceClassification of it"
+        why = "transformers has no ForSequenceClassification for it"
     elif family not in FAMILIES:
-        why = f"its weights are not laid out as {name} has them"
+        why = f"its weights are laid out differently from {name}"
     else:
         return name
     raise UserError(
-        f"--sequence-classification does not serve the family {family}: {why}; leave the flag out, or train the reward "
+        f"--sequence-classification does not support the family {family}: {why}; omit the flag, or train the reward "
         f"model on one of {', '.join(FAMILIES)}"
     )
 
 
 def save_classifier(folder: Path, loaded: LoadedModel, head: ValueHead) -> bool:
-    """Fill `folder` with the model of `loaded`, less its output layer, the head and the tokenizer.
+    """Write the model of `loaded` without its output layer, the head and the tokenizer into `folder`.
 
-    Returns whether the tokenizer ends a text with the EOS by itself. Raises UserError for a family that transformers
-    has no classifier of, for quantized weights, and where no token can serve as the pad.
+    Returns whether the tokenizer appends the EOS by itself. Raises UserError for unsupported families, for quantized
+    weights, and if no token can serve as the pad.
     """
     name = classifier_class(loaded.config)
     if {"quantization", "quantization_config"} & loaded.config.keys():
@@ -74,24 +74,24 @@ def save_classifier(folder: Path, loaded: LoadedModel, head: ValueHead) -> bool:
 
 
 def _pad_token_id(loaded: LoadedModel) -> int:
-    """A token that never ends a text: with the EOS as pad, transformers would score the token before the EOS."""
+    """A pad other than the EOS, with which transformers would score the token before the EOS."""
     tokenizer = loaded.tokenizer
     special = sorted(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     for index in (tokenizer.pad_token_id, tokenizer.unk_token_id, *special):
         if index is not None and index != tokenizer.eos_token_id and index < loaded.config["vocab_size"]:
             return index
     raise UserError(
-        f"{loaded.name} has no special token but its EOS, so transformers has none to pad with; "
-        "leave --sequence-classification out"
+        f"{loaded.name} has no special token except its EOS, so there is none to pad with; "
+        "omit --sequence-classification"
     )
 
 
 def _with_eos(tokenizer: Any, expected: list[list[int]]) -> Any:
-    """The tokenizer, made to encode the probes as expected, with the EOS at their ends; as it is where that fails."""
+    """The tokenizer, configured to append the EOS; unchanged if that is not needed or does not encode as expected."""
     ending = copy.deepcopy(tokenizer)
     for name, value in (("add_bos_token", expected[0][0] == tokenizer.bos_token_id), ("add_eos_token", True)):
         setattr(ending, name, value)
-        ending.init_kwargs[name] = value  # what is saved
+        ending.init_kwargs[name] = value  # which is saved
     return ending if _encoded(tokenizer) != expected == _encoded(ending) else tokenizer
 
 
@@ -100,8 +100,8 @@ def _encoded(tokenizer: Any) -> list[list[int]]:
 
 
 def load_classifier(name: str) -> tuple[LoadedModel, ValueHead]:
-    """Open a transformers classifier of one label in MLX: the body as a language model without output layer, and the
-    head. Raises UserError where it has another head or cannot be opened."""
+    """Open a transformers classifier with one label in MLX: the body as a language model without an output layer, and
+    the head. Raises UserError if it has another head or cannot be opened."""
     path = resolve(name)
     score: dict[str, mx.array] = {}
 
@@ -122,9 +122,9 @@ def load_classifier(name: str) -> tuple[LoadedModel, ValueHead]:
             model, config = mlx_lm.utils.load_model(path, get_model_classes=classes)
         tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except OPENING_ERRORS as error:
-        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is whole") from None
+        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is complete") from None
     if list(score) != [HEAD] or score[HEAD].shape[0] != 1:
-        raise UserError(f"{name} is a classifier, but not with one score and no bias; use a model with num_labels 1")
+        raise UserError(f"{name} is not a classifier with one score and no bias; use a model with num_labels 1")
     with kept_random_state():
         head = ValueHead(score[HEAD].shape[1])
     head.weight = score[HEAD].astype(mx.float32)
@@ -132,6 +132,6 @@ def load_classifier(name: str) -> tuple[LoadedModel, ValueHead]:
 
 
 def _output_layer(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Zeros for the output layer, which mlx-lm's model wants and a classifier has not: views that take no memory."""
+    """Zeros for the output layer, which mlx-lm's model requires and a classifier lacks: views that take no memory."""
     names = [(key, array) for key, array in tree_flatten(model.parameters()) if key.startswith("lm_head.")]
     return {key: mx.broadcast_to(mx.zeros((), array.dtype), array.shape) for key, array in names if key not in weights}

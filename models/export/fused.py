@@ -21,12 +21,12 @@ MARKER = "config.json"
 
 
 def check_free(folder: str | Path, again: bool = False) -> None:
-    """Raise UserError if a model cannot be put into `folder`. again: one that is there already is to be replaced."""
+    """Raise UserError if a model cannot be written to `folder`. again: an existing one may be replaced."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file, but a model folder is to be written there; choose another name")
+        raise UserError(f"{folder} is a file, where a model folder would be written; choose another name")
     if not again and ((folder / MARKER).exists() or any(folder.glob("model*.safetensors"))):
-        raise UserError(f"{folder} holds a model or a run already; name another folder")
+        raise UserError(f"{folder} already contains a model or a run; name another folder")
 
 
 def fuse(loaded: LoadedModel, de_quantize: bool = False) -> None:

@@ -1,18 +1,18 @@
-"""A soft prompt as part of its model: new tokens that the tokenizer puts first, in a folder with nothing of ours.
+"""Fusing a soft prompt into its model: new tokens that the tokenizer prepends, in a standard model folder.
 
     python fuse.py --adapter-file adapters --save-path ./fused/
 
 The rows of the soft prompt become the embeddings of new tokens. The difficulty is that the output layer then has rows
-for them too, and they must never be sampled: below 1e-6 of the probability, and all else as it was. Where the output
-layer has a bias, that does it. Elsewhere no row gives a low logit at every hidden state, since a hidden state may point
-anywhere. So the states get a few places more, which hold a constant, the same at every position: no layer reads or
-writes it, the norms count it in place of the part of their epsilon that is taken away for it, the last norm raises it,
-and of all output rows only the new ones read it, with a negative sign. With RMS norms this is exact, but for the norms
-within attention (Qwen 3, OLMo 2), whose epsilon becomes smaller, too, by as much as the states are wider; bfloat16
-rounds the norms' weights anew. Every result is compared with what it was made from.
+for them, too, and they must never be sampled: their probability has to stay below 1e-6 without affecting anything else.
+If the output layer has a bias, that suffices. Otherwise no row gives a low logit for every hidden state, since hidden
+states may point in any direction. So the hidden states get a few additional channels with a constant that is the same
+at every position: no layer reads or writes it, it makes up for a reduction of the norms' epsilon, the last norm
+amplifies it, and of all output rows only the new ones read it, with a negative sign. With RMS norms this is exact,
+except for norms within attention (Qwen 3, OLMo 2), whose epsilon shrinks as well, in proportion to the added width, and
+for rounding of the norms' weights in bfloat16. Every result is compared with the original.
 
-Leaves out layer norms (they take the mean off), quantized weights, and what a tied model says behind its soft prompt
-alone: a text or a BOS has to follow. The tokenizer: models.export.prompting_tokenizer.
+Not supported: layer norms (they subtract the mean), quantized weights, and sampling from a tied model right after its
+soft prompt, without a text or a BOS. The tokenizer: models.export.prompting_tokenizer.
 """
 
 import math
@@ -29,23 +29,23 @@ from models.soft_prompt import SoftPromptEmbedding, find_embedding, soft_prompt_
 from models.value_head import OUTPUT_LAYERS
 
 MOST_PROBABILITY = 1e-6  # of all new tokens together
-MARGIN = 60.0  # nats that a new row lies below the others at the probes; states several times as large stay safe
-EPSILON_SHARE = 1e-3  # of the norms' epsilon, which the constant takes
+MARGIN = 60.0  # nats by which new rows lie below the others on the probes; safe for states several times as large
+EPSILON_SHARE = 1e-3  # of the norms' epsilon, replaced by the constant
 NEVER = -1e4  # the bias of a new output row
-PROBES = (4, 32)  # rows and tokens of the texts that the result is checked by
+PROBES = (4, 32)  # rows and tokens of the texts that check the result
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 0.02, mx.bfloat16: 0.1}  # of the largest logit
 
 
 def fuse_soft_prompt(model: nn.Module, config: dict[str, Any], tokens: list[int]) -> tuple[nn.Module, dict[str, Any]]:
-    """A model in which `tokens` are the soft prompt of `model`, and its configuration.
+    """A model in which `tokens` act as the soft prompt of `model`, and its configuration.
 
-    tokens: the tokenizer's ids for them, above all its others. Takes the soft prompt off `model`. Raises UserError
-    where the family cannot carry it.
+    tokens: new ids of the tokenizer, above all others. Removes the soft prompt from `model`. Raises UserError if the
+    family does not support it.
     """
     path, embedding = find_embedding(model)
     assert isinstance(embedding, SoftPromptEmbedding)
     if any(isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) for module in model.modules()):
-        raise UserError("quantized weights cannot hold the rows of a soft prompt as they are; add --de-quantize")
+        raise UserError("quantized weights cannot represent the rows of a soft prompt exactly; add --de-quantize")
     table = embedding.embedding.weight
     rows = embedding.soft_prompt.astype(table.dtype)
     words = min(tokens[0], len(table))
@@ -74,7 +74,7 @@ def fuse_soft_prompt(model: nn.Module, config: dict[str, Any], tokens: list[int]
 
 
 def _logits_behind(model: nn.Module, prefix: list[int], probes: mx.array) -> mx.array:
-    """Logits (B, L, V) in float32 at the probes, each behind the prefix."""
+    """Logits (B, L, V) in float32 at the probes, each after the prefix."""
     prefixes = mx.broadcast_to(mx.array(prefix), (len(probes), len(prefix)))
     return model(mx.concatenate([prefixes, probes], axis=1))[:, len(prefix) :].astype(mx.float32)
 
@@ -87,19 +87,19 @@ def _module(model: nn.Module, path: str) -> Any:
 
 def _refused(config: dict[str, Any], why: str) -> UserError:
     return UserError(
-        f"a soft prompt cannot be fused into this {config.get('model_type')} model: {why}; use it by --resume-file"
+        f"a soft prompt cannot be fused into this {config.get('model_type')} model: {why}; use it with --resume-file"
     )
 
 
-# --- the same model with more rows and places ---
+# --- the same model with more rows and channels ---
 
 
 def _empty(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """A model of the configuration, with the output layer that `model` has."""
+    """A new model of the configuration, with an output layer if `model` has one."""
     family, arguments = mlx_lm.utils._get_classes(config)
     made = family(arguments.from_dict(config))
     if hasattr(made, "sanitize"):
-        made.sanitize(dict(tree_flatten(model.parameters())))  # where some decide whether it is tied
+        made.sanitize(dict(tree_flatten(model.parameters())))  # in which some decide whether it is tied
     return made
 
 
@@ -108,7 +108,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _padded(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """The model in the sizes of `config`, zeros in all that is new."""
+    """The model in the sizes of `config`, padded with zeros."""
     fused = _empty(model, config)
     shapes = _shapes(fused)
     weights = []
@@ -121,14 +121,14 @@ def _padded(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _wider(model: nn.Module, config: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A configuration with more places in the hidden states, whose heads stay as they are, and how many more."""
+    """A configuration with wider hidden states but the same heads, and the number of additional channels."""
     hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
     if hidden is None or heads is None or "rms_norm_eps" not in config:
         raise _refused(config, "its configuration has no hidden_size, num_attention_heads or rms_norm_eps")
     head_dim = config.get("head_dim") or hidden // heads
     named = {**config, "head_dim": head_dim}
     try:
-        # Some families take the size of a head from the configuration; others divide, which rounds down.
+        # Some families take the head size from the configuration; others compute it by a division that rounds down.
         if _shapes(_empty(model, {**named, "head_dim": head_dim + 2})) != _shapes(_empty(model, named)):
             places = math.lcm(heads, 64 if hidden % 64 == 0 and hidden >= 1024 else 2)
         else:
@@ -149,7 +149,7 @@ def _wider(model: nn.Module, config: dict[str, Any]) -> tuple[dict[str, Any], in
 
 
 def _embedding_scale(config: dict[str, Any]) -> float:
-    """What the family multiplies an embedding by."""
+    """The factor by which the family scales embeddings."""
     family, hidden = config["model_type"], config["hidden_size"]
     if family in ("gemma", "gemma2"):
         return hidden**0.5
@@ -159,7 +159,7 @@ def _embedding_scale(config: dict[str, Any]) -> float:
 
 
 def _keep_states(fused: nn.Module, path: str, head: str | None, config: dict[str, Any], wider: dict[str, Any]) -> Any:
-    """Scale what depends on the number of places, so that the old ones hold what they held. Returns the last norm."""
+    """Rescale what depends on the width, so that the original channels keep their values. Returns the last norm."""
     hidden, now = config["hidden_size"], wider["hidden_size"]
     norms = {
         name: module
@@ -168,14 +168,14 @@ def _keep_states(fused: nn.Module, path: str, head: str | None, config: dict[str
     }
     outer = [name for name in norms if not any(part.isdigit() for part in name.split("."))]
     if len(outer) != 1 or any("LayerNorm" in type(norm).__name__ for norm in norms.values()):
-        raise _refused(config, "its norms are no RMS norms, so that no constant passes through them unchanged")
+        raise _refused(config, "it has norms other than RMS norms, which would change the constant")
     ratio = _embedding_scale(config) / _embedding_scale(wider)
     table = _module(fused, path)
     table.weight = (table.weight * ratio).astype(table.weight.dtype)
     for name, norm in norms.items():
-        factor = (hidden / now) ** 0.5  # the mean of the squares is over more places now
+        factor = (hidden / now) ** 0.5  # the mean of squares is now over more channels
         if name == outer[0] and head is None:
-            factor /= ratio  # the table is the output layer, too
+            factor /= ratio  # the table is also the output layer
         norm.weight = ((norm.weight + _offset(norm)) * factor - _offset(norm)).astype(norm.weight.dtype)
     return norms[outer[0]]
 
@@ -188,10 +188,10 @@ def _offset(norm: Any) -> float:
 def _write_constant(
     fused: nn.Module, path: str, head: str | None, never: mx.array, config: dict[str, Any], wider: dict[str, Any]
 ) -> float:
-    """Give every embedding the constant, and let the new output rows read it; returns its value.
+    """Write the constant into every embedding, and make the new output rows read it. Returns its value.
 
-    The last norm will multiply its first half by K and its second by -K (`_raise_constant`): a row (1, 1) reads 0 from
-    it. Tied rows of new tokens are (0, sqrt 2), of the same norm, and read -sqrt 2 K.
+    The last norm multiplies its first half by K and its second by -K (`_raise_constant`), from which a row (1, 1) reads
+    0. Tied rows of new tokens are (0, sqrt 2), which has the same norm, and read -sqrt 2 K.
     """
     hidden, places = config["hidden_size"], wider["hidden_size"] - config["hidden_size"]
     squares = EPSILON_SHARE * hidden * config["rms_norm_eps"]
@@ -208,14 +208,14 @@ def _write_constant(
 
 
 def _margins(logits: mx.array, never: mx.array) -> mx.array:
-    """How far (B, L) the likeliest new token lies below all the others together, in nats."""
+    """By how many nats (B, L) the likeliest new token lies below all others together."""
     new = mx.max(logits[..., never], axis=-1)
     others = mx.put_along_axis(logits, mx.broadcast_to(never, (*logits.shape[:-1], len(never))), mx.array(-mx.inf), -1)
     return mx.logsumexp(others, axis=-1) - new
 
 
 def _raise_constant(norm: Any, constant: float, places: int, margins: Callable[[], mx.array]) -> None:
-    """Choose K of the last norm so that every margin is MARGIN: they are linear in it."""
+    """Choose K of the last norm so that every margin, which is linear in K, is at least MARGIN."""
     weight = norm.weight
     signs = mx.array([0.0] * (len(weight) - places) + [1.0] * (places // 2) + [-1.0] * (places // 2))
     first = MARGIN / (constant**2 * places)
@@ -228,11 +228,11 @@ def _raise_constant(norm: Any, constant: float, places: int, margins: Callable[[
 
 
 def _check(logits: mx.array, never: mx.array, expected: mx.array, tolerance: float, config: dict[str, Any]) -> None:
-    """Raise UserError unless the new tokens are never sampled and the others as they were."""
+    """Raise UserError unless the new tokens are never sampled and the other logits are unchanged."""
     probability = mx.max(mx.softmax(logits, axis=-1)[..., never].sum(axis=-1)).item()
     if not probability < MOST_PROBABILITY:
         cap = config.get("final_logit_softcapping")
-        why = f", as its logits are held within {cap}" if cap else ""
+        why = f", since its logits are capped at {cap}" if cap else ""
         raise _refused(config, f"the new tokens would keep a probability of {probability:.2g}{why}")
     words = expected.shape[-1]
     difference = mx.max(mx.abs(logits[..., :words] - expected)).item() / mx.max(mx.abs(expected)).item()

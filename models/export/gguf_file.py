@@ -1,11 +1,12 @@
-"""A fused model as one GGUF file in fp16, by mlx-lm's own names and metadata.
+"""Writing a fused model as a GGUF file in fp16, with mlx-lm's names and metadata.
 
     python fuse.py --adapter-file adapters --save-path ./fused/ --export-gguf
 
-Serves what mlx-lm's exporter serves, and refuses what that would write wrong: other families than llama, mistral and
-mixtral, quantized weights, biases and other rope than plain or linear. Here rather than by its `convert_to_gguf`:
-float32 becomes fp16, a mixture's experts get their names, and tokens the scores that their merges have, without which
-texts are cut otherwise; byte-level vocabularies with a known pre-tokenizer are written too, and the chat template.
+Supports what mlx-lm's exporter supports, and rejects what it would write incorrectly: families other than llama,
+mistral and mixtral, quantized weights, biases, and rope other than plain or linear. In contrast to its
+`convert_to_gguf`, float32 becomes fp16, the experts of a mixture get their names, tokens get the scores of their merges,
+without which texts would be tokenised differently, and byte-level vocabularies with a known pre-tokenizer and the chat
+template are written, too.
 """
 
 import json
@@ -27,7 +28,7 @@ LARGEST = 65504.0  # of fp16
 
 
 class _Vocabulary(HfVocab):
-    """mlx-lm's, with each token's score by the rank of the merge that makes it."""
+    """mlx-lm's vocabulary, with scores by the rank of the merge that produces a token."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -51,11 +52,11 @@ def check_gguf(loaded: LoadedModel) -> None:
     model = json.loads(inner.to_str())["model"]
     why = None
     if family not in FAMILIES:
-        why = f"its family {family} is none of {', '.join(FAMILIES)}"
+        why = f"its family {family} is not one of {', '.join(FAMILIES)}"
     elif {"quantization", "quantization_config"} & config.keys():
         why = "its weights are quantized (add --de-quantize)"
     elif (config.get("head_dim") or config["hidden_size"] // heads) * heads != config["hidden_size"]:
-        why = "its heads together are not as wide as its hidden states"
+        why = "its heads together do not have the width of its hidden states"
     elif any(name.endswith(".bias") for name, _ in tree_flatten(loaded.model.parameters())):
         why = "it has biases"
     elif _rope(config)[0] not in ("default", "linear"):
@@ -65,13 +66,13 @@ def check_gguf(loaded: LoadedModel) -> None:
     elif len(loaded.tokenizer.get_vocab()) > config["vocab_size"]:
         why = "its tokenizer has more tokens than the model"
     if why:
-        raise UserError(f"{loaded.name} cannot be written as GGUF: {why}; leave --export-gguf out")
+        raise UserError(f"{loaded.name} cannot be written as GGUF: {why}; omit --export-gguf")
 
 
 def write_gguf(path: Path, folder: Path, loaded: LoadedModel) -> None:
-    """Write the model of `loaded`, whose tokenizer lies in `folder`, as the file `path`.
+    """Write the model of `loaded`, whose tokenizer is in `folder`, to the file `path`.
 
-    Raises UserError for weights that fp16 cannot hold.
+    Raises UserError for weights outside the range of fp16.
     """
     config = loaded.config
     kind, theta, factor = _rope(config)
@@ -133,9 +134,9 @@ def _gguf_name(name: str) -> str:
 
 
 def _stored(name: str, weight: mx.array) -> mx.array:
-    """Norms and the choice of experts in float32, all else in fp16."""
+    """Norms and expert routers in float32, everything else in fp16."""
     if weight.ndim == 1 or name.endswith("block_sparse_moe.gate.weight"):
         return weight.astype(mx.float32)
     if mx.max(mx.abs(weight)).item() > LARGEST:
-        raise UserError(f"{name} has numbers above {LARGEST:g}, which fp16 cannot hold; leave --export-gguf out")
+        raise UserError(f"{name} has values above {LARGEST:g}, the largest of fp16; omit --export-gguf")
     return weight.astype(mx.float16)

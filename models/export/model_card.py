@@ -1,7 +1,7 @@
-"""A model card: the README.md of a fused model, with its base, the runs that made it, and how to use it.
+"""Model cards: the README.md of a fused model, with its base, the runs that produced it, and how to use it.
 
-The runs are those in the adapter's `provenance` (training.metrics), after those that made its base, which stand in the
-base's provenance.json. Whole paths of this machine are cut to their last part.
+The runs are those in the base's provenance.json, followed by those in the adapter's `provenance` (training.metrics).
+Absolute paths are shortened to their last part.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from common.files import read_json, write_json
 
 PROVENANCE_FILE = "provenance.json"
-# Flags that say how a run was kept, not what it learned.
+# Flags about storing and logging a run, which do not affect its result.
 BOOKKEEPING = {"config", "output_dir", "resume", "keep_checkpoints", "log_with", "save_every", "save_file"}
 
 
 def provenance_of(base: Path, adapter_runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that made a fused model, from the first: those of its base, then those of its adapter."""
+    """The runs that produced a fused model, in order: those of its base, then those of its adapter."""
     path = base / PROVENANCE_FILE
     return [*(read_json(path) if path.is_file() else []), *map(_shown, adapter_runs)]
 
 
 def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], is_reward_model: bool) -> None:
-    """Write README.md and provenance.json. name: of the model; base: of what the adapter was trained on."""
+    """Write README.md and provenance.json. name: of the model; base: name of the adapter's base."""
     base = runs[0]["flags"].get("model", base) if runs else base
     write_json(folder / PROVENANCE_FILE, runs)
     on_hub = base.count("/") == 1 and not base.startswith((".", "~")) and not base.endswith("/")
@@ -63,7 +63,7 @@ def _run_text(number: int, run: dict[str, Any]) -> str:
 
 
 def _data_text(flags: dict[str, Any]) -> str:
-    """What a run learned from, by its flags."""
+    """A description of a run's data, from its flags."""
     if "data_base" in flags:
         return f"`{flags['data_base']}train.jsonl`"
     prompts = f"the prompts of `{flags['prompts']}`" if flags.get("prompts") else "starts of the digit rule"
@@ -81,7 +81,7 @@ def _use_text(name: str, is_reward_model: bool) -> str:
 
 
 def _shown(run: dict[str, Any]) -> dict[str, Any]:
-    """A run without what was left out, and without where this machine keeps things."""
+    """A run without bookkeeping, unset flags and local folders."""
     flags = {
         key: _last(value) if isinstance(value, str) else value
         for key, value in run["flags"].items()
@@ -91,5 +91,5 @@ def _shown(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _last(value: str) -> str:
-    """A whole path's last part, anything else as it is."""
+    """The last part of an absolute path; anything else unchanged."""
     return Path(value).name if value.startswith(("/", "~")) else value

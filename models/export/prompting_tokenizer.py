@@ -1,7 +1,7 @@
-"""A tokenizer that puts tokens of its own before every text: how a fused soft prompt comes before the prompt.
+"""A tokenizer that prepends its own tokens to every text, for a fused soft prompt.
 
-Plain texts get them from the post-processor, conversations from the chat template, since its text is encoded without
-special tokens. Leaves out tokenizers without a tokenizer.json, and the model's side (models.export.fused_soft_prompt).
+Plain texts get them from the post-processor; conversations from the chat template, since rendered text is encoded
+without special tokens. Needs a tokenizer.json. The model: models.export.fused_soft_prompt.
 """
 
 import copy
@@ -18,17 +18,19 @@ PROBES = ("12 -4", "Who are you?", " a  b\n", "")
 
 
 class PromptingTokenizer:
-    """A copy of a transformers tokenizer that has `count` new special tokens, and puts them first once it is saved.
+    """A copy of a transformers tokenizer with `count` new special tokens, which it prepends once it is saved.
 
-    names, ids: the new tokens. Raises UserError where the tokenizer is no fast one.
+    names, ids: of the new tokens. Raises UserError unless it is a fast tokenizer.
     """
 
     def __init__(self, tokenizer: Any, count: int):
         if not tokenizer.is_fast:
-            raise UserError("the tokenizer has no tokenizer.json to put a soft prompt into; use it by --resume-file")
+            raise UserError(
+                "the tokenizer has no tokenizer.json, which a fused soft prompt needs; use it with --resume-file"
+            )
         self.before = tokenizer
         known = tokenizer.get_vocab()
-        # A model with one fused soft prompt may get another.
+        # A model may already have a fused soft prompt.
         number = next(number for number in itertools.count() if f"<|soft_prompt_{number}_0|>" not in known)
         self.names = [f"<|soft_prompt_{number}_{index}|>" for index in range(count)]
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -41,14 +43,14 @@ class PromptingTokenizer:
             self.tokenizer.chat_template = {name: prefix + text for name, text in template.items()}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it as AutoTokenizer opens it. Raises UserError where it does not then encode as it should."""
+        """Save it for AutoTokenizer. Raises UserError if the saved tokenizer does not encode as expected."""
         folder = Path(folder)
         self.tokenizer.save_pretrained(folder)
         content = read_json(folder / "tokenizer.json")
         ids = dict(zip(self.names, self.ids, strict=True))
         write_json(folder / "tokenizer.json", {**content, "post_processor": _prefixed(content["post_processor"], ids)})
         settings = read_json(folder / "tokenizer_config.json")
-        # A class of its own might build its post-processor anew, whatever stands in the file.
+        # A specific class might rebuild its post-processor and ignore the one in the file.
         settings = {name: value for name, value in settings.items() if name not in ("add_bos_token", "add_eos_token")}
         write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
         self._check(AutoTokenizer.from_pretrained(folder))
@@ -59,13 +61,13 @@ class PromptingTokenizer:
             expected = [self.ids + self.before.encode(text, add_special_tokens=special) for special in (True, False)]
             if [saved.encode(text), conversation] != expected:
                 raise UserError(
-                    f"the tokenizer encodes {text!r} otherwise behind other tokens, so that no soft prompt can be "
-                    "fused; use it by --resume-file"
+                    f"the tokenizer encodes {text!r} differently after other tokens, so no soft prompt can be "
+                    "fused; use it with --resume-file"
                 )
 
 
 def _prefixed(processor: dict[str, Any] | None, ids: dict[str, int]) -> dict[str, Any]:
-    """The post-processor of a tokenizer.json, with the tokens before all else."""
+    """The post-processor of a tokenizer.json, extended to prepend the tokens."""
     if processor and processor["type"] == "TemplateProcessing":
         pieces = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ids]
         special = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in ids}

@@ -1,7 +1,7 @@
-"""A model folder to the Hugging Face hub, by huggingface-hub's own API (mlx-lm's upload asks for a call that is gone).
+"""Uploading a model folder to the Hugging Face hub with huggingface-hub (mlx-lm's upload calls a removed function).
 
-The token comes from HF_TOKEN or `hf auth login`; it is neither read nor written here. Leaves out the model card
-(models.export.model_card) and taking an upload up again, which is `hf upload`'s.
+The token comes from HF_TOKEN or `hf auth login`; it is neither read nor written here. Not here: the model card (see
+models.export.model_card), and continuing an upload, which `hf upload` does.
 """
 
 import shlex
@@ -19,7 +19,7 @@ UPLOAD_ERRORS = (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, ValueE
 
 
 def check_upload(name: str) -> None:
-    """Raise UserError, before any work, for a name that is no USER/REPO, and where nobody is logged in."""
+    """Raise UserError, before any work, for a name other than USER/REPO, and if no one is logged in."""
     try:
         validate_repo_id(name)
         well_formed = name.count("/") == 1
@@ -32,15 +32,15 @@ def check_upload(name: str) -> None:
 
 
 def upload_command(folder: str | Path, name: str, public: bool) -> str:
-    """The hub's own command that uploads the folder as `upload` does, and takes up an upload that broke off."""
+    """The hub's own command that uploads the folder as `upload` does, and can continue an interrupted upload."""
     return shlex.join(["hf", "upload", name, str(folder), ".", *([] if public else ["--private"])])
 
 
 def upload(folder: str | Path, name: str, public: bool) -> str:
-    """Upload a folder whole as the repository `name`, made where there is none; returns its address.
+    """Upload a folder as the repository `name`, which is created if necessary. Returns its address.
 
-    Raises UserError that says how to go on where the hub refuses or breaks off, and where the repository can be read
-    by anyone although `public` is false. The folder is only read.
+    If the hub refuses or the upload is interrupted, raises a UserError that says how to continue; also if the
+    repository is public although `public` is false. The folder is not changed.
     """
     api = HfApi()
     try:
@@ -55,6 +55,6 @@ def upload(folder: str | Path, name: str, public: bool) -> str:
         ) from None
     if seen_by_all and not public:
         raise UserError(
-            f"{name} is on the hub already and public, so nothing was uploaded; add --public, or choose another name"
+            f"{name} already exists and is public, so nothing was uploaded; add --public, or choose another name"
         )
     return str(address)
