@@ -4,9 +4,9 @@
 
 Supports what mlx-lm's exporter supports, and rejects what it would write incorrectly: families other than llama,
 mistral and mixtral, quantized weights, biases, and rope other than plain or linear. In contrast to its
-`convert_to_gguf`, float32 becomes fp16, the experts of a mixture get their names, tokens get the scores of their merges,
-without which texts would be tokenised differently, and byte-level vocabularies with a known pre-tokenizer and the chat
-template are written, too.
+`convert_to_gguf`, float32 becomes fp16, the experts of a mixture get their names, tokens get the scores of their
+merges, without which texts would be tokenised differently, and byte-level vocabularies with a known pre-tokenizer and
+the chat template are written, too.
 """
 
 import json
