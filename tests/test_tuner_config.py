@@ -1,5 +1,7 @@
 """The tuner's configuration: the defaults, YAML and its paths, and each mistake in one line."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from common.files import read_json, write_json
 from synth.prompts import TEMPLATES
 from synth.sampler import Settings, Space
 from synth.tuning.config import Config, RLTuningConfig, config_from, load_config
+from tests.scripts import ROOT
 
 
 def test_the_defaults_are_the_specified_ones():
@@ -63,3 +66,12 @@ def test_each_mistake_is_one_line(content, message):
     with pytest.raises(UserError, match=message) as error:
         config_from(content, "mine")
     assert "\n" not in str(error.value)
+
+
+def test_the_package_gives_the_tuner_and_reads_configurations_without_mlx():
+    code = "import sys\nfrom synth.tuning import Config\nassert 'mlx' not in sys.modules, 'mlx is imported'\n"
+    code += "from synth.tuning import RLTuner\nassert RLTuner.__name__ == 'RLTuner' and Config().seed == 0"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ImportError, match="Tuner"):
+        from synth.tuning import Tuner  # noqa: F401
