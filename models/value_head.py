@@ -8,6 +8,7 @@ calling it, the last norm is tapped instead.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ OUTPUT_LAYERS = ("lm_head", "embed_out", "output")
 LAST_NORMS = ("norm",)
 
 
-class _Tap:
-    """Stands in for an output layer during one forward pass."""
+class Tap:
+    """Stands in for an output layer during one forward pass.
 
-    def __init__(self, layer: nn.Module, positions: mx.array | None):
-        self.layer, self.positions = layer, positions
+    positions: those whose states the layer gets (None: all). given: states that it gets in place of what comes in.
+    """
+
+    def __init__(self, layer: nn.Module, positions: mx.array | None = None, given: mx.array | None = None):
+        self.layer, self.positions, self.given = layer, positions, given
         self.hidden: mx.array | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -35,18 +39,20 @@ class _Tap:
         return getattr(self.layer, name)
 
     def _record(self, hidden: mx.array) -> mx.array:
+        if self.given is not None:
+            hidden = self.given
         if self.positions is not None:
             hidden = mx.take_along_axis(hidden, self.positions[..., None], axis=1)
         self.hidden = hidden
         return hidden
 
 
-class _LinearTap(_Tap):
+class _LinearTap(Tap):
     def __call__(self, hidden: mx.array) -> mx.array:
         return self.layer(self._record(hidden))
 
 
-class _EmbeddingTap(_Tap):
+class _EmbeddingTap(Tap):
     def __call__(self, tokens: mx.array) -> mx.array:
         return self.layer(tokens)
 
@@ -54,12 +60,12 @@ class _EmbeddingTap(_Tap):
         return self.layer.as_linear(self._record(hidden))
 
 
-class _NormTap(_Tap):
+class _NormTap(Tap):
     def __call__(self, hidden: mx.array) -> mx.array:
         return self._record(self.layer(hidden))
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[_Tap]]]:
+def tap_places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[Tap]]]:
     """Candidate places, best first: the module that holds a layer, the layer's key in it, and the kind of tap.
 
     The output layer is found by presence; if it turns out not to be called, the norm before it is tapped.
@@ -69,21 +75,32 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, type[_Tap]]]:
         yield *place, _LinearTap
     else:
         parent, _, key = find_embedding(model)[0].rpartition(".")
-        yield _module_at(model, parent), key, _EmbeddingTap
+        yield module_at(model, parent), key, _EmbeddingTap
     place = _outside_the_layers(model, LAST_NORMS)
     if place is not None:
         yield *place, _NormTap
+
+
+@contextmanager
+def standing_in(parent: nn.Module, key: str, stand_in: Any) -> Iterator[None]:
+    """Have `stand_in` in the place of `parent[key]`."""
+    module = parent[key]
+    dict.__setitem__(parent, key, stand_in)  # keeps the order of the parameters, which attribute assignment does not
+    try:
+        yield
+    finally:
+        dict.__setitem__(parent, key, module)
 
 
 def _outside_the_layers(model: nn.Module, keys: tuple[str, ...]) -> tuple[nn.Module, str] | None:
     for name, _ in model.named_modules():
         parent, _, key = name.rpartition(".")
         if key in keys and not any(part.isdigit() for part in name.split(".")):
-            return _module_at(model, parent), key
+            return module_at(model, parent), key
     return None
 
 
-def _module_at(model: nn.Module, path: str) -> nn.Module:
+def module_at(model: nn.Module, path: str) -> nn.Module:
     for part in path.split(".") if path else ():
         model = model[part]
     return model
@@ -96,14 +113,10 @@ def forward(model: nn.Module, tokens: mx.array, positions: mx.array | None = Non
     (B, C, H); without positions C is L. Unused results cost nothing, since mlx evaluates lazily. Raises UserError if
     the model's output layer is not found.
     """
-    for parent, key, tap_type in _places(model):
-        layer = parent[key]
-        tap = tap_type(layer, positions)
-        dict.__setitem__(parent, key, tap)  # keeps the order of parameters, unlike attribute assignment
-        try:
+    for parent, key, tap_type in tap_places(model):
+        tap = tap_type(parent[key], positions)
+        with standing_in(parent, key, tap):
             logits = model(tokens)
-        finally:
-            dict.__setitem__(parent, key, layer)
         if tap.hidden is not None:
             return logits, tap.hidden
     raise UserError(
