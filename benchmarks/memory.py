@@ -115,7 +115,11 @@ def scoring(cell: Cell) -> Callable[[], Any]:
     def pieces():
         _, hidden = forward(model, tokens, positions)
         _, ref_hidden = forward(reference, tokens, positions)
-        arguments = {"entropy": True, "reference": (reference, ref_hidden), "logits_bytes": cell.logits_bytes}
+        arguments: dict[str, Any] = {
+            "entropy": True,
+            "reference": (reference, ref_hidden),
+            "logits_bytes": cell.logits_bytes,
+        }
         stats = token_stats(model, hidden, ids, TEMPERATURE, **arguments)
         return stats.logprobs, stats.ref_logprobs, stats.kl, stats.entropy
 
@@ -139,7 +143,7 @@ def update(cell: Cell) -> Callable[[], Any]:
     def loss(policy, tokens, advantages):
         if cell.way == "pieces":
             _, hidden = forward(policy.model, tokens, positions)
-            arguments = {"entropy": True, "training": True, "logits_bytes": cell.logits_bytes}
+            arguments: dict[str, Any] = {"entropy": True, "training": True, "logits_bytes": cell.logits_bytes}
             stats = token_stats(policy.model, hidden, ids, TEMPERATURE, **arguments)
             logprobs, entropy, values = stats.logprobs, stats.entropy, policy.value_head(hidden)
         else:

@@ -43,6 +43,7 @@ class OutputLayer:
     """From hidden states to logits, as `model` does it, post-processing included.
 
     weights: by name, what is trainable in the output layer or, where that is tied, in the token embedding.
+    draws: whether it gives other logits each time, by dropout.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,6 +52,7 @@ class OutputLayer:
         first = self._ways[0]
         self._layer = first.parent[first.key]
         self.weights: dict[str, mx.array] = dict(tree_flatten(self._layer.trainable_parameters()))
+        self.draws = any(isinstance(part, nn.Dropout) and _is_on(part) for part in self._layer.modules())
 
     def __call__(self, hidden: mx.array, weights: dict[str, mx.array] | None = None) -> mx.array:
         """hidden: (n, H), of `forward`; weights: to take the place of `self.weights`. Returns logits (n, V).
@@ -85,6 +87,11 @@ class OutputLayer:
         return None if tap.hidden is None else logits
 
 
+def _is_on(dropout: nn.Dropout) -> bool:
+    x = mx.zeros(1)
+    return dropout(x) is not x
+
+
 def _ways(model: nn.Module) -> list[_Way]:
     """The quick ones first."""
     places = list(tap_places(model))
@@ -95,6 +102,7 @@ def _ways(model: nn.Module) -> list[_Way]:
 def _bodies(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The module that has the list of layers, as the module it lies in and its key there, unless it is the model."""
     names = [name.split(".") for name, _ in model.named_modules()]
-    path = min((parts for parts in names if parts[-1].isdigit()), key=len, default=[])[:-2]
+    layers = [parts for parts in names if parts[-1].isdigit()]
+    path = min(layers, key=len)[:-2] if layers else []
     if path:
         yield module_at(model, ".".join(path[:-1])), path[-1]

@@ -9,7 +9,8 @@ models.torch_token_stats is the twin for PyTorch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import models.fast_blas  # noqa: F401  (before mlx)
 from models.output_layer import OutputLayer
@@ -18,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 LOGITS_BYTES = 256 * 10**6
-# Arrays (n, V) in float32 that live at once. mlx makes room for results before it comes to compute them, and goes ahead by
-# about 100 operations on CPU, which are several pieces, and by 10 buffers of commands on a GPU.
+# Arrays (n, V) in float32 that live at once. mlx makes room for results before it comes to compute them, ahead by about
+# 100 operations on CPU, which are several pieces, and by 10 buffers of commands on a GPU.
 ALIVE_ON_CPU, ALIVE_ON_GPU = 16, 8
 LOWEST = -1e38  # for a logit of −inf, which times a probability of 0 would be NaN
 
@@ -30,10 +31,10 @@ class TokenStats(NamedTuple):
     """One figure for each target, in the shape of the targets; None where it was not asked for."""
 
     logprobs: mx.array  # nats
-    correct: mx.array | None = None  # whether the target is the most likely token
-    entropy: mx.array | None = None  # nats
-    ref_logprobs: mx.array | None = None  # nats
-    kl: mx.array | None = None  # nats, policy against reference, over the whole vocabulary
+    correct: Any = None  # whether the target is the most likely token
+    entropy: Any = None  # nats
+    ref_logprobs: Any = None  # nats
+    kl: Any = None  # nats, policy against reference, over the whole vocabulary
 
 
 def token_stats(
@@ -64,8 +65,12 @@ def token_stats(
         ref_model, ref_hidden = reference
         ref_head, ref_rows = OutputLayer(ref_model), mx.stop_gradient(ref_hidden.reshape(-1, ref_hidden.shape[-1]))
     vocabulary = head(rows[:1]).shape[-1]
-    job = _Job(head, ref_head, ref_rows, ids, 1 / temperature, correct, entropy, training and not head.weights)
-    figures = _in_pieces(job, _pieces(len(ids), logits_bytes // _bytes_a_row(vocabulary)))(rows, head.weights)
+    gradient_rows = training and not (head.weights or head.draws)
+    job = _Job(head, ref_head, ref_rows, ids, 1 / temperature, correct, entropy, gradient_rows)
+    figures_of = _in_pieces(job, _pieces(len(ids), logits_bytes // _bytes_a_row(vocabulary)))
+    if head.draws:  # the backward pass would not get the same logits again, so they are all kept
+        figures_of = _whole(job)
+    figures = figures_of(rows, head.weights)
     named = dict(zip(job.names(), figures, strict=False))  # after them come the gradients
     return TokenStats(**{name: named[name].reshape(targets.shape) for name in TokenStats._fields if name in named})
 
@@ -80,7 +85,7 @@ def _pieces(count: int, size: int) -> list[slice]:
     """Slices of about equal length, `size` at most and 1 at least, that make up `count` rows."""
     number = -(-count // max(size, 1))
     ends = [count * i // number for i in range(number + 1)]
-    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 class _Job(NamedTuple):
@@ -134,7 +139,7 @@ class _Softmax:
 
 
 def _in_pieces(job: _Job, pieces: list[slice]) -> Callable[[mx.array, Figures], list[mx.array]]:
-    """A function of hidden states (N, H) and the output layer's weights: the figures (N,) in the order of `job.names()`.
+    """A function of hidden states (N, H) and the output layer's weights that gives the figures (N,) by `job.names()`.
 
     Each piece depends on the one before, or mlx would evaluate them side by side.
     """
@@ -169,6 +174,12 @@ def _in_pieces(job: _Job, pieces: list[slice]) -> Callable[[mx.array, Figures], 
         return mx.concatenate(parts), {name: sums[name].astype(weight.dtype) for name, weight in weights.items()}
 
     return figures_of
+
+
+def _whole(job: _Job) -> Callable[[mx.array, Figures], list[mx.array]]:
+    """`_in_pieces` of one piece, whose gradient is mlx's own."""
+    every = slice(0, len(job.ids))
+    return lambda rows, weights: _of_piece(job, every, rows, job.ref_scaled(every, [rows]), weights)
 
 
 def _of_piece(
