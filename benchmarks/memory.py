@@ -24,20 +24,24 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import models.fast_blas  # noqa: E402, F401  (the root has to be on the path first; before mlx)
-from data.errors import UserError  # noqa: E402
-from data.files import atomic_file  # noqa: E402
-from models.token_stats import LOGITS_BYTES, token_stats  # noqa: E402
-from models.value_head import Policy, ValueHead, forward  # noqa: E402
-from training import config, ppo  # noqa: E402
-from training.cli import run  # noqa: E402
-from training.losses import sft_loss  # noqa: E402
-from training.optimizer import loss_and_gradients  # noqa: E402
+from models import cpu
 
-import mlx.core as mx  # noqa: E402
-from mlx_lm.models.llama import Model, ModelArgs  # noqa: E402
-from mlx_lm.tuner.trainer import default_loss  # noqa: E402
-from mlx_lm.tuner.utils import linear_to_lora_layers  # noqa: E402
+cpu.enable()  # before mlx is imported
+
+import mlx.core as mx
+from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.tuner.trainer import default_loss
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from common.cli import run
+from common.errors import UserError
+from common.files import atomic_file
+from common.parser import Parser, positive
+from models.token_stats import LOGITS_BYTES, token_stats
+from models.value_head import Policy, ValueHead, forward
+from training import ppo
+from training.losses import sft_loss
+from training.optimizer import loss_and_gradients
 
 SHAPES = {"sft": (4, 1024), "scoring": (8, 512), "update": (8, 512)}  # rows, positions a row
 WAYS = {"sft": ("pieces", "whole", "mlx-lm"), "scoring": ("pieces", "whole"), "update": ("pieces", "whole")}
@@ -209,7 +213,7 @@ def line(cell: Cell, figures: dict[str, float]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = config.Parser(__doc__, yaml_file=False)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--tasks", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="what to compute")
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), help="of the model")
     parser.add_argument("--ways", nargs="+", choices=WAYS["sft"], default=list(WAYS["sft"]), help="how to compute it")
@@ -229,7 +233,7 @@ def main() -> None:
     if args.cell:
         print(json.dumps(measure(Cell(*json.loads(args.cell)))))
         return
-    config.positive("repeats", args.repeats)
+    positive("repeats", args.repeats)
     lines = [
         "| task | type | way | positions | peak, GB | peak, arrays (B, C, V) | held, GB | s per 1000 positions |",
         "|---|---|---|---|---|---|---|---|",

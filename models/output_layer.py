@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
-from models.value_head import Tap, module_at, standing_in, tap_places
-
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+
+from common.errors import UserError
+from models.value_head import Tap, module_at, standing_in, tap_places
 
 
 class _Body:

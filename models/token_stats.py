@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from models.output_layer import OutputLayer
-
 import mlx.core as mx
 import mlx.nn as nn
+
+from models.output_layer import OutputLayer
 
 LOGITS_BYTES = 256 * 10**6
 # Arrays (n, V) in float32 that live at once. mlx makes room for results before it comes to compute them, ahead by about

@@ -9,12 +9,12 @@ in the backward pass, so that only the logits of one piece exist at once.
 
 from typing import Any, NamedTuple
 
-from data.errors import UserError
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from common.errors import UserError
 
 LOGITS_BYTES = 256 * 10**6
 ALIVE = 8  # arrays (n, V) in float32 at once, in the backward pass of a piece

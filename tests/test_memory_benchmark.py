@@ -1,12 +1,11 @@
 """benchmarks/memory.py measures ways that do the same work."""
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from benchmarks.memory import TYPES, WAYS, Cell, line, measure, scoring, sft, update
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+
+from benchmarks.memory import TYPES, WAYS, Cell, line, measure, scoring, sft, update
 
 BUDGET = 5_000  # bytes: a row or two at a time
 

@@ -3,8 +3,13 @@
 import math
 from typing import Any
 
-import models.fast_blas  # noqa: F401  (before mlx)
-from data.errors import UserError
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter
 from models.output_layer import OutputLayer
 from models.soft_prompt import add_soft_prompt
@@ -14,12 +19,6 @@ from tests.architectures import ARCHITECTURES, VOCABULARY, build
 from training import ppo
 from training.optimizer import loss_and_gradients
 from training.rollout import pack
-
-import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import pytest
-from mlx.utils import tree_flatten
 
 TOKENS = mx.array([[1, 2, 3, 4, 5, 6, 7], [11, 12, 13, 14, 15, 16, 17]])
 POSITIONS = mx.array([[0, 6, 3], [5, 5, 1]])

@@ -3,15 +3,15 @@
 import math
 from typing import Any
 
-from models.torch_policy import forward
-from models.torch_token_stats import ALIVE, TokenStats, hidden_states, logits_of, token_stats
-from training import ppo
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from models.torch_token_stats import ALIVE, TokenStats, hidden_states, logits_of, token_stats
+from models.torch_value_head import forward
+from training import ppo
 
 VOCABULARY = 50
 COMMON: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": VOCABULARY}
