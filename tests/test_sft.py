@@ -30,6 +30,7 @@ from training import optimizer, sft_loop
 from training.metrics import read_metrics
 from training.objectives import LanguageModelling, RewardModelling
 from training.plots import plot_run
+from training.settings import SFTSettings
 
 SPLITS = ("train", "valid", "test")
 TIMES = ("steps_per_second",)
@@ -429,6 +430,19 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_says_so(flags, monkeypat
     assert weights[2] == weights[1] != weights[3]
     assert "step 3: the loss or gradient is not finite; the update is skipped" in capsys.readouterr().out
     assert curve("run", "skipped_updates") == [0, 1, 1]
+
+
+def test_train_sft_is_the_script_without_files(flags, loaded, data):
+    call(sft.main, *flags("--train"))
+    settings = SFTSettings(iters=6, steps_per_report=2, steps_per_eval=4)
+    trainee = sft_loop.build_trainee(loaded, settings, AdapterConfig())
+    rows = data / "sft_train.jsonl", data / "sft_valid.jsonl"
+    history = sft_loop.train_sft(trainee, loaded.tokenizer, *rows, settings)
+    assert [{name: value for name, value in row.items() if name not in TIMES} for row in history] == rows_of("run")
+    weights = dict(tree_flatten(trainee.model.trainable_parameters()))
+    assert {name: np.array(array).tobytes() for name, array in weights.items()} == arrays_of("run_adapter")
+    with pytest.raises(UserError, match="--iters is 0"):
+        sft_loop.train_sft(trainee, loaded.tokenizer, *rows, SFTSettings(iters=0))
 
 
 # --- reward models ---
