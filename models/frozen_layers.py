@@ -1,0 +1,120 @@
+"""The layers below the first trained one, computed once: their output does not change while the others learn.
+
+With a LoRA on the last n layers, the states that enter layer L − n depend on the tokens alone. `lower_states` computes
+them, `from_states` runs the rest of the model's own forward pass on them. So one pass through the lower layers serves
+the policy, its reference and every epoch of an update.
+
+As in models.value_head, no family's body is called by hand: layers stand in for themselves during the model's call.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+TOLERANCE = 1e-4  # of the largest logit, between the plain pass and the one on kept states
+
+
+class _StandIn:
+    """Takes a layer's place in the list of layers; what a model asks of the layer itself is still answered by it."""
+
+    def __init__(self, layer: nn.Module, call: Callable[[mx.array], mx.array]):
+        self.layer, self.call = layer, call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return self.call(hidden)
+
+
+class _Reached(Exception):
+    """Carries the states that enter a layer out of the model's call."""
+
+    def __init__(self, states: mx.array):
+        self.states = states
+
+
+def _layer_list(model: nn.Module) -> list | None:
+    """The list that holds the model's layers, by the object itself: to change it is to change the model."""
+    layers = getattr(model, "layers", None)
+    if not layers:
+        return None
+    for _, module in model.named_modules():
+        for value in module.values():
+            if isinstance(value, list) and len(value) == len(layers) and value[0] is layers[0]:
+                return value
+    return None
+
+
+@contextmanager
+def _standing_in(layers: list, stand_ins: dict[int, Callable[[mx.array], mx.array]]) -> Iterator[None]:
+    kept = list(layers)
+    layers[:] = [_StandIn(layer, stand_ins[i]) if i in stand_ins else layer for i, layer in enumerate(kept)]
+    try:
+        yield
+    finally:
+        layers[:] = kept
+
+
+def num_frozen_layers(model: nn.Module) -> int:
+    """How many layers, from the first on, no trained weight comes before or within. 0 where the trick is not possible.
+
+    It is not for a model whose layers are no list, with a trained weight outside the layers (a soft prompt, a table),
+    or of a family whose layers are handed more than the states, which one forward pass both ways shows.
+    """
+    layers = _layer_list(model)
+    if layers is None:
+        return 0
+    inside = [{id(array) for _, array in tree_flatten(layer.trainable_parameters())} for layer in layers]
+    trained = {id(array) for _, array in tree_flatten(model.trainable_parameters())}
+    count = next((i for i, arrays in enumerate(inside) if arrays), 0)
+    if count == 0 or trained - set().union(*inside):
+        return 0
+    return count if _same_logits(model, count) else 0
+
+
+def _same_logits(model: nn.Module, count: int) -> bool:
+    tokens = mx.array([[0, 1, 2], [2, 1, 0]])
+    try:
+        plain = model(tokens)
+        kept = lower_states(model, tokens, count)
+        with from_states(model, kept, count):
+            ours = model(tokens)
+        difference = mx.abs(ours - plain).max() <= TOLERANCE * mx.abs(plain).max()
+        return bool(difference.item())
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # a layer that is called in another way
+        return False
+
+
+def lower_states(model: nn.Module, tokens: mx.array, count: int) -> mx.array:
+    """The states (B, L, H) that enter layer `count`, of tokens (B, L). The layers from there on are not run."""
+    layers = _layer_list(model)
+    if layers is None or not 0 < count < len(layers):
+        raise ValueError(f"the model has no layer {count} that states could enter")
+
+    def reached(states: mx.array) -> mx.array:
+        raise _Reached(states)
+
+    with _standing_in(layers, {count: reached}):
+        try:
+            model(tokens)
+        except _Reached as end:
+            return mx.stop_gradient(end.states)
+    raise ValueError(f"{type(model).__module__} did not call its layer {count}")
+
+
+@contextmanager
+def from_states(model: nn.Module, states: mx.array, count: int) -> Iterator[None]:
+    """Within it, a call of `model` takes `states` (B, L, H) from `lower_states` for what its first `count` layers give.
+
+    The tokens of the call give shapes only: what they are looked up for is not used, so mlx does not evaluate it.
+    """
+    layers = _layer_list(model)
+    assert layers is not None, "lower_states has found them"
+    through: dict[int, Callable[[mx.array], mx.array]] = dict.fromkeys(range(count - 1), lambda hidden: hidden)
+    with _standing_in(layers, {**through, count - 1: lambda hidden: states}):
+        yield
