@@ -15,7 +15,8 @@ from common.errors import UserError
 from common.files import read_json
 from models import peft_format
 
-FINE_TUNE_TYPES = ("lora", "dora", "full", "soft_prompt", "none")
+WEIGHT_TYPES = ("lora", "dora", "full")  # what --fine-tune-type offers
+FINE_TUNE_TYPES = (*WEIGHT_TYPES, "soft_prompt", "none")
 CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE_SUFFIXES = (".npz", ".safetensors")
 HEAD_FILE = "value_head.safetensors"

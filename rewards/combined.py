@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.errors import UserError
+from common.parser import Collect
 from data.digits import DigitRule
 from data.prompts import read_answers
 from data.records import feature_names
@@ -82,11 +83,16 @@ class Sources(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """A kind of reward: what the flags name of it, and how one is opened."""
+    """A kind of reward: its flag, which rewards of the kind the flags name, and how one is opened."""
 
     flag: str
+    settings: dict[str, Any]  # of the flag, as add_argument takes them
     named: Callable[[argparse.Namespace], list[tuple[str, str]]]  # → name and value of each
     opened: Callable[[str, Sources], Reward]
+
+    def add_flag(self, group: argparse._ActionsContainer) -> None:
+        """Put the flag into a group of flags."""
+        group.add_argument(self.flag, **self.settings)
 
 
 def _digit_rule(value: str, sources: Sources) -> Reward:
@@ -98,24 +104,33 @@ def _answer(value: str, sources: Sources) -> Reward:
     return AnswerReward(answer_from_flag(value), answers).reward
 
 
-# A new reward is one row here, and its flag in training.ppo_flags. In the order of the help.
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": Collect}  # a flag that takes several values
+# A new reward is one row here. In the order of the help.
 KINDS = (
     Kind(
         "--ground-truth-reward",
+        {"action": "store_true", "help": "score by the digit rule"},
         lambda args: [("digit_rule", "")] if args.ground_truth_reward else [],
         _digit_rule,
     ),
     Kind(
         "--reward-model",
+        {"metavar": "DIR", **SEVERAL, "help": "score by a reward model: a fused folder, or an adapter; or by several"},
         lambda args: [(Path(path).name or "reward_model", path) for path in args.reward_model or ()],
         lambda path, sources: sources.load_model(path),
     ),
     Kind(
         "--reward-function",
+        {"metavar": "FILE.py:NAME", **SEVERAL, "help": "score by your own f(prompts, completions), or by several"},
         lambda args: [(spec.rpartition(":")[2], spec) for spec in args.reward_function or ()],
         lambda spec, sources: load_reward_function(spec),
     ),
-    Kind("--answer", lambda args: [("answer", args.answer)] if args.answer else [], _answer),
+    Kind(
+        "--answer",
+        {"metavar": "TYPE", "help": 'score 1 for the "answer" of the prompt\'s row; number, say, or {type: ...}'},
+        lambda args: [("answer", args.answer)] if args.answer else [],
+        _answer,
+    ),
 )
 
 

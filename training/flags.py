@@ -9,6 +9,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from models.adapter_config import WEIGHT_TYPES
 from training.metrics import resumed_config
 from training.optimizer_groups import OPTIMIZERS
 from training.settings import Settings
@@ -27,7 +28,7 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
     group.add_argument("--prompt-tuning", action="store_true", help="train a soft prompt instead of LoRA")
     group.add_argument("--num-prompt-tokens", type=int, default=32, help="length of the soft prompt, tokens")
     group.add_argument(
-        "--fine-tune-type", choices=("lora", "dora", "full"), default="lora", help="which weights to train"
+        "--fine-tune-type", choices=WEIGHT_TYPES, default="lora", help="which weights to train"
     )
     group.add_argument("--lora-layers", "--num-layers", type=int, default=16, help="last layers to adapt; -1: all")
     group.add_argument("--lora-rank", type=int, default=8, help="LoRA rank")

@@ -14,7 +14,7 @@ from data.flags import add_feature_flags
 from data.prompts import read_prompts
 from data.records import feature_names
 from data.sources import is_hub_name
-from rewards.combined import reward_weights
+from rewards.combined import KINDS, reward_weights
 from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import HEAD_RATE, PPO_OPTIMIZERS
@@ -59,15 +59,9 @@ def ppo_parser(description: str | None) -> Parser:
 
 def add_reward_flags(parser: Parser) -> None:
     """Where scores come from."""
-    group = parser.add_argument_group("reward (one of the first four, or several with --reward-weights)")
-    group.add_argument("--ground-truth-reward", action="store_true", help="score by the digit rule")
-    group.add_argument("--reward-model", metavar="DIR", nargs="+", action=Collect,
-                       help="score by a reward model: a fused folder, or an adapter; or by several")  # fmt: skip
-    group.add_argument("--reward-function", metavar="FILE.py:NAME", nargs="+", action=Collect,
-                       help="score by your own f(prompts, completions), or by several")  # fmt: skip
-    group.add_argument(
-        "--answer", metavar="TYPE", help='score 1 for the "answer" of the prompt\'s row; number, say, or {type: ...}'
-    )
+    group = parser.add_argument_group("reward (one of the first, or several with --reward-weights)")
+    for kind in KINDS:
+        kind.add_flag(group)
     group.add_argument(
         "--reward-weights",
         metavar="NAME=WEIGHT",
@@ -115,7 +109,7 @@ def _add_rollout_flags(parser: Parser) -> None:
 
 def _add_ppo_flags(parser: Parser) -> None:
     group = parser.add_argument_group("PPO")
-    group.add_argument("--advantage", choices=ADVANTAGES, help="gae (value head), group (GRPO) or rloo")
+    group.add_argument("--advantage", choices=ADVANTAGES, help="advantage estimator; see training/advantages.py")
     group.add_argument("--num-generations", type=int, help="completions per prompt, for group and rloo")
     group.add_argument("--no-group-scale", action="store_true", help="group: don't divide by the group's std")
     group.add_argument("--mini-batch-size", type=int, help="completions an optimizer step")

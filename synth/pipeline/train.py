@@ -26,6 +26,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import check_replaceable, read_json
 from common.parser import Parser, positive
+from models.adapter_config import WEIGHT_TYPES
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
 from synth.pipeline.pass_rates import BaseModelSettings, add_base_model_flags, base_model_settings
 from synth.pipeline.report import write_report
@@ -248,7 +249,7 @@ def add_training_flags(parser: Parser) -> None:
     group.add_argument("--batch-size", type=int, help=f"completions or rows a step (default: {_listed(BATCHES)})")
     group.add_argument(
         "--fine-tune-type",
-        choices=("lora", "dora", "full"),
+        choices=WEIGHT_TYPES,
         default=TrainingSettings.fine_tune_type,
         help="which weights to train",
     )
