@@ -98,7 +98,7 @@ def test_a_new_kind_of_reward_is_one_row_of_the_table(monkeypatch):
     def fixed(value, sources):
         return lambda prompts, completions: [float(value)] * len(completions)
 
-    kind = Kind("--fixed", lambda args: [("fixed", "0.25")], fixed)
+    kind = Kind("--fixed", {"type": float}, lambda args: [("fixed", "0.25")], fixed)
     monkeypatch.setattr(combined, "KINDS", (*KINDS, kind))
     words = ["--ground-truth-reward", "--reward-weights", "digit_rule=1", "fixed=2"]
     assert rewards_from_flags(ppo(*words), None, no_model)(["2"], [" x"]) == pytest.approx([1 / 5 + 0.5])
