@@ -8,7 +8,7 @@ The model is narrow, so that what is measured is the work on the logits: SFT of 
 tokens. "pieces" is models/token_stats.py, "whole" are the same figures from logits (B, C, V), "mlx-lm" is the
 `default_loss` of its trainer. Each cell is a process of its own. An array (B, C, V) in float32 is the unit of the
 peaks. Whole logits take up to a dozen of them, so those cells have --whole-share of the positions; seconds are per
-1000 positions. Leaves out speed at real widths (benchmarks/ppo_step.py).
+1000 positions.
 """
 
 import argparse

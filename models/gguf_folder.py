@@ -1,8 +1,7 @@
 """A GGUF file as a model folder, which every script, mlx-lm and transformers open: `--model path/to/model.gguf`.
 
 A file is converted once and kept in the user's cache under the hash of its content, in float32 where computing in it
-is fastest (Linux CPU) and in bfloat16 elsewhere. Needs neither mlx nor torch. Leaves out reading the
-file (models.gguf_reader, models.gguf_tokenizer).
+is fastest (Linux CPU) and in bfloat16 elsewhere. Needs neither mlx nor torch.
 
     python -m models.gguf_folder model.gguf                            converts it; prints the folder in the cache
     mlx_lm.convert --hf-path FOLDER -q --mlx-path model-4bit           quantizes that folder for MLX

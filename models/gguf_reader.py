@@ -2,8 +2,7 @@
 
 Serves Llama, Mistral and SmolLM files of any quantization that the gguf package can undo (mlx's own reader gives every
 other group of Q4_K wrong, as of 0.32.4). Other architectures, parts of split files and mixtures of experts are refused
-in one line. Needs neither mlx nor torch. Leaves out the tokenizer (models.gguf_tokenizer) and the folder
-(models.gguf_folder).
+in one line. Needs neither mlx nor torch. Not here: the tokenizer (models.gguf_tokenizer).
 """
 
 from collections import Counter

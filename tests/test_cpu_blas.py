@@ -1,4 +1,4 @@
-"""What mlx on Linux CPU gets: a fast BLAS, threads in turns, memory that is kept, and parts of mlx-lm replaced."""
+"""What mlx on Linux CPU gets: a fast BLAS, batch scheduling, kept memory, and faster parts of mlx-lm."""
 
 import importlib.metadata
 import json
@@ -17,10 +17,7 @@ from mlx_lm.models import activations, base, llama
 
 import ppo_training
 from models import cpu
-from models.cpu import attention as fast_sdpa
-from models.cpu import blas, wanted
-from models.cpu import linear as fast_linear
-from models.cpu import swiglu as fast_swiglu
+from models.cpu import attention, blas, linear, swiglu, wanted
 from models.cpu.blas import ADVICE, TITLES
 from tests.architectures import build
 from tests.scripts import call
@@ -226,7 +223,7 @@ def test_the_tests_run_on_it_too():
 
 
 @only_on_linux_cpu
-def test_threads_of_a_process_and_of_its_children_run_in_turns():
+def test_a_process_and_its_children_are_scheduled_as_batch_work():
     code = "import models.cpu, os; models.cpu.enable(); print(os.sched_getscheduler(0) == os.SCHED_BATCH)"
     assert python("-c", code).stdout == "True\n"
     assert os.sched_getscheduler(0) == os.SCHED_BATCH
@@ -257,8 +254,8 @@ def test_freed_memory_serves_the_next_array():
 @pytest.mark.parametrize(
     ("home", "ours", "theirs"),
     [
-        (base, fast_sdpa.attention, fast_sdpa._original),
-        (activations, fast_swiglu.swiglu, fast_swiglu._original),
+        (base, attention.attention, attention._original),
+        (activations, swiglu.swiglu, swiglu._original),
     ],
 )
 def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, ours, theirs, monkeypatch):
@@ -272,4 +269,4 @@ def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, o
 
 
 def test_linear_layers_are_replaced_where_it_is_wanted():
-    assert nn.Linear.__call__ is (fast_linear.linear if wanted() else fast_linear._original)
+    assert nn.Linear.__call__ is (linear.linear if wanted() else linear._original)

@@ -65,7 +65,7 @@ def test_the_generators_own_answer_is_a_vote_unless_it_shall_not():
 
 
 def test_unreadable_answers_count_for_nothing_but_stay_in_the_denominator():
-    """FACTS: a vote whose indices slip when an answer is unreadable. 2 of 5 agree, not 2 of 2."""
+    """An unreadable answer keeps its place in the vote: 2 of 5 agree, not 2 of 2."""
     row, asked = one(["5", None, "hm", "let me think"], votes=4)
     assert row["dropped"] == "too little agreement" and asked == 4
     assert row["votes"] == {"5": 2} and row["detail"] == "2 of 5 votes for one answer, 3 of 5 needed"
@@ -82,7 +82,7 @@ def test_nothing_readable_and_ties_are_rejected():
 
 
 def test_zero_is_an_answer():
-    """FACTS: the answer 0 dropped because it is falsy."""
+    """The answer 0 is an answer, although it is falsy."""
     row, _ = one(["0", "0.0", "1", "1"], own="0", votes=4)
     assert row["output"] == "0" and row["votes"] == {"0": 3}
 

@@ -1,6 +1,6 @@
 """Checkpoints from which a run continues as if it had never stopped.
 
-    RUN/checkpoints/000200/adapter/     a whole adapter, usable by itself
+    RUN/checkpoints/000200/adapter/     an adapter, complete in itself
                            value_head.safetensors, optimizer.safetensors, state.json
 
 Each is written under a temporary name and renamed, so a folder with a number is complete. Randomness and data order

@@ -51,7 +51,7 @@ def resumed_config(folder: str | Path) -> dict[str, Any]:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no run (no config.json); check --resume")
     config = read_json(Path(folder) / "config.json")
-    config.pop("blas", None)  # no flag: a run goes on with whatever BLAS there is now
+    config.pop("blas", None)  # not a flag: a resumed run takes the BLAS that it finds
     return config
 
 
