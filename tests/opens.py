@@ -16,7 +16,7 @@ OPENS: dict[str, tuple[str, ...]] = {
     "fused soft prompt": (YES, YES, YES, YES, NO),
     "fused reward model": ("as a reward model", "without its head", "without its head", "without its head", NO),
     "reward model by `--sequence-classification`": ("as a reward model", NO, NO, "as a classifier", NO),
-    "GGUF": (NO, NO, NO, "by `gguf_file=`", NO),
+    "GGUF": (YES, NO, NO, "by `gguf_file=`", NO),
 }
 
 

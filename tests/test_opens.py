@@ -63,9 +63,7 @@ class Made:
             loaded = load(str(out))
             rounded = tree_map(lambda w: w.astype(mx.float16) if w.ndim > 1 else w, loaded.model.parameters())
             loaded.model.update(tree_map(lambda w: w.astype(mx.float32), rounded))
-            ids = loaded.tokenizer.encode("abba")
-            # By decoding the whole sequence: bytes that are not characters differ in a stream.
-            self.replies[row] = loaded.tokenizer.decode(sample(loaded.model, [ids], [], LENGTH, temperature=0)[0])
+            self.replies[row] = continuation(loaded)
             return out / test_gguf_export.FILE
         scores = "reward" in row
         adapter = place.with_suffix(".npz") if "npz" in row else place.with_name(f"{place.name}-adapter")
@@ -95,6 +93,12 @@ class Made:
             self.scores[row] = load_reward_model(str(path)).reward(*TEXTS)
 
 
+def continuation(loaded):
+    """What follows a text without a template, decoded as a whole: bytes that are not characters differ in a stream."""
+    ids = loaded.tokenizer.encode("abba")
+    return loaded.tokenizer.decode(sample(loaded.model, [ids], [], LENGTH, temperature=0)[0])
+
+
 def reply_of(loaded):
     """The most likely reply, by our code."""
     return "".join(ChatSession(loaded.model, loaded.tokenizer).reply(PROMPT, LENGTH)).strip()
@@ -121,7 +125,7 @@ def ours(made, row, cell):
     loaded = load(made.base if is_adapter(row) else path)
     if is_adapter(row):
         load_adapter(loaded.model, path)
-    return reply_of(loaded)
+    return continuation(loaded) if row == "GGUF" else reply_of(loaded)
 
 
 def by_generate(made, row, cell, capsys):
