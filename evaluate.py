@@ -24,7 +24,7 @@ cpu.enable()  # before mlx is imported
 
 from common.cli import run
 from common.errors import UserError
-from common.files import atomic_file
+from common.files import atomic_file, check_file
 from common.parser import Parser, positive
 from data.digits import held_out_starts
 from models.adapters import load_adapter
@@ -74,6 +74,8 @@ def check(args: argparse.Namespace) -> None:
     positive("max-completion-length", args.max_completion_length)
     positive("temperature", args.temperature, zero=True)
     positive("show-samples", args.show_samples, zero=True)
+    if args.save_samples:
+        check_file(args.save_samples)
     if args.reference and not args.temperature:
         raise UserError("--reference needs a --temperature above 0, because at 0 there is no KL")
     if (args.against, args.against_adapter) in ((args.model, args.resume_file), (None, args.resume_file or "")):

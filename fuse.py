@@ -26,10 +26,10 @@ from common.files import atomic_folder, check_replaceable
 from common.parser import Parser
 from models.adapters import SavedAdapter, load_adapter, read_adapter, write_adapter, write_peft
 from models.export.classifier import save_classifier
-from models.export.fused import MARKER, fuse, write_model
+from models.export.fused import fuse, write_model
 from models.export.fused_soft_prompt import fuse_soft_prompt
 from models.export.gguf_file import check_gguf, write_gguf
-from models.export.model_card import provenance_of, write_card
+from models.export.model_card import FUSED, provenance_of, write_card
 from models.export.prompting_tokenizer import PromptingTokenizer
 from models.export.upload import check_upload, upload, upload_command
 from models.loading import LoadedModel, is_made_here, load, resolve
@@ -113,7 +113,7 @@ def save(loaded: LoadedModel, saved: SavedAdapter, prompting: PromptingTokenizer
     """
     if output.gguf:
         check_gguf(loaded)
-    with atomic_folder(output.folder, MARKER) as folder:
+    with atomic_folder(output.folder, FUSED) as folder:
         if output.classifier:
             save_for_transformers(folder, loaded, saved)
         else:
@@ -148,7 +148,9 @@ def main() -> None:
     if args.export_peft or args.export_adapter:
         export_adapter(args.adapter_file, args.model, args.export_peft, args.export_adapter)
         return
-    check_replaceable(args.save_path, MARKER)
+    check_replaceable(args.save_path, FUSED)
+    if Path(args.gguf_path).name != args.gguf_path or Path(args.gguf_path).suffix != ".gguf":
+        raise UserError(f"--gguf-path is {args.gguf_path}; give a name within --save-path that ends in .gguf")
     if args.upload_name:
         check_upload(args.upload_name)
     loaded = load(args.model)

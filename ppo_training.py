@@ -9,7 +9,6 @@ training.ppo_learner.train_ppo. pytorch_ppo_training.py is the same in PyTorch. 
 """
 
 import argparse
-from pathlib import Path
 
 from models import cpu
 
@@ -19,8 +18,8 @@ import mlx.core as mx
 
 from common.cli import StopSignal, run
 from common.errors import UserError
-from common.files import check_replaceable
-from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig, save_adapter
+from models.adapter_config import check_adapter_path
+from models.adapters import AdapterConfig, save_adapter
 from models.export.fused import check_free, save_fused
 from models.loading import load
 from rewards.build import build_reward
@@ -55,8 +54,7 @@ def main() -> None:
     if not args.resume:
         args = transformer_lab.own_flags(args)
     settings = ppo_flags.ppo_settings(args)
-    if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
-        check_replaceable(args.save_file, CONFIG_FILE)
+    check_adapter_path(args.save_file)
 
     # Model, prompts, reward, policy and reference
     loaded = load(args.model)

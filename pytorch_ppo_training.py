@@ -9,11 +9,9 @@ differ in the last bit; on CPU it does not.
 """
 
 import argparse
-from pathlib import Path
 
 from common.cli import StopSignal, run
-from common.files import check_replaceable
-from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, AdapterConfig
+from models.adapter_config import AdapterConfig, check_adapter_path
 from models.torch_adapters import save_adapter
 from models.torch_loading import DEVICES, LoadedModel, choose_device, load
 from rewards.combined import Reward, rewards_from_flags
@@ -46,8 +44,7 @@ def main() -> None:
     # Flags
     args = parse_args()
     settings = ppo_flags.ppo_settings(args)
-    if Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
-        check_replaceable(args.save_file, CONFIG_FILE)
+    check_adapter_path(args.save_file)
 
     # Model, prompts, reward, policy and reference
     loaded = load(args.model, choose_device(args.device), args.tokenizer)

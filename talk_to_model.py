@@ -24,7 +24,7 @@ import mlx.core as mx
 
 from common.cli import run
 from common.errors import UserError
-from common.files import atomic_file, user_cache
+from common.files import atomic_file, expanded, user_cache
 from common.parser import Parser, positive
 from models.adapters import load_adapter
 from models.generation import ChatSession
@@ -125,7 +125,7 @@ def obey(line: str, sessions: Sessions) -> None:
     elif command == "/save":
         if not rest:
             raise UserError("/save needs a file; type, for example, /save talks.jsonl")
-        save(Path(rest).expanduser(), sessions)
+        save(expanded(rest), sessions)
     else:
         raise UserError(f"{command} is not a command; type /help for a list")
 

@@ -5,8 +5,12 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
+
+from tqdm import tqdm
 
 from common.errors import UserError
+from common.files import why_and_remedy
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -41,14 +45,27 @@ class StopSignal:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError becomes one line on stderr and exit code 2; Ctrl-C exit code 130. No traceback."""
+    """Call `main`. A UserError or an OSError becomes one line on stderr and exit code 2; Ctrl-C exit code 130.
+
+    No traceback, and progress bars end first, so that the line is one.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
     except (Stopped, KeyboardInterrupt) as stop:
         print(f"\nstopped. {stop}".rstrip(), file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        why, remedy = why_and_remedy(error)
+        path = error.filename if isinstance(error.filename, str) else "a file or connection"
+        _fail(f"{path} cannot be used ({why}); {remedy}")
+
+
+def _fail(message: str) -> NoReturn:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,80 +1,258 @@
-"""Atomic writes: an interruption at any moment leaves either the old content or the new, never a mixture.
+"""Writing files and folders: a stop at any moment leaves the old content or the new, whole, and nothing is replaced
+but what is ours to replace.
 
-There is no locking: if two processes write the same path, the later one wins.
+There is no locking here: if two processes write the same path, the later one wins.
 """
 
+import ctypes
+import errno
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
 
 from common.errors import UserError
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another disk",
+    errno.EDQUOT: "free some space, or choose another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EMFILE: "raise the limit on open files (ulimit -n 4096)",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+RENAMES = {"Linux": ("renameat2", 2), "Darwin": ("renameatx_np", 2)}  # RENAME_EXCHANGE, RENAME_SWAP
+AT_FDCWD = {"Linux": -100, "Darwin": -2}
+
+
+class Unwritable(UserError):
+    """A path that cannot be written. error: what the system or a writer raised."""
+
+    def __init__(self, path: str | Path, error: Exception):
+        self.why, self.remedy = why_and_remedy(error)
+        super().__init__(f"{path} cannot be written ({self.why}); {self.remedy}")
+
+
+def why_and_remedy(error: Exception) -> tuple[str, str]:
+    """The reason for a failed write in a few words, and what can be done about it."""
+    if isinstance(error, Unwritable):
+        return error.why, error.remedy
+    why = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, OSError):
+        return error.strerror or why, REMEDIES.get(error.errno or 0, "choose another path")
+    return why, "check that the disk has room, or choose another path"
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Say in one line that `path` cannot be written, whatever the system, mlx or safetensors raise."""
+    try:
+        yield
+    except (OSError, SafetensorError, Unwritable) as error:
+        raise Unwritable(path, error) from None
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # of mlx's writers, and no RecursionError or the like
+            raise
+        raise Unwritable(path, error) from None
+
+
+class Kind(NamedTuple):
+    """A kind of folder that we write. marker: a JSON file that each holds; files: patterns of the names that are ours.
+
+    ours: whether a marker's content is by us, where others write files of that name.
+    """
+
+    marker: str
+    files: tuple[str, ...]
+    ours: Callable[[Any], bool] = lambda content: True
+
+    def is_at(self, folder: Path) -> bool:
+        """Whether `folder` is one of this kind."""
+        try:
+            return self.ours(json.loads((folder / self.marker).read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError, RecursionError):
+            return False
+
+    def others(self, folder: Path) -> list[Path]:
+        """What in `folder` is not ours."""
+        return [child for child in folder.iterdir() if not any(fnmatch(child.name, own) for own in self.files)]
 
 
 def user_cache() -> Path:
     """The user's cache folder, for files that can be recreated. It may not exist yet."""
     in_home = "~/Library/Caches" if platform.system() == "Darwin" else "~/.cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or in_home).expanduser()
+    return expanded(os.environ.get("XDG_CACHE_HOME") or in_home)
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with its `~` expanded. Raises UserError for a user who does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path} names a home folder that does not exist; write the whole path") from None
+
+
+def check_file(path: str | Path) -> None:
+    """Raise UserError unless a file can be written to `path`, in place of a regular file or of nothing.
+
+    A link, a device or a pipe is never replaced. Folders that are missing are made, and removed again.
+    """
+    with writing(path):
+        _check_kind(Path(path), stat.S_ISREG, "file")
+        _try(_absolute(path))
+
+
+def check_replaceable(path: str | Path, kind: Kind) -> None:
+    """Raise UserError unless a folder of this kind can be written to `path`, in place of such a one or of nothing."""
+    path = Path(path)
+    with writing(path):
+        _check_kind(path, stat.S_ISDIR, "folder")
+        if path.exists() and any(path.iterdir()) and not kind.is_at(path):
+            raise UserError(f"{path} holds other files (no {kind.marker} of ours); choose another name")
+        _try(_absolute(path))
+
+
+def _absolute(path: str | Path) -> Path:
+    """With a last part that is a name, unlike "." and "..", and without following a link."""
+    return Path(os.path.abspath(path))
+
+
+def _check_kind(path: Path, wanted: Callable[[int], bool], name: str) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not wanted(mode):
+        kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file", stat.S_IFIFO: "a pipe"}
+        found = kinds.get(stat.S_IFMT(mode), "a device or socket")
+        raise UserError(f"{path} is {found}, where a {name} would be written; choose another name")
+
+
+def _try(path: Path) -> None:
+    """Make what a writer of `path` makes first, and remove it."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with _temporary(path) as temporary:
+            temporary.write_bytes(b"tried")
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Yield a free path of the same name on the same disk, in a new folder of ours, which is then removed.
+
+    A folder is made or refused as one, so a planted file or link is never opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir()
+    try:
+        yield folder / path.name
+    finally:
+        _clear(folder, path.name)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the temporary folders that killed processes left in `folder`. name: of one target only."""
+    for child in folder.glob(".*.tmp"):
+        found = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", child.name)
+        if found and name in (None, found[1]) and child.is_dir() and not child.is_symlink():
+            inside = {file.name for file in child.iterdir()}
+            if inside <= {found[1], f"{found[1]}.old"} and not _is_running(int(found[2])):
+                _clear(child, found[1])
+
+
+def _is_running(process: int) -> bool:
+    """Whether another process has this number."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _clear(folder: Path, name: str) -> None:
+    """Remove a temporary folder; an old version that was moved into it and not yet replaced goes back first."""
+    old, path = folder / f"{name}.old", folder.parent / name
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds.
+    """Yield a temporary path of the same name; rename it to `path` if the block succeeds.
 
-    The temporary name keeps the suffix, because some writers choose the format by it.
+    Raises Unwritable, and UserError where `path` is no regular file.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_replaceable(path: str | Path, marker: str) -> None:
-    """Raise UserError if writing a folder at `path` would destroy something other than a folder of the same kind.
-
-    marker: a file that every folder of this kind holds, such as `config.json` for a model.
-    """
-    path = Path(path)
-    if path.is_file():
-        raise UserError(f"{path} is a file, where a folder would be written; choose another name")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).is_file():
-        raise UserError(f"{path} holds other files (no {marker}) and would be replaced; choose another name")
+    with writing(path):
+        _check_kind(Path(path), stat.S_ISREG, "file")
+        with _temporary(_absolute(path)) as temporary:
+            yield temporary
+            os.replace(temporary, path)
 
 
 @contextmanager
-def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
-    """Yield a fresh temporary folder beside `path`; if the block succeeds, it replaces `path` as a whole.
+def atomic_folder(path: str | Path, kind: Kind) -> Iterator[Path]:
+    """Yield a new temporary folder; if the block succeeds, it takes the place of `path` at once.
 
-    A folder cannot be renamed over a non-empty one in one call, so the old one is first moved aside and deleted
-    afterwards. A kill in between leaves it beside `path` as `.NAME.old`, which the next write removes.
-    Raises UserError as `check_replaceable(path, marker)` does.
+    What `path` held and is not ours (kind.files) stays in it, unless a new file has its name. Raises Unwritable, and
+    UserError as `check_replaceable` does.
     """
-    path = Path(os.path.abspath(path))
-    check_replaceable(path, marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside = path.with_name(f".{path.name}.old")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    check_replaceable(path, kind)
+    with writing(path), _temporary(path := _absolute(path)) as temporary:
+        temporary.mkdir()
         yield temporary
-        shutil.rmtree(aside, ignore_errors=True)
-        if path.exists():
-            os.rename(path, aside)
-        os.rename(temporary, path)
-        shutil.rmtree(aside, ignore_errors=True)
-    finally:
-        if aside.exists() and not path.exists():
-            os.rename(aside, path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            os.rename(temporary, path)
+            return
+        for other in kind.others(path):
+            if not os.path.lexists(temporary / other.name):
+                _link(other, temporary / other.name)
+        _exchange(temporary, path)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file or folder under a second name; a copy where the disk has no hard links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(str(source), str(target))
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Exchange two folders, in one call where the system and the disk can."""
+    name, flag = RENAMES.get(platform.system(), ("", 0))
+    call = getattr(ctypes.CDLL(None), name, None) if name else None
+    at = AT_FDCWD.get(platform.system(), 0)
+    if call is not None and call(at, os.fsencode(new), at, os.fsencode(path), flag) == 0:
+        return
+    # A kill between these two leaves the old folder where `sweep` finds it.
+    os.rename(path, new.with_name(f"{new.name}.old"))
+    os.rename(new, path)
 
 
 def write_json(path: str | Path, content: Any) -> None:

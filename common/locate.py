@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import expanded
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = (sys.executable, "-m", "models.locate")
@@ -19,7 +20,7 @@ def locate(name: str) -> Path:
 
     Raises UserError as `models.loading.resolve` does, and if the process itself fails.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if (folder / "config.json").is_file():
         return folder
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

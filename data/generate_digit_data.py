@@ -71,12 +71,9 @@ def digit_rows(
 
 def write_rows(path: Path, rows: list[DigitRow]) -> None:
     """Write one JSON object a line, atomically. Raises UserError if the folder cannot be written to."""
-    try:
-        with atomic_file(path) as temporary:
-            lines = (json.dumps(row._asdict()) + "\n" for row in rows)
-            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output-dir") from None
+    with atomic_file(path) as temporary:
+        lines = (json.dumps(row._asdict()) + "\n" for row in rows)
+        temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def parse_args() -> argparse.Namespace:

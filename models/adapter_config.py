@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
-from common.files import read_json
+from common.files import Kind, check_file, check_replaceable, expanded, read_json
 from models import peft_format
 
 WEIGHT_TYPES = ("lora", "dora", "full")  # what --fine-tune-type offers
@@ -20,6 +20,9 @@ FINE_TUNE_TYPES = (*WEIGHT_TYPES, "soft_prompt", "none")
 CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE_SUFFIXES = (".npz", ".safetensors")
 HEAD_FILE = "value_head.safetensors"
+WEIGHTS_FILE = "adapters.safetensors"
+# mlx-lm's and peft's own adapters have a configuration of that name, too.
+ADAPTER = Kind(CONFIG_FILE, (CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE), lambda content: "provenance" in content)
 
 
 @dataclass
@@ -60,18 +63,35 @@ class AdapterFiles(NamedTuple):
     peft: bool = False
 
 
+def check_adapter_path(path: str | Path) -> None:
+    """Raise UserError unless an adapter can be written to `path`, in place of one of ours or of nothing.
+
+    path: a folder, or a file ending in .npz or .safetensors.
+    """
+    path = Path(path)
+    if path.suffix not in SINGLE_FILE_SUFFIXES:
+        check_replaceable(path, ADAPTER)
+        return
+    description = path.with_suffix(".json")
+    check_file(path)
+    check_file(description)
+    if (path.exists() or description.exists()) and not ADAPTER._replace(marker=description.name).is_at(path.parent):
+        found = path if path.exists() else description
+        raise UserError(f"{found} is not of an adapter of ours (by {description.name}); choose another name")
+
+
 def find_adapter(path: str | Path) -> AdapterFiles:
     """The files of an adapter: an mlx-lm folder, a peft folder, or a single file.
 
     Raises UserError if one is missing or malformed.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; name an adapter folder, or an .npz or .safetensors file")
     single = path.suffix in SINGLE_FILE_SUFFIXES
     description = read_json(path.with_suffix(".json") if single else path / CONFIG_FILE)
     peft = peft_format.is_peft(description)
-    weights = path if single else path / (peft_format.WEIGHTS_FILE if peft else "adapters.safetensors")
+    weights = path if single else path / (peft_format.WEIGHTS_FILE if peft else WEIGHTS_FILE)
     if not weights.is_file():
         raise UserError(f"{weights} does not exist, so {path} is an incomplete adapter; train it again")
     if peft:

@@ -8,9 +8,11 @@ that one file with a `.json` beside it. In a folder, a value head has a file of 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -18,9 +20,12 @@ from common.errors import UserError
 from common.files import atomic_file, atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
+    ADAPTER,
     CONFIG_FILE,
     SINGLE_FILE_SUFFIXES,
+    WEIGHTS_FILE,
     AdapterConfig,
+    check_adapter_path,
     check_fit,
     check_head_width,
     find_adapter,
@@ -103,18 +108,21 @@ def write_adapter(
     path = Path(path)
     description = dict(vars(config))
     if path.suffix not in SINGLE_FILE_SUFFIXES:
-        with atomic_folder(path, CONFIG_FILE) as folder:
-            mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+        with atomic_folder(path, ADAPTER) as folder:
+            mx.save_safetensors(str(folder / WEIGHTS_FILE), weights)
             if head is not None:
                 description["value_head"] = save_value_head(folder, head)
-            write_json(folder / "adapter_config.json", description)
+            write_json(folder / CONFIG_FILE, description)
         return
+    check_adapter_path(path)
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight}
     # Both are written before either is renamed.
     with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
         if path.suffix == ".npz":
-            mx.savez(str(temporary), **weights)
+            # Not mx.savez, which passes over a full disk without a word.
+            arrays: dict[str, Any] = {name: np.array(weight) for name, weight in weights.items()}
+            np.savez(temporary, **arrays)
         else:
             mx.save_safetensors(str(temporary), weights)
         write_json(description_file, description)
@@ -163,7 +171,7 @@ def write_peft(path: str | Path, saved: SavedAdapter, model: str) -> None:
         raise UserError(
             f"{saved.path} adapts mixture-of-experts layers, which peft represents differently; fuse it instead"
         )
-    with atomic_folder(path, CONFIG_FILE) as folder:
+    with atomic_folder(path, peft_format.PEFT) as folder:
         mx.save_safetensors(str(folder / peft_format.WEIGHTS_FILE), weights, metadata={"format": "pt"})
         description = peft_format.peft_settings(kind, saved.config.lora_parameters, model, saved.weights)
         write_json(folder / CONFIG_FILE, description)

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from common.files import atomic_folder, read_json, write_json
-from models.gguf_folder import cache_errors, is_complete, only_one
+from models.gguf_folder import CONVERTED, cache_errors, is_complete, only_one
 from models.gguf_reader import GGUFFile, halves_of_heads, read_gguf
 
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
@@ -42,7 +42,7 @@ def _write(path: Path, source: Path, folder: Path) -> None:
     others = {module: _quantization(count) for module, count in bits.items() if count != 4}
     config["quantization"] = config["quantization_config"] = {**_quantization(4), "mode": "affine", **others}
     weights = _weights(file, config, bits)
-    with atomic_folder(folder, marker="config.json") as temporary:
+    with atomic_folder(folder, CONVERTED) as temporary:
         mx.save_safetensors(str(temporary / "model.safetensors"), weights, metadata={"format": "mlx"})
         write_json(temporary / "config.json", config)
         for other in source.iterdir():

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from common.cli import run
 from common.errors import UserError
-from common.files import atomic_folder, read_json, user_cache, write_json
+from common.files import Kind, Unwritable, atomic_folder, expanded, read_json, user_cache, why_and_remedy, write_json
 from models.gguf_reader import GGUFFile, read_gguf
 from models.gguf_tokenizer import tokenizer_of
 
@@ -35,12 +35,13 @@ DTYPES = {"float32": ("F32", 4), "bfloat16": ("BF16", 2)}  # in the safetensors 
 SOURCE_FILE = "source.json"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
          SOURCE_FILE)  # fmt: skip
+CONVERTED = Kind(SOURCE_FILE, FILES)
 VERSION = 1  # raise it when code changes what the same file gives
 
 
 def is_gguf(name: str) -> bool:
     """Whether a model's name is that of a GGUF file, there or not."""
-    return name.lower().endswith(".gguf") and not Path(name).expanduser().is_dir()
+    return name.lower().endswith(".gguf") and not expanded(name).is_dir()
 
 
 def gguf_folder(path: str | Path, dtype: str) -> Path:
@@ -48,7 +49,7 @@ def gguf_folder(path: str | Path, dtype: str) -> Path:
 
     dtype: float32 or bfloat16. Raises UserError for a file that cannot be converted or a cache that cannot be written.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise UserError(f"{path} is no file; check the path")
     with cache_errors(path.name):
@@ -72,9 +73,9 @@ def cache_errors(name: str) -> Iterator[None]:
     """Say in one line that the cache cannot be written."""
     try:
         yield
-    except OSError as error:
+    except (OSError, Unwritable) as error:
         raise UserError(
-            f"{name} cannot be kept in {gguf_cache()} ({error.strerror or error}); "
+            f"{name} cannot be kept in {gguf_cache()} ({why_and_remedy(error)[0]}); "
             "set XDG_CACHE_HOME to a folder that can be written and has room"
         ) from None
 
@@ -120,7 +121,7 @@ def convert(path: Path, folder: str | Path, dtype: str, digest: str) -> Path:
     """
     file = read_gguf(path)
     tokenizer = tokenizer_of(file)
-    with atomic_folder(folder, marker="config.json") as temporary:
+    with atomic_folder(folder, CONVERTED) as temporary:
         _write_weights(file, temporary / "model.safetensors", dtype)
         tokenizer.save_pretrained(temporary, save_jinja_files=False)
         write_json(temporary / "config.json", {**file.config, "dtype": dtype})

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from common.errors import UserError
+from common.files import Kind
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -23,6 +24,10 @@ BLOCK = re.compile(r"^(?P<layers>.*\blayers)\.(?P<index>\d+)\.(?P<within>.+)$")
 FOREIGN = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "lora_bias", "fan_in_fan_out",
            "target_parameters", "trainable_token_indices", "megatron_config", "alora_invocation_tokens")  # fmt: skip
 BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that change the base as well
+# What `peft_settings` writes; peft's own files hold more.
+SETTINGS = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+            "layers_to_transform", "use_dora", "bias", "inference_mode"}  # fmt: skip
+PEFT = Kind("adapter_config.json", ("adapter_config.json", WEIGHTS_FILE), lambda content: set(content) == SETTINGS)
 
 
 def is_peft(description: Any) -> bool:

@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import atomic_folder, user_cache, write_json
+from common.files import Kind, Unwritable, atomic_folder, expanded, user_cache, why_and_remedy, write_json
 from data.batching import Batch, Example, collate
 from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
@@ -57,6 +57,7 @@ WORD_END = "</w>"  # suffix of a word's last token
 CHAT_TEMPLATE = "{{ bos_token }}{{ messages[-1]['content'] | trim }}"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "recipe.json", "tokenizer.json",
          "tokenizer_config.json")  # fmt: skip
+EMBEDDED = Kind("recipe.json", FILES)
 POOL = 8  # batches drawn at once and sorted by length; otherwise padding would take a quarter of the time
 
 
@@ -121,9 +122,9 @@ def cached_model(recipe: Recipe) -> Path:
             if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
                 build(recipe, folder)
-    except OSError as error:
+    except (OSError, Unwritable) as error:
         raise UserError(
-            f"{recipe.name} cannot be kept in {folder.parent} ({error.strerror}); "
+            f"{recipe.name} cannot be kept in {folder.parent} ({why_and_remedy(error)[0]}); "
             "set TINY_MODELS_CACHE to a folder that can be written"
         ) from None
     return folder
@@ -136,7 +137,7 @@ def recipe_key(recipe: Recipe) -> str:
 
 def _cache() -> Path:
     if own := os.environ.get("TINY_MODELS_CACHE"):
-        return Path(own).expanduser()
+        return expanded(own)
     return user_cache() / "tiny-models"
 
 
@@ -164,7 +165,7 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
     """
     # Metal sums the gradients of embedding rows in varying order; the CPU does not, and is fast enough.
     device = mx.cpu if platform.system() == "Darwin" else mx.default_device()
-    with atomic_folder(folder, marker="recipe.json") as temporary, kept_random_state(), mx.stream(device):
+    with atomic_folder(folder, EMBEDDED) as temporary, kept_random_state(), mx.stream(device):
         tokenizer = build_tokenizer(recipe)
         with _one_blas_thread():
             model = _train(recipe, tokenizer)

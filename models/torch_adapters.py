@@ -22,9 +22,12 @@ from common.errors import UserError
 from common.files import atomic_file, atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
+    ADAPTER,
     CONFIG_FILE,
     SINGLE_FILE_SUFFIXES,
+    WEIGHTS_FILE,
     AdapterConfig,
+    check_adapter_path,
     check_fit,
     check_head_width,
     find_adapter,
@@ -137,12 +140,13 @@ def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head
     description = dict(vars(config))
     weights = {name: weight.contiguous() for name, weight in adapter_weights(model).items()}
     if path.suffix not in SINGLE_FILE_SUFFIXES:
-        with atomic_folder(path, CONFIG_FILE) as folder:
-            save_file(weights, folder / "adapters.safetensors")
+        with atomic_folder(path, ADAPTER) as folder:
+            save_file(weights, folder / WEIGHTS_FILE)
             if head is not None:
                 description["value_head"] = save_value_head(folder, head)
             write_json(folder / CONFIG_FILE, description)
         return
+    check_adapter_path(path)
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight.detach()}
     # Both are written before either is renamed.

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from common.errors import UserError
+from common.files import expanded
 
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
@@ -36,7 +37,7 @@ def load_function(spec: str, what: str = "reward function") -> Callable[..., Any
     file, colon, name = spec.rpartition(":")
     if not colon or not file or not name:
         raise UserError(f"{what} {spec!r} is not of the form file.py:name; write, for example, my_rewards.py:score")
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not path.is_file():
         raise UserError(f"{what} {spec!r}: {path} does not exist; check the path")
     if path.suffix != ".py":

@@ -5,11 +5,11 @@ AutoModelForSequenceClassification with one label.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import mlx.core as mx
 
 from common.errors import UserError
+from common.files import expanded
 from data.batching import collate, encode_text, in_order
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, load_adapter, read_adapter
 from models.export.classifier import load_classifier
@@ -46,7 +46,7 @@ def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel
     base: an open model without an adapter. A reward adapter trained on the same model shares its weights, so that the
     base is held only once. Raises UserError if there is no value head.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     head: ValueHead | None
     if folder.suffix in SINGLE_FILE_SUFFIXES or (folder / CONFIG_FILE).is_file():
         saved = read_adapter(folder)

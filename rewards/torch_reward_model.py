@@ -5,12 +5,12 @@ a value head, or a transformers AutoModelForSequenceClassification folder with o
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import UserError
+from common.files import expanded
 from data.batching import collate, encode_text, in_order
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
 from models.folders import is_classifier
@@ -49,7 +49,7 @@ def load_reward_model(path: str, device: torch.device, base: LoadedModel | None 
     base: an open model without an adapter. A reward adapter trained on the same model shares its weights, so that the
     base is held only once. Raises UserError if there is no value head.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     head: ValueHead | None
     if folder.suffix in SINGLE_FILE_SUFFIXES or (folder / CONFIG_FILE).is_file():
         name = read_adapter(folder).config.model

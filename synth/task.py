@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import atomic_file
+from common.files import atomic_file, expanded
 from data.digits import DigitRule
 from rewards.answer_reward import answer_options
 from rewards.answers import AnswerType, answer_type
@@ -227,7 +227,7 @@ def _list(content: dict[str, Any], key: str, place: str) -> list[Any]:
 def _path(given: Any, key: str, place: str, folder: Path) -> Path:
     if not isinstance(given, str):
         raise UserError(f"{place} has {given!r:.60} in {key}; it must be a path")
-    path = folder / Path(given).expanduser()
+    path = folder / expanded(given)
     if not path.exists():
         raise UserError(f"{place} names {path} as {key}, which does not exist; check the path")
     return path
@@ -252,7 +252,7 @@ def _answer(given: Any, place: str, folder: Path) -> tuple[AnswerType, tuple[str
     options = {str(key): value for key, value in options.items()}
     for key in ("reader", "comparison"):
         if isinstance(options.get(key), str):
-            options[key] = str((folder / Path(options[key]).expanduser()).resolve())
+            options[key] = str((folder / expanded(options[key])).resolve())
     flags = ("--answer", json.dumps(options))
     try:
         return answer_type(options.pop("type"), **options), flags
@@ -263,7 +263,7 @@ def _answer(given: Any, place: str, folder: Path) -> tuple[AnswerType, tuple[str
 def _reward(given: Any, place: str, folder: Path) -> tuple[RewardFunction, tuple[str, ...]]:
     """The reward, and the flags with which ppo_training.py gives the same."""
     if isinstance(given, str):
-        spec = str((folder / Path(given).expanduser()).resolve())
+        spec = str((folder / expanded(given)).resolve())
         return load_reward_function(spec), ("--reward-function", spec)
     if not isinstance(given, dict) or given.get("type") != "digits":
         raise UserError(f"{place} has {given!r:.60} as reward; write file.py:function, or `{{type: digits}}`")

@@ -203,6 +203,7 @@ def test_the_fused_model_takes_another_adapter(tiny_folder, tmp_path):
 @pytest.mark.parametrize("spelling", ["{}", "{}/", "{}/../base", "{}/./"])
 def test_the_base_is_never_overwritten(tiny_folder, tmp_path, capsys, spelling):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
+    (base / "provenance.json").write_text("[]")  # a model of ours, which may be replaced otherwise
     save_trained(tmp_path / "adapters", base)
     before = (base / "model.safetensors").read_bytes()
     words = ("--model", base, "--adapter-file", tmp_path / "adapters", "--save-path", spelling.format(base))

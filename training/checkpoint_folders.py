@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, read_json, write_json
 
 STATE_FILE = "state.json"
+CHECKPOINT = Kind(STATE_FILE, ("adapter", "*.safetensors", STATE_FILE))
 KEPT = 2  # newest checkpoints, by default
 
 
 @contextmanager
 def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], keep: int = KEPT) -> Iterator[Path]:
     """Yield a temporary folder to fill; then add `state`, rename it, and delete all but the last `keep` (0: none)."""
-    with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", STATE_FILE) as temporary:
+    with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", CHECKPOINT) as temporary:
         yield temporary
         write_json(temporary / STATE_FILE, {"step": step, **state})
     for old in all_checkpoints(run_folder)[:-keep] if keep else []:

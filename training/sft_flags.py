@@ -1,13 +1,11 @@
 """The flags of sft.py, and what can be checked before anything is loaded. Their defaults: training.settings."""
 
 import argparse
-from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_replaceable
 from common.parser import Parser, positive
 from data.flags import add_data_flags
-from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
+from models.adapter_config import check_adapter_path
 from training.flags import add_adapter_flags, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import SFT_OPTIMIZERS
 from training.settings import SFTSettings
@@ -49,8 +47,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
     check_settings(SFTSettings.from_flags(args))
     positive("save-every", args.save_every)
-    if args.train and Path(args.save_file).suffix not in SINGLE_FILE_SUFFIXES:
-        check_replaceable(args.save_file, CONFIG_FILE)
+    if args.train:
+        check_adapter_path(args.save_file)
 
 
 def check_settings(settings: SFTSettings) -> None:

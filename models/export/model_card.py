@@ -10,9 +10,17 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from common.files import read_json, write_json
+from common.files import Kind, read_json, write_json
 
 PROVENANCE_FILE = "provenance.json"
+# A fused model: what mlx-lm and the tokenizers write, and our own.
+FUSED = Kind(
+    PROVENANCE_FILE,
+    ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*",
+     "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+     "value_head.safetensors", "README.md", PROVENANCE_FILE),
+    lambda content: isinstance(content, list),
+)  # fmt: skip
 # Flags about storing and logging a run, which do not affect its result.
 BOOKKEEPING = {"config", "output_dir", "resume", "keep_checkpoints", "log_with", "save_every", "save_file"}
 

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from common.files import atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, read_json, write_json
 from synth.evolution.features import SIZE
 from synth.evolution.gradient import PPO, Reinforce
 from synth.evolution.operators import ACTIONS
@@ -16,6 +16,8 @@ from synth.evolution.policy import DEFAULT, Constant, LinUCB, OperatorPolicy, Po
 
 FORMAT = 1
 ARRAYS, SETTINGS = "policy.safetensors", "policy.json"
+LOG, PROGRESS = "choices.jsonl", "progress.json"  # of a policy in training
+POLICY = Kind(SETTINGS, (ARRAYS, SETTINGS, LOG, PROGRESS), lambda content: "format" in content)
 KINDS: dict[str, type[OperatorPolicy]] = {kind.kind: kind for kind in (Constant, LinUCB, Reinforce, PPO)}
 
 
@@ -33,7 +35,7 @@ def write_policy(folder: Path, policy: OperatorPolicy) -> None:
 
 def save_policy(path: str | Path, policy: OperatorPolicy) -> None:
     """Write a policy's folder, atomically."""
-    with atomic_folder(path, SETTINGS) as temporary:
+    with atomic_folder(path, POLICY) as temporary:
         write_policy(temporary, policy)
 
 

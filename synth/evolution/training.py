@@ -14,12 +14,11 @@ from common.errors import UserError
 from common.files import atomic_folder, read_json, write_json
 from data.records import read_rows
 from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
-from synth.evolution.files import SETTINGS, load_policy, write_policy
+from synth.evolution.files import LOG, POLICY, PROGRESS, SETTINGS, load_policy, write_policy
 from synth.evolution.judge import Pool
 from synth.evolution.policy import Batch, OperatorPolicy
 from synth.stages import StageRow, write_rows
 
-LOG, PROGRESS = "choices.jsonl", "progress.json"
 Report = Callable[[int, dict[str, float]], None]
 
 
@@ -73,7 +72,7 @@ async def train_policy(
 
 
 def _save(path: Path, policy: OperatorPolicy, log: Sequence[StageRow], iterations: int) -> None:
-    with atomic_folder(path, SETTINGS) as temporary:
+    with atomic_folder(path, POLICY) as temporary:
         write_policy(temporary, policy)
         write_rows(temporary / LOG, log)
         write_json(temporary / PROGRESS, {"iterations": iterations})

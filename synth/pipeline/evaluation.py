@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_file, atomic_folder, read_json, write_json
-from models.adapter_config import CONFIG_FILE
+from models.adapter_config import ADAPTER, CONFIG_FILE
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.rollouts import Draw, draw
 from synth.stages import StageRow
@@ -50,7 +50,7 @@ def choose_checkpoint(
         scores = scores_of(task, held_out, texts)
         rows.append({"step": int(checkpoint.name), "mean_score": sum(scores) / max(len(scores), 1)})
     best = max(rows, key=lambda row: row["mean_score"])
-    with atomic_folder(chosen, CONFIG_FILE) as temporary:
+    with atomic_folder(chosen, ADAPTER) as temporary:
         shutil.copytree(run_folder / "checkpoints" / f"{best['step']:06d}" / "adapter", temporary, dirs_exist_ok=True)
     write_json(found, {"held_out": len(held_out), "checkpoints": rows, "chosen": best["step"]})
     listed = ", ".join(f"{row['step']}: {row['mean_score']:.3f}" for row in rows)

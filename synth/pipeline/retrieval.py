@@ -33,7 +33,7 @@ from rank_bm25 import BM25Plus
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, read_json, write_json
 from synth.near_duplicates import find_duplicates
 
 LENGTH = 200  # words per passage
@@ -57,6 +57,7 @@ FORMAT = 1  # of the folder; changing it rebuilds every index
 TEXTS, TEXT_ENDS = "passages.bin", "passage_ends.npy"  # UTF-8 of all passages end to end; byte where each ends
 WORDS, WORD_ENDS = "words.bin", "word_ends.npy"  # int32 numbers of all words end to end; where each passage ends
 VOCABULARY = "vocab.index.json"  # word → number; the name under which bm25s saves it
+INDEX = Kind(MARKER, (MARKER, TEXTS, TEXT_ENDS, WORDS, WORD_ENDS, "*.index.*"), lambda content: "made_from" in content)
 
 
 class Passage(NamedTuple):
@@ -215,7 +216,7 @@ def build_index(
     made_from = {"format": FORMAT, **cutting, "engine": engine, "files": states}
     folder = Path(folder)
     if not (folder / MARKER).is_file() or read_json(folder / MARKER).get("made_from") != made_from:
-        with atomic_folder(folder, MARKER) as temporary:
+        with atomic_folder(folder, INDEX) as temporary:
             size = sum(path.stat().st_size for path in files.values())
             with tqdm(total=size, desc="reading the library", unit="B", unit_scale=True, disable=not progress) as bar:
                 firsts, vocabulary = _write_passages(files, temporary, length, overlap, text_key, bar)

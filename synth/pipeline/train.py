@@ -27,6 +27,7 @@ from common.errors import UserError
 from common.files import check_replaceable, read_json
 from common.parser import Parser, positive
 from models.adapter_config import WEIGHT_TYPES
+from models.export.model_card import FUSED
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
 from synth.pipeline.pass_rates import BaseModelSettings, add_base_model_flags, base_model_settings
 from synth.pipeline.report import write_report
@@ -174,7 +175,7 @@ def words_of(flags: Mapping[str, Any]) -> list[str]:
 def check_training(settings: TrainingSettings, task: Task, resuming: bool) -> None:
     """Raise UserError for what the training would refuse, before a teacher is paid for anything."""
     if settings.fused_path:
-        check_replaceable(settings.fused_path, "config.json")
+        check_replaceable(settings.fused_path, FUSED)
     if settings.run_folder and not resuming and (Path(settings.run_folder) / "config.json").exists():
         raise UserError(f"--work-model-paths {settings.run_folder} already holds a run or a model; name another folder")
     # The script's own checks, on its own command line, in a scratch folder, as its files are not written yet.

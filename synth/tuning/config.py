@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from common.errors import UserError
+from common.files import expanded
 from common.parser import read_yaml
 from synth.pipeline.reasoning_gym_tasks import PREFIX
 from synth.prompts import TEMPLATES
@@ -143,4 +144,4 @@ def _resolve(content: dict[str, Any], keys: tuple[str, ...], folder: Path) -> No
     for key in keys:
         given = content.get(key)
         if isinstance(given, str) and given and not given.startswith(PREFIX):
-            content[key] = str((folder / Path(given).expanduser()).resolve())
+            content[key] = str((folder / expanded(given)).resolve())

@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from common.cli import Stopped, StopSignal
 from common.errors import UserError
-from common.files import atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, read_json, write_json
 from synth.examples import read_examples
 from synth.pipeline.tasks import open_task
 from synth.sampler import Generator, Results, Sampler, Settings
@@ -34,6 +34,7 @@ from synth.tuning.targets import Metrics, TargetModel, call_target
 from synth.tuning.task_generator import TaskGenerator, task_generator
 
 STATE, ARRAYS = "tuner.json", "agent.safetensors"
+TUNER = Kind(STATE, (STATE, ARRAYS), lambda content: "format" in content)
 FORMAT = 1
 SHOWN = 3  # rows of a batch shown in the log
 FRESH = 1_000_000  # rows from this number on are for `confirm`; no search gets that far
@@ -185,7 +186,7 @@ class RLTuner:
             "sampler": asdict(self.generator.sampler.get()),
             "history": [one.as_dict() for one in self.history],
         }
-        with atomic_folder(path, STATE) as temporary:
+        with atomic_folder(path, TUNER) as temporary:
             if arrays:
                 mx.save_safetensors(str(temporary / ARRAYS), arrays)
             write_json(temporary / STATE, state)
