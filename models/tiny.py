@@ -44,7 +44,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from common.files import Kind, Unwritable, atomic_folder, expanded, user_cache, why_and_remedy, write_json
+from common.files import (
+    Kind,
+    Unwritable,
+    atomic_folder,
+    check_replaceable,
+    expanded,
+    user_cache,
+    why_and_remedy,
+    write_json,
+)
 from data.batching import Batch, Example, collate
 from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
@@ -165,10 +174,11 @@ def build(recipe: Recipe, folder: str | Path) -> Path:
     """
     # Metal sums the gradients of embedding rows in varying order; the CPU does not, and is fast enough.
     device = mx.cpu if platform.system() == "Darwin" else mx.default_device()
-    with atomic_folder(folder, EMBEDDED) as temporary, kept_random_state(), mx.stream(device):
-        tokenizer = build_tokenizer(recipe)
-        with _one_blas_thread():
-            model = _train(recipe, tokenizer)
+    check_replaceable(folder, EMBEDDED)
+    tokenizer = build_tokenizer(recipe)
+    with kept_random_state(), mx.stream(device), _one_blas_thread():
+        model = _train(recipe, tokenizer)
+    with atomic_folder(folder, EMBEDDED) as temporary:
         tokenizer.save_pretrained(temporary)
         tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
         write_json(temporary / "config.json", model_config(recipe, len(tokenizer)))
