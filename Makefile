@@ -7,11 +7,12 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: help setup setup-torch setup-dev test demo lint clean
+.PHONY: help setup setup-torch setup-dev test test-gpu demo lint clean
 
 help:
 	@echo "make demo    the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
 	@echo "make test    all tests, PyTorch parity included"
+	@echo "make test-gpu    what this machine is, and the tests that need a GPU; for a report"
 	@echo "make lint    ruff and mypy"
 	@echo "make setup   .venv and its requirements only"
 	@echo "make clean   remove .venv and the tools' caches; runs and weights stay"
@@ -26,6 +27,10 @@ demo: setup
 test: setup-torch
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
+test-gpu: setup-torch
+	-$(VENV)/bin/python -m models.doctor --quick
+	$(VENV)/bin/python -m pytest -m gpu -v $(PYTEST_FLAGS) tests/test_gpu.py
+
 lint: setup-dev
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m mypy .
@@ -39,6 +44,8 @@ $(VENV)/.stamp-venv:
 	  { echo "error: $(PYTHON) is not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but 3.11 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import platform, sys; sys.exit(platform.system() == "Darwin" and platform.machine() != "arm64")' || \
+	  { echo "error: $(PYTHON) is an Intel build, for which there is no mlx on a Mac; name one for Apple silicon: make PYTHON=/opt/homebrew/bin/python3" >&2; exit 1; }
 	@rm -rf $(VENV)
 	@"$(PYTHON)" -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

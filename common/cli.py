@@ -1,5 +1,6 @@
 """Running a script's main so that a user's mistake is one line and a stop is clean."""
 
+import re
 import signal
 import sys
 import threading
@@ -44,10 +45,34 @@ class StopSignal:
         print("\nstopping after this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`. A UserError or an OSError becomes one line on stderr and exit code 2; Ctrl-C exit code 130.
+# What mlx (Metal, CUDA) and torch (CUDA, MPS) say where memory does not suffice, or the system killed a kernel.
+MEMORY_MESSAGE = re.compile(
+    r"malloc\] (Unable to allocate|Attempting to allocate|Resource limit)|Insufficient Memory|ErrorOutOfMemory"
+    r"|out of memory|cudaErrorMemoryAllocation",
+    flags=re.IGNORECASE,
+)
+KILLED_MESSAGE = re.compile(r"\[METAL\]|GPU Timeout|cudaErrorLaunchTimeout|launch timed out", flags=re.IGNORECASE)
+ADVICE = (
+    "try a smaller --mini-batch-size (PPO) or --batch-size, shorter texts, or --grad-checkpoint; "
+    "--resume continues from the last checkpoint"
+)
 
-    No traceback, and progress bars end first, so that the line is one.
+
+def device_advice(error: Exception) -> str:
+    """A line of advice where `error` says that memory did not suffice or a kernel was killed; else an empty one."""
+    said = str(error)
+    first = next(iter(said.splitlines()), "")
+    if isinstance(error, MemoryError) or MEMORY_MESSAGE.search(said):
+        return f"the device is out of memory ({first}); {ADVICE}"
+    if KILLED_MESSAGE.search(said):
+        return f"the device stopped a computation ({first}); {ADVICE}"
+    return ""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`. A UserError, an OSError or a device out of memory becomes one line on stderr and exit code 2.
+
+    Ctrl-C ends with exit code 130. No traceback, and progress bars end first, so that the line is one.
     """
     try:
         main()
@@ -62,6 +87,10 @@ def run(main: Callable[[], None]) -> None:
         why, remedy = why_and_remedy(error)
         path = error.filename if isinstance(error.filename, str) else "a file or connection"
         _fail(f"{path} cannot be used ({why}); {remedy}")
+    except (RuntimeError, MemoryError) as error:
+        if not (advice := device_advice(error)):
+            raise
+        _fail(advice)
 
 
 def _fail(message: str) -> NoReturn:

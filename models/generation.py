@@ -26,6 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from common.errors import UserError
 from data.batching import encode_prompt
 from data.chat import render
+from models.gpu import release_memory
 from models.soft_prompt import check_ids, soft_prompt_ids
 
 # Batches of unequal prompts are padded. mlx-lm 0.32 masks the pads in attention, except in families whose mask does not
@@ -38,6 +39,7 @@ PADS_HIDDEN = ("mamba2", "qwen3_5", "qwen3_next", "falcon_h1", "granitemoehybrid
 
 CACHE_STEP = 256  # positions by which a cache grows; fewer if fewer suffice
 PREFILL = 2048  # tokens of a prompt processed per forward pass
+PREFILL_TOKENS = 2**13  # of all prompts of a batch together: what a pass needs grows with them
 
 
 def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
@@ -45,6 +47,8 @@ def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
     distribution; temperature 0 takes the most likely token."""
     if temperature == 0:
         return lambda logprobs: mx.argmax(logprobs, axis=-1)
+    if temperature == 1:
+        return mx.random.categorical
     return lambda logprobs: mx.random.categorical(logprobs / temperature)
 
 
@@ -81,6 +85,7 @@ def sample(
         )
     finally:
         model.train(was_training)
+        release_memory()  # the caches; an update's arrays have other sizes
 
 
 def takes_unequal_prompts(model: nn.Module) -> bool:
@@ -116,6 +121,7 @@ def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_
         sampler=sampler,
         completion_batch_size=width,
         prefill_batch_size=width,
+        prefill_step_size=prefill_length(width),
     )
     try:
         ids = generator.insert(prompts)
@@ -181,8 +187,9 @@ def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list:
         if ragged:
             cache.prepare(right_padding=padding)
     tokens = mx.array([prompt[:-1] + [0] * pads for prompt, pads in zip(prompts, padding, strict=True)], mx.int32)
-    for start in range(0, max(lengths), PREFILL):
-        model(tokens[:, start : start + PREFILL], cache=caches)
+    step = prefill_length(len(prompts))
+    for start in range(0, max(lengths), step):
+        model(tokens[:, start : start + step], cache=caches)
         mx.eval([cache.state for cache in caches])
     if ragged:
         for cache in caches:
@@ -190,16 +197,28 @@ def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list:
     return caches
 
 
+def prefill_length(rows: int) -> int:
+    """Tokens of each of `rows` prompts that a forward pass reads, so that it reads no more than PREFILL_TOKENS."""
+    return max(1, min(PREFILL, PREFILL_TOKENS // rows))
+
+
 def _can_drop_rows(caches: list) -> bool:
     return all(type(cache) in (KVCache, BatchKVCache) for cache in caches)
 
 
 def _keep_rows(caches: list, rows: np.ndarray) -> None:
-    """Drop all other rows from the caches."""
+    """Drop all other rows from the caches, and the padding that all rows still have in common.
+
+    `BatchKVCache.filter` does the same, but waits for a number in every layer.
+    """
     index = mx.array(rows)
+    ragged = [cache for cache in caches if isinstance(cache, BatchKVCache)]
+    common = ragged[0].left_padding[index].min().item() if ragged else 0
     for cache in caches:
         if isinstance(cache, BatchKVCache):
-            cache.filter(index)
+            keys, values, offset, padding, filled = cache.state
+            kept = keys[index, :, common:], values[index, :, common:]
+            cache.state = *kept, offset[index], padding[index] - common, filled - common
         else:
             cache.keys, cache.values = cache.keys[index], cache.values[index]
 

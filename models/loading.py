@@ -20,6 +20,7 @@ from common.errors import OPENING_ERRORS, UserError, reason
 from models.folders import model_folder
 from models.four_bit import four_bit_folder
 from models.gguf_folder import gguf_folder, is_gguf
+from models.gpu import wire_memory
 from models.random_state import kept_random_state
 from models.smollm2 import FOUR_BIT, SMOLLM2_NAMES, smollm2_file, smollm2_folder
 from models.tiny import TINY_NAMES, tiny_model_path
@@ -70,9 +71,12 @@ def is_made_here(name: str) -> bool:
 def load(name: str) -> LoadedModel:
     """Open the model `name` (see `resolve`); mlx's global random stream is left as it was.
 
+    On a GPU, memory stays resident from here on (models.gpu).
+
     Raises UserError if the model is missing or cannot be opened.
     """
     path = resolve(name)
+    wire_memory()
     try:
         with kept_random_state():  # mlx's layers draw initial weights
             model, config = mlx_lm.utils.load_model(path)

@@ -122,7 +122,7 @@ def tiny_model_path(name: str = "tiny-digits", seed: int = 0) -> Path:
 
 def cached_model(recipe: Recipe) -> Path:
     """The folder of `recipe` in the cache, built if it is missing; one process builds while others wait."""
-    folder = _cache() / f"{recipe.name}-{recipe_key(recipe)}"
+    folder = _folder(recipe)
     if _is_complete(folder):
         return folder
     try:
@@ -139,6 +139,11 @@ def cached_model(recipe: Recipe) -> Path:
     return folder
 
 
+def is_built(name: str) -> bool:
+    """Whether the cache has the embedded model `name`."""
+    return _is_complete(_folder(RECIPES[name]))
+
+
 def recipe_key(recipe: Recipe) -> str:
     """Twelve hexadecimal digits: a hash of all fields."""
     return hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode()).hexdigest()[:12]
@@ -148,6 +153,10 @@ def _cache() -> Path:
     if own := os.environ.get("TINY_MODELS_CACHE"):
         return expanded(own)
     return user_cache() / "tiny-models"
+
+
+def _folder(recipe: Recipe) -> Path:
+    return _cache() / f"{recipe.name}-{recipe_key(recipe)}"
 
 
 def _is_complete(folder: Path) -> bool:

@@ -1,17 +1,22 @@
 """Model folders for every test: the embedded model, and an untrained one, which takes no time to build."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from models import cpu
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # tolerances are those of float32, on CUDA and on an M5, too
 cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 import pytest
 
 from models.tiny import RECIPES, build, tiny_model_path
+
+if os.environ.get("TUNER_TEST_DEVICE") == "cpu":  # on a Mac: the CPU instead of the GPU, in this process
+    mx.set_default_device(mx.cpu)
 
 
 def tiny_random_folder(folder: Path, **changes) -> Path:
@@ -39,5 +44,5 @@ def compiling() -> Iterator[None]:
     """Enable mx.compile as on a GPU; on Linux CPU `cpu.enable` disables it."""
     mx.enable_compile()
     yield
-    if cpu.wanted():
+    if cpu.replacing():
         mx.disable_compile()

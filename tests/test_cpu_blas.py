@@ -17,7 +17,7 @@ from mlx_lm.models import activations, base, llama
 
 import ppo_training
 from models import cpu
-from models.cpu import attention, blas, linear, swiglu, wanted
+from models.cpu import attention, blas, linear, replacing, swiglu, wanted
 from models.cpu.blas import ADVICE, TITLES
 from tests.architectures import build
 from tests.scripts import call
@@ -70,6 +70,27 @@ def test_what_is_for_cpu_is_left_out_where_a_cuda_build_is_installed(installed, 
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
     monkeypatch.setattr(platform, "system", lambda: system)
     assert wanted() is expected
+
+
+@only_on_linux_cpu
+@pytest.mark.parametrize(("simulating", "expected"), [("1", "torch True False False"), ("0", "torch False True True")])
+def test_a_simulated_gpu_has_mlx_s_own_operations_its_fusing_and_the_blas(simulating, expected, monkeypatch):
+    """A compiled function is one operation where mx.compile fuses, and so it stands in the drawing of the graph."""
+    code = (
+        "from models import cpu\n"
+        "cpu.enable()\n"
+        "import io, mlx.core as mx, mlx.nn as nn\n"
+        "from mlx_lm.models import base, llama\n"
+        "from models.cpu import adam, attention, linear\n"
+        "file = io.StringIO()\n"
+        "ones = mx.ones(3)\n"
+        "mx.export_to_dot(file, mx.compile(lambda x: 1 / (1 + mx.abs(x)))(ones))\n"
+        "ours = {llama.scaled_dot_product_attention is attention.attention, nn.Linear.__call__ is linear.linear}\n"
+        "print(cpu.BLAS, 'Compiled' in file.getvalue(), adam.serves(ones), *ours)\n"
+    )
+    monkeypatch.setenv("TUNER_SIMULATE_GPU", simulating)
+    done = python("-c", code, asked_for="torch")
+    assert (done.stdout, done.returncode) == (f"{expected}\n", 0), done.stderr
 
 
 @only_on_linux_cpu
@@ -260,7 +281,7 @@ def test_freed_memory_serves_the_next_array():
 )
 def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, ours, theirs, monkeypatch):
     name = theirs.__name__
-    assert getattr(home, name) is getattr(llama, name) is (ours if wanted() else theirs)
+    assert getattr(home, name) is getattr(llama, name) is (ours if replacing() else theirs)
     model, tokens = build("llama-tied"), mx.array([[1, 2, 3, 4]])
     monkeypatch.setattr(llama, name, ours)
     logits = np.array(model(tokens))
@@ -269,4 +290,4 @@ def test_what_is_replaced_is_replaced_where_it_is_wanted_and_logits_stay(home, o
 
 
 def test_linear_layers_are_replaced_where_it_is_wanted():
-    assert nn.Linear.__call__ is (linear.linear if wanted() else linear._original)
+    assert nn.Linear.__call__ is (linear.linear if replacing() else linear._original)

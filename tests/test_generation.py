@@ -263,6 +263,53 @@ def test_caches_grow_with_what_they_hold(model, prompts, monkeypatch):
     assert sample(model, prompts, [], 40, temperature=0) == expected
 
 
+def rows_read(model, prompts, decode, monkeypatch):
+    """The shapes (rows, tokens) of the passes that read `prompts`, by one of both ways, and the completions."""
+    shapes, forward = [], type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda net, x, **kw: shapes.append(x.shape) or forward(net, x, **kw))
+    completions = decode(model, prompts, set(), 3, temperature_sampler(0), len(prompts), None)
+    return [shape for shape in shapes if shape[1] > 1], completions
+
+
+@pytest.mark.parametrize("decode", [models.generation._decode, models.generation._decode_by_mlx_lm])
+@pytest.mark.parametrize("lengths", [(12,) * 6, (9, 12, 3, 10, 7, 11)])
+def test_a_pass_reads_no_more_tokens_than_memory_is_counted_for(model, decode, lengths, monkeypatch):
+    """Six prompts of up to 12 tokens in passes of at most 24, so 4 of each; by default all in one."""
+    prompts = [[1 + (7 * row + i) % 49 for i in range(length)] for row, length in enumerate(lengths)]
+    expected = sample(model, prompts, [], 3, temperature=0)
+    shapes, completions = rows_read(model, prompts, decode, monkeypatch)
+    assert completions == expected and (6, 11) in shapes
+    monkeypatch.setattr(models.generation, "PREFILL_TOKENS", 24)
+    shapes, completions = rows_read(model, prompts, decode, monkeypatch)
+    assert completions == expected
+    assert shapes[0] == (6, 4) and all(rows * tokens <= 24 for rows, tokens in shapes)
+
+
+def test_the_tokens_of_a_pass():
+    lengths = [models.generation.prefill_length(rows) for rows in (1, 4, 5, 128, 10_000)]
+    assert lengths == [2048, 2048, 1638, 64, 1]
+
+
+@pytest.mark.parametrize("kept", [[0], [1, 3], [2], [0, 1, 2, 3]])
+def test_rows_are_dropped_as_mlx_lm_drops_them(model, kept):
+    """The padding that remains is 0 for row 1, 2 for row 0, and so on."""
+    prompts = [[1, 2], [1, 2, 3, 4], [5], [6, 7, 8]]
+    ours, theirs = (models.generation._read_prompts(model, prompts, 4) for _ in range(2))
+    models.generation._keep_rows(ours, np.array(kept))
+    for cache, other in zip(ours, theirs, strict=True):
+        other.filter(mx.array(kept))
+        for state, expected in zip(cache.state, other.state, strict=True):
+            np.testing.assert_array_equal(np.array(state), np.array(expected))
+
+
+def test_temperature_1_draws_what_division_by_1_draws():
+    logits = mx.random.normal((50, 20), key=mx.random.key(3))
+    mx.random.seed(0)
+    drawn = temperature_sampler(1.0)(logits)
+    mx.random.seed(0)
+    assert mx.array_equal(drawn, mx.random.categorical(logits / 1.0))
+
+
 def test_prompt_and_completion_texts_make_up_the_whole(tokenizer):
     """A completion decoded by itself would lose its leading space."""
     prompts = [tokenizer.encode(text) for text in ("8 20", "8 20", "2", "2", "5 -3", "7")]

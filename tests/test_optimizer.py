@@ -195,7 +195,7 @@ def test_it_is_mlx_s_adam_but_for_rounding_and_how_gradients_lie_changes_no_bit(
         for by_columns, (net, optimizer) in enumerate(zip(nets, ours, strict=True)):
             norm = update(net, optimizer, mx.array(1.0), gradients_of(seed, bool(by_columns)), 1.0)
         gradients = gradients_of(seed, False)
-        assert norm == pytest.approx(gradient_norm(gradients), rel=1e-6) and norm > 1
+        assert norm == pytest.approx(float(gradient_norm(gradients)), rel=1e-6) and norm > 1
         shrunk = {name: gradient / (norm + 1e-6) for name, gradient in gradients.items()}
         theirs.update(mlx_net, shrunk)
     assert same(weights(nets[0]), weights(nets[1])) and same(state_of(ours[0]), state_of(ours[1]))
@@ -219,6 +219,7 @@ def taken(steps, **settings):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("block", [1, 5, 100])
 def test_both_ways_to_take_a_step_give_the_same_bits(block, weight_decay, monkeypatch):
+    monkeypatch.setattr(adam, "serves", lambda *arrays: True)  # on a GPU, too
     taken_by_blocks = Mock(side_effect=adam.step)
     monkeypatch.setattr(adam, "step", taken_by_blocks)
     monkeypatch.setattr(adam, "BLOCK", block)
@@ -267,9 +268,9 @@ class Record:
 
 
 def test_the_norm_is_over_all_gradients_together():
-    assert gradient_norm({"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}}) == 5.0
+    assert float(gradient_norm({"a": mx.array([3.0]), "b": {"c": mx.array([[4.0]])}})) == 5.0
     # In float16 the square of 300 would overflow.
-    assert gradient_norm({"a": mx.array([300.0, 400.0], mx.float16)}) == 500.0
+    assert float(gradient_norm({"a": mx.array([300.0, 400.0], mx.float16)})) == 500.0
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_muon_steps_matrices_as_mlx_s_does_and_adam_the_rest():
     net, muon, adam = Judged(), optim.Muon(0.1, weight_decay=0.0), optim.Adam(1e-3, bias_correction=True)
     for seed in range(5):
         gradients = judged_gradients(seed)
-        shrink = 0.5 / (gradient_norm(gradients) + 1e-6)
+        shrink = 0.5 / (float(gradient_norm(gradients)) + 1e-6)
         gradients = tree_map(lambda gradient, shrink=shrink: shrink * gradient, gradients)
         matrix = {"weight": gradients.pop("weight")}
         muon.update(net, matrix)

@@ -9,6 +9,7 @@ training is a call and not a process of its own, so it dies along (tests/test_ki
 import json
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import sys
@@ -96,7 +97,8 @@ def asking_life(words, folder):
 @pytest.fixture(scope="module")
 def start():
     """start(target, *arguments) -> a process."""
-    context = multiprocessing.get_context("forkserver")
+    # On macOS a process must not fork once Metal was started.
+    context = multiprocessing.get_context("spawn" if platform.system() == "Darwin" else "forkserver")
     context.set_forkserver_preload(["tests.test_run_kills", "transformers.models.llama.configuration_llama"])
 
     def started(target, *arguments):

@@ -134,9 +134,9 @@ def update(
     the norm returned is NaN: the caller counts and reports it.
     """
     mx.async_eval(loss, gradients)
-    norm = gradient_norm(gradients)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        return math.nan
+    norm = finite_norm(loss, gradients)
+    if math.isnan(norm):
+        return norm
     if max_grad_norm and norm > max_grad_norm:
         gradients = scaled(gradients, max_grad_norm / (norm + 1e-6))
         mx.async_eval(gradients)  # while the optimizer takes its first arrays
@@ -153,14 +153,23 @@ def scaled(gradients: dict, factor: float) -> dict:
     return tree_map(lambda gradient: factor * gradient, gradients)
 
 
-def gradient_norm(gradients: dict) -> float:
-    """The Euclidean norm of all gradients together."""
+def finite_norm(loss: mx.array, gradients: dict) -> float:
+    """The gradients' norm, or NaN if it or the loss is not finite."""
+    norm = gradient_norm(gradients)
+    if isinstance(norm, float):
+        return norm if math.isfinite(loss.item()) and math.isfinite(norm) else math.nan
+    # Decided on the device, so that there is one number to wait for.
+    return mx.where(mx.isfinite(loss) & mx.isfinite(norm), norm, math.nan).item()
+
+
+def gradient_norm(gradients: dict) -> float | mx.array:
+    """The Euclidean norm of all gradients together: a number where NumPy computes it, else an array to be evaluated."""
     arrays = [gradient for _, gradient in tree_flatten(gradients)]
     if adam.serves(*arrays):
         return adam.norm(arrays)
     # Rows first: however a gradient lies in memory, the sum is the same.
     rows = [mx.square(mx.atleast_1d(array).astype(mx.float32)).sum(axis=-1) for array in arrays]
-    return mx.sqrt(mx.sum(mx.stack([row.sum() for row in rows]))).item()
+    return mx.sqrt(mx.sum(mx.stack([row.sum() for row in rows])))
 
 
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -178,7 +187,8 @@ def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dic
 
 
 def compiling_pays() -> bool:
-    """Whether mx.compile is worth its first call: on a GPU. On CPU it runs a C++ compiler, for little gain."""
+    """Whether mx.compile is worth its first call: on a GPU, and not a simulated one. On CPU it runs a C++ compiler, for
+    little gain."""
     return mx.default_device() == mx.Device(mx.gpu)
 
 

@@ -2,9 +2,13 @@
 
 Entry points call `enable()` once, before mlx is imported. It does nothing on a Mac or with a CUDA build. The rest of
 the project runs without it, more slowly.
+
+For tests only, TUNER_SIMULATE_GPU=1 makes the Linux CPU build do what a GPU would be given: mlx's own operations, and
+mx.compile's fusing. Only the BLAS and the settings of the process remain.
 """
 
 import importlib.metadata
+import os
 import platform
 import sys
 from typing import Any
@@ -26,6 +30,16 @@ def wanted() -> bool:
     return "mlx-cpu" in names and not any(name.startswith("mlx-cuda") for name in names)
 
 
+def simulating_gpu() -> bool:
+    """Whether TUNER_SIMULATE_GPU=1 asks that this process does on CPU what it would do on a GPU."""
+    return os.environ.get("TUNER_SIMULATE_GPU") == "1"
+
+
+def replacing() -> bool:
+    """Whether parts of mlx and mlx-lm are replaced on this machine, and mx.compile disabled."""
+    return wanted() and not simulating_gpu()
+
+
 def enable() -> None:
     """Load a BLAS, set up this process, and replace the parts of mlx and mlx-lm that are slow on CPU.
 
@@ -40,6 +54,8 @@ def enable() -> None:
         BLAS = _load_blas()
         process.use_batch_scheduling()
         process.keep_freed_memory()
+    if not replacing():
+        return
     import mlx.core as mx
 
     from models.cpu import attention, linear, swiglu

@@ -1,0 +1,29 @@
+"""What a run asks of a GPU: memory that stays where it is, and memory given back. On CPU nothing is done.
+
+Not here: what is for mlx on Linux CPU only (see models.cpu).
+"""
+
+import mlx.core as mx
+from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+from models import cpu
+
+
+def on_gpu() -> bool:
+    """Whether arrays are computed on a GPU, or TUNER_SIMULATE_GPU=1 lets this process act as if they were."""
+    return mx.default_device() == mx.Device(mx.gpu) or cpu.simulating_gpu()
+
+
+def wire_memory() -> None:
+    """Let Metal keep the recommended share of memory resident, as mlx-lm's trainer does; CUDA has no such limit.
+
+    Otherwise macOS may take pages of the weights back between two passes.
+    """
+    if on_gpu():
+        maybe_set_recommended_wired_limit()
+
+
+def release_memory() -> None:
+    """Give the freed arrays that mlx keeps for reuse back to the system, between phases whose arrays differ in size."""
+    if on_gpu():
+        mx.clear_cache()
