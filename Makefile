@@ -27,7 +27,7 @@ demo: setup
 test: setup-torch
 	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
 
-test-gpu: setup-torch
+test-gpu: setup
 	-$(VENV)/bin/python -m models.doctor --quick
 	$(VENV)/bin/python -m pytest -m gpu -v $(PYTEST_FLAGS) tests/test_gpu.py
 
