@@ -22,12 +22,11 @@ TITLES = ["machine", "Python", "memory", "open files", "versions", "mlx", "produ
 
 def report(capsys, *words):
     """The exit code and the report's lines."""
-    code = 0
     try:
         with_words(doctor.main, *words)
     except SystemExit as ended:
-        code = ended.code
-    return code, capsys.readouterr().out.splitlines()
+        return ended.code, capsys.readouterr().out.splitlines()
+    return 0, capsys.readouterr().out.splitlines()
 
 
 def test_a_report_is_one_screen_and_nothing_looks_wrong(monkeypatch, capsys):

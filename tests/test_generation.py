@@ -266,7 +266,12 @@ def test_caches_grow_with_what_they_hold(model, prompts, monkeypatch):
 def rows_read(model, prompts, decode, monkeypatch):
     """The shapes (rows, tokens) of the passes that read `prompts`, by one of both ways, and the completions."""
     shapes, forward = [], type(model).__call__
-    monkeypatch.setattr(type(model), "__call__", lambda net, x, **kw: shapes.append(x.shape) or forward(net, x, **kw))
+
+    def noted(net, tokens, **kwargs):
+        shapes.append(tokens.shape)
+        return forward(net, tokens, **kwargs)
+
+    monkeypatch.setattr(type(model), "__call__", noted)
     completions = decode(model, prompts, set(), 3, temperature_sampler(0), len(prompts), None)
     return [shape for shape in shapes if shape[1] > 1], completions
 

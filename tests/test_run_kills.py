@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -98,7 +99,7 @@ def asking_life(words, folder):
 def start():
     """start(target, *arguments) -> a process."""
     # On macOS a process must not fork once Metal was started.
-    context = multiprocessing.get_context("spawn" if platform.system() == "Darwin" else "forkserver")
+    context: Any = multiprocessing.get_context("spawn" if platform.system() == "Darwin" else "forkserver")
     context.set_forkserver_preload(["tests.test_run_kills", "transformers.models.llama.configuration_llama"])
 
     def started(target, *arguments):
