@@ -9,7 +9,6 @@ its base (fuse.py).
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from models import cpu
@@ -24,9 +23,9 @@ from data.sources import Split, find_split
 from models.adapters import AdapterConfig, save_adapter
 from models.loading import load
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
-from training.checkpoint_folders import last_checkpoint
-from training.flags import adapter_settings, default_output_dir, describe, parse_or_resume
-from training.metrics import RunLog, provenance, say_if_another_blas, start_run_folder
+from training.checkpoint_folders import open_run_folder
+from training.flags import adapter_settings, describe, parse_or_resume
+from training.metrics import RunLog, provenance
 from training.objectives import Objective
 from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
 from training.plots import plot_run
@@ -76,12 +75,9 @@ def train(
 ) -> None:
     """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and curves."""
     optimizer, progress = make_sft_optimizer(trainee, settings), SFTProgress()
-    if args.resume:
-        folder = Path(args.resume)
-        say_if_another_blas(folder, cpu.BLAS)
-        progress.restore(restore_checkpoint(last_checkpoint(folder), trainee, optimizer))
-    else:
-        folder = start_run_folder(args.output_dir or default_output_dir("sft"), vars(args), cpu.BLAS)
+    folder, checkpoint, lock = open_run_folder(args, "sft", cpu.BLAS)
+    if checkpoint:
+        progress.restore(restore_checkpoint(checkpoint, trainee, optimizer))
     log = RunLog(
         folder, settings.iters, progress.step, args.log_with, "reward model" if args.reward_model else "sft"
     )  # fmt: skip
@@ -94,7 +90,7 @@ def train(
         save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
 
     valid: dict[str, float] = {}
-    if not args.resume:
+    if not checkpoint:
         valid = validate(trainee.module, validation, settings)
         log.report(0, valid)
         save()
@@ -119,6 +115,7 @@ def train(
     trainee.adapter.provenance.append(provenance("sft.py", vars(args), summary))
     save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
     log.close({**summary, "adapter": args.save_file, "picture": str(plot_run(folder))})
+    lock.close()
 
 
 def main() -> None:

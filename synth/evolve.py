@@ -48,7 +48,6 @@ from synth.stages import StageRow, alone, kept, stage
 from synth.teacher.client import Teacher
 from synth.teacher.connect import teacher_of
 from synth.teacher.flags import TeacherSettings
-from training.checkpoint_folders import all_checkpoints
 from training.flags import default_output_dir
 from training.metrics import RunLog, start_run_folder
 
@@ -166,10 +165,8 @@ def train(settings: EvolveSettings, folder: Path, lock: int) -> None:
     words: list[Any] = ["sft.py", "--train", "--model", settings.base_model, "--data", folder / "sft"]
     words += ["--data-base", "", "--output-dir", run_folder, "--save-file", folder / "adapter"]
     words += ["--seed", settings.seed, *shlex.split(settings.sft_flags)]
-    if all_checkpoints(run_folder):
+    if (run_folder / "config.json").is_file():
         words = ["sft.py", "--resume", run_folder]
-    elif (run_folder / "config.json").is_file():
-        (run_folder / "config.json").unlink()  # ended before its first checkpoint
     run_script([*map(str, words)], f"python -m synth.evolve --resume {folder}", [lock])
 
 

@@ -70,7 +70,7 @@ def test_the_walkthroughs_command_runs_and_never_imports_mlx(base, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Step - 2 | mean_score: " in done.stdout and "Summary" in done.stdout
-    assert (tmp_path / "adapters" / "adapters.safetensors").is_file()
+    assert (tmp_path / "ppo_adapters" / "adapters.safetensors").is_file()
     run = next((tmp_path / "runs").iterdir())
     assert [row["updates"] for row in read_metrics(run)] == [4, 4]
     assert (run / "curves.png").is_file()

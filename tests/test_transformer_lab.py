@@ -107,7 +107,7 @@ def test_prompts_without_answers_are_scored_by_the_digit_rule(tmp_path):
     path.write_text('{"prompt": "8"}\n')
     args = flags_of("--custom_hf_dataset", path, "--ground_truth_reward")
     assert (args.ground_truth_reward, args.answer, args.prompts) == (True, None, str(path))
-    assert args.fused_model is None and args.save_file == "adapters" and args.output_dir is None
+    assert args.fused_model is None and args.save_file == "ppo_adapters" and args.output_dir is None
 
 
 @pytest.mark.parametrize("key", ["answer", "Output", "chosen"])

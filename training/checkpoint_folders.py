@@ -1,22 +1,80 @@
-"""A run's checkpoint folders, for MLX and PyTorch; their contents: training.checkpoint, training.torch_checkpoint.
+"""A run's folder while it trains, and its checkpoints, for MLX and PyTorch.
 
+    RUN/lock                              held by the process that trains
     RUN/checkpoints/000200/state.json     the step, and what the run adds to it
 
-Each is written under a temporary name and renamed, so a folder with a number is complete.
+What a checkpoint holds: training.checkpoint, training.torch_checkpoint. Each is written under a temporary name and
+renamed, so a folder with a number is complete.
 """
 
+import argparse
+import fcntl
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, read_json, sweep, write_json, writing
+from training.flags import default_output_dir
+from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
 
 STATE_FILE = "state.json"
 CHECKPOINT = Kind(STATE_FILE, ("adapter", "*.safetensors", STATE_FILE))
 KEPT = 2  # newest checkpoints, by default
+
+
+class RunFolder(NamedTuple):
+    """The folder of a run. checkpoint: the one to continue from, if any; lock: keeps other processes out while open."""
+
+    path: Path
+    checkpoint: Path | None
+    lock: IO[str]
+
+
+def open_run_folder(args: argparse.Namespace, script: str, blas: str | None = None) -> RunFolder:
+    """The folder of a new run, or of the one that --resume names, which begins anew if it holds no checkpoint.
+
+    script: names a new folder where --output-dir does not. Raises UserError as `start_run_folder` does, and while
+    another process trains in the folder.
+    """
+    if not args.resume:
+        folder = start_run_folder(args.output_dir or default_output_dir(script), vars(args), blas)
+        return RunFolder(folder, None, lock_run(folder))
+    folder = Path(args.resume)
+    lock = lock_run(folder)
+    say_if_another_blas(folder, blas)
+    _tidy(folder)
+    found = all_checkpoints(folder)
+    if not found:
+        print(f"{folder} was stopped before its first checkpoint, so the run begins anew")
+        for name in (METRICS, SAMPLES):
+            (folder / name).unlink(missing_ok=True)
+    return RunFolder(folder, found[-1] if found else None, lock)
+
+
+def lock_run(folder: Path) -> IO[str]:
+    """Keep other processes from training in `folder` until the file returned is closed or this process ends."""
+    with writing(folder):
+        file = (folder / "lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"another process is training in {folder}; wait for it to end, or stop it") from None
+    except OSError:  # a disk without locks
+        pass
+    return file
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes left: temporary folders, and checkpoints that were being deleted."""
+    for place in (folder, folder / "checkpoints"):
+        sweep(place)
+    for child in (folder / "checkpoints").glob("[0-9]*"):
+        if not (child / STATE_FILE).is_file():
+            shutil.rmtree(child, ignore_errors=True)
 
 
 @contextmanager
@@ -33,7 +91,7 @@ def last_checkpoint(run_folder: str | Path) -> Path:
     """The newest complete checkpoint of a run. Raises UserError where there is none."""
     found = all_checkpoints(run_folder)
     if not found:
-        raise UserError(f"{run_folder} holds no checkpoint to resume from; start the run again without --resume")
+        raise UserError(f"{run_folder} holds no checkpoint; train it first")
     return found[-1]
 
 

@@ -106,15 +106,18 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def parse_or_resume(parser: argparse.ArgumentParser, length: str) -> argparse.Namespace:
     """The flags of this call, or with --resume those of the run it names.
 
-    length: the attribute of how many steps a run has. Given together with --resume, it extends the run.
+    length: the attribute of how many steps a run has. Given together with --resume, it extends the run; a --save-file
+    takes the place of the run's own.
     """
     args = parser.parse_args()
     if not args.resume:
         return args
     run = resumed(args, resumed_config(args.resume))
-    # Parsed anew without that default, so that 200 steps asked for differ from 200 by default.
-    steps = getattr(parser.parse_args(namespace=argparse.Namespace(**{length: None})), length)
-    if steps is not None:
+    # Parsed anew without those defaults, so that 200 steps asked for differ from 200 by default.
+    given = parser.parse_args(namespace=argparse.Namespace(**{length: None, "save_file": None}))
+    if given.save_file is not None:
+        _change(run, "save_file", given.save_file)
+    if (steps := getattr(given, length)) is not None:
         extend(run, length, steps)
     return run
 
@@ -127,10 +130,15 @@ def extend(run: argparse.Namespace, length: str, steps: int) -> None:
             f"{flag} {steps} is less than the {planned} of {run.resume}; a resumed run can only be extended"
         )
     if steps > planned:
-        setattr(run, length, steps)
-        config = Path(run.resume) / "config.json"
-        write_json(config, {**read_json(config), length: steps})
+        _change(run, length, steps)
         print(f"{run.resume} is extended from {planned} to {steps} steps; its learning rate schedule now ends there")
+
+
+def _change(run: argparse.Namespace, name: str, value: Any) -> None:
+    """Change a flag of a resumed run, in `run` and in its config.json."""
+    setattr(run, name, value)
+    config = Path(run.resume) / "config.json"
+    write_json(config, {**read_json(config), name: value})
 
 
 def resumed(args: argparse.Namespace, config: dict[str, Any]) -> argparse.Namespace:

@@ -11,6 +11,7 @@ Trackers (training.trackers) carry the same figures under the same names, and th
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_file, read_json, write_json
+from common.files import atomic_file, read_json, write_json, writing
 from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
+METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 ESCAPED = "backslashreplace"  # half a surrogate pair, which no file can hold, becomes \\udXXX, as JSON writes it
 
 
@@ -36,12 +38,16 @@ def figure(value: float) -> str:
 def start_run_folder(folder: str | Path, config: Mapping[str, Any], blas: str | None = None) -> Path:
     """Make the folder of a new run and write the flags into it. blas: the short name of mlx's BLAS, if known.
 
-    Raises UserError if it holds a run already, or if the tracker's package is missing; then nothing is written.
+    Raises UserError if it holds a run already or a file that a run would replace, or if the tracker's package is
+    missing; then nothing is written.
     """
     folder = Path(folder)
     check_tracker(config.get("log_with"))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; use --resume {folder}, or name another --output-dir")
+    for name in (METRICS, SAMPLES, SUMMARY):
+        if os.path.lexists(folder / name):
+            raise UserError(f"{folder} holds a {name} that a run would replace; name another --output-dir")
     write_json(folder / "config.json", {**config, "blas": blas} if blas else dict(config))
     return folder
 
@@ -69,7 +75,7 @@ class RunLog:
     def __init__(self, folder: Path, total_steps: int, start_step: int = 0, log_with: str = "none", description=""):
         """start_step: steps done before a resume; later rows of both files are dropped and written again."""
         self.folder = folder
-        self.path, self.samples_path = folder / "metrics.jsonl", folder / "samples.jsonl"
+        self.path, self.samples_path = folder / METRICS, folder / SAMPLES
         check_tracker(log_with)
         _drop_after(start_step, self.path)
         if self.samples_path.exists():
@@ -111,7 +117,7 @@ class RunLog:
         if self.tracker:
             self.tracker.close()
         if summary is not None:
-            write_json(self.folder / "summary.json", {name: _finite(value) for name, value in summary.items()})
+            write_json(self.folder / SUMMARY, {name: _finite(value) for name, value in summary.items()})
             print("\nSummary")
             for name, value in summary.items():
                 print(f"  {name.replace('_', ' '):<24}{figure(value) if isinstance(value, float) else value}")
@@ -131,7 +137,7 @@ def _finite(value: Any) -> Any:
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`; a last line cut off by a kill is ignored."""
-    return _read(Path(folder) / "metrics.jsonl")
+    return _read(Path(folder) / METRICS)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -150,7 +156,7 @@ def _lines(rows: Iterable[Row]) -> str:
 
 
 def _append(path: Path, rows: Iterable[Row]) -> None:
-    with path.open("a", encoding="utf-8", errors=ESCAPED) as file:
+    with writing(path), path.open("a", encoding="utf-8", errors=ESCAPED) as file:
         file.write(_lines(rows))
 
 

@@ -39,7 +39,7 @@ def ppo_parser(description: str | None) -> Parser:
     group.add_argument(
         "--save-file",
         "--adapter-path",
-        default="adapters",
+        default="ppo_adapters",
         help="folder for the adapter, or .npz or .safetensors file",
     )
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")

@@ -7,7 +7,6 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,9 +17,9 @@ from data.decoding import completion_texts
 from rewards.combined import Reward, Scored, score
 from training import ppo
 from training.advantages import advantages_and_returns
-from training.checkpoint_folders import last_checkpoint
-from training.flags import default_output_dir, describe
-from training.metrics import RunLog, provenance, say_if_another_blas, start_run_folder
+from training.checkpoint_folders import open_run_folder
+from training.flags import describe
+from training.metrics import RunLog, provenance
 from training.ppo_step import Prompts, make_controller, rollout_figures, shape_scores, value_figures
 from training.rollout import Rollout, has_eos
 from training.settings import PPOSettings
@@ -129,7 +128,7 @@ class PPORun:
     """What a script's run leaves: its folder with report, samples, checkpoints and summary.
 
     checkpoint: the module training.checkpoint or training.torch_checkpoint; policy: its Trainee; blas: see
-    `start_run_folder`.
+    `training.metrics.start_run_folder`.
     """
 
     def __init__(
@@ -147,12 +146,11 @@ class PPORun:
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
         self.progress = Progress(make_controller(settings))
         self.figures: dict[str, float] = {}
-        if args.resume:
-            self.folder = Path(args.resume)
-            say_if_another_blas(self.folder, blas)
-            self.progress.restore(checkpoint.restore_checkpoint(last_checkpoint(self.folder), policy, optimizer))
+        run = open_run_folder(args, "ppo", blas)
+        self.folder, self.lock = run.path, run.lock
+        if run.checkpoint:
+            self.progress.restore(checkpoint.restore_checkpoint(run.checkpoint, policy, optimizer))
         else:
-            self.folder = start_run_folder(args.output_dir or default_output_dir("ppo"), vars(args), blas)
             self.save()
         self.log = RunLog(self.folder, settings.num_steps, self.progress.step, args.log_with, "ppo")
 

@@ -37,7 +37,6 @@ from synth.stages import StageRow, alone, kept, load_rows, write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
 from training import ppo_flags, sft_flags
-from training.checkpoint_folders import all_checkpoints
 from training.flags import default_output_dir, resumed
 from training.metrics import resumed_config, start_run_folder
 
@@ -119,10 +118,8 @@ def train(
         print(f"training: finished before ({run_folder})", flush=True)
         return run_folder
     words = command(settings, task, folder)
-    if all_checkpoints(run_folder):
+    if begun:
         words = [WAYS[settings.way], "--resume", str(run_folder)]
-    elif begun:
-        (run_folder / "config.json").unlink()  # ended before its first checkpoint
     write_rows(folder / PROMPTS, [prompt_row(task, row) for row in rows])
     for split, some in (("train", rows), ("valid", held_out or rows)):
         write_rows(folder / "sft" / f"{split}.jsonl", [sft_row(task, row) for row in some])

@@ -11,7 +11,6 @@ import inspect
 import json
 import math
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from synth.sampler import DataRow
 from synth.stages import write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
-from training.checkpoint_folders import all_checkpoints
 
 Metrics = dict[str, float]
 TargetModel = Callable[..., Mapping[str, Any]]
@@ -137,10 +135,9 @@ class SftTarget:
         words = ["sft.py", "--train", "--model", self.model, "--iters", self.iters, "--seed", self.seed]
         words += ["--data", folder, "--data-base", "", "--output-dir", training, "--save-file", folder / "adapter"]
         words += shlex.split(self.flags)
-        if all_checkpoints(training):
+        if (training / "config.json").is_file():
             words = ["sft.py", "--resume", training]
         else:
-            shutil.rmtree(training, ignore_errors=True)  # ended before its first checkpoint
             for split, some in (("train", rows), ("valid", validation)):
                 write_rows(folder / f"{split}.jsonl", [sft_row(self.task, row) for row in some])
         run_script([*map(str, words)], self.go_on, self.files)
