@@ -32,7 +32,9 @@ from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
 from training import ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
+from training.flags import add_logits_memory
 from training.samples import text_table
+from training.settings import Settings
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,6 +65,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: always the most likely token")
     parser.add_argument("--show-samples", type=int, default=5, help="completions of each model to print")
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
+    add_logits_memory(parser, Settings.logits_memory)
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
     return parser.parse_args()
 
@@ -74,6 +77,7 @@ def check(args: argparse.Namespace) -> None:
     positive("max-completion-length", args.max_completion_length)
     positive("temperature", args.temperature, zero=True)
     positive("show-samples", args.show_samples, zero=True)
+    positive("logits-memory", args.logits_memory)
     if args.save_samples:
         check_file(args.save_samples)
     if args.reference and not args.temperature:
@@ -181,6 +185,7 @@ def main() -> None:
             reference.model if reference else None,
             args.seed,
             known_prompts=prompts,
+            logits_bytes=args.logits_memory * 10**6,
         )
         show(title, prompts, results[title], args.show_samples, with_kl=reference is not None)
     if len(results) > 1:

@@ -40,7 +40,6 @@ from common.parser import Parser, positive
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import Policy, ValueHead, forward
 from training import ppo
-from training.losses import sft_loss
 from training.optimizer import loss_and_gradients
 
 SHAPES = {"sft": (4, 1024), "scoring": (8, 512), "update": (8, 512)}  # rows, positions a row
@@ -92,7 +91,7 @@ def sft(cell: Cell) -> Callable[[], Any]:
 
     def whole(model, tokens, mask):
         logits = model(tokens[:, :-1])
-        loss, _ = sft_loss(logits, tokens[:, 1:], mask)
+        loss = -ppo.masked_mean(ppo.logprobs_from_logits(logits, tokens[:, 1:]), mask)
         return loss, ((logits.argmax(axis=-1) == tokens[:, 1:]) * mask).sum()
 
     if cell.way == "mlx-lm":
@@ -151,7 +150,8 @@ def update(cell: Cell) -> Callable[[], Any]:
             stats = token_stats(policy.model, hidden, ids, TEMPERATURE, **arguments)
             logprobs, entropy, values = stats.logprobs, stats.entropy, policy.value_head(hidden)
         else:
-            logits, values = policy(tokens, positions)
+            logits, hidden = forward(policy.model, tokens, positions)
+            values = policy.value_head(hidden)
             logprobs = ppo.logprobs_from_logits(logits, ids, TEMPERATURE)
             entropy = ppo.entropy_from_logits(logits, TEMPERATURE)
         old_logprobs = mx.stop_gradient(logprobs)

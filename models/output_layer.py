@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError
+from models.modules import outer_modules
 from models.value_head import Tap, module_at, standing_in, tap_places
 
 
@@ -63,7 +64,7 @@ class OutputLayer:
             while self._ways:
                 logits = self._logits(hidden[None], self._ways[0])
                 if logits is not None:
-                    return logits[0]
+                    return logits.squeeze(0)
                 del self._ways[0]
         finally:
             self._layer.update(tree_unflatten(list(self.weights.items())))
@@ -100,8 +101,11 @@ def _ways(model: nn.Module) -> list[_Way]:
 
 def _bodies(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """The module that has the list of layers, as the module it lies in and its key there, unless it is the model."""
-    names = [name.split(".") for name, _ in model.named_modules()]
-    layers = [parts for parts in names if parts[-1].isdigit()]
-    path = min(layers, key=len)[:-2] if layers else []
-    if path:
-        yield module_at(model, ".".join(path[:-1])), path[-1]
+    found = [name for name, module in outer_modules(model) if any(map(_is_layers, module.values()))]
+    parent, _, key = min(found, key=lambda name: name.count("."), default="").rpartition(".")
+    if key:
+        yield module_at(model, parent), key
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], nn.Module)

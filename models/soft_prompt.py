@@ -14,6 +14,7 @@ from mlx_lm.tuner.dora import DoRAEmbedding
 from mlx_lm.tuner.lora import LoRAEmbedding
 
 from common.errors import UserError
+from models.modules import outer_modules
 
 
 class SoftPromptEmbedding(nn.Module):
@@ -58,12 +59,12 @@ def find_embedding(model: nn.Module) -> tuple[str, nn.Module]:
 
     Raises UserError for a model without one.
     """
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, TABLES)}
+    tables = {name: module for name, module in outer_modules(model) if isinstance(module, TABLES)}
     outermost = [
         name
         for name in tables
         if not (name.endswith(".embedding") and name.removesuffix(".embedding") in tables)
-        and not any(part.isdigit() or part == POSITION_TABLE for part in name.split("."))
+        and POSITION_TABLE not in name.split(".")
     ]
     if not outermost:
         raise UserError(f"{type(model).__module__} has no token embedding, which a soft prompt needs; use LoRA")

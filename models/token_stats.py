@@ -21,6 +21,7 @@ LOGITS_BYTES = 256 * 10**6
 # Arrays (n, V) in float32 that live at once. mlx makes room for results before it comes to compute them, ahead by about
 # 100 operations on CPU, which are several pieces, and by 10 buffers of commands on a GPU.
 ALIVE_ON_CPU, ALIVE_ON_GPU = 16, 8
+FEW = 2**14  # logits so few that to make and keep them all takes less time than to make their gradients with them
 LOWEST = -1e38  # for a logit of −inf, which times a probability of 0 would be NaN
 
 Figures = dict[str, mx.array]  # by name, one for each of n positions: (n,)
@@ -64,12 +65,12 @@ def token_stats(
         ref_model, ref_hidden = reference
         ref_head, ref_rows = OutputLayer(ref_model), mx.stop_gradient(ref_hidden.reshape(-1, ref_hidden.shape[-1]))
     vocabulary = head(rows[:1]).shape[-1]
-    gradient_rows = training and not (head.weights or head.draws)
+    pieces = _pieces(len(ids), logits_bytes // _bytes_a_row(vocabulary))
+    # Where the output layer draws, the backward pass would not get the same logits again, so they are all kept.
+    whole = head.draws or (len(pieces) == 1 and len(ids) * vocabulary <= FEW)
+    gradient_rows = training and not (head.weights or whole)
     job = _Job(head, ref_head, ref_rows, ids, 1 / temperature, correct, entropy, gradient_rows)
-    figures_of = _in_pieces(job, _pieces(len(ids), logits_bytes // _bytes_a_row(vocabulary)))
-    if head.draws:  # the backward pass would not get the same logits again, so they are all kept
-        figures_of = _whole(job)
-    figures = figures_of(rows, head.weights)
+    figures = (_whole(job) if whole else _in_pieces(job, pieces))(rows, head.weights)
     named = dict(zip(job.names(), figures, strict=False))  # after them come the gradients
     return TokenStats(**{name: named[name].reshape(targets.shape) for name in TokenStats._fields if name in named})
 
@@ -188,8 +189,7 @@ def _of_piece(
     ids, logits = job.ids[piece], job.head(states, weights)
     scaled = job.scaled(logits)
     softmax = _Softmax(scaled)
-    alone = ref_scaled is None and not job.entropy and not job.gradient_rows
-    figures = {"normalizer": mx.logsumexp(scaled, axis=-1) if alone else softmax.normalizer}
+    figures = {"normalizer": softmax.normalizer}
     figures["logprobs"] = _at(scaled, ids) - figures["normalizer"]
     figures["correct"] = mx.argmax(logits, axis=-1) == ids
     figures["entropy"] = softmax.log_total - softmax.mean(softmax.log_weights)

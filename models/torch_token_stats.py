@@ -123,7 +123,10 @@ def token_stats(
                 ref_logits = logits_of(ref_model, ref_states)
         return _figures(logits_of(model, states), ids, temperature, correct, entropy, ref_logits)
 
-    pieces = [checkpoint(figures, *piece, use_reentrant=False) for piece in zip(*rows, strict=True)]
+    if len(rows[0]) == 1:  # its logits may as well be kept
+        pieces = [figures(*(parts[0] for parts in rows))]
+    else:
+        pieces = [checkpoint(figures, *piece, use_reentrant=False) for piece in zip(*rows, strict=True)]
     return TokenStats(**{name: torch.cat([piece[name] for piece in pieces]).view(targets.shape) for name in pieces[0]})
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import atomic_file
 from models.adapter_config import HEAD_FILE
+from models.torch_token_stats import hidden_states
 
 
 def forward(model: Any, tokens: Tensor, positions: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -85,10 +86,11 @@ class Policy(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """tokens: (B, L) right padded; positions: (B, C), each before the token it predicts.
 
-        Returns logits (B, C, V) and values (B, C) float32, or None without a head.
+        Returns hidden states (B, C, H), for models.torch_token_stats, and values (B, C) float32, or None without a
+        head.
         """
-        logits, hidden = forward(self.model, tokens, positions)
-        return logits, None if self.value_head is None else self.value_head(hidden)
+        hidden = hidden_states(self.model, tokens, positions)
+        return hidden, None if self.value_head is None else self.value_head(hidden)
 
 
 class ScoringModel(nn.Module):

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from common.errors import UserError
 from common.files import atomic_file
 from models.adapter_config import HEAD_FILE
+from models.modules import outer_modules
 from models.soft_prompt import find_embedding
 
 OUTPUT_LAYERS = ("lm_head", "embed_out", "output")
@@ -93,9 +94,9 @@ def standing_in(parent: nn.Module, key: str, stand_in: Any) -> Iterator[None]:
 
 
 def _outside_the_layers(model: nn.Module, keys: tuple[str, ...]) -> tuple[nn.Module, str] | None:
-    for name, _ in model.named_modules():
+    for name, _ in outer_modules(model):
         parent, _, key = name.rpartition(".")
-        if key in keys and not any(part.isdigit() for part in name.split(".")):
+        if key in keys:
             return module_at(model, parent), key
     return None
 
@@ -174,10 +175,10 @@ class Policy(nn.Module):
     def __call__(self, tokens: mx.array, positions: mx.array) -> tuple[mx.array, mx.array | None]:
         """tokens: (B, L) right padded; positions: (B, C), each before the token it predicts.
 
-        Returns logits (B, C, V) and values (B, C) float32, or None without a head.
+        Returns hidden states (B, C, H), for models.token_stats, and values (B, C) float32, or None without a head.
         """
-        logits, hidden = forward(self.model, tokens, positions)
-        return logits, self.value_head(hidden) if "value_head" in self else None
+        _, hidden = forward(self.model, tokens, positions)
+        return hidden, self.value_head(hidden) if "value_head" in self else None
 
 
 def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:

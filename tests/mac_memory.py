@@ -7,6 +7,8 @@ python -m tests.mac_memory        prints it
 
 from typing import NamedTuple
 
+from models.token_stats import LOGITS_BYTES
+
 BITS = {"bfloat16": 16.0, "8-bit": 8.5, "4-bit": 4.5}  # with the scale and bias of every group of 64 weights
 TRAINED = 16  # bytes of a trained weight: itself, its gradient and Adam's two moments, each float32
 MACS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # GB
@@ -69,8 +71,8 @@ def activations(shape: Shape, batch: int, length: int, size: int = 2, grad_check
 
 
 def logits(shape: Shape, batch: int, length: int) -> int:
-    """Bytes of the logits, their softmax and the gradients of both, in float32."""
-    return 4 * batch * length * shape.vocabulary * 4
+    """Bytes of the logits, their softmax and the gradients of both, in float32, as far as --logits-memory allows."""
+    return min(4 * batch * length * shape.vocabulary * 4, LOGITS_BYTES)
 
 
 def training(shape: Shape, kind: str, grad_checkpoint: bool, batch: int = BATCH, length: int = LENGTH) -> float:

@@ -21,6 +21,7 @@ from models.adapters import AdapterConfig, adapter_weights, attach_adapter, fuse
 from models.generation import sample
 from models.loading import LoadedModel
 from models.soft_prompt import soft_prompt_ids
+from models.token_stats import token_stats
 from models.value_head import Policy, ScoringModel, new_value_head
 from tests.architectures import ARCHITECTURES, COMMON, build, settings_of
 from training import ppo, ppo_flags
@@ -83,8 +84,9 @@ def test_an_adapter_and_a_head_train_and_move_alone(name, kind):
     positions = mx.broadcast_to(mx.arange(7) + prefix.shape[1], (2, 7))
 
     def loss(policy, tokens, positions):
-        logits, values = policy(tokens, positions)
-        return sft_loss(logits, TOKENS[:, 1:], mx.ones((2, 7)))[0] + ((values - 1.0) ** 2).mean()
+        hidden, values = policy(tokens, positions)
+        logprobs = token_stats(policy.model, hidden, TOKENS[:, 1:], training=True).logprobs
+        return sft_loss(logprobs, mx.ones((2, 7)))[0] + ((values - 1.0) ** 2).mean()
 
     gradients_of = loss_and_gradients(policy, loss)
     optimizer, losses = make_optimizer(1e-4 if kind == "full" else 1e-3, 3), []

@@ -15,7 +15,7 @@ from common.errors import UserError
 from data.decoding import completion_texts
 from models.adapters import AdapterConfig, attach_adapter
 from models.generation import sample, temperature_sampler
-from models.value_head import Policy
+from models.value_head import forward
 from tests.architectures import VOCABULARY, build
 from training.rollout import pack
 
@@ -184,7 +184,7 @@ def test_nothing_to_do_and_nothing_to_begin_with(model):
 def whole_pass(model, completions, eos_token_ids):
     """Logprobs (B, C) of the completions by a forward pass over right-padded rows, and the mask."""
     tokens, positions, ids, mask = (mx.array(field) for field in pack(PROMPTS, completions, eos_token_ids, 0))
-    logprobs = nn.log_softmax(Policy(model)(tokens, positions)[0], axis=-1)
+    logprobs = nn.log_softmax(forward(model, tokens, positions)[0], axis=-1)
     return np.array(mx.take_along_axis(logprobs, ids[..., None], axis=-1).squeeze(-1)), np.array(mask)
 
 

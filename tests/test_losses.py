@@ -10,6 +10,7 @@ import pytest
 from tests import numpy_ppo
 from tests.frameworks import FRAMEWORKS
 from training.losses import pairwise_reward_loss, sft_loss
+from training.ppo import array_module, logprobs_from_logits
 
 BT = json.loads((Path(__file__).parent / "oracles/ppo_cases.json").read_text(encoding="utf-8"))["bt"]
 
@@ -89,6 +90,12 @@ def sft_batch(seed):
     return rng.normal(0, 2, (3, 4, 6)), rng.integers(0, 6, (3, 4)), mask
 
 
+def loss_of(logits, tokens, mask, **arguments):
+    """The loss by logits (B, L, V) and tokens (B, L)."""
+    ids = array_module(logits).where(mask > 0, tokens, 0)
+    return sft_loss(logprobs_from_logits(logits, ids), mask, **arguments)
+
+
 def sft_reference(logits, tokens, mask):
     trained = numpy_ppo.real_tokens(mask)
     return -sum(numpy_ppo.logprob(logits[token], tokens[token], 1.0) for token in trained) / len(trained)
@@ -98,10 +105,10 @@ def sft_reference(logits, tokens, mask):
 @pytest.mark.parametrize("seed", range(3))
 def test_sft_loss_and_gradient_equal_the_reference(framework, seed):
     logits, tokens, mask = sft_batch(seed)
-    loss, count = sft_loss(*(framework.array(x) for x in (logits, tokens, mask)))
+    loss, count = loss_of(*(framework.array(x) for x in (logits, tokens, mask)))
     framework.close(loss, sft_reference(logits, tokens, mask))
     assert framework.numpy(count) == 7
-    ours = framework.gradients(lambda x: sft_loss(x, framework.array(tokens), framework.array(mask))[0], logits)[0]
+    ours = framework.gradients(lambda x: loss_of(x, framework.array(tokens), framework.array(mask))[0], logits)[0]
     framework.close(framework.array(ours), numpy_ppo.gradient(lambda x: sft_reference(x, tokens, mask), logits))
 
 
@@ -115,9 +122,9 @@ def test_tokens_that_are_not_trained_do_not_matter(framework, label):
     results = []
     for x, y in ((logits, tokens), (changed_logits, changed_tokens)):
         target, trained = framework.array(y), framework.array(mask)
-        (gradient,) = framework.gradients(lambda x, t=target, m=trained: sft_loss(x, t, m)[0], x)
+        (gradient,) = framework.gradients(lambda x, t=target, m=trained: loss_of(x, t, m)[0], x)
         assert (gradient[mask == 0] == 0).all()
-        results.append((framework.numpy(sft_loss(framework.array(x), target, trained)[0]), gradient[mask > 0]))
+        results.append((framework.numpy(loss_of(framework.array(x), target, trained)[0]), gradient[mask > 0]))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
 
@@ -126,9 +133,9 @@ def test_tokens_that_are_not_trained_do_not_matter(framework, label):
 def test_a_batch_without_trained_tokens_has_a_loss_of_zero(framework):
     logits, tokens, mask = sft_batch(4)
     nothing = framework.array(mask * 0)
-    loss, count = sft_loss(framework.array(logits), framework.array(tokens), nothing)
+    loss, count = loss_of(framework.array(logits), framework.array(tokens), nothing)
     assert framework.numpy(loss) == 0 and framework.numpy(count) == 0
-    (gradient,) = framework.gradients(lambda x: sft_loss(x, framework.array(tokens), nothing)[0], logits)
+    (gradient,) = framework.gradients(lambda x: loss_of(x, framework.array(tokens), nothing)[0], logits)
     assert (gradient == 0).all()
 
 
@@ -136,25 +143,25 @@ def test_a_batch_without_trained_tokens_has_a_loss_of_zero(framework):
 def test_accumulated_pieces_equal_the_whole(framework):
     """By tokens, not by means: the rows have 4, 2 and 1 trained tokens."""
     logits, tokens, mask = sft_batch(5)
-    whole, _ = sft_loss(*(framework.array(x) for x in (logits, tokens, mask)))
+    whole, _ = loss_of(*(framework.array(x) for x in (logits, tokens, mask)))
     pieces = []
     for row in (slice(0, 1), slice(1, 2), slice(2, 3)):
         piece = [framework.array(x[row]) for x in (logits, tokens, mask)]
-        pieces.append(sft_loss(piece[0], piece[1], piece[2], denominator=7))
+        pieces.append(loss_of(piece[0], piece[1], piece[2], denominator=7))
     framework.close(sum(loss for loss, _ in pieces), framework.numpy(whole))
     assert [int(framework.numpy(count)) for _, count in pieces] == [4, 2, 1]
 
 
 @in_every_framework
 def test_a_uniform_model_loses_the_logarithm_of_the_vocabulary(framework):
-    loss, _ = sft_loss(
+    loss, _ = loss_of(
         framework.array(np.zeros((2, 3, 50))), framework.array([[7] * 3] * 2), framework.array([[1] * 3] * 2)
     )
     framework.close(loss, math.log(50))
 
 
 @in_every_framework
-def test_targets_and_mask_of_other_shapes_are_errors(framework):
-    logits, tokens, mask = sft_batch(6)
+def test_logprobs_and_mask_of_other_shapes_are_errors(framework):
+    _, tokens, mask = sft_batch(6)
     with pytest.raises(ValueError, match="shapes differ"):
-        sft_loss(framework.array(logits), framework.array(tokens), framework.array(mask[:1]))
+        sft_loss(framework.array(tokens), framework.array(mask[:1]))

@@ -20,7 +20,9 @@ from common.errors import UserError
 from data.digits import DigitRule, digit_prompts
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
 from models.loading import load
+from models.output_layer import OutputLayer
 from models.soft_prompt import soft_prompt_ids
+from models.token_stats import TokenStats, token_stats
 from models.value_head import Policy, ValueHead, forward, new_value_head
 from rewards.combined import Scored
 from rewards.digits import digit_reward
@@ -39,8 +41,7 @@ from training.ppo_learner import (
     accumulate,
     build_policies,
     make_loss,
-    reference_logits,
-    rows_to_score,
+    reference_states,
     train_ppo,
 )
 from training.rollout import Rollout, pack
@@ -281,7 +282,7 @@ def test_an_update_makes_the_better_completions_likelier(setting):
     run = setting(*SCORE_ALONE, "--ppo-epochs", 1, "--mini-batch-size", 16)
     rollout = run.roll_out()
     run.optimise(rollout)
-    logits, _ = run.policy(rollout.tokens, rollout.positions)
+    logits, _ = forward(run.policy.model, rollout.tokens, rollout.positions)
     gain = ppo.sum_per_completion(
         ppo.logprobs_from_logits(logits, rollout.completions) - rollout.old_logprobs, rollout.mask
     )
@@ -310,10 +311,10 @@ def test_the_kl_penalty_pulls_towards_the_reference(setting, advantage):
     run.displace()
     rollout = run.roll_out(lambda prompts, completions: [0.0] * len(completions))
     _, _, pull = run.gradient(rollout, kl_coef=1.0)
-    ref_logits = reference_logits(run.settings, run.reference, rollout.tokens, rollout.positions, [])
+    ref_logits, _ = forward(run.reference, rollout.tokens, rollout.positions)
 
     def kl(policy):
-        logits, _ = policy(rollout.tokens, rollout.positions)
+        logits, _ = forward(policy.model, rollout.tokens, rollout.positions)
         return ppo.masked_mean(ppo.full_kl(logits, ref_logits), rollout.mask)
 
     value, gradients = nn.value_and_grad(run.policy, kl)(run.policy)
@@ -367,7 +368,7 @@ def test_the_kl_in_the_loss_obeys_the_penalty(setting, advantage):
 def logprobs_of(run, prompts, completions, multiple=8):
     packed = pack(prompts, completions, run.tokenizer.eos_token_ids, run.tokenizer.pad_token_id, multiple)
     tokens, positions, ids, mask = (mx.array(field) for field in packed)
-    logits, _ = run.policy(tokens, positions)
+    logits, _ = forward(run.policy.model, tokens, positions)
     logprobs = ppo.logprobs_from_logits(logits, ids, run.args.temperature)
     return [np.array(logprobs[row])[: int(n)] for row, n in enumerate(np.array(mask).sum(axis=1))]
 
@@ -476,24 +477,26 @@ def test_tokens_after_eos_are_neither_scored_nor_trained(setting, monkeypatch):
         assert_close(others, gradients[0], 1e-6)
 
 
-def test_logits_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
+def test_states_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
     run = setting("--advantage", "gae", "--entropy-coef", 0.01)
     run.displace()
     rollout = run.roll_out()
     advantages, returns = advantages_and_returns(rollout, run.settings, 0.1)
-    logits, values = run.policy(rollout.tokens, rollout.positions)
+    hidden, values = run.policy(rollout.tokens, rollout.positions)
     denominator = rollout.mask.sum()
 
-    def loss(logits, values):
+    def loss(hidden, values):
+        which = {"entropy": True, "training": True}
+        stats = ppo_learner.stats_of(run.settings, run.policy.model, hidden, rollout.completions, **which)
         return ppo_step.policy_loss(
-            run.settings, logits, values, rollout, advantages, returns, denominator, mx.array(0.1)
+            run.settings, stats, values, rollout, advantages, returns, denominator, mx.array(0.1)
         )[0]  # fmt: skip
 
-    by_logits, by_values = (np.array(array) for array in mx.grad(loss, argnums=(0, 1))(logits, values))
+    by_states, by_values = (np.array(array) for array in mx.grad(loss, argnums=(0, 1))(hidden, values))
     pads = np.array(rollout.mask) == 0
     assert pads.any()
-    assert not by_logits[pads].any() and not by_values[pads].any()
-    assert by_logits[~pads].any(axis=-1).all() and by_values[~pads].all()
+    assert not by_states[pads].any() and not by_values[pads].any()
+    assert by_states[~pads].any(axis=-1).all() and by_values[~pads].all()
 
     end = np.array(rollout.positions)[:, :1] + 1 + np.array(rollout.mask).sum(axis=1, keepdims=True)
     behind = mx.array(np.arange(rollout.tokens.shape[1])[None] >= end)
@@ -584,12 +587,13 @@ def test_a_completion_without_an_eos_pays_its_penalty(setting, monkeypatch):
 
 
 def logits_of(model, rollout, prefix=0):
-    return np.array(Policy(model)(rollout.tokens[:, prefix:], rollout.positions - prefix)[0])
+    return np.array(forward(model, rollout.tokens[:, prefix:], rollout.positions - prefix)[0])
 
 
 def reference_of(run, rollout):
     prefix = soft_prompt_ids(run.trainee.model)
-    return np.array(reference_logits(run.settings, run.reference, rollout.tokens, rollout.positions, prefix))
+    states = reference_states(run.settings, run.reference, rollout.tokens, rollout.positions, prefix)
+    return np.array(OutputLayer(run.reference)(states.reshape(-1, states.shape[-1])).reshape(*states.shape[:2], -1))
 
 
 @pytest.mark.parametrize("words", [[], ["--use-peft"]], ids=["own adapter", "adapter off"])
@@ -725,6 +729,62 @@ def test_logprobs_and_values_are_those_of_a_plain_forward_pass(setting, kind):
             assert rollout.old_values[row, index].item() == pytest.approx(value, abs=1e-4)
 
 
+WHOLE_LOGITS: dict[str, list[Any]] = {
+    "lora": ["--temperature", 0.7, "--entropy-coef", 0.01, "--kl-penalty", "full"],
+    "dora": ["--advantage", "rloo", "--fine-tune-type", "dora"],
+    "soft prompt": ["--prompt-tuning", "--num-prompt-tokens", 3, "--use-peft", "--kl-penalty", "full"],
+    "full": ["--fine-tune-type", "full", "--entropy-coef", 0.01],
+}
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("case", WHOLE_LOGITS)
+def test_scores_loss_and_gradients_are_those_of_whole_logits(setting, monkeypatch, case, pieces):
+    run = setting(*WHOLE_LOGITS[case])
+    settings, prefix = run.settings, soft_prompt_ids(run.trainee.model)
+    if pieces:
+        limit = {"logits_bytes": 16 * 4 * 64 * 20}  # 20 positions of the digits' vocabulary at a time
+        monkeypatch.setattr(ppo_learner, "token_stats", lambda *a, **k: token_stats(*a, **{**k, **limit}))
+    run.displace()
+    if run.trainee.value_head is not None:
+        run.trainee.value_head.weight = mx.random.normal(run.trainee.value_head.weight.shape)
+    rollout = run.roll_out()
+    where = rollout.tokens, rollout.positions
+    cut = len(prefix) if settings.use_peft else 0
+    logits, _ = forward(run.trainee.model, *where)
+    ref_logits = forward(run.reference, rollout.tokens[:, cut:], rollout.positions - cut)[0]
+    plain = [ppo.logprobs_from_logits(each, rollout.completions, settings.temperature) for each in (logits, ref_logits)]
+    full = ppo.full_kl(logits, ref_logits, settings.temperature)
+    kind = ppo_step.kl_kind(settings)
+    kl = full if kind == "full" else ppo.kl_penalty(plain[0], plain[1], kind)
+    found = rollout.old_logprobs, rollout.ref_logprobs, rollout.kl
+    for array, expected in zip(found, (*plain, kl), strict=True):
+        np.testing.assert_allclose(np.array(array), np.array(expected), rtol=0, atol=1e-5)
+    entropy = ppo.masked_mean(ppo.entropy_from_logits(logits, settings.temperature), rollout.mask)
+    assert run.figures["entropy"] == pytest.approx(entropy.item(), abs=1e-5)
+
+    advantages, returns = advantages_and_returns(rollout, settings, 0.1)
+    rollout = rollout._replace(old_logprobs=rollout.old_logprobs + 0.3)  # so that some ratios are clipped
+
+    def plainly(policy):
+        logits, hidden = forward(policy.model, *where)
+        stats = TokenStats(
+            ppo.logprobs_from_logits(logits, rollout.completions, settings.temperature),
+            entropy=ppo.entropy_from_logits(logits, settings.temperature),
+        )
+        values = policy.value_head(hidden) if "value_head" in policy else None
+        numbers = (advantages, returns, rollout.mask.sum(), mx.array(0.1))
+        return ppo_step.policy_loss(settings, stats, values, rollout, *numbers)
+
+    (loss, stats), expected = nn.value_and_grad(run.policy, plainly)(run.policy)
+    rows = [np.arange(16)]
+    got = accumulate(run.learner().gradients_of, rollout, advantages, returns, rows, mx.array(0.1))
+    assert got[0].item() == pytest.approx(loss.item(), abs=1e-5)
+    assert got[1] == pytest.approx({name: value.item() for name, value in stats.items()}, abs=1e-5)
+    assert_close(flat(got[2]), flat(expected))
+    assert largest(flat(expected)) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["lora", "soft prompt"])
 def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
     run = setting(*KINDS[kind])
@@ -833,10 +893,16 @@ def test_updates_that_are_not_made_do_not_delay_the_learning_rate(flags, monkeyp
 
 def test_a_scoring_pass_takes_what_an_update_pass_takes(monkeypatch, setting):
     run = setting("--gradient-accumulation-steps", 2)
-    vocabulary = run.trainee.model.lm_head.weight.shape[0]
-    monkeypatch.setattr(ppo_learner, "SCORED_LOGITS", 6 * 16 * vocabulary)
-    sizes = [rows_to_score(run.settings, run.trainee.model, length) for length in (32, 16, 8)]
-    assert sizes == [4, 6, 12]  # half of a mini batch of 8, or what the logits allow
+    rows: list[int] = []
+    plain = PPOLearner._score
+
+    def recorded(self, tokens, *rest):
+        rows.append(tokens.shape[0])
+        return plain(self, tokens, *rest)
+
+    monkeypatch.setattr(PPOLearner, "_score", recorded)
+    run.roll_out()
+    assert rows == [4] * 4  # half of a mini batch of 8, of 16
 
 
 def test_the_entropy_reported_is_the_rollout_s_with_a_bonus_too(flags):
@@ -885,8 +951,8 @@ def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monk
     policy = Policy(Toy(), ValueHead(4, std=1.0))
     packed = pack([[1, 2], [3], [4], [5, 6, 7]], [[8, 9], [10], [11, 12, 13], [14]], {15}, 0)
     tokens, positions, ids, mask = (mx.array(field) for field in packed)
-    logits, values = policy(tokens, positions)
-    logprobs = ppo.logprobs_from_logits(logits, ids)
+    logprobs = ppo.logprobs_from_logits(forward(policy.model, tokens, positions)[0], ids)
+    values = policy(tokens, positions)[1]
     kl = mx.zeros_like(mask)
     scores = mx.array([0.1, 0.5, 0.9, 0.3])
     rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores)

@@ -26,6 +26,7 @@ from models.adapters import (
     save_adapter,
 )
 from models.loading import load
+from models.token_stats import token_stats
 from models.value_head import Policy, ScoringModel, forward, new_value_head
 from rewards.reward_model import load_reward_model
 from tests.architectures import build
@@ -133,9 +134,10 @@ def test_what_is_trained_is_float32_whatever_the_base(kind, bits, dtype):
 
     def loss(policy, tokens):
         prefix = mx.array([[50, 51, 52]] * 2) if kind == "soft_prompt" else mx.zeros((2, 0), mx.int32)
-        logits, values = policy(mx.concatenate([prefix, tokens], axis=1), positions + prefix.shape[1])
-        assert logits.dtype == dtype and values.dtype == mx.float32
-        value, _ = sft_loss(logits, targets, mx.ones((2, 7)))
+        hidden, values = policy(mx.concatenate([prefix, tokens], axis=1), positions + prefix.shape[1])
+        assert hidden.dtype == dtype and values.dtype == mx.float32
+        logprobs = token_stats(policy.model, hidden, targets, training=True).logprobs
+        value, _ = sft_loss(logprobs, mx.ones((2, 7)))
         assert value.dtype == mx.float32  # the log-softmax is taken in float32
         return value + ((values - 1.0) ** 2).mean()
 

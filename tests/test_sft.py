@@ -19,17 +19,18 @@ from mlx.utils import tree_flatten
 import sft
 from common.cli import Stopped
 from common.errors import UserError
-from data.batching import encode_text
+from data.batching import collate, encode_text, num_targets
 from data.chat import render
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, set_adapter_weights
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head, save_value_head
 from tests.scripts import ROOT, call, fails
-from training import optimizer, sft_loop
+from training import objectives, optimizer, sft_loop
 from training.metrics import read_metrics
 from training.objectives import LanguageModelling, RewardModelling
 from training.plots import plot_run
+from training.ppo import logprobs_from_logits
 from training.settings import SFTSettings
 
 SPLITS = ("train", "valid", "test")
@@ -123,40 +124,95 @@ def gradients(module, objective, *arrays):
 # --- which tokens are trained ---
 
 
+def trained(tokens, positions, mask):
+    """The target tokens of a batch."""
+    chosen = np.array(positions)[np.array(mask) > 0]
+    return np.array(tokens)[:, 1:].ravel()[chosen].tolist()
+
+
 def test_a_text_is_trained_from_its_first_token_through_its_eos(loaded, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "8 20"}])
     objective = language_modelling(loaded, path)
-    tokens, targets = (np.array(array)[0].tolist() for array in objective.batch(0))
+    arrays = objective.batch(0)
     tokenizer = loaded.tokenizer
     text = tokenizer.encode("8 20")
     assert text[0] == tokenizer.bos_token_id
-    assert tokens[: len(text) + 1] == [*text, tokenizer.eos_token_id]
-    trained = [token for token, target in zip(tokens[1:], targets, strict=True) if target]
-    assert trained == [*text[1:], tokenizer.eos_token_id]
+    assert arrays[0][0].tolist()[: len(text) + 1] == [*text, tokenizer.eos_token_id]
+    assert trained(*arrays) == [*text[1:], tokenizer.eos_token_id]
 
 
 def test_of_a_pair_the_completion_and_its_eos_are_trained(loaded, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "8 20", "completion": " 22 30"}])
-    tokens, targets = (np.array(array)[0].tolist() for array in language_modelling(loaded, path).batch(0))
-    trained = [token for token, target in zip(tokens[1:], targets, strict=True) if target]
+    arrays = language_modelling(loaded, path).batch(0)
     tokenizer = loaded.tokenizer
-    assert trained == [*tokenizer.encode("8 20 22 30")[len(tokenizer.encode("8 20")) :], tokenizer.eos_token_id]
+    assert trained(*arrays) == [
+        *tokenizer.encode("8 20 22 30")[len(tokenizer.encode("8 20")) :],
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_what_stands_at_pads_changes_neither_loss_nor_gradient(loaded, data):
     attach_adapter(loaded.model, AdapterConfig("full"))
     objective = language_modelling(loaded, data / "sft_train.jsonl")
     # Rows of unlike length, so that there are pads.
-    tokens, targets = objective._arrays(np.array([0, 1, 2, 3, 4]))
+    tokens, positions, mask = objective._arrays(np.array([0, 1, 2, 3, 4]))
     lengths = [len(objective.examples[row].tokens) for row in range(5)]
     assert min(lengths) < max(lengths)
     pads = mx.arange(tokens.shape[1])[None] >= mx.array(lengths)[:, None]
     noise = mx.random.randint(0, 40, tokens.shape)
-    loss, expected = gradients(loaded.model, objective, tokens, targets)
-    noisy_loss, noisy = gradients(loaded.model, objective, mx.where(pads, noise, tokens), targets)
+    loss, expected = gradients(loaded.model, objective, tokens, positions, mask)
+    noisy_loss, noisy = gradients(loaded.model, objective, mx.where(pads, noise, tokens), positions, mask)
     assert loss == noisy_loss
     for name in expected:
         np.testing.assert_allclose(noisy[name], expected[name], rtol=0, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("limit", [10**9, 16 * 4 * 64 * 20])  # bytes: all at once, or 20 targets at a time
+@pytest.mark.parametrize("kind", ["lora", "full", "soft_prompt"])
+def test_loss_accuracy_and_gradients_are_those_of_whole_logits(loaded, tmp_path, kind, limit):
+    attach_adapter(loaded.model, AdapterConfig(kind, num_prompt_tokens=3))
+    rows = [
+        {"prompt": "2 4 6", "completion": " 8 10"},
+        {"prompt": "2", "completion": " 4 6 8 10 12 14 16"},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows * 8)
+    objective = LanguageModelling(loaded.tokenizer, soft_prompt_ids(loaded.model), 16, 2048, 0, logits_bytes=limit)
+    objective.read(path)
+    batch = collate(objective.examples, loaded.tokenizer.pad_token_id)
+    tokens, targets = mx.array(batch.tokens), mx.array(batch.targets)
+
+    def plainly(model):
+        logits = model(tokens[:, :-1])
+        logprobs = logprobs_from_logits(logits, tokens[:, 1:])
+        correct = (logits.argmax(axis=-1) == tokens[:, 1:]) * targets
+        return -(logprobs * targets).sum() / targets.sum(), correct.sum()
+
+    loaded.model.train()
+    (loss, correct), expected = nn.value_and_grad(loaded.model, plainly)(loaded.model)
+    arrays = objective._arrays(np.arange(16))
+    assert arrays[1].size % 32 == 0 and arrays[2].sum() == targets.sum()
+    (got, figures), found = nn.value_and_grad(loaded.model, objective.loss)(loaded.model, *arrays)
+    assert got.item() == pytest.approx(loss.item(), abs=1e-5)
+    assert figures.correct.item() == correct.item() and figures.count.item() == targets.sum().item()
+    for (name, gradient), (_, other) in zip(tree_flatten(found), tree_flatten(expected), strict=True):
+        np.testing.assert_allclose(np.array(gradient), np.array(other), rtol=0, atol=1e-5, err_msg=name)
+
+
+def test_of_a_batch_of_long_prompts_only_the_targets_reach_the_output_layer(loaded, tmp_path, monkeypatch):
+    rows = [{"prompt": "2 4 6 8 10 12 14 16 18 20", "completion": " 22"}] * 32
+    objective = language_modelling(loaded, write_rows(tmp_path / "a.jsonl", rows), batch_size=32)
+    reached: list[int] = []
+    plain = objectives.token_stats
+
+    def recorded(model, hidden, *args, **arguments):
+        reached.append(len(hidden))
+        return plain(model, hidden, *args, **arguments)
+
+    monkeypatch.setattr(objectives, "token_stats", recorded)
+    tokens, *arrays = objective.batch(0)
+    objective.loss(loaded.model, tokens, *arrays)
+    targets = sum(map(num_targets, objective.examples))
+    assert targets <= reached[0] < targets + 32 < tokens.size // 3
 
 
 def test_batch_mates_and_padding_width_change_nothing(loaded, data):
@@ -817,7 +873,8 @@ def test_a_soft_prompt_stands_before_every_training_text(loaded, data):
     attach_adapter(loaded.model, AdapterConfig("soft_prompt", num_prompt_tokens=3))
     prefix = soft_prompt_ids(loaded.model)
     objective = language_modelling(loaded, data / "sft_train.jsonl", prefix=prefix)
-    tokens, targets = (np.array(array) for array in objective.batch(0))
+    tokens, positions, mask = (np.array(array) for array in objective.batch(0))
     assert (tokens[:, :3] == prefix).all()
-    assert (targets[:, :3] == 0).all()  # neither the soft prompt nor BOS is a target
+    # Neither the soft prompt nor BOS is a target: position p predicts token p + 1.
+    assert (positions[mask > 0] % (tokens.shape[1] - 1) >= 3).all()
     assert (tokens[:, 3] == loaded.tokenizer.bos_token_id).all()

@@ -235,21 +235,21 @@ def test_a_fresh_adapter_leaves_the_policy_its_reference(kind, base):
             continue
         args = flags(base, *words, *extra, "--lora-layers", "2")
         trainee, reference = policies_of(torch_ppo_learner, args, torch_loading.load(base, CPU))
-        settings, logits_of = ppo_flags.ppo_settings(args), torch_ppo_learner.reference_logits
+        settings, states_of = ppo_flags.ppo_settings(args), torch_ppo_learner.reference_states
         prefix = torch_soft_prompt.soft_prompt_ids(trainee.model)
         tokens = torch.tensor([[*prefix, 1, 20, 21, 22]])
         positions = torch.arange(tokens.shape[1])[None]
         with torch.no_grad():
-            logits, values = trainee.module(tokens, positions)
-            assert torch.equal(logits_of(settings, reference, tokens, positions, []), logits)
+            states, values = trainee.module(tokens, positions)
+            assert torch.equal(states_of(settings, reference, tokens, positions, []), states)
         assert torch.equal(values, torch.zeros_like(values))
         trainable = {name for name, weight in trainee.model.named_parameters() if weight.requires_grad}
         assert trainable and not any(weight.requires_grad for weight in reference.parameters())
         for weight in trainee.model.parameters():
             weight.data += 0.1 * weight.requires_grad
         with torch.no_grad():
-            moved = logits_of(settings, reference, tokens, positions, [])
-        assert torch.equal(moved, logits)
+            moved = states_of(settings, reference, tokens, positions, [])
+        assert torch.equal(moved, states)
 
 
 def test_the_reference_shares_the_frozen_weights(base):

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter
 from models.soft_prompt import add_soft_prompt
+from models.token_stats import token_stats
 from models.value_head import (
     HEAD_FILE,
     Policy,
@@ -164,16 +165,17 @@ def test_the_score_is_the_head_on_the_last_hidden_state():
     assert scoring(TOKENS, mx.array([7, 3])).dtype == mx.float32
 
 
-def test_a_policy_gives_logits_and_values_at_positions():
+def test_a_policy_gives_states_and_values_at_positions():
     model = build("llama-tied")
-    logits, values = Policy(model)(TOKENS, POSITIONS)
+    states, values = Policy(model)(TOKENS, POSITIONS)
     assert values is None
     head = new_value_head(model)
     assert mx.all(Policy(model, head)(TOKENS, POSITIONS)[1] == 0).item()  # a fresh critic knows nothing
     head.weight = mx.random.normal((1, 32))
     with_values, values = Policy(model, head)(TOKENS, POSITIONS)
-    assert mx.array_equal(with_values, logits).item()
+    assert mx.array_equal(with_values, states).item()
     hidden = mx.take_along_axis(model.model(TOKENS), POSITIONS[..., None], axis=1)
+    assert mx.array_equal(states, hidden).item()
     close(values, (hidden * head.weight[0]).sum(-1))
 
 
@@ -203,9 +205,9 @@ def test_the_head_and_adapter_learn_through_a_policy():
     policy = Policy(model, new_value_head(model, std=None))
 
     def loss():
-        logits, values = policy(TOKENS, POSITIONS)
+        hidden, values = policy(TOKENS, POSITIONS)
         assert values is not None
-        return (values**2).sum() + (logits[..., 0] ** 2).sum()
+        return (values**2).sum() + token_stats(model, hidden, POSITIONS, training=True).logprobs.sum()
 
     _, gradients = nn.value_and_grad(policy, loss)()
     found = {name: mx.abs(gradient).max().item() for name, gradient in tree_flatten(gradients)}

@@ -13,7 +13,8 @@ from data.batching import encode_prompt
 from data.decoding import completion_texts
 from models.generation import sample
 from models.soft_prompt import soft_prompt_ids
-from models.value_head import Policy
+from models.token_stats import LOGITS_BYTES, token_stats
+from models.value_head import forward
 from rewards.combined import Reward, score
 from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
@@ -45,11 +46,13 @@ def evaluate_model(
     seed: int = 0,
     batch_size: int = 64,
     known_prompts: Sequence[str] | None = None,
+    logits_bytes: int = LOGITS_BYTES,
 ) -> Evaluation:
     """Sample one completion per prompt and score it. prompts: repeat one to sample it more often.
 
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
-    known_prompts: the prompts as the reward knows them, if another tokenizer rendered them for it.
+    known_prompts: the prompts as the reward knows them, if another tokenizer rendered them for it. logits_bytes: of all
+    logits at once, where the KL is computed.
     """
     mx.random.seed(seed)
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -58,8 +61,8 @@ def evaluate_model(
     scores = np.asarray(scored.scores, dtype=np.float64)
     kl = 0.0
     if reference is not None:
-        own = completion_logprobs(model, tokenizer, prompt_ids, completions, temperature, batch_size)
-        other = completion_logprobs(reference, tokenizer, prompt_ids, completions, temperature, batch_size)
+        rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes)
+        own, other = (completion_logprobs(each, *rows) for each in (model, reference))
         kl = float(np.mean(own - other))
     lengths = [len(completion) for completion in completions]
     return Evaluation(
@@ -106,6 +109,7 @@ def completion_logprobs(
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
     batch_size: int = 64,
+    logits_bytes: int = LOGITS_BYTES,
 ) -> np.ndarray:
     """Log probability in nats of each whole completion given its prompt (B,), by forward passes."""
     prefix = soft_prompt_ids(model)
@@ -119,6 +123,7 @@ def completion_logprobs(
             tokenizer.pad_token_id or 0,
         )
         tokens, positions, ids, mask = (mx.array(field) for field in packed)
-        logits, _ = Policy(model)(tokens, positions)
-        sums += ppo.sum_per_completion(ppo.logprobs_from_logits(logits, ids, temperature), mask).tolist()
+        _, hidden = forward(model, tokens, positions)
+        stats = token_stats(model, hidden, ids, temperature, logits_bytes=logits_bytes)
+        sums += ppo.sum_per_completion(stats.logprobs, mask).tolist()
     return np.asarray(sums)

@@ -84,6 +84,13 @@ def add_optimizer_flags(
     return group
 
 
+def add_logits_memory(parser: argparse._ActionsContainer, default: int | None = None) -> None:
+    """How much of the logits is computed at a time. default: where no settings have one."""
+    parser.add_argument(
+        "--logits-memory", type=int, default=default, help="MB for logits, which are computed a few tokens at a time"
+    )
+
+
 def set_defaults(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
     """Give the flags that are fields of `settings` their defaults. Raises KeyError for a field without a flag."""
     actions = {action.dest: action for action in parser._actions}

@@ -4,14 +4,7 @@ Pure functions on arrays of either framework, as in `training/ppo.py`, which has
 used here.
 """
 
-from training.ppo import (
-    Array,
-    array_module,
-    at_least_float32,
-    check_shapes,
-    count_tokens,
-    logprobs_from_logits,
-)
+from training.ppo import Array, array_module, at_least_float32, check_shapes, count_tokens
 
 
 def pairwise_reward_loss(
@@ -48,21 +41,17 @@ def pairwise_reward_loss(
     return loss, accuracy
 
 
-def sft_loss(
-    logits: Array, tokens_next: Array, mask: Array, denominator: float | Array | None = None
-) -> tuple[Array, Array]:
+def sft_loss(logprobs: Array, mask: Array, denominator: float | Array | None = None) -> tuple[Array, Array]:
     """Cross-entropy of the tokens that are trained, in nats a token.
 
-    logits: (B, L, V), finite or −inf; tokens_next: (B, L), the token each position should predict; mask:
-    (B, L), 1 where that token is trained, 0 where it is a pad (any id may stand there). The sum is divided
-    by `denominator`, or else by the number of trained tokens: with the count of a whole batch as the
-    denominator, the losses and gradients of its pieces add up to those of the whole. Returns two scalar
-    arrays: the loss, 0 where nothing is trained, and the number of trained tokens in `mask`. Raises
-    ValueError if shapes differ.
+    logprobs: of the tokens, any shape; mask: of the same shape, 1 where a token is trained, 0 at pads (any value may
+    stand there). The sum is divided by `denominator`, or else by the number of trained tokens: with the count of a
+    whole batch as the denominator, the losses and gradients of its pieces add up to those of the whole. Returns two
+    scalar arrays: the loss, 0 where nothing is trained, and the number of trained tokens in `mask`. Raises ValueError
+    if shapes differ.
     """
-    check_shapes(tokens_next=tokens_next, mask=mask)
-    xp = array_module(logits)
+    check_shapes(logprobs=logprobs, mask=mask)
+    xp = array_module(logprobs)
     count = count_tokens(mask)
-    logprobs = logprobs_from_logits(logits, xp.where(mask > 0, tokens_next, 0))
     loss = xp.where(mask > 0, -logprobs, 0.0).sum()
     return loss / (xp.clip(count, 1, None) if denominator is None else denominator), count

@@ -16,6 +16,8 @@ from data.batching import BatchPlan, Example, collate, draw_pairs, in_order, num
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
 from data.records import located, located_rows
 from data.sources import Source
+from models.token_stats import LOGITS_BYTES, token_stats
+from models.value_head import forward
 from training.losses import pairwise_reward_loss, sft_loss
 
 
@@ -50,6 +52,18 @@ def drawn(total: int, size: int) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(total)[:size])
 
 
+def padded_positions(targets: np.ndarray, multiple: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the targets in `targets` (B, L) laid out row after row, and their mask, both (n,).
+
+    n is rounded up to `multiple`, so that few shapes occur; pads are index 0.
+    """
+    found = np.flatnonzero(targets)
+    size = -(-max(len(found), 1) // multiple) * multiple
+    positions, mask = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.float32)
+    positions[: len(found)], mask[: len(found)] = found, 1
+    return positions, mask
+
+
 class LanguageModelling:
     """Next-token prediction on the rows of LANGUAGE_ROWS, the EOS included, pads not.
 
@@ -65,10 +79,11 @@ class LanguageModelling:
         seed: int,
         features: Mapping[str, str] | None = None,
         mask_prompt: bool = True,
+        logits_bytes: int = LOGITS_BYTES,
     ):
         self.tokenizer, self.prefix = tokenizer, prefix
         self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.features, self.mask_prompt = features, mask_prompt
+        self.features, self.mask_prompt, self.logits_bytes = features, mask_prompt, logits_bytes
         self.truncated = self.untrained = 0
 
     def read(self, source: Source) -> int:
@@ -86,7 +101,10 @@ class LanguageModelling:
         return len(rows)
 
     def batch(self, step: int) -> Arrays:
-        """tokens (B, L) and targets (B, L - 1) of the batch at `step`."""
+        """The batch at `step`: tokens (B, L), and of its n targets, padded, positions (n,) and mask (n,).
+
+        A position is an index into the (B · (L - 1)) tokens that something is predicted from, row after row.
+        """
         return self._arrays(self.plan.rows(step))
 
     def batches(self, count: int = -1) -> Iterator[Arrays]:
@@ -98,14 +116,23 @@ class LanguageModelling:
 
     def _arrays(self, rows: np.ndarray) -> Arrays:
         batch = collate([self.examples[row] for row in rows], self.tokenizer.pad_token_id or 0)
-        return mx.array(batch.tokens), mx.array(batch.targets)
+        positions, mask = padded_positions(batch.targets)
+        return mx.array(batch.tokens), mx.array(positions), mx.array(mask)
 
-    def loss(self, module: nn.Module, tokens: mx.array, targets: mx.array) -> tuple[mx.array, Figures]:
-        """Mean cross-entropy in nats per target token; `correct` counts targets that are the most likely token."""
-        logits = module(tokens[:, :-1])  # (B, L - 1, V)
-        loss, count = sft_loss(logits, tokens[:, 1:], targets)
-        correct = mx.sum((mx.argmax(logits, axis=-1) == tokens[:, 1:]) * targets)
-        return loss, Figures(loss * count, correct, count)
+    def loss(
+        self, module: nn.Module, tokens: mx.array, positions: mx.array, mask: mx.array
+    ) -> tuple[mx.array, Figures]:
+        """Mean cross-entropy in nats per target token; `correct` counts targets that are the most likely token.
+
+        No logits of what is not a target are computed.
+        """
+        _, hidden = forward(module, tokens[:, :-1])  # (B, L - 1, H)
+        rows = hidden.reshape(-1, hidden.shape[-1])[positions]
+        ids = mx.where(mask > 0, tokens[:, 1:].reshape(-1)[positions], 0)  # what is at pads may be no id of the logits
+        training, limit = module.training, self.logits_bytes
+        stats = token_stats(module, rows, ids, correct=True, training=training, logits_bytes=limit)
+        loss, count = sft_loss(stats.logprobs, mask)
+        return loss, Figures(loss * count, (stats.correct * mask).sum(), count)
 
 
 class RewardModelling:

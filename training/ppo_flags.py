@@ -16,7 +16,7 @@ from data.records import feature_names
 from data.sources import is_hub_name
 from rewards.combined import KINDS, reward_weights
 from training.advantages import ESTIMATORS
-from training.flags import add_adapter_flags, add_optimizer_flags, add_run_flags, set_defaults
+from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import HEAD_RATE, PPO_OPTIMIZERS
 from training.ppo import KL_KINDS
 from training.ppo_step import check_settings
@@ -114,6 +114,7 @@ def _add_ppo_flags(parser: Parser) -> None:
     group.add_argument("--no-group-scale", action="store_true", help="group: don't divide by the group's std")
     group.add_argument("--mini-batch-size", type=int, help="completions an optimizer step")
     group.add_argument("--gradient-accumulation-steps", type=int, help="pieces a mini batch is cut into")
+    add_logits_memory(group)
     group.add_argument("--ppo-epochs", "--ppo-epoch", "--num-ppo-epochs", type=int, help="passes over a rollout")
     group.add_argument("--gamma", type=float, help="discount per token")
     group.add_argument("--gae-lambda", "--lam", type=float, help="GAE's λ")

@@ -22,10 +22,11 @@ from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dr
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, twin
-from models.soft_prompt import find_embedding, num_embeddings, soft_prompt_ids
+from models.soft_prompt import soft_prompt_ids
+from models.token_stats import TokenStats, token_stats
 from models.value_head import Policy, new_value_head
 from rewards.combined import Reward
-from training import ppo, ppo_step
+from training import ppo_step
 from training.advantages import estimator
 from training.checkpoint import Trainee
 from training.flags import step_seed
@@ -34,8 +35,6 @@ from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.ppo_loop import Progress, ppo_steps
 from training.rollout import Rollout, pack
 from training.settings import PPOSettings
-
-SCORED_LOGITS = 2**22  # at most so many at once, where a piece of a mini batch has fewer: 16 MB in float32
 
 
 def build_policies(
@@ -112,7 +111,7 @@ class PPOLearner:
         packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id)
         tokens, positions, ids, mask = (mx.array(field) for field in packed)
         pieces = []
-        for rows_of in in_order(len(prompts), rows_to_score(self.settings, self.policy.model, positions.shape[1])):
+        for rows_of in in_order(len(prompts), ppo_step.rows_to_score(self.settings)):
             piece = slice(rows_of.start, rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
             mx.eval(pieces[-1])
@@ -124,13 +123,16 @@ class PPOLearner:
     def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> tuple[mx.array, ...]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
         settings = self.settings
-        logits, values = self.policy(tokens, positions)
-        ref_logits = reference_logits(settings, self.reference, tokens, positions, prefix)
-        logprobs = ppo.logprobs_from_logits(logits, ids, settings.temperature)
-        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, settings.temperature)
-        kl = ppo_step.token_kl(settings, logits, ref_logits, logprobs, ref_logprobs)
-        entropy = ppo.entropy_from_logits(logits, settings.temperature)
-        return logprobs, ref_logprobs, kl, mx.zeros_like(kl) if values is None else values, entropy
+        hidden, values = self.policy(tokens, positions)
+        ref_hidden = reference_states(settings, self.reference, tokens, positions, prefix)
+        whole = (self.reference, ref_hidden) if ppo_step.kl_kind(settings) == "full" else None
+        stats = stats_of(settings, self.policy.model, hidden, ids, entropy=True, reference=whole)
+        if whole is None:
+            ref_stats = stats_of(settings, self.reference, ref_hidden, ids)
+            stats = stats._replace(ref_logprobs=ref_stats.logprobs)
+        kl = ppo_step.token_kl(settings, stats)
+        values = mx.zeros_like(kl) if values is None else values
+        return stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy
 
     def update(
         self, step: int, rollout: Rollout, advantages: mx.array, returns: mx.array, kl_coef: float
@@ -156,16 +158,16 @@ class PPOLearner:
         return ppo_step.mean_stats(history, skipped)
 
 
-def rows_to_score(settings: PPOSettings, model: nn.Module, completion_length: int) -> int:
-    """Completions per scoring pass: what an update pass takes, or more where their logits stay small."""
-    row = completion_length * num_embeddings(find_embedding(model)[1])
-    return max(settings.mini_batch_size // settings.gradient_accumulation_steps, SCORED_LOGITS // row)
+def stats_of(settings: PPOSettings, model: nn.Module, hidden: mx.array, ids: mx.array, **which: Any) -> TokenStats:
+    """The token stats of completions by the run's temperature and memory. which: more arguments of `token_stats`."""
+    limit = settings.logits_memory * 10**6
+    return token_stats(model, hidden, ids, settings.temperature, logits_bytes=limit, **which)
 
 
-def reference_logits(
+def reference_states(
     settings: PPOSettings, reference: nn.Module, tokens: mx.array, positions: mx.array, prefix: list[int]
 ) -> mx.array:
-    """Logits (B, C, V) of the reference policy; with `use_peft` it never saw the soft prompt, so that is cut off."""
+    """Hidden states (B, C, H) of the reference policy; with `use_peft` it never saw the soft prompt: cut that off."""
     if settings.use_peft and prefix:
         tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
     return Policy(reference)(tokens, positions)[0]
@@ -175,8 +177,10 @@ def make_loss(settings: PPOSettings) -> Callable:
     """PPO's loss as a function of the policy and arrays alone."""
 
     def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
-        logits, values = policy(rollout.tokens, rollout.positions)
-        return ppo_step.policy_loss(settings, logits, values, rollout, advantages, returns, denominator, kl_coef)
+        hidden, values = policy(rollout.tokens, rollout.positions)
+        which = {"entropy": bool(settings.entropy_coef), "training": True}
+        stats = stats_of(settings, policy.model, hidden, rollout.completions, **which)
+        return ppo_step.policy_loss(settings, stats, values, rollout, advantages, returns, denominator, kl_coef)
 
     return loss
 

@@ -19,13 +19,14 @@ from training.rollout import Rollout
 from training.settings import PPOSettings
 
 Array = Any
+Stats = Any  # models.token_stats.TokenStats or its twin, each figure (B, C)
 LOSS_KINDS = ("k3", "abs", "mse")  # of KL that has a gradient towards the reference where it is a term of the loss
 
 
 def check_settings(settings: PPOSettings) -> None:
     """Raise UserError for settings that cannot work, alone or together."""
     for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "num_steps",
-                 "max_completion_length", "temperature", "horizon", "target"):  # fmt: skip
+                 "max_completion_length", "temperature", "horizon", "target", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
     for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip"):
         positive(_flag(name), getattr(settings, name), zero=True)
@@ -115,12 +116,15 @@ def shape_scores(
     return shaped.astype(np.float32)
 
 
-def token_kl(settings: PPOSettings, logits: Array, ref_logits: Array, logprobs: Array, ref_logprobs: Array) -> Array:
-    """KL per token (B, C) by the run's estimator; logits (B, C, V), logprobs (B, C)."""
+def rows_to_score(settings: PPOSettings) -> int:
+    """Completions per scoring pass: what an update pass takes, whose memory is needed anyway."""
+    return settings.mini_batch_size // settings.gradient_accumulation_steps
+
+
+def token_kl(settings: PPOSettings, stats: Stats) -> Array:
+    """KL per token (B, C) by the run's estimator. stats: with the reference's logprobs or, for the full KL, with it."""
     kind = kl_kind(settings)
-    if kind == "full":
-        return ppo.full_kl(logits, ref_logits, settings.temperature)
-    return ppo.kl_penalty(logprobs, ref_logprobs, kind)
+    return stats.kl if kind == "full" else ppo.kl_penalty(stats.logprobs, stats.ref_logprobs, kind)
 
 
 def value_figures(settings: PPOSettings, rollout: Rollout, returns: Array) -> dict[str, float]:
@@ -132,7 +136,7 @@ def value_figures(settings: PPOSettings, rollout: Rollout, returns: Array) -> di
 
 def policy_loss(
     settings: PPOSettings,
-    logits: Array,
+    stats: Stats,
     values: Array | None,
     rollout: Rollout,
     advantages: Array,
@@ -140,10 +144,13 @@ def policy_loss(
     denominator: Array,
     kl_coef: Array,
 ) -> tuple[Array, dict[str, Array]]:
-    """PPO's loss on one piece of a mini batch, from the policy's logits (B, C, V) and values (B, C) or None."""
+    """PPO's loss on one piece of a mini batch, from the policy's token stats and values, (B, C) or None.
+
+    stats: with the entropy where `entropy_coef` is not 0.
+    """
     in_loss = estimator(settings.advantage).kl_in_loss
     return ppo.ppo_loss(
-        ppo.logprobs_from_logits(logits, rollout.completions, settings.temperature),
+        stats.logprobs,
         values,
         rollout.old_logprobs,
         None if values is None else rollout.old_values,
@@ -154,7 +161,7 @@ def policy_loss(
         settings.value_clip_range,
         settings.vf_coef,
         denominator=denominator,
-        entropy=ppo.entropy_from_logits(logits, settings.temperature) if settings.entropy_coef else None,
+        entropy=stats.entropy if settings.entropy_coef else None,
         entropy_coef=settings.entropy_coef,
         ref_logprobs=rollout.ref_logprobs if in_loss else None,
         kl_coef=kl_coef,

@@ -29,6 +29,8 @@ class Settings:
     weight_decay: float = 0.0  # decoupled, as AdamW's
     max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
 
+    logits_memory: int = 256  # MB (10⁶ bytes) of all logits that exist at once (models.token_stats)
+
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Field → default."""

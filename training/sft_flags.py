@@ -6,7 +6,7 @@ from common.errors import UserError
 from common.parser import Parser, positive
 from data.flags import add_data_flags
 from models.adapter_config import check_adapter_path
-from training.flags import add_adapter_flags, add_optimizer_flags, add_run_flags, set_defaults
+from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import SFT_OPTIMIZERS
 from training.settings import SFTSettings
 
@@ -23,6 +23,7 @@ def sft_parser(description: str | None) -> Parser:
     parser.add_argument("--iters", type=int, help="training steps; with --resume: extends the run")
     parser.add_argument("--val-batches", type=int, help="batches of a validation, the same each time; -1: all")
     parser.add_argument("--max-length", "--max-seq-length", type=int, help="tokens a row is truncated to")
+    add_logits_memory(parser)
     parser.add_argument("--center-coef", type=float, help="keeps a reward model's scores about 0")
     parser.add_argument("--steps-per-report", type=int, help="steps between report lines")
     parser.add_argument("--steps-per-eval", type=int, help="steps between validations")
@@ -53,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
 
 def check_settings(settings: SFTSettings) -> None:
     """Raise UserError for settings that cannot work."""
-    for name in ("iters", "batch_size", "steps_per_report", "steps_per_eval", "max_length"):
+    for name in ("iters", "batch_size", "steps_per_report", "steps_per_eval", "max_length", "logits_memory"):
         positive(name.replace("_", "-"), getattr(settings, name))
     if settings.val_batches == 0 or settings.val_batches < -1:
         raise UserError(f"--val-batches is {settings.val_batches}; give a number of batches, or -1 for all")

@@ -75,7 +75,7 @@ def make_objective(
     shared = (tokenizer, prefix, settings.batch_size, settings.max_length, settings.seed)
     if isinstance(trainee.module, ScoringModel):
         return RewardModelling(*shared, settings.center_coef, features)
-    return LanguageModelling(*shared, features, settings.mask_prompt)
+    return LanguageModelling(*shared, features, settings.mask_prompt, settings.logits_memory * 10**6)
 
 
 def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:

@@ -6,6 +6,7 @@ The twin of training.ppo_learner, function by function. Never imports mlx.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +19,9 @@ from models.torch_generation import sample
 from models.torch_grad_checkpoint import checkpoint_layers
 from models.torch_loading import LoadedModel, twin
 from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_token_stats import TokenStats, token_stats
 from models.torch_value_head import Policy, new_value_head
-from training import ppo, ppo_step
+from training import ppo_step
 from training.advantages import estimator
 from training.flags import step_seed
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
@@ -98,7 +100,7 @@ class PPOLearner:
         tokens, positions, ids, mask = (torch.from_numpy(field).to(self.device) for field in packed)
         tokens, positions = tokens.long(), positions.long()
         pieces = []
-        for rows_of in in_order(len(prompts), settings.mini_batch_size // settings.gradient_accumulation_steps):
+        for rows_of in in_order(len(prompts), ppo_step.rows_to_score(settings)):
             piece = slice(rows_of.start, rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
         logprobs, ref_logprobs, kl, values, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -110,13 +112,16 @@ class PPOLearner:
     def _score(self, tokens: Tensor, positions: Tensor, ids: Tensor, prefix: list[int]) -> tuple[Tensor, ...]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
         settings = self.settings
-        logits, values = self.policy(tokens, positions)
-        ref_logits = reference_logits(settings, self.reference, tokens, positions, prefix)
-        logprobs = ppo.logprobs_from_logits(logits, ids, settings.temperature)
-        ref_logprobs = ppo.logprobs_from_logits(ref_logits, ids, settings.temperature)
-        kl = ppo_step.token_kl(settings, logits, ref_logits, logprobs, ref_logprobs)
-        entropy = ppo.entropy_from_logits(logits, settings.temperature)
-        return logprobs, ref_logprobs, kl, torch.zeros_like(kl) if values is None else values, entropy
+        hidden, values = self.policy(tokens, positions)
+        ref_hidden = reference_states(settings, self.reference, tokens, positions, prefix)
+        whole = (self.reference, ref_hidden) if ppo_step.kl_kind(settings) == "full" else None
+        stats = stats_of(settings, self.policy.model, hidden, ids, entropy=True, reference=whole)
+        if whole is None:
+            ref_stats = stats_of(settings, self.reference, ref_hidden, ids)
+            stats = stats._replace(ref_logprobs=ref_stats.logprobs)
+        kl = ppo_step.token_kl(settings, stats)
+        values = torch.zeros_like(kl) if values is None else values
+        return stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy
 
     def update(
         self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float
@@ -139,10 +144,16 @@ class PPOLearner:
         return ppo_step.mean_stats(history, skipped)
 
 
-def reference_logits(
+def stats_of(settings: PPOSettings, model: nn.Module, hidden: Tensor, ids: Tensor, **which: Any) -> TokenStats:
+    """The token stats of completions by the run's temperature and memory. which: more arguments of `token_stats`."""
+    limit = settings.logits_memory * 10**6
+    return token_stats(model, hidden, ids, settings.temperature, logits_bytes=limit, **which)
+
+
+def reference_states(
     settings: PPOSettings, reference: nn.Module, tokens: Tensor, positions: Tensor, prefix: list[int]
 ) -> Tensor:
-    """Logits (B, C, V) of the reference policy; with `use_peft` it never saw the soft prompt, so that is cut off."""
+    """Hidden states (B, C, H) of the reference policy; with `use_peft` it never saw the soft prompt: cut that off."""
     if settings.use_peft and prefix:
         tokens, positions = tokens[:, len(prefix) :], positions - len(prefix)
     return Policy(reference)(tokens, positions)[0]
@@ -152,8 +163,10 @@ def make_loss(settings: PPOSettings) -> Callable:
     """PPO's loss as a function of the policy and arrays alone."""
 
     def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
-        logits, values = policy(rollout.tokens, rollout.positions)
-        return ppo_step.policy_loss(settings, logits, values, rollout, advantages, returns, denominator, kl_coef)
+        hidden, values = policy(rollout.tokens, rollout.positions)
+        which = {"entropy": bool(settings.entropy_coef)}
+        stats = stats_of(settings, policy.model, hidden, rollout.completions, **which)
+        return ppo_step.policy_loss(settings, stats, values, rollout, advantages, returns, denominator, kl_coef)
 
     return loss
 
