@@ -10,12 +10,12 @@ PYTEST_FLAGS ?=
 .PHONY: help setup setup-torch setup-dev test test-gpu demo lint clean
 
 help:
-	@echo "make demo    the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
-	@echo "make test    all tests, PyTorch parity included"
-	@echo "make test-gpu    what this machine is, and the tests that need a GPU; for a report"
-	@echo "make lint    ruff and mypy"
-	@echo "make setup   .venv and its requirements only"
-	@echo "make clean   remove .venv and the tools' caches; runs and weights stay"
+	@echo "make demo       the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
+	@echo "make test       all tests, PyTorch parity included"
+	@echo "make test-gpu   what this machine is, and the tests that need a GPU; for a report"
+	@echo "make lint       ruff and mypy"
+	@echo "make setup      .venv and its requirements only"
+	@echo "make clean      remove .venv and the tools' caches; runs and weights stay"
 
 setup: $(VENV)/.stamp-setup
 setup-torch: $(VENV)/.stamp-torch
