@@ -33,7 +33,7 @@ def line_of(error, capsys):
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1
-    assert "--mini-batch-size" in said and "--grad-checkpoint" in said and "--resume" in said
+    assert all(flag in said for flag in ("--mini-batch-size", "--logits-memory", "--grad-checkpoint", "--resume"))
     return said
 
 
