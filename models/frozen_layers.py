@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from models.modules import outer_modules
+
 TOLERANCE = 1e-4  # of the largest logit, between the plain pass and the one on kept states
 
 
@@ -43,7 +45,7 @@ def _layer_list(model: nn.Module) -> list | None:
     layers = getattr(model, "layers", None)
     if not layers:
         return None
-    for _, module in model.named_modules():
+    for _, module in outer_modules(model):
         for value in module.values():
             if isinstance(value, list) and len(value) == len(layers) and value[0] is layers[0]:
                 return value
@@ -90,6 +92,16 @@ def _same_logits(model: nn.Module, count: int) -> bool:
         return False
 
 
+def shares_lower_layers(model: nn.Module, other: nn.Module, count: int) -> bool:
+    """Whether all that comes before layer `count` is the same arrays in both, as in a model and its twin."""
+    return _arrays_below(model, count) == _arrays_below(other, count)
+
+
+def _arrays_below(model: nn.Module, count: int) -> set[int]:
+    upper = {id(array) for layer in (_layer_list(model) or [])[count:] for _, array in tree_flatten(layer.parameters())}
+    return {id(array) for _, array in tree_flatten(model.parameters())} - upper
+
+
 def lower_states(model: nn.Module, tokens: mx.array, count: int) -> mx.array:
     """The states (B, L, H) that enter layer `count`, of tokens (B, L). The layers from there on are not run."""
     layers = _layer_list(model)
@@ -108,11 +120,16 @@ def lower_states(model: nn.Module, tokens: mx.array, count: int) -> mx.array:
 
 
 @contextmanager
-def from_states(model: nn.Module, states: mx.array, count: int) -> Iterator[None]:
+def from_states(model: nn.Module, states: mx.array | None, count: int) -> Iterator[None]:
     """Within it, a call of `model` takes `states` (B, L, H) from `lower_states` for what its first `count` layers give.
+
+    Without states the model is as it is.
 
     The tokens of the call give shapes only: what they are looked up for is not used, so mlx does not evaluate it.
     """
+    if states is None:
+        yield
+        return
     layers = _layer_list(model)
     assert layers is not None, "lower_states has found them"
     through: dict[int, Callable[[mx.array], mx.array]] = dict.fromkeys(range(count - 1), lambda hidden: hidden)

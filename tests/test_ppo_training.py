@@ -19,6 +19,7 @@ from common.cli import Stopped
 from common.errors import UserError
 from data.digits import DigitRule, digit_prompts
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
+from models.grad_checkpoint import checkpoint_layers
 from models.loading import load
 from models.output_layer import OutputLayer
 from models.soft_prompt import soft_prompt_ids
@@ -783,6 +784,82 @@ def test_scores_loss_and_gradients_are_those_of_whole_logits(setting, monkeypatc
     assert got[1] == pytest.approx({name: value.item() for name, value in stats.items()}, abs=1e-5)
     assert_close(flat(got[2]), flat(expected))
     assert largest(flat(expected)) > 1e-3
+
+
+# --- layers below the first trained one ---
+
+
+FROZEN: dict[str, list[Any]] = {
+    "lora": [],
+    "dora, base": ["--fine-tune-type", "dora", "--use-peft", "--kl-penalty", "full"],
+    "lora, rloo": ["--advantage", "rloo", "--entropy-coef", 0.01],
+}
+
+
+def trained_last_layer(setting, case, monkeypatch, kept=True, checkpointed=False):
+    run = setting("--lora-layers", 1, *FROZEN[case])
+    run.displace()
+    if checkpointed:
+        checkpoint_layers(run.trainee.model)
+    if not kept:
+        monkeypatch.setattr(ppo_learner, "num_frozen_layers", lambda model: 0)
+    return run
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("case", FROZEN)
+def test_kept_states_change_neither_scores_nor_gradients(setting, monkeypatch, case, checkpointed):
+    run = trained_last_layer(setting, case, monkeypatch, checkpointed=checkpointed)
+    rollout = run.roll_out()
+    layers = run.trainee.model.layers
+    assert run.learner().frozen_layers == len(layers) - 1 > 0
+    assert rollout.states.shape == (*rollout.tokens.shape, 64)
+    plain = trained_last_layer(setting, case, monkeypatch, kept=False)
+    expected = plain.roll_out()
+    assert expected.states is None
+    for name in Rollout._fields[:-1]:
+        np.testing.assert_allclose(np.array(getattr(rollout, name)), np.array(getattr(expected, name)), atol=1e-5)
+    assert np.abs(np.array(rollout.kl)).max() > 1e-3
+    loss, stats, gradients = run.gradient(rollout, kl_coef=0.1, rows=[np.arange(8, 16), np.arange(8)])
+    other_loss, other_stats, others = plain.gradient(expected, kl_coef=0.1, rows=[np.arange(8, 16), np.arange(8)])
+    assert loss == pytest.approx(other_loss, abs=1e-5) and stats == pytest.approx(other_stats, abs=1e-5)
+    assert_close(gradients, others)
+
+
+@pytest.mark.parametrize(("kept", "times"), [(True, 2), (False, 2 * 2 + 2 * 2)])
+def test_layers_below_the_first_trained_one_are_run_once_a_rollout(setting, monkeypatch, kept, times):
+    """In two passes over 8 completions each; else both policies are scored and 2 epochs of 2 mini batches follow."""
+    run = trained_last_layer(setting, "lora", monkeypatch, kept)
+    optimizer = make_optimizer(1e-3, 100)
+    optimizer.init(run.policy.trainable_parameters())
+    learner = run.learner(optimizer)
+    prompts, completions = [[1, 5]] * 16, [[7, 8, 9]] * 16
+    calls: list[int] = []
+    kind = type(run.trainee.model.layers[0])
+    plain = kind.__call__
+    lowest = {id(run.trainee.model.layers[0]), id(run.reference.layers[0])}
+
+    def counted(self, *args, **arguments):
+        calls.append(id(self) in lowest)
+        return plain(self, *args, **arguments)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    rollout, _ = learner.experience(prompts, completions, np.ones(16, np.float32))
+    advantages, returns = advantages_and_returns(rollout, run.settings, 0.1)
+    learner.update(0, rollout, advantages, returns, 0.1)
+    assert sum(calls) == times
+
+
+def test_a_reference_of_other_weights_is_scored_by_its_own_layers(setting, folder):
+    run = setting("--lora-layers", 1)
+    run.reference = load(str(folder)).model
+    run.reference.layers[0].mlp.up_proj.weight *= 1.5
+    rollout = run.roll_out()
+    expected = ppo.logprobs_from_logits(
+        forward(run.reference, rollout.tokens, rollout.positions)[0], rollout.completions
+    )
+    np.testing.assert_allclose(np.array(rollout.ref_logprobs), np.array(expected), atol=1e-5)
+    assert np.abs(np.array(rollout.kl)).max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lora", "soft prompt"])

@@ -191,7 +191,7 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
     (expected, texts, figures), (actual, torch_texts, torch_figures) = found
     assert torch_texts == texts
     assert any(score > 0 for score in expected.scores.tolist())
-    for name in expected._fields:
+    for name in expected._fields[:-1]:  # but for the states, which PyTorch does not keep
         agree(getattr(actual, name), getattr(expected, name))
     agree(list(torch_figures.values()), list(figures.values()))
     assert torch_figures.keys() == figures.keys()
@@ -204,7 +204,7 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
         agree(torch_array, mlx_array)
 
     # The very same arrays go into the update, so that what differs there is the update.
-    numbers = [np.array(array) for array in (*expected, *estimates[0])]
+    numbers = [np.array(array) for array in (*expected[:-1], *estimates[0])]
     same = Rollout(*(torch.from_numpy(array) for array in numbers[:-2]))
     same = same._replace(tokens=same.tokens.long(), positions=same.positions.long())
     inputs = [

@@ -19,6 +19,7 @@ from mlx.utils import tree_map
 
 from data.batching import in_order
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dropout_off
+from models.frozen_layers import from_states, lower_states, num_frozen_layers, shares_lower_layers
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel, twin
@@ -88,7 +89,9 @@ class PPOLearner:
         """reference: a model over the same vocabulary; tokenizer: for its EOS and pad alone."""
         self.policy, self.reference, self.optimizer, self.settings = policy, reference, optimizer, settings
         self.eos_token_ids, self.pad_token_id = tokenizer.eos_token_ids, tokenizer.pad_token_id or 0
-        self.gradients_of = loss_and_gradients(policy, make_loss(settings))
+        self.frozen_layers = num_frozen_layers(policy.model)
+        self.kept_for_reference = shares_lower_layers(policy.model, reference, self.frozen_layers)
+        self.gradients_of = loss_and_gradients(policy, make_loss(settings, self.frozen_layers))
 
     def seed(self, step: int) -> None:
         """Seed mlx's random numbers for `step`, so that a resumed run draws what it would have drawn."""
@@ -104,6 +107,8 @@ class PPOLearner:
     ) -> tuple[Rollout, mx.array]:
         """The rollout of completions with their scores (B,), by forward passes of policy and reference.
 
+        Layers below the first trained one are run once, for both of them and for the update.
+
         prompts, completions: token ids, without the soft prompt. Returns the entropy (B, C) of the policy as well.
         """
         prefix = soft_prompt_ids(self.policy.model)
@@ -115,16 +120,18 @@ class PPOLearner:
             piece = slice(rows_of.start, rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
             mx.eval(pieces[-1])
-        logprobs, ref_logprobs, kl, values, entropy = (mx.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return Rollout(
-            tokens, positions, ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=mx.array(scores)
-        ), entropy
+        logprobs, ref_logprobs, kl, values, entropy, *states = map(mx.concatenate, zip(*pieces, strict=True))
+        estimates = (logprobs, ref_logprobs, kl, values, mx.array(scores))
+        return Rollout(tokens, positions, ids, mask, *estimates, *states), entropy
 
-    def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> tuple[mx.array, ...]:
-        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
-        settings = self.settings
-        hidden, values = self.policy(tokens, positions)
-        ref_hidden = reference_states(settings, self.reference, tokens, positions, prefix)
+    def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> list[mx.array]:
+        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept."""
+        settings, count = self.settings, self.frozen_layers
+        states = lower_states(self.policy.model, tokens, count) if count else None
+        with from_states(self.policy.model, states, count):
+            hidden, values = self.policy(tokens, positions)
+        with from_states(self.reference, states if self.kept_for_reference else None, count):
+            ref_hidden = reference_states(settings, self.reference, tokens, positions, prefix)
         whole = (self.reference, ref_hidden) if ppo_step.kl_kind(settings) == "full" else None
         stats = stats_of(settings, self.policy.model, hidden, ids, entropy=True, reference=whole)
         if whole is None:
@@ -132,7 +139,8 @@ class PPOLearner:
             stats = stats._replace(ref_logprobs=ref_stats.logprobs)
         kl = ppo_step.token_kl(settings, stats)
         values = mx.zeros_like(kl) if values is None else values
-        return stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy
+        found = [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
+        return found if states is None else [*found, states]
 
     def update(
         self, step: int, rollout: Rollout, advantages: mx.array, returns: mx.array, kl_coef: float
@@ -173,11 +181,12 @@ def reference_states(
     return Policy(reference)(tokens, positions)[0]
 
 
-def make_loss(settings: PPOSettings) -> Callable:
-    """PPO's loss as a function of the policy and arrays alone."""
+def make_loss(settings: PPOSettings, frozen_layers: int = 0) -> Callable:
+    """PPO's loss as a function of the policy and arrays alone. frozen_layers: those that a rollout's states replace."""
 
     def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
-        hidden, values = policy(rollout.tokens, rollout.positions)
+        with from_states(policy.model, rollout.states, frozen_layers):
+            hidden, values = policy(rollout.tokens, rollout.positions)
         which = {"entropy": bool(settings.entropy_coef), "training": True}
         stats = stats_of(settings, policy.model, hidden, rollout.completions, **which)
         return ppo_step.policy_loss(settings, stats, values, rollout, advantages, returns, denominator, kl_coef)

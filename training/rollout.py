@@ -24,7 +24,11 @@ class Packed(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Sampled completions with everything the update needs; every field has B rows."""
+    """Sampled completions with everything the update needs; every field has B rows.
+
+    states, by models.frozen_layers, are little beside the activations of an update, which are several such arrays a
+    trained layer, but of the whole rollout.
+    """
 
     tokens: Array  # (B, L - 1) ids, as in Packed
     positions: Array  # (B, C)
@@ -35,10 +39,11 @@ class Rollout(NamedTuple):
     kl: Array  # (B, C) nats per token, policy against reference
     old_values: Array  # (B, C) score units; zero without a value head
     scores: Array  # (B,) one per completion
+    states: Array | None = None  # (B, L - 1, H) that enter the first trained layer, where they are kept
 
     def rows(self, index: Array) -> "Rollout":
         """The rollout of the rows in `index`."""
-        return Rollout(*(field[index] for field in self))
+        return Rollout(*(None if field is None else field[index] for field in self))
 
 
 def pack(
