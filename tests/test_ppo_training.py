@@ -417,7 +417,7 @@ def wider(rollout, by, pad):
     def widened(field, value):
         return mx.concatenate([field, mx.full((rows, by), value, field.dtype)], axis=1)
 
-    fillings = dict.fromkeys(Rollout._fields[:-1], 9.0) | {"tokens": pad, "completions": pad, "positions": 0, "mask": 0}
+    fillings = dict.fromkeys(Rollout._fields[:-2], 9.0) | {"tokens": pad, "completions": pad, "positions": 0, "mask": 0}
     fields = {name: widened(getattr(rollout, name), value) for name, value in fillings.items()}
     return rollout._replace(**fields)
 
