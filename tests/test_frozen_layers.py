@@ -79,7 +79,12 @@ def test_the_lower_layers_are_run_once_and_the_upper_ones_not_at_all_for_their_s
     index = {id(layer): i for i, layer in enumerate(model.layers)}
     kind = type(model.layers[0])
     plain = kind.__call__
-    monkeypatch.setattr(kind, "__call__", lambda self, *a, **k: (run.append(index[id(self)]), plain(self, *a, **k))[1])
+
+    def recorded(self, *args, **kwargs):
+        run.append(index[id(self)])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", recorded)
     states = lower_states(model, TOKENS, 3)
     assert run == [0, 1, 2]
     for _ in range(2):
