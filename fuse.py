@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from common.cli import Stopped, run
 from common.errors import UserError
-from common.files import atomic_folder, check_replaceable
+from common.files import atomic_folder, check_replaceable, expanded
 from common.parser import Parser
 from models.adapters import SavedAdapter, load_adapter, read_adapter, write_adapter, write_peft
 from models.export.classifier import save_classifier
@@ -154,7 +154,7 @@ def main() -> None:
     if args.upload_name:
         check_upload(args.upload_name)
     loaded = load(args.model)
-    if Path(args.save_path).resolve() == loaded.path.resolve():
+    if expanded(args.save_path).resolve() == loaded.path.resolve():
         raise UserError(f"--save-path {args.save_path} is the base model itself; name another folder")
     saved, prompting = put_in(loaded, args.adapter_file, args.de_quantize)
     if prompting and args.sequence_classification:
@@ -172,7 +172,7 @@ def main() -> None:
     kind = "reward model (value head included)" if saved.value_head is not None else "model"
     print(f"fused {args.adapter_file} into {args.model}: the {kind} is in {args.save_path}")
     if args.upload_name:
-        send(args.save_path, args.upload_name, args.public)
+        send(str(expanded(args.save_path)), args.upload_name, args.public)
 
 
 if __name__ == "__main__":

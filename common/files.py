@@ -105,14 +105,15 @@ def check_file(path: str | Path) -> None:
 
     A link, a device or a pipe is never replaced. Folders that are missing are made, and removed again.
     """
+    path = expanded(path)
     with writing(path):
-        _check_kind(Path(path), stat.S_ISREG, "file")
+        _check_kind(path, stat.S_ISREG, "file")
         _try(_absolute(path))
 
 
 def check_replaceable(path: str | Path, kind: Kind) -> None:
     """Raise UserError unless a folder of this kind can be written to `path`, in place of such a one or of nothing."""
-    path = Path(path)
+    path = expanded(path)
     with writing(path):
         _check_kind(path, stat.S_ISDIR, "folder")
         if path.exists() and any(path.iterdir()) and not kind.is_at(path):
@@ -201,8 +202,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     Raises Unwritable, and UserError where `path` is no regular file.
     """
+    path = expanded(path)
     with writing(path):
-        _check_kind(Path(path), stat.S_ISREG, "file")
+        _check_kind(path, stat.S_ISREG, "file")
         with _temporary(_absolute(path)) as temporary:
             yield temporary
             os.replace(temporary, path)
@@ -216,6 +218,7 @@ def atomic_folder(path: str | Path, kind: Kind) -> Iterator[Path]:
     UserError as `check_replaceable` does.
     """
     check_replaceable(path, kind)
+    path = expanded(path)
     with writing(path), _temporary(path := _absolute(path)) as temporary:
         temporary.mkdir()
         yield temporary

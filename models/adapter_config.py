@@ -68,7 +68,7 @@ def check_adapter_path(path: str | Path) -> None:
 
     path: a folder, or a file ending in .npz or .safetensors.
     """
-    path = Path(path)
+    path = expanded(path)
     if path.suffix not in SINGLE_FILE_SUFFIXES:
         check_replaceable(path, ADAPTER)
         return

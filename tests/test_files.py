@@ -306,6 +306,16 @@ def test_a_home_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match="~nosuchuser/a names a home folder that does not exist"):
         expanded("~nosuchuser/a")
     assert expanded("~") == Path.home()
+    for write in (check_file, lambda path: write_json(path, {}), write_folder):
+        with pytest.raises(UserError, match="~nosuchuser/a names a home folder"):
+            write("~nosuchuser/a")
+
+
+def test_a_tilde_is_the_home_where_it_is_written_as_where_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_json("~/a.json", "mine")
+    write_folder("~/adapter", weights="new")
+    assert read_json(tmp_path / "a.json") == "mine" and (tmp_path / "adapter" / "weights").read_text() == "new"
 
 
 def test_a_relative_folder_with_dots_is_written_where_it_points(tmp_path, monkeypatch):

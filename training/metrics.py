@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import atomic_file, read_json, write_json, writing
+from common.files import atomic_file, expanded, read_json, write_json, writing
 from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ def start_run_folder(folder: str | Path, config: Mapping[str, Any], blas: str | 
     Raises UserError if it holds a run already or a file that a run would replace, or if the tracker's package is
     missing; then nothing is written.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     check_tracker(config.get("log_with"))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} holds a run already; use --resume {folder}, or name another --output-dir")
