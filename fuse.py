@@ -7,12 +7,16 @@
 A soft prompt becomes tokens that the tokenizer prepends (models.export.fused_soft_prompt). A reward model keeps its
 value head, so the folder can be used as `ppo_training.py --reward_model`; so can what --sequence-classification writes,
 which transformers' AutoModelForSequenceClassification opens as well.
+
+The fused model is compared with the adapter on a few rows, and layers of a quantized base get more bits where the KL is
+above --max-fuse-kl (models.export.fusing).
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from models import cpu
 
@@ -26,10 +30,12 @@ from common.files import atomic_folder, check_replaceable, expanded
 from common.parser import Parser
 from models.adapters import SavedAdapter, load_adapter, read_adapter, write_adapter, write_peft
 from models.export.classifier import save_classifier
-from models.export.fused import fuse, write_model
+from models.export.fused import write_model
 from models.export.fused_soft_prompt import fuse_soft_prompt
+from models.export.fusing import MAX_KL, FuseReport, fuse, fuse_measured
 from models.export.gguf_file import check_gguf, write_gguf
-from models.export.model_card import FUSED, provenance_of, write_card
+from models.export.measuring_rows import measuring_rows
+from models.export.model_card import FUSED, fuse_run, provenance_of, write_card
 from models.export.prompting_tokenizer import PromptingTokenizer
 from models.export.upload import check_upload, upload, upload_command
 from models.loading import LoadedModel, is_made_here, load, resolve
@@ -50,6 +56,13 @@ def parse_args() -> argparse.Namespace:
         "-d", "--de-quantize", "--dequantize", action="store_true", help="write a quantized base in full precision"
     )
     parser.add_argument(
+        "--max-fuse-kl",
+        metavar="NATS",
+        type=float,
+        default=MAX_KL,
+        help="KL to the adapter, in nats a token, above which layers of a quantized model get more bits; inf: any",
+    )
+    parser.add_argument(
         "--sequence-classification",
         action="store_true",
         help="write a reward model as a transformers AutoModelForSequenceClassification",
@@ -66,7 +79,10 @@ def parse_args() -> argparse.Namespace:
         "--upload-name", metavar="USER/REPO", help="upload the folder to the Hugging Face hub, as private"
     )
     parser.add_argument("--public", action="store_true", help="make the upload public")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.max_fuse_kl >= 0:
+        raise UserError(f"--max-fuse-kl is {args.max_fuse_kl:g}; give nats a token from 0, or inf for no limit")
+    return args
 
 
 def export_adapter(adapter_file: str, model: str, peft_folder: str | None, mlx_folder: str | None) -> None:
@@ -81,44 +97,66 @@ def export_adapter(adapter_file: str, model: str, peft_folder: str | None, mlx_f
         print(f"wrote {adapter_file} as mlx-lm's adapter folder: {mlx_folder}")
 
 
-def put_in(loaded: LoadedModel, adapter_file: str, de_quantize: bool) -> tuple[SavedAdapter, PromptingTokenizer | None]:
-    """Fuse the adapter into `loaded`, in place. Returns it and, for a soft prompt, the tokenizer that prepends it."""
+@dataclass(frozen=True)
+class Fused:
+    """What is left of an adapter once it is fused. prompting: of a soft prompt, the tokenizer that prepends it.
+
+    report: how far the model is from the adapter; None where fusing changes nothing, or checks itself (a soft prompt).
+    """
+
+    saved: SavedAdapter
+    prompting: PromptingTokenizer | None = None
+    report: FuseReport | None = None
+
+
+def put_in(loaded: LoadedModel, adapter_file: str, de_quantize: bool, max_kl: float) -> Fused:
+    """Fuse the adapter into `loaded`, in place. max_kl: see models.export.fusing."""
     saved = load_adapter(loaded.model, adapter_file)
+    kind = saved.config.fine_tune_type
+    if kind not in ("soft_prompt", "none"):
+        rows = measuring_rows(loaded.model, loaded.tokenizer, saved.config.provenance)
+        report = fuse_measured(loaded, rows, max_kl, de_quantize)
+        print("\n".join(report.lines()))
+        return Fused(saved, report=report)
     fuse(loaded, de_quantize)
-    if saved.config.fine_tune_type != "soft_prompt":
-        return saved, None
+    if kind == "none":
+        return Fused(saved)
     tokenizer = PromptingTokenizer(loaded.tokenizer._tokenizer, saved.config.num_prompt_tokens)
     loaded.model, loaded.config = fuse_soft_prompt(loaded.model, loaded.config, tokenizer.ids)
     if (head := saved.value_head) is not None:
         added = hidden_size(loaded.model) - head.weight.shape[1]
         head.weight = mx.pad(head.weight, ((0, 0), (0, added)))  # zeros for the channel that fusing adds
-    return saved, tokenizer
+    return Fused(saved, tokenizer)
 
 
 @dataclass(frozen=True)
 class Output:
-    """What to write. name, base: of the model and its base, for the model card; gguf: name of a GGUF file to add."""
+    """What to write. name, base: of the model and its base, for the model card; gguf: name of a GGUF file to add.
+
+    flags: of this run, for the model's provenance.
+    """
 
     folder: str
     name: str
     base: str
     classifier: bool = False
     gguf: str | None = None
+    flags: dict[str, Any] = field(default_factory=dict)
 
 
-def save(loaded: LoadedModel, saved: SavedAdapter, prompting: PromptingTokenizer | None, output: Output) -> None:
-    """Write model, tokenizer, value head and model card as one folder, atomically.
-
-    prompting: the tokenizer of a fused soft prompt.
-    """
+def save(loaded: LoadedModel, fused: Fused, output: Output) -> None:
+    """Write model, tokenizer, value head and model card as one folder, atomically."""
+    saved = fused.saved
     if output.gguf:
         check_gguf(loaded)
     with atomic_folder(output.folder, FUSED) as folder:
         if output.classifier:
             save_for_transformers(folder, loaded, saved)
         else:
-            write_model(folder, loaded, saved.value_head, prompting)
+            write_model(folder, loaded, saved.value_head, fused.prompting)
         runs = provenance_of(loaded.path, saved.config.provenance)
+        if fused.report:
+            runs.append(fuse_run(output.flags, fused.report.figures(), fused.report.layers()))
         write_card(folder, output.name, output.base, runs, saved.value_head is not None)
         if output.gguf:
             write_gguf(folder / output.gguf, folder, loaded)
@@ -156,8 +194,9 @@ def main() -> None:
     loaded = load(args.model)
     if expanded(args.save_path).resolve() == loaded.path.resolve():
         raise UserError(f"--save-path {args.save_path} is the base model itself; name another folder")
-    saved, prompting = put_in(loaded, args.adapter_file, args.de_quantize)
-    if prompting and args.sequence_classification:
+    fused = put_in(loaded, args.adapter_file, args.de_quantize, args.max_fuse_kl)
+    saved = fused.saved
+    if fused.prompting and args.sequence_classification:
         raise UserError(
             f"{args.adapter_file} is a soft prompt; --sequence-classification takes a LoRA, DoRA or full fine-tune"
         )
@@ -167,8 +206,9 @@ def main() -> None:
         base=saved.config.model or args.model,
         classifier=args.sequence_classification,
         gguf=args.gguf_path if args.export_gguf else None,
+        flags={name: getattr(args, name) for name in ("model", "adapter_file", "de_quantize", "max_fuse_kl")},
     )
-    save(loaded, saved, prompting, output)
+    save(loaded, fused, output)
     kind = "reward model (value head included)" if saved.value_head is not None else "model"
     print(f"fused {args.adapter_file} into {args.model}: the {kind} is in {args.save_path}")
     if args.upload_name:

@@ -218,7 +218,17 @@ def fuse_adapter(model: nn.Module, de_quantize: bool = False) -> None:
 
 def _fused(module: nn.Module, de_quantize: bool) -> nn.Module:
     """The fused layer, in the precision of its base: mlx-lm's DoRA would turn bfloat16 into float32."""
-    base = module["linear"] if "linear" in module else module["embedding"]
     fused = module.fuse(dequantize=de_quantize)
-    fused.set_dtype(base["scales" if "scales" in base else "weight"].dtype)
+    fused.set_dtype(precision(wrapped(module)))
     return fused
+
+
+def wrapped(module: nn.Module) -> nn.Module:
+    """The base's own layer in a LoRA or DoRA layer."""
+    return module["linear"] if "linear" in module else module["embedding"]
+
+
+def precision(layer: nn.Module) -> mx.Dtype:
+    """What a layer computes in; of scales that are no floating-point numbers (mxfp4 and its like), mlx's bfloat16."""
+    dtype = layer["scales" if "scales" in layer else "weight"].dtype
+    return dtype if mx.issubdtype(dtype, mx.floating) else mx.bfloat16

@@ -8,12 +8,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx_lm.utils
-from mlx.utils import tree_map_with_path
 
 from common.errors import UserError
-from models.adapters import fuse_adapter
+from models.export.fusing import fuse, fuse_measured
+from models.export.measuring_rows import measuring_rows
 from models.loading import LoadedModel
 from models.value_head import ValueHead, save_value_head
 
@@ -29,25 +28,6 @@ def check_free(folder: str | Path, again: bool = False) -> None:
         raise UserError(f"{folder} already contains a model or a run; name another folder")
 
 
-def fuse(loaded: LoadedModel, de_quantize: bool = False) -> None:
-    """Fuse the adapter of `loaded` into its weights, in place, in the precision that the base was saved in.
-
-    de_quantize: turn a quantized base into an unquantized one.
-    """
-    fuse_adapter(loaded.model, de_quantize)
-
-    def as_saved(name: str, weight: mx.array) -> mx.array:
-        dtype = loaded.dtypes.get(name, weight.dtype)
-        return weight.astype(dtype) if mx.issubdtype(dtype, mx.floating) else weight
-
-    # Full fine-tuning trains in float32.
-    loaded.model.update(tree_map_with_path(as_saved, loaded.model.parameters()))
-    if de_quantize:
-        mlx_lm.utils.dequantize_model(loaded.model)
-        loaded.config.pop("quantization", None)
-        loaded.config.pop("quantization_config", None)
-
-
 def write_model(folder: Path, loaded: LoadedModel, head: ValueHead | None = None, tokenizer: Any = None) -> None:
     """Write model, tokenizer and value head into `folder`. tokenizer: instead of the model's own."""
     loaded.config.pop("value_head", None)  # of a reward model that was the base
@@ -58,9 +38,16 @@ def write_model(folder: Path, loaded: LoadedModel, head: ValueHead | None = None
 
 
 def save_fused(loaded: LoadedModel, folder: str | Path) -> None:
-    """Fuse the adapter of `loaded`, in place, and write the model beside what `folder` holds, config.json last."""
+    """Fuse the adapter of `loaded`, in place, and write the model beside what `folder` holds, config.json last.
+
+    A quantized base gets more bits where it needs them (models.export.fusing), which is said.
+    """
     folder = Path(folder)
-    fuse(loaded)
+    if "quantization" in loaded.config:
+        report = fuse_measured(loaded, measuring_rows(loaded.model, loaded.tokenizer, []))
+        print("\n".join(report.lines()))
+    else:
+        fuse(loaded)
     temporary = folder / f".model.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

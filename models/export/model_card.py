@@ -1,9 +1,11 @@
 """Model cards: the README.md of a fused model, with its base, the runs that produced it, and how to use it.
 
-The runs are those in the base's provenance.json, followed by those in the adapter's `provenance` (training.metrics).
+The runs are those in the base's provenance.json, followed by those in the adapter's `provenance` (training.metrics) and
+the fusing itself, with what it kept of each layer's change.
 Absolute paths are shortened to their last part.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from common.files import Kind, read_json, write_json
 
 PROVENANCE_FILE = "provenance.json"
+FUSE = "fuse.py"
 # A fused model: what mlx-lm and the tokenizers write, and our own.
 FUSED = Kind(
     PROVENANCE_FILE,
@@ -29,6 +32,13 @@ def provenance_of(base: Path, adapter_runs: list[dict[str, Any]]) -> list[dict[s
     """The runs that produced a fused model, in order: those of its base, then those of its adapter."""
     path = base / PROVENANCE_FILE
     return [*(read_json(path) if path.is_file() else []), *map(_shown, adapter_runs)]
+
+
+def fuse_run(flags: dict[str, Any], figures: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
+    """The run of fuse.py for a model's provenance. layers: by name, what was kept of each."""
+    # JSON has no infinity.
+    flags = {key: str(value) if value == math.inf else value for key, value in flags.items()}
+    return _shown({"script": FUSE, "flags": flags, "figures": figures, "layers": layers})
 
 
 def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], is_reward_model: bool) -> None:
@@ -57,6 +67,8 @@ def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], i
 def _run_text(number: int, run: dict[str, Any]) -> str:
     file = f"run{number}.yaml"
     figures = [f"| {name.replace('_', ' ')} | {value} |" for name, value in run["figures"].items()]
+    if run["script"] == FUSE:
+        return "\n".join([f"{number}. `{FUSE}`:\n", "| against the adapter | |\n|---|---|", *figures, ""])
     return "\n".join(
         [
             f"{number}. `python {run['script']} -c {file}` on {_data_text(run['flags'])}, with {file}:\n",
