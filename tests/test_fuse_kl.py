@@ -260,18 +260,19 @@ def test_rows_are_of_the_adapters_own_validation_data(tiny_digits, tmp_path):
     loaded = load(str(tiny_digits))
     rows = [{"prompt": f"{n} ", "completion": f"{n + 2}"} for n in range(100, 130)]
     (tmp_path / "mine_valid.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    runs = [{"script": "sft.py", "flags": {"data": str(tmp_path), "data_base": "mine_"}, "figures": {}}]
+    flags: dict[str, object] = {"data": str(tmp_path), "data_base": "mine_"}
+    runs = [{"script": "sft.py", "flags": flags, "figures": {}}]
     found = measuring_rows(loaded.model, loaded.tokenizer, runs)
     texts = [loaded.tokenizer.decode(example.tokens[:-1]) for example in found.examples]
     assert texts[0] == "<s>100 102" and texts[-1] == "<s>129 131" and len(texts) == ROWS
     assert found.source == f"8 rows of {tmp_path}/mine_valid.jsonl"
     prompt = len(loaded.tokenizer.encode("100 "))
     assert found.examples[0].first_target == prompt
-    runs[0]["flags"]["mask_prompt"] = False
+    flags["mask_prompt"] = False
     assert measuring_rows(loaded.model, loaded.tokenizer, runs).examples[0].first_target < prompt
     # of a reward model
     shutil.copy(ROOT / "data/reward_function_increasing_mult_2_valid.jsonl", tmp_path / "scored_valid.jsonl")
-    runs[0]["flags"] |= {"data_base": "scored_", "reward_model": True}
+    flags |= {"data_base": "scored_", "reward_model": True}
     assert "scored_valid" in measuring_rows(loaded.model, loaded.tokenizer, runs).source
 
 
