@@ -9,7 +9,8 @@ Memory: the base with its adapter, and one fused form of each adapted layer; all
     python -m pytest tests/test_fuse.py tests/test_fuse_kl.py
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -58,7 +59,7 @@ class FuseReport:
     """How far a fused model is from its adapter.
 
     plain_kl, kl: nats a token, in the base's own bits and as it is written. plain_kept, kept: layer → share of the
-    change by LoRA or DoRA that is left in its weights (0..1, see `share_kept`), likewise; empty for a full fine-tune.
+    change by LoRA or DoRA that is left in its weights (1: all, see `share_kept`), likewise; empty for a full fine-tune.
     bits: layer → its bits where they are more than the base's; FULL: not quantized.
     """
 
@@ -92,20 +93,25 @@ class FuseReport:
     def figures(self) -> dict[str, Any]:
         """For the model's provenance, whole-model figures only."""
         kept = list(self.kept.values())
-        shares = {"median_share_kept": round(median(kept), 4), "least_share_kept": round(min(kept), 4)} if kept else {}
+        shares = {"median_share_kept": _figure(median(kept)), "least_share_kept": _figure(min(kept))} if kept else {}
         widened = {
             "layers_in_8_bits": sum(bits == WIDER for bits in self.bits.values()),
             "layers_in_full_precision": sum(bits == FULL for bits in self.bits.values()),
         }
-        kls = {"kl_in_base_bits": round(self.plain_kl, 6), "kl": round(self.kl, 6), "tokens": self.tokens}
+        kls = {"kl_in_base_bits": _figure(self.plain_kl), "kl": _figure(self.kl), "tokens": self.tokens}
         return {**kls, **shares, **(widened if self.base_bits else {})}
 
     def layers(self) -> dict[str, dict[str, Any]]:
         """For the model's provenance, by layer."""
         return {
-            name: {"share_kept": round(share, 4), **({"bits": self.bits[name]} if self.bits.get(name) else {})}
+            name: {"share_kept": _figure(share), **({"bits": self.bits[name] or "full"} if name in self.bits else {})}
             for name, share in self.kept.items()
         }
+
+
+def _figure(value: float) -> float | None:
+    """None for what JSON cannot hold, as of a model whose weights are not finite."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _kept_text(kept: dict[str, float]) -> str:
@@ -200,7 +206,7 @@ class _Comparison:
         stats = token_stats(self.adapted, self.hidden, self.targets, reference=reference)
         return max(stats.kl.mean().item(), 0.0)  # rounding may take it a little below
 
-    def kept(self, names: Sequence[str] | dict[str, int] | None = None) -> dict[str, float]:
+    def kept(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """`share_kept` by layer, of all layers or of those named."""
         return {name: share_kept(self.layers[name], self.fused[name]) for name in (names or self.layers)}
 
