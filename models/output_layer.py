@@ -51,7 +51,9 @@ class OutputLayer:
         self._ways = _ways(model)
         first = self._ways[0]
         self._layer = first.parent[first.key]
-        self.weights: dict[str, mx.array] = dict(tree_flatten(self._layer.trainable_parameters()))
+        trained = tree_flatten(self._layer.trainable_parameters())
+        # A soft prompt has no logits, though it lies in the table that a tied output layer multiplies by.
+        self.weights: dict[str, mx.array] = {name: weight for name, weight in trained if name != "soft_prompt"}
         self.draws = any(isinstance(part, nn.Dropout) and _is_on(part) for part in self._layer.modules())
 
     def __call__(self, hidden: mx.array, weights: dict[str, mx.array] | None = None) -> mx.array:

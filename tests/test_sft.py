@@ -436,7 +436,7 @@ def test_a_run_leaves_config_metrics_summary_picture_and_adapter(flags, monkeypa
     call(sft.main, *flags("--train", "--test", run="whole", **{"save-file": "whole/out.npz"}))
     run = Path("whole")
     assert {path.name for path in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "out.npz", "out.json",
+        "config.json", "metrics.jsonl", "summary.json", "curves.png", "checkpoints", "out.npz", "out.json", "lock",
     }  # fmt: skip
     assert json.loads((run / "config.json").read_text(encoding="utf-8"))["iters"] == 6
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))

@@ -345,3 +345,12 @@ def test_a_model_that_hides_its_output_layer():
 
     with pytest.raises(UserError, match="hides its output layer"):
         token_stats(Hidden(), mx.zeros((2, 4)), mx.array([1, 2]))
+
+
+def test_a_soft_prompt_is_no_weight_of_a_tied_output_layer():
+    """Else the backward pass would apply the output layer once more, for a gradient of 0."""
+    model = build("llama-tied")
+    model.freeze()
+    add_soft_prompt(model, 3)
+    model.unfreeze(keys="soft_prompt")
+    assert tree_flatten(model.trainable_parameters()) and OutputLayer(model).weights == {}
