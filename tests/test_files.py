@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -269,23 +270,29 @@ def test_a_check_leaves_nothing(tmp_path):
     assert names_in(tmp_path) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Files of at most 1000 bytes: what a full disk is to a writer."""
+    """Files of at most 1000 bytes: what a full disk is to a writer. Not a fixture: pytest writes between its parts."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_and_the_old_content_stands(tmp_path, small_files):
+def test_a_full_disk_is_one_line_and_the_old_content_stands(tmp_path):
     write_json(tmp_path / "a.json", "old")
     write_folder(tmp_path / "adapter", weights="old")
-    with pytest.raises(UserError, match=r"a\.json cannot be written .File too large.; raise the limit on the size"):
+    with (
+        small_files(),
+        pytest.raises(UserError, match=r"a\.json cannot be written .File too large.; raise the limit on the size"),
+    ):
         write_json(tmp_path / "a.json", "new" * 1000)
-    with pytest.raises(UserError, match=r"adapter cannot be written .File too large."):
+    with small_files(), pytest.raises(UserError, match=r"adapter cannot be written .File too large."):
         write_folder(tmp_path / "adapter", weights="new" * 1000)
     with (
+        small_files(),
         pytest.raises(UserError, match=r"adapter cannot be written .File too large."),
         atomic_folder(tmp_path / "adapter", KIND) as folder,
     ):
