@@ -25,6 +25,7 @@ from tests.scripts import ROOT, call, fails, with_words
 from tests.test_difficulty import Adder
 from tests.test_task import save
 from training.metrics import read_metrics
+from training.ppo_loop import PPORun
 
 SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
 SUMS += ["--rollouts", 2, "--max-rollouts", 2, "--concurrency", 4]
@@ -144,8 +145,17 @@ def test_a_folder_of_another_kind_is_no_trainings(tmp_path, tiny_folder, teacher
         call(module.main, *words)
     assert (tmp_path / "run" / "training" / "config.json").read_text() == "{}"
     # Its own training, killed before its first checkpoint, begins anew.
-    mine = {"save_file": str(tmp_path / "run" / "last_adapter")}
-    (tmp_path / "run" / "training" / "config.json").write_text(json.dumps(mine))
+    (tmp_path / "run" / "training" / "config.json").unlink()
+
+    def killed(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPORun, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            call(module.main, "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "training" / "config.json").is_file()
+    assert not list((tmp_path / "run" / "training").glob("checkpoints/*"))
     call(module.main, "--resume", tmp_path / "run")
     assert (tmp_path / "run" / "training" / "summary.json").is_file()
 
