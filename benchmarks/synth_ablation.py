@@ -41,6 +41,7 @@ TRAINED = {
     "no difficulty adaptation": ["--rounds", "0"],
     "random selection": ["--rule", "random"],
     "the paper's selection": ["--rule", "lowest"],
+    "the paper's rules": ["--paper"],
     "no vote": ["--votes", "0"],
     "SFT in place of RL": ["--train-by", "sft"],
 }

@@ -20,9 +20,9 @@ from common.cli import run
 from common.errors import UserError
 from common.files import read_json, write_json
 from synth.estimate import table
-from synth.pipeline.flags import RunSettings, parse_run_args, run_settings, task_from
+from synth.pipeline.flags import RunSettings, paper_line, parse_run_args, run_settings, task_from
 from synth.pipeline.samples import left, make_samples, sample_bounds
-from synth.pipeline.selection import select
+from synth.pipeline.selection import selected_or_lowest
 from synth.pipeline.train import check_training, draw_held_out, train_and_evaluate
 from synth.stages import StageRow, alone, kept, summary, write_rows
 from synth.task import Task
@@ -44,12 +44,22 @@ def keep_task(task: Task, folder: Path) -> None:
 
 
 def split(settings: RunSettings, rows: Sequence[StageRow], folder: Path) -> tuple[list[StageRow], list[StageRow]]:
-    """Held-out samples, which choose the checkpoint; and of the rest the selected ones, which are trained on (6)."""
-    drawn, rest = draw_held_out(kept(rows), settings.training.held_out, settings.training.base.seed)
+    """Held-out samples, which choose the checkpoint, and selected ones, which are trained on (6).
+
+    Which is drawn first is settings.held_out_of: the held-out of all samples, or the selection from all of them.
+    """
+    share, seed, whole = settings.training.held_out, settings.training.base.seed, kept(rows)
+    if settings.held_out_of == "all":
+        drawn, rest = draw_held_out(whole, share, seed, rows)
+        selected = selected_or_lowest(rest, settings.selection)
+    else:
+        selected = selected_or_lowest(whole, settings.selection)
+        drawn, _ = draw_held_out(kept(selected), share, seed, rows)
+        names = {row["id"] for row in drawn}
+        selected = [row for row in selected if row["id"] not in names]
     write_rows(folder / "held_out.jsonl", drawn)
-    selected = select(rest, settings.selection)
     write_rows(folder / "selection.jsonl", selected)
-    print(f"held out: {len(drawn)} of {len(kept(rows))}\n{summary('selection', selected)}", flush=True)
+    print(f"held out: {len(drawn)} of {len(whole)}\n{summary('selection', selected)}", flush=True)
     return drawn, left(selected, folder / "selection.jsonl")
 
 
@@ -59,6 +69,8 @@ def main() -> None:
     settings = run_settings(args, task)
     check_training(settings.training, task, resuming=bool(args.resume))
     teacher, base = settings.teacher, settings.training.base
+    if args.paper and not args.resume:
+        print(paper_line(args), flush=True)
     if args.dry_run:
         print(table(sample_bounds(settings.samples, task), teacher.price_in, teacher.price_out))
         return

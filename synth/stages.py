@@ -37,6 +37,19 @@ def kept(rows: Iterable[StageRow]) -> list[StageRow]:
     return [row for row in rows if "dropped" not in row]
 
 
+def roots_of(rows: Iterable[StageRow]) -> dict[str, str]:
+    """The sample that each row was rewritten from in the end, by id: its own id if it is no rewriting."""
+    parents = {row["id"]: row.get("parent") for row in rows}
+    roots = {}
+    for name in parents:
+        root, seen = name, {name}
+        while (parent := parents.get(root)) and parent not in seen:
+            root = parent
+            seen.add(root)
+        roots[name] = root
+    return roots
+
+
 def summary(stage: str, rows: Sequence[StageRow]) -> str:
     """One line: how many rows were kept, and how many dropped for each reason, most frequent first."""
     reasons = Counter(row["dropped"] for row in rows if "dropped" in row)

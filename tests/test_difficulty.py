@@ -129,6 +129,27 @@ def test_parents_are_rewritten_towards_what_is_short():
     assert choose_parents([*rows, *lower[2:]], spread) == []
 
 
+def test_by_the_papers_rule_every_solved_sample_gets_a_harder_one_and_every_other_an_easier_one():
+    spread = Spread(wanted=1, bins=1, rounds=1, rewrite="all")
+    rows = [row(n, "1 + 1 =", rate) for n, rate in enumerate([0.0, 0.4, 0.5, 1.0])]
+    rows.append(drop(row(4, "1 + 1 =", 0.5), "tie"))
+    assert not any(spread.short(rows)) and not spread.filled(rows)
+    expected = [("g0", "easier"), ("g1", "easier"), ("g2", "harder"), ("g3", "harder")]
+    assert [(r["id"], way) for r, way in choose_parents(rows, spread)] == expected
+    assert choose_parents([*rows, {**row(5, "1 + 1 =", 0.5), "id": "g1e", "parent": "g1"}], spread)[-1] == (
+        {**row(5, "1 + 1 =", 0.5), "id": "g1e", "parent": "g1"}, "harder"
+    )  # fmt: skip
+    assert spread.most_rewritten(7) == 7
+
+
+def test_the_papers_rule_rewrites_all_of_the_first_samples_once(store):
+    spread = Spread(wanted=1, bins=1, rounds=1, rewrite="all")
+    (rows, ended), teacher = adapted(EXTREMES, store, spread)
+    assert {r["parent"] for r in rows[24:]} == {r["id"] for r in EXTREMES} and len(rows) == 48
+    assert ended == "the limit of 1 rounds is reached"
+    assert Counter(ask.stage for ask in teacher.asked)["harder"] == sum(r["pass_rate"] >= 0.5 for r in rows[:24])
+
+
 def test_the_extremes_come_first_at_most_twice_as_many_as_are_short_and_none_twice():
     spread = Spread(wanted=2, band=(0.1, 0.9), bins=1)
     rows = [row(0, "1 + 1 =", 0.95), *(row(n, "1 + 1 =", n % 2) for n in range(1, 7))]

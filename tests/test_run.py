@@ -1,6 +1,7 @@
 """A run from task to trained model, its flags, and what it says of mistakes before it begins."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from synth.offline.server import OfflineTeacher
 from synth.pipeline import flags as run_flags
 from synth.pipeline import train as training
 from synth.pipeline.pass_rates import BaseModelSettings, base_model_settings
-from synth.stages import kept, load_rows
+from synth.stages import drop, kept, load_rows, new_row, roots_of
 from synth.task import load_task
 from tests.scripts import ROOT, call, fails, with_words
 from tests.test_difficulty import Adder
@@ -75,8 +76,10 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     assert {row["origin"] for row in rows["difficulty"]} == {"generated", "easier"}
     # What is held out is trained on by none.
     held_out, trained = load_rows(folder / "held_out.jsonl"), kept(rows["selection"])
-    assert len(held_out) == round(0.2 * len(kept(rows["difficulty"])))
-    assert not {row["id"] for row in held_out} & {row["id"] for row in trained}
+    roots = roots_of(rows["difficulty"])
+    families = [{roots[row["id"]] for row in some} for some in (kept(rows["difficulty"]), held_out, trained)]
+    assert len(families[1]) == round(0.2 * len(families[0])) > 0 and not families[1] & families[2]
+    assert len(held_out) == sum(roots[row["id"]] in families[1] for row in kept(rows["difficulty"]))
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
     assert prompts == [{"prompt": row["input"], "answer": row["output"]} for row in trained]
     assert started[0][started[0].index("--answer") + 1] == '{"type": "number"}'
@@ -103,6 +106,74 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     monkeypatch.setattr(BaseModelSettings, "open", None)
     call(module.main, "--resume", folder)
     assert teacher.calls == calls and len(started) == 1 and "(finished before:" in capsys.readouterr().out
+
+
+def tried(row_id, rate, parent=None):
+    return {**new_row(row_id, row_id, "1", "generated", parent), "pass_rate": rate, "rollouts": 8}
+
+
+def settings_of(*words):
+    args = with_words(lambda: run_flags.parse_run_args(None), "--task", "synth/tasks/arithmetic.yaml", *words)
+    return run_flags.run_settings(args, run_flags.task_from(args)), args
+
+
+@pytest.mark.parametrize("words", [[], ["--held-out-of", "selected"]])
+def test_no_sample_is_held_out_whose_twin_is_trained_on(tmp_path, words):
+    """g0h is made from g0, g0he from g0h; where g0h itself was dropped, g0he still belongs to g0."""
+    rows = []
+    for n in range(20):
+        rows += [tried(f"g{n}", 0.4), tried(f"g{n}h", 0.5, f"g{n}"), tried(f"g{n}he", 0.6, f"g{n}h")]
+    rows[1] = drop(rows[1], "tie")
+    for seed in range(5):
+        settings, _ = settings_of(*words, "--seed", seed, "--held-out", 0.25)
+        held_out, trained = module.split(settings, rows, tmp_path)
+        families = [{row["id"].rstrip("he") for row in some} for some in (held_out, trained)]
+        assert len(families[0]) == 5 and len(families[1]) == 15 and not families[0] & families[1]
+        assert len(held_out) + len(trained) == 59
+    settings, _ = settings_of(*words, "--held-out", 0.9)
+    assert [len(some) for some in module.split(settings, rows[:6], tmp_path)] in ([2, 3], [3, 2])  # never all of them
+
+
+def test_the_papers_selection_is_from_all_samples_and_the_default_from_what_is_not_held_out(tmp_path):
+    rows = [tried(f"g{n}", n / 20) for n in range(20)]
+    lowest = {f"g{n}" for n in range(10)}
+    words = ["--rule", "lowest", "--select", 10]
+    for of, same in (("selected", True), ("all", False)):
+        settings, _ = settings_of(*words, "--held-out-of", of)
+        held_out, trained = module.split(settings, rows, tmp_path)
+        assert ({row["id"] for row in [*held_out, *trained]} == lowest) is same
+        assert len(held_out) == (2 if same else 4)
+
+
+def test_paper_is_printed_as_the_flags_it_stands_for_and_ones_own_flags_go_before_it(tmp_path):
+    settings, args = settings_of("--paper", "--select", 300)
+    assert settings.selection.rule == "lowest" and settings.selection.never_solved and settings.selection.count == 300
+    assert settings.samples.spread.rewrite == "all" and settings.samples.spread.rounds == 1
+    assert (settings.samples.count, settings.samples.voting.votes) == (500, 16) and settings.samples.voting.own
+    assert (settings.samples.tries.first, settings.samples.tries.most) == (64, 64)
+    assert settings.held_out_of == "selected" and settings.training.script_flags == "--num-generations 16"
+    line = run_flags.paper_line(args)
+    assert line.endswith("(your own: select)") and "--rule lowest" in line and "--select 300" in line
+    assert "--training-flags '--num-generations 16'" in line
+    # The line is the run: with these flags and without --paper the settings are the same.
+    words = shlex.split(line.removeprefix("--paper: ").removesuffix(" (your own: select)"))
+    again = [f"{flag}={value}" for flag, value in zip(words[::2], words[1::2], strict=True)]
+    assert settings_of(*again)[0] == settings
+    (tmp_path / "own.yaml").write_text("paper: true\ncount: 7\n")
+    assert settings_of("-c", tmp_path / "own.yaml")[0].samples.count == 7
+    sft, args = settings_of("--paper", "--train-by", "sft")
+    assert sft.training.script_flags == "" and "advantage" not in run_flags.paper_line(args)
+
+
+def test_samples_that_are_all_unsolved_are_trained_on_with_a_warning(tmp_path, capsys):
+    settings, _ = settings_of()
+    held_out, trained = module.split(settings, [tried(f"g{n}", 0.0) for n in range(5)], tmp_path)
+    assert len(held_out) == 1 and len(trained) == 4
+    said = capsys.readouterr().out
+    assert "warning: of 4 samples the base model solved 4 never and 0 always, in 8 rollouts each" in said
+    assert "training on the lowest pass rates instead of --rule band" in said
+    _, trained = module.split(settings, [tried("g0", 0.0)], tmp_path)
+    assert [row["id"] for row in trained] == ["g0"]
 
 
 def test_sft_on_the_same_samples(tmp_path, tiny_folder, teacher, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from synth.pipeline import selection as module
-from synth.pipeline.selection import Selection, select
+from synth.pipeline.selection import Selection, select, selected_or_lowest
 from synth.stages import drop, kept, load_rows, new_row, write_rows
 
 
@@ -45,6 +45,20 @@ def test_the_papers_rule_takes_the_lowest_pass_rates():
         None: 3, "never solved": 1, "always solved": 1, "ranked below the first 3": 2
     }  # fmt: skip
     assert "g5" not in ids(select(tried(*RATES), Selection(count=7, rule="lowest")))
+
+
+def test_where_the_rule_leaves_none_the_lowest_are_taken_and_the_measures_are_said(capsys):
+    rows = [{**row, "rollouts": n} for row, n in zip(tried(0.0, 0.02, 1.0), (32, 50, 8), strict=True)]
+    assert ids(selected_or_lowest(rows, Selection(count=1))) == ["g0"]
+    said = capsys.readouterr().out
+    assert "of 3 samples the base model solved 1 never and 1 always, in 8 to 50 rollouts each" in said
+    assert "(pass rates 0.00 to 1.00); training on the lowest pass rates instead of --rule band" in said
+    assert ids(selected_or_lowest(tried(0.5, 0.0), Selection())) == ["g0"] and not capsys.readouterr().out
+    assert selected_or_lowest([], Selection()) == []
+    with pytest.raises(UserError, match=r"solved 0 never and 2 always.*nothing is left to learn from; give a harder"):
+        selected_or_lowest(tried(1.0, 1.0), Selection())
+    with pytest.raises(UserError, match=r"solved 1 never and 1 always.*leave out --no-never-solved"):
+        selected_or_lowest(tried(0.0, 1.0), Selection(never_solved=False))
 
 
 def test_random_draws_any_and_every_sample_alike():

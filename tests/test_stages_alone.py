@@ -80,7 +80,9 @@ def test_the_last_stage_trains_chooses_evaluates_and_goes_on(tmp_path, tiny_fold
     words = ["--task", task, "--in", samples, "--base-model", tiny_folder, "--output-dir", folder, "--num-steps", 2]
     words += ["--batch-size", 4, "--max-completion-length", 3, "--training-flags=--num-generations 2"]
     assert "--held-out is 2" in fails(capsys, alone.main, *words, "--held-out", 2) and not folder.exists()
-    assert "no sample to train on" in fails(capsys, alone.main, *words, "--held-out", 0.96) and not folder.exists()
+    none = tmp_path / "none.jsonl"
+    none.write_text(json.dumps(rows[0]) + "\n")
+    assert "leaves no sample to train on" in fails(capsys, alone.main, *words, "--in", none) and not folder.exists()
     call(alone.main, *words)
     held_out, trained = (load_rows(folder / f"{name}.jsonl") for name in ("held_out", "selection"))
     assert len(held_out) == 2 and len(trained) == 7 and not [row for row in trained if row in held_out]

@@ -2,7 +2,9 @@
 
 The teacher makes harder samples of those that the base model solves and easier ones of those that it does not. They
 are verified like the rest, tried, and may be rewritten in turn, until the wanted spread is filled, nothing is left to
-rewrite, or the rounds are used up. Each sample is rewritten at most once. As a command, stages 4 and 5.
+rewrite, or the rounds are used up. Each sample is rewritten at most once. With --rewrite all it is the paper's rule
+instead (arXiv:2505.17063): a harder one of every solved sample and an easier one of every unsolved one, whatever the
+spread. As a command, stages 4 and 5.
 
     python -m synth.pipeline.difficulty --task my_task.yaml --in verified.jsonl --out tried.jsonl --base-model MODEL \\
         --teacher-url URL --teacher-model NAME
@@ -49,19 +51,23 @@ from synth.teacher.flags import add_teacher_flags, teacher_settings
 # A new sample may fail the vote or miss the bins that need it, so more are asked for than are wanted.
 ASKED_PER_WANTED = 2
 HARDER, EASIER = "harder", "easier"
+REWRITE = ("short", "all")
+SOLVED = 0.5  # the pass rate from which a single try more likely succeeds than fails
 
 
 @dataclass(frozen=True)
 class Spread:
     """The wanted pass rates: `wanted` samples within `band`, spread evenly over `bins` bins of equal width.
 
-    rounds: most rounds of rewriting; 0: none. Raises UserError for invalid values.
+    rounds: most rounds of rewriting; 0: none. rewrite: what the bins are short of, or "all" that was not rewritten yet.
+    Raises UserError for invalid values.
     """
 
     wanted: int = 200
     band: tuple[float, float] = (0.05, 0.95)
     bins: int = 4
     rounds: int = 3
+    rewrite: str = "short"
 
     def __post_init__(self):
         low, high = self.band
@@ -95,7 +101,13 @@ class Spread:
 
     def most_rewritten(self, count: int) -> int:
         """Upper bound on rewritten samples, of `count` samples: a round rewrites at most those not rewritten yet."""
+        if self.rewrite == "all":
+            return self.rounds * count
         return self.rounds * min(count, ASKED_PER_WANTED * self.per_bin * self.bins)
+
+    def filled(self, rows: Sequence[StageRow]) -> bool:
+        """Whether no bin lacks samples; never, if all samples are to be rewritten."""
+        return self.rewrite != "all" and not any(self.short(rows))
 
     def line(self, rows: Sequence[StageRow]) -> str:
         """The histogram in one line."""
@@ -125,8 +137,13 @@ class Adapted(NamedTuple):
 def choose_parents(rows: Sequence[StageRow], spread: Spread) -> list[tuple[StageRow, str]]:
     """The rows to rewrite next and in which direction: towards the bins that lack samples, extreme pass rates first.
 
-    At most twice as many as are lacking; none that was rewritten before.
+    At most twice as many as are lacking; none that was rewritten before. If all are to be rewritten, those that were
+    not yet: solved ones harder, others easier.
     """
+    if spread.rewrite == "all":
+        done = {row["parent"] for row in rows}
+        fresh = [row for row in kept(rows) if row["id"] not in done]
+        return [(row, HARDER if row["pass_rate"] >= SOLVED else EASIER) for row in fresh]
     short = spread.short(rows)
     before = {row["parent"] for row in rows}
     found = []
@@ -134,7 +151,7 @@ def choose_parents(rows: Sequence[StageRow], spread: Spread) -> list[tuple[Stage
         place = spread.place(row["pass_rate"])
         below, above = sum(short[: max(place, 0)]), sum(short[place + 1 :])
         if row["id"] not in before and (below or above):
-            harder = below > above or (below == above and row["pass_rate"] >= 0.5)
+            harder = below > above or (below == above and row["pass_rate"] >= SOLVED)
             found.append((row, HARDER if harder else EASIER))
     found.sort(key=lambda item: -abs(item[0]["pass_rate"] - 0.5))
     return found[: ASKED_PER_WANTED * sum(short)]
@@ -180,7 +197,7 @@ async def adapt(
     if task.source is not None:
         return Adapted(rows, "the task's scorer knows only its own rows")
     for number in range(1, spread.rounds + 1):
-        if not any(spread.short(rows)):
+        if spread.filled(rows):
             return Adapted(rows, "the spread is filled")
         parents = choose_parents(rows, spread)
         if not parents:
@@ -191,8 +208,9 @@ async def adapt(
         # A parent whose rewriting failed is known by its dropped row.
         rows += measure(voted) + [row for row in made if "dropped" in row]
         print(f"pass rates after round {number}: {spread.line(rows)}", flush=True)
-    filled = not any(spread.short(rows))
-    return Adapted(rows, "the spread is filled" if filled else f"the limit of {spread.rounds} rounds is reached")
+    if spread.filled(rows):
+        return Adapted(rows, "the spread is filled")
+    return Adapted(rows, f"the limit of {spread.rounds} rounds is reached")
 
 
 def add_difficulty_flags(parser: Parser) -> None:
@@ -205,11 +223,17 @@ def add_difficulty_flags(parser: Parser) -> None:
     group.add_argument(
         "--rounds", "--iterations", type=int, default=Spread.rounds, help="of harder and easier samples; 0: none"
     )
+    group.add_argument(
+        "--rewrite",
+        choices=REWRITE,
+        default=Spread.rewrite,
+        help="towards the bins that are short of samples, or all: every solved one harder, every other easier",
+    )
 
 
 def spread_settings(args: argparse.Namespace) -> Spread:
     """The settings that `add_difficulty_flags` has read."""
-    return Spread(args.wanted, band_of(args.band), args.bins, args.rounds)
+    return Spread(args.wanted, band_of(args.band), args.bins, args.rounds, args.rewrite)
 
 
 def main() -> None:

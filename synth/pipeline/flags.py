@@ -1,6 +1,7 @@
 """The flags of synth.run: its parser, what a resumed run accepts anew, and the task and settings made of them."""
 
 import argparse
+import shlex
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
@@ -10,7 +11,7 @@ from synth.pipeline.pass_rates import add_base_model_flags
 from synth.pipeline.samples import SampleSettings, add_sample_flags, sample_settings
 from synth.pipeline.selection import RULES, Selection, band_of
 from synth.pipeline.tasks import open_task
-from synth.pipeline.train import TrainingSettings, add_training_flags, training_settings
+from synth.pipeline.train import TrainingSettings, add_training_flags, training_settings, words_of
 from synth.pipeline.verify import with_threshold
 from synth.task import SHIPPED, Task, load_task, task_from_flags
 from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags, teacher_settings
@@ -22,14 +23,23 @@ FREE_FLAGS = ["dry_run", "teacher_url", "concurrency", "timeout"]
 FREE_FLAGS += ["max_calls", "max_tokens", "max_money", "price_in", "price_out"]
 
 
+# --paper: the rules of arXiv:2505.17063. How long and at which rate is trained is left to the flags of training.
+PAPER = {
+    "count": 500, "votes": 16, "rollouts": 64, "max_rollouts": 64, "rewrite": "all", "rounds": 1, "rule": "lowest",
+    "select": 500, "held_out_of": "selected", "advantage": "group", "training_flags": "--num-generations 16",
+}  # fmt: skip
+PAPER_RL = ("advantage", "training_flags")  # those of RL
+
+
 @dataclass(frozen=True)
 class RunSettings:
-    """All settings of a run, by what they are of."""
+    """All settings of a run, by what they are of. held_out_of: "all" samples, or the "selected" ones."""
 
     samples: SampleSettings
     selection: Selection
     training: TrainingSettings
     teacher: TeacherSettings
+    held_out_of: str = "all"
 
 
 def run_parser(description: str | None) -> Parser:
@@ -63,9 +73,18 @@ def run_parser(description: str | None) -> Parser:
     )
     group.add_argument("--no-never-solved", action="store_true", help="rule lowest: exclude what was never solved")
     add_training_flags(parser)
+    parser.add_argument(
+        "--held-out-of",
+        choices=("all", "selected"),
+        default=RunSettings.held_out_of,
+        help="what --held-out is a share of: all samples, before the selection, or the selected ones",
+    )
     add_teacher_flags(parser, cache=None)
     group = parser.add_argument_group("run")
     add_offline_teacher_flag(group)
+    group.add_argument(
+        "--paper", action="store_true", help="the rules of arXiv:2505.17063, as defaults of the flags that it prints"
+    )
     group.add_argument("--experiment-name", help="the run folder is runs/NAME (default: runs/synth-TIME)")
     group.add_argument("--output-dir", help="the run folder, instead of runs/NAME")
     group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
@@ -81,8 +100,24 @@ def parse_run_args(description: str | None) -> argparse.Namespace:
     """The flags of the command line, or of the run that --resume names."""
     parser = run_parser(description)
     args = parser.parse_args()
+    if args.paper:
+        parser.set_defaults(**{name: PAPER[name] for name in paper_flags(args)})
+        args = parser.parse_args()
     args.endpoint = None  # the cache's name of a teacher whose URL has changed since
     return resumed_args(args, parser, FREE_FLAGS, {"endpoint": "teacher_url"}) if args.resume else args
+
+
+def paper_flags(args: argparse.Namespace) -> list[str]:
+    """The flags that --paper gives defaults to."""
+    return [name for name in PAPER if args.train_by == "rl" or name not in PAPER_RL]
+
+
+def paper_line(args: argparse.Namespace) -> str:
+    """What --paper stands for, with the values that are used: flags of one's own and a YAML file go before it."""
+    values = {name: getattr(args, name) for name in paper_flags(args)}
+    words = shlex.join(words_of(values))
+    own = [name for name in values if values[name] != PAPER[name]]
+    return f"--paper: {words}" + (f" (your own: {', '.join(own)})" if own else "")
 
 
 def resumed_args(
@@ -139,4 +174,5 @@ def run_settings(args: argparse.Namespace, task: Task) -> RunSettings:
         Selection(args.select, args.rule, band_of(args.band), not args.no_never_solved, args.seed),
         training_settings(args, task),
         teacher,
+        args.held_out_of,
     )

@@ -13,7 +13,7 @@ Not here: measuring pass rates (see synth/pipeline/pass_rates.py).
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.cli import run
 from common.errors import UserError
@@ -59,6 +59,34 @@ def select(rows: Sequence[StageRow], selection: Selection = Selection()) -> list
     chosen = {row["id"] for row in order[: selection.count]}
     reason = "not drawn" if selection.rule == "random" else f"ranked below the first {selection.count}"
     return [row if "dropped" in row or row["id"] in chosen else drop(row, reason) for row in rows]
+
+
+def selected_or_lowest(rows: Sequence[StageRow], selection: Selection = Selection()) -> list[StageRow]:
+    """As `select`; where that leaves none, the lowest pass rates are taken instead, with a printed warning.
+
+    Raises UserError, which says what was measured, if there is nothing to learn from by either rule.
+    """
+    chosen = select(rows, selection)
+    if kept(chosen) or not kept(rows):
+        return chosen
+    measured = _measured(kept(rows))
+    lowest = select(rows, replace(selection, rule="lowest"))
+    if not kept(lowest):
+        never = not selection.never_solved and any(row["pass_rate"] == 0 for row in kept(rows))
+        remedy = "leave out --no-never-solved" if never else "give a harder task, a weaker base model or --rule random"
+        raise UserError(f"{measured}: nothing is left to learn from; {remedy}")
+    print(f"warning: {measured}; training on the lowest pass rates instead of --rule {selection.rule}", flush=True)
+    return lowest
+
+
+def _measured(rows: Sequence[StageRow]) -> str:
+    """What the base model made of the samples, in words."""
+    rates, tries = [row["pass_rate"] for row in rows], [row["rollouts"] for row in rows]
+    shown = f"{min(tries)}" if min(tries) == max(tries) else f"{min(tries)} to {max(tries)}"
+    return (
+        f"of {len(rows)} samples the base model solved {rates.count(0)} never and {rates.count(1)} always, in {shown} "
+        f"rollouts each (pass rates {min(rates):.2f} to {max(rates):.2f})"
+    )
 
 
 def _rate(row: StageRow) -> str:
@@ -115,7 +143,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of ties and of the random rule")
     args = parser.parse_args()
     selection = Selection(args.count, args.rule, band_of(args.band), not args.no_never_solved, args.seed)
-    rows = select(kept(load_rows(getattr(args, "in"))), selection)
+    rows = selected_or_lowest(kept(load_rows(getattr(args, "in"))), selection)
     write_rows(args.out, rows)
     print(f"{summary('selection', rows)}\n{args.out}")
 

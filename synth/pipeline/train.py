@@ -33,7 +33,7 @@ from synth.pipeline.pass_rates import BaseModelSettings, add_base_model_flags, b
 from synth.pipeline.report import write_report
 from synth.pipeline.script import run_script
 from synth.pipeline.tasks import open_task
-from synth.stages import StageRow, alone, kept, load_rows, write_rows
+from synth.stages import StageRow, alone, kept, load_rows, roots_of, write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
 from training import ppo_flags, sft_flags
@@ -89,11 +89,22 @@ class TrainingSettings:
         return Path(self.run_folder or folder / "training")
 
 
-def draw_held_out(rows: Sequence[StageRow], share: float, seed: int) -> tuple[list[StageRow], list[StageRow]]:
-    """A share of the rows, which will choose the checkpoint, and the rest, in order."""
-    drawn = random.Random(f"{seed} held out").sample(rows, round(share * len(rows)))
-    ids = {row["id"] for row in drawn}
-    return drawn, [row for row in rows if row["id"] not in ids]
+def draw_held_out(
+    rows: Sequence[StageRow], share: float, seed: int, family: Sequence[StageRow] = ()
+) -> tuple[list[StageRow], list[StageRow]]:
+    """Rows that will choose the checkpoint, and the rest, both in order.
+
+    Drawn by root, so that no row is held out whose harder or easier twin is trained on: a share of the roots with all
+    that was made from them, but never all of them. family: further rows, through which rows may be related.
+    """
+    roots = roots_of([*family, *rows])
+    names = list(dict.fromkeys(roots[row["id"]] for row in rows))
+    count = min(round(share * len(names)), max(len(names) - 1, 0))
+    drawn = set(random.Random(f"{seed} held out").sample(names, count))
+    sides: tuple[list[StageRow], list[StageRow]] = ([], [])
+    for row in rows:
+        sides[roots[row["id"]] not in drawn].append(row)
+    return sides
 
 
 def train(
@@ -256,7 +267,10 @@ def add_training_flags(parser: Parser) -> None:
         "--training-flags", default="", metavar="TEXT", help="more flags of the training script, as one string"
     )
     group.add_argument(
-        "--held-out", type=float, default=TrainingSettings.held_out, help="share of samples that choose the checkpoint"
+        "--held-out",
+        type=float,
+        default=TrainingSettings.held_out,
+        help="share of samples that choose the checkpoint, drawn with all that was rewritten from them",
     )
     group.add_argument(
         "--eval-temperature",
@@ -322,7 +336,7 @@ def main() -> None:
     else:
         held_out, rows = draw_held_out(rows, args.held_out, args.seed)
     if not rows:
-        raise UserError(f"{getattr(args, 'in')} leaves no sample to train on; give more, or lower --held-out")
+        raise UserError(f"{getattr(args, 'in')} leaves no sample to train on; give rows that were not dropped")
     args.base_model = settings.base.name
     name = args.output_dir or default_output_dir("train")
     folder = Path(args.resume or start_run_folder(name, vars(args)))
