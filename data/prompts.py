@@ -43,11 +43,15 @@ class PromptPlan:
 
     def __init__(self, prompts: Sequence[str], seed: int):
         self.prompts, self.seed = prompts, seed
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def batch(self, step: int, count: int) -> list[str]:
         """The `count` prompts of `step` (from 0)."""
-        indices = range(step * count, (step + 1) * count)
-        return [self.prompts[self._order(i // len(self.prompts))[i % len(self.prompts)]] for i in indices]
+        return [self._prompt(index) for index in range(step * count, (step + 1) * count)]
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch, 2)).permutation(len(self.prompts))
+    def _prompt(self, index: int) -> str:
+        epoch, place = divmod(index, len(self.prompts))
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self.seed, epoch, 2))
+            self._epoch, self._order = epoch, rng.permutation(len(self.prompts))
+        return self.prompts[self._order[place]]

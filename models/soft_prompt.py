@@ -17,6 +17,20 @@ from common.errors import UserError
 from models.modules import outer_modules
 
 
+@mx.custom_function
+def _rows_of(table: mx.array, index: mx.array) -> mx.array:
+    """table (N, H), index of any shape (...). Returns table[index] (..., H)."""
+    return table[index]
+
+
+@_rows_of.vjp
+def _rows_of_vjp(primals, cotangent, output):
+    """A product with the one-hot rows: mlx's own gradient adds up the rows in varying order on a GPU."""
+    table, index = primals
+    one_hot = mx.arange(len(table))[:, None] == index.reshape(-1)
+    return one_hot.astype(cotangent.dtype) @ cotangent.reshape(-1, cotangent.shape[-1]), mx.zeros_like(index)
+
+
 class SoftPromptEmbedding(nn.Module):
     """An embedding table in which ids past the last row select the rows of `soft_prompt` (num_tokens, H)."""
 
@@ -30,7 +44,7 @@ class SoftPromptEmbedding(nn.Module):
         first_id = num_embeddings(self.embedding)
         soft = tokens >= first_id
         hard_rows = self.embedding(mx.where(soft, 0, tokens))
-        soft_rows = self.soft_prompt[mx.where(soft, tokens - first_id, 0)]
+        soft_rows = _rows_of(self.soft_prompt, mx.where(soft, tokens - first_id, 0))
         return mx.where(soft[..., None], soft_rows.astype(hard_rows.dtype), hard_rows)
 
     def as_linear(self, hidden: mx.array) -> mx.array:

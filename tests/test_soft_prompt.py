@@ -1,5 +1,7 @@
 """Soft prompts: rows with their own ids, which do not change the model, learn alone, and are never sampled."""
 
+import io
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -135,6 +137,29 @@ def test_it_alone_learns(name, quantized):
     ]
     model.update(tree_unflatten(step))
     assert loss().item() < value.item()
+
+
+def scatters(*arrays):
+    """The number of scatter operations that these arrays are computed by."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count('label ="Scatter')
+
+
+def test_its_gradient_is_a_sum_over_the_rows_places_without_a_scatter():
+    """A GPU's scatter adds with atomics, in varying order, so that two runs of one seed would part."""
+    embedding = SoftPromptEmbedding(nn.Embedding(5, 2), mx.array([[1.0, 2.0], [3.0, 4.0]]))
+    tokens = mx.array([[5, 6, 0], [6, 3, 6]])
+    weights = mx.array([[[1.0, 10.0], [2.0, 20.0], [9.0, 9.0]], [[4.0, 40.0], [9.0, 9.0], [8.0, 80.0]]])
+
+    def loss(rows):
+        embedding.soft_prompt = rows
+        return (weights * embedding(tokens)).sum()
+
+    gradient = mx.grad(loss)(embedding.soft_prompt)
+    assert scatters(gradient) == 0
+    assert scatters(mx.grad(lambda table: table[tokens - 3].sum())(mx.ones((4, 2)))) == 1  # what it would be
+    assert gradient.tolist() == [[1, 10], [14, 140]]
 
 
 @pytest.mark.parametrize("quantized", [False, True])
