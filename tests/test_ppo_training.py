@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 import ppo_training
 from common.cli import Stopped
@@ -225,6 +226,57 @@ def test_at_the_first_mini_batch_the_ratio_is_1_and_approx_kl_0(setting, trained
         assert stats["ratio_max"] == pytest.approx(1, abs=1e-4)
         assert 0 <= stats["approx_kl"] < 1e-9
         assert stats["clip_fraction"] == 0
+
+
+@pytest.fixture
+def kernels_of_metal(monkeypatch):
+    """As on Metal, attention outside a gradient is another than within one: it has noise in it. Returns its calls."""
+    inside, calls = [], []
+    value_and_grad, attention = mx.value_and_grad, llama.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        function = value_and_grad(*args, **kwargs)
+
+        def differentiate(*args, **kwargs):
+            inside.append(True)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        return differentiate
+
+    def noisy(*args, **kwargs):
+        calls.append(bool(inside))
+        exact = attention(*args, **kwargs)
+        return exact if inside else exact + 0.1 * mx.random.normal(exact.shape)
+
+    monkeypatch.setattr(mx, "value_and_grad", counted)
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", noisy)
+    return calls
+
+
+@pytest.mark.parametrize("layers", [-1, 1], ids=["all layers", "frozen ones below"])
+@pytest.mark.parametrize("words", [[], ["--kl-penalty", "full"], ["--advantage", "group"]], ids=str)
+def test_policy_and_reference_are_scored_by_the_kernels_of_the_loss(
+    setting, kernels_of_metal, monkeypatch, layers, words
+):
+    run = setting("--lora-layers", layers, *words)
+    # It is found by comparing two passes, whose noise would differ.
+    monkeypatch.setattr(ppo_learner, "num_frozen_layers", lambda model: 0 if layers == -1 else 1)
+    rollout = run.roll_out()
+    assert set(kernels_of_metal) == {False, True}  # of sampling, and of scoring
+    _, stats, _ = run.gradient(rollout)
+    assert stats["ratio_mean"] == pytest.approx(1, abs=1e-5) and stats["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert run.figures["kl"] == pytest.approx(0, abs=1e-4)  # the reference is the policy still
+    assert mx.abs(rollout.kl).max().item() < 1e-4
+
+
+def test_the_noise_of_that_test_would_move_the_ratio(setting, kernels_of_metal, monkeypatch):
+    monkeypatch.setattr(ppo_learner, "as_in_a_gradient", lambda compute: compute())
+    run = setting()
+    _, stats, _ = run.gradient(run.roll_out())
+    assert stats["ratio_max"] > 1.001
 
 
 def test_after_an_update_the_ratio_is_not_1(setting):

@@ -22,6 +22,7 @@ from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dr
 from models.frozen_layers import from_states, lower_states, num_frozen_layers, shares_lower_layers
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
+from models.gradient_trace import as_in_a_gradient
 from models.loading import LoadedModel, twin
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import TokenStats, token_stats
@@ -60,8 +61,9 @@ def build_policies(
         checkpoint_layers(model)
     head = new_value_head(model) if estimator(settings.advantage).uses_value_head else None
     policy = Policy(model, head)
-    policy.train()  # it has no dropout; some families of mlx-lm have a gradient in this mode only
-    reference.eval()
+    # Without dropout. Some families of mlx-lm have a gradient in this mode only, and round differently in the other.
+    policy.train()
+    reference.train()
     return Trainee(model, adapter, policy, head), reference
 
 
@@ -126,8 +128,16 @@ class PPOLearner:
 
     def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> list[mx.array]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept."""
-        settings, count = self.settings, self.frozen_layers
+        count = self.frozen_layers
         states = lower_states(self.policy.model, tokens, count) if count else None
+        found = as_in_a_gradient(lambda: self._estimates(states, tokens, positions, ids, prefix))
+        return found if states is None else [*found, states]
+
+    def _estimates(
+        self, states: mx.array | None, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]
+    ) -> list[mx.array]:
+        """What `_score` gives, from the states of the frozen layers, where they are kept."""
+        settings, count = self.settings, self.frozen_layers
         with from_states(self.policy.model, states, count):
             hidden, values = self.policy(tokens, positions)
         with from_states(self.reference, states if self.kept_for_reference else None, count):
@@ -139,8 +149,7 @@ class PPOLearner:
             stats = stats._replace(ref_logprobs=ref_stats.logprobs)
         kl = ppo_step.token_kl(settings, stats)
         values = mx.zeros_like(kl) if values is None else values
-        found = [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
-        return found if states is None else [*found, states]
+        return [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
 
     def update(
         self, step: int, rollout: Rollout, advantages: mx.array, returns: mx.array, kl_coef: float
