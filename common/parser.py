@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from common.errors import UserError
+from common.yaml_files import read_yaml
 
 
 class Collect(argparse.Action):
@@ -75,17 +74,17 @@ class Parser(argparse.ArgumentParser):
         # mlx-lm's files nest the LoRA settings; here each is a flag of its own.
         nested = content.pop("lora_parameters", None) or {}
         if not isinstance(nested, dict):
-            raise UserError(f"{path} sets lora_parameters to {nested!r}; write rank, scale, dropout, keys below it")
+            raise UserError(f"{path} sets lora_parameters to {nested!r:.60}; write rank, scale, dropout, keys below it")
         seen: dict[str, str] = {}
         for key, value in [*content.items(), *((f"lora_{key}", value) for key, value in nested.items())]:
             if _key(str(key)) not in actions:
                 known = sorted({action.dest for action in actions.values()})
-                raise UserError(f"{path} has the unknown key {key!r}; known are {', '.join(known)}")
+                raise UserError(f"{path} has the unknown key {key!r:.60}; known are {', '.join(known)}")
             action = actions[_key(str(key))]
             if action.dest in seen:
                 raise UserError(f"{path} sets {seen[action.dest]} and {key}, which are the same; keep one of them")
             seen[action.dest] = str(key)
-            action.default = _from_yaml(action, value, f"{path} sets {key} to {value!r}")
+            action.default = _from_yaml(action, value, f"{path} sets {key} to {value!r:.60}")
             action.required = False
 
 
@@ -138,19 +137,6 @@ def _config_file(words: list[str]) -> str | None:
         elif word.startswith("-c"):
             path = word.removeprefix("-c").removeprefix("=")
     return path
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping. Raises UserError if it is missing, malformed, or not a mapping."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); fix it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a YAML mapping of flag names to values; write, for example, `iters: 600`")
-    return content
 
 
 def positive(name: str, value: float, zero: bool = False) -> None:

@@ -9,9 +9,8 @@ same rows, {"prompt", "answer"}, and a prompt must be spelled as in its row.
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
+from common.yaml_files import parse_yaml
 from rewards.answers import AnswerType, answer_type
 
 
@@ -46,8 +45,8 @@ def answer_options(spec: str) -> dict[str, Any]:
     Raises UserError if it is neither.
     """
     try:
-        given = yaml.safe_load(spec)
-    except yaml.YAMLError:
+        given = parse_yaml(spec, "--answer")
+    except UserError:
         given = None
     options = {"type": given} if isinstance(given, str) else given
     if not isinstance(options, dict) or not isinstance(options.get("type"), str):

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common.errors import UserError
 from common.files import atomic_file, expanded
+from common.yaml_files import parse_yaml, read_yaml
 from data.digits import DigitRule
 from rewards.answer_reward import answer_options
 from rewards.answers import AnswerType, answer_type
@@ -98,7 +97,7 @@ def load_task(path: str | Path) -> Task:
 
     Raises UserError if the file, a key, a value, a path or a row is wrong.
     """
-    content = _read_yaml(Path(path))
+    content = read_yaml(path, "task")
     return _task({"name": Path(path).stem, **content}, str(path), Path(path).parent)
 
 
@@ -147,26 +146,7 @@ def _demos(given: str | Sequence[Any] | None) -> Any:
         return None if given is None else list(given)
     if not given.lstrip().startswith("["):
         return given
-    try:
-        return yaml.safe_load(given)
-    except yaml.YAMLError:
-        raise UserError(
-            f"--demo-examples {given!r:.60} is neither a list of demos nor a path; write a JSON list"
-        ) from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"task {path} cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"task {path} is not UTF-8; save it as UTF-8") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"task {path} is not valid YAML ({' '.join(str(error).split())[:160]}); fix it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"task {path} is not a YAML mapping; write `instruction: ...` and `answer: ...`")
-    return content
+    return parse_yaml(given, "--demo-examples")
 
 
 def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None = None) -> Task:

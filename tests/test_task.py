@@ -200,7 +200,7 @@ def test_a_task_by_flags_alone(tmp_path, monkeypatch):
     assert kinds == ["exact", "choice", "math"]
     assert "no instruction" in one_line_error(task_from_flags, "unheard_of")
     assert "does not exist" in one_line_error(task_from_flags, "x", "y", dataset_path="gone")
-    assert "list of demos" in one_line_error(task_from_flags, "x", "y", demo_examples="[{")
+    assert "--demo-examples, line 2 is not valid YAML" in one_line_error(task_from_flags, "x", "y", demo_examples="[{")
 
 
 def test_the_seeds_example_takes_the_shipped_reader():

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from common.errors import UserError
 from common.files import expanded
-from common.parser import read_yaml
+from common.yaml_files import read_yaml
 from synth.pipeline.reasoning_gym_tasks import PREFIX
 from synth.prompts import TEMPLATES
 from synth.sampler import Settings, Space
