@@ -74,10 +74,10 @@ def main() -> None:
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:
         for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward):
-            ppo_run.record(step, stop.requested)
+            stopping = ppo_run.record(step, stop)
             if args.custom_hf_dataset:
                 ppo_run.log.say(transformer_lab.reader_line(step.number, step.figures, step.rollout.scores.tolist()))
-            if stop.requested:
+            if stopping:
                 break
     ppo_run.check_finished()
 

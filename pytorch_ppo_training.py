@@ -62,8 +62,7 @@ def main() -> None:
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:
         for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward):
-            ppo_run.record(step, stop.requested)
-            if stop.requested:
+            if ppo_run.record(step, stop):
                 break
     ppo_run.check_finished()
 

@@ -101,9 +101,10 @@ def train(
             log.advance()
             for figures in step.reports:
                 log.report(step.number, figures)
-            if step.number % args.save_every == 0 or step.number == settings.iters or stop.requested:
+            stopping = stop.requested
+            if step.number % args.save_every == 0 or step.number == settings.iters or stopping:
                 save()
-            if stop.requested:
+            if stopping:
                 break
     if progress.step < settings.iters:
         log.close()

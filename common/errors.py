@@ -2,6 +2,8 @@
 libraries raise for a user's files.
 """
 
+import re
+
 # What mlx-lm and transformers raise for a damaged or unknown model folder.
 OPENING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
 
@@ -13,3 +15,14 @@ class UserError(Exception):
 def reason(error: Exception) -> str:
     """The type of an error and the first line of its message: the message alone may be empty or say too little."""
     return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+LONGEST_LINE = 4000  # characters
+
+
+def one_line(message: str) -> str:
+    """A message as one line of a terminal: control characters are shown as Python writes them, and the middle of an
+    endless one is left out.
+    """
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], message)
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE - 1000]} ... {line[-1000:]}"

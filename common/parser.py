@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.yaml_files import read_yaml
 
 
@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage; exit code 2."""
-        self.exit(2, f"error: {message}; see {Path(self.prog).name} --help\n")
+        self.exit(2, f"error: {one_line(message)}; see {Path(self.prog).name} --help\n")
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: the command line), with flags over the YAML file over defaults."""

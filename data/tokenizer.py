@@ -9,6 +9,7 @@ from typing import Any
 from common.errors import OPENING_ERRORS, UserError, reason
 from common.files import read_json
 from common.locate import locate
+from common.open_files import accept_few_files
 
 
 def open_tokenizer(name: str) -> Any:
@@ -35,6 +36,7 @@ def _configured_eos(folder: Path) -> int | list[int] | None:
 
 
 def _open(folder: Path, eos: int | list[int] | None) -> Any:
+    accept_few_files()
     try:
         from mlx_lm.utils import load_tokenizer
     except ImportError:

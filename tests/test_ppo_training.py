@@ -1391,7 +1391,7 @@ def test_a_killed_and_resumed_run_equals_one_never_stopped(flags, monkeypatch, k
 
 
 @pytest.mark.parametrize("kind", ["lora", "soft prompt"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, kind, number):
     call(ppo_training.main, *flags(*RESUMABLE[kind], run="whole"))
     with monkeypatch.context() as patch:

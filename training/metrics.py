@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from common.cli import reader_may_leave
 from common.errors import UserError
 from common.files import atomic_file, expanded, read_json, write_json, writing
 from training.trackers import check_tracker, open_tracker
@@ -87,7 +88,8 @@ class RunLog:
         """One step is done; `shown` is displayed behind the bar."""
         if shown:
             self.bar.set_postfix({name: figure(value) for name, value in shown.items()}, refresh=False)
-        self.bar.update()
+        with reader_may_leave():
+            self.bar.update()
 
     def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Print one line and append it to `metrics.jsonl` and the tracker. Non-finite figures are written as null."""
@@ -109,7 +111,8 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print a line without breaking the progress bar; it is flushed at once, also into a pipe."""
-        tqdm.write(line)
+        with reader_may_leave():
+            tqdm.write(line)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
         """End the bar and the tracker; with a summary, write and print it."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from common.cli import Stopped
+from common.cli import Stopped, StopSignal
 from data.batching import encode_prompt
 from data.decoding import completion_texts
 from rewards.combined import Reward, Scored, score
@@ -165,8 +165,8 @@ class PPORun:
             self.folder, progress.step, self.policy, self.optimizer, progress.state(), keep
         )  # fmt: skip
 
-    def record(self, step: Step, stopping: bool) -> None:
-        """Report a step, and write a checkpoint where one is due. stopping: no step comes after it."""
+    def record(self, step: Step, stop: StopSignal) -> bool:
+        """Report a step, and write a checkpoint where one is due or the run is to stop; returns whether it is."""
         self.figures, last = step.figures, step.number == self.settings.num_steps
         self.log.report(step.number, step.figures)
         self.log.samples(step.number, self._samples(step))
@@ -174,8 +174,10 @@ class PPORun:
         if step.figures["skipped_updates"]:
             skipped = f"step {step.number}: {step.figures['skipped_updates']} updates skipped"
             self.log.say(f"{skipped} (not finite, or ratio past its limit)")
+        stopping = stop.requested
         if step.number % self.args.save_every == 0 or last or stopping:
             self.save()
+        return stopping
 
     def _samples(self, step: Step) -> list[dict[str, Any]]:
         """The rows of the step's table of samples: a few, spread over its batch; none where no table is due."""
