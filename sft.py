@@ -1,6 +1,8 @@
-"""Supervised fine-tuning with LoRA, DoRA, a soft prompt or all weights; with --reward-model, a reward model.
+"""Supervised fine-tuning with LoRA, DoRA, a soft prompt or all weights; with --dpo, DPO; with --reward-model, a reward
+model.
 
     python sft.py --train --iters 600 --save-file adapters
+    python sft.py --dpo --train --data-base my_pairs_ --resume-adapter-file adapters --save-file dpo_adapters
     python sft.py --reward-model --train --data-base reward_function_increasing_mult_2_ --batch-size 16
 
 In a notebook: training.sft_loop.train_sft. Not here: learning from a reward (ppo_training.py), merging the adapter into
@@ -9,6 +11,7 @@ its base (fuse.py).
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from models import cpu
@@ -18,10 +21,11 @@ cpu.enable()  # before mlx is imported
 import mlx.core as mx
 
 from common.cli import Stopped, StopSignal, run
+from common.errors import UserError
 from data.records import feature_names
 from data.sources import Split, find_split
 from models.adapters import AdapterConfig, save_adapter
-from models.loading import load
+from models.loading import load, twin
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import open_run_folder
 from training.flags import adapter_settings, describe, parse_or_resume
@@ -29,6 +33,7 @@ from training.metrics import RunLog, provenance
 from training.objectives import Objective
 from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
 from training.plots import plot_run
+from training.preference_tuning import Reference, refer_in, start_reference
 from training.settings import SFTSettings
 from training.sft_flags import sft_parser, sft_settings
 from training.sft_loop import (
@@ -37,14 +42,31 @@ from training.sft_loop import (
     evaluate,
     make_objective,
     make_sft_optimizer,
+    planned,
     read_rows,
+    refer,
     sft_steps,
     validate,
 )
 
 
 def parse_args() -> argparse.Namespace:
-    return parse_or_resume(sft_parser(__doc__), "iters")
+    """The flags. Of --iters and --epochs, one on the command line wins over one in a YAML file."""
+    parser = sft_parser(__doc__)
+    args = parse_or_resume(parser, "iters")
+    given = parser.parse_args(namespace=argparse.Namespace(iters=None, epochs=None))  # without any defaults
+    if given.iters is not None and given.epochs:
+        raise UserError(f"--iters {given.iters} and --epochs {given.epochs:g} are both given; leave one out")
+    if given.iters is not None and not args.resume:
+        args.epochs = 0.0
+    return args
+
+
+def kind_of_run(args: argparse.Namespace) -> str:
+    """What the run is called in front of its progress bar."""
+    if args.dpo:
+        return "dpo" if args.loss == "sigmoid" else args.loss
+    return "reward model" if args.reward_model else "sft"
 
 
 def adapter_of(args: argparse.Namespace) -> AdapterConfig | str | None:
@@ -66,21 +88,25 @@ def read(args: argparse.Namespace, trainee: Trainee, tokenizer: Any, settings: S
     of = f" of {source}" if isinstance(source, Split) else ""
     cut = f", {objective.truncated} cut to {settings.max_length} tokens" if objective.truncated else ""
     empty = f", {objective.untrained} of them with nothing left to train" if objective.untrained else ""
-    print(f"{split}: {count} {'pairs' if args.reward_model else 'rows'}{of}{cut}{empty}")
+    print(f"{split}: {count} {'pairs' if args.reward_model or args.dpo else 'rows'}{of}{cut}{empty}")
     return objective
 
 
 def train(
-    args: argparse.Namespace, settings: SFTSettings, trainee: Trainee, training: Objective, validation: Objective
+    args: argparse.Namespace, settings: SFTSettings, trainee: Trainee, objectives: Mapping[str, Objective]
 ) -> None:
-    """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and curves."""
+    """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and curves.
+
+    objectives: by split.
+    """
+    training, validation = objectives["train"], objectives["valid"]
     optimizer, progress = make_sft_optimizer(trainee, settings), SFTProgress()
     folder, checkpoint, lock = open_run_folder(args, "sft", cpu.BLAS)
+    if settings.dpo:
+        refer_in(folder, objectives, start_reference(trainee), again=checkpoint is not None)
     if checkpoint:
         progress.restore(restore_checkpoint(checkpoint, trainee, optimizer))
-    log = RunLog(
-        folder, settings.iters, progress.step, args.log_with, "reward model" if args.reward_model else "sft"
-    )  # fmt: skip
+    log = RunLog(folder, settings.iters, progress.step, args.log_with, kind_of_run(args))
     kind = trainee.adapter.fine_tune_type
     used = optimizer_and_rate(settings, SFT_OPTIMIZERS, kind)
     log.say(describe(trainee.sizes(), kind, used, cpu.describe_device(mx.default_device())))
@@ -122,20 +148,26 @@ def train(
 def main() -> None:
     args = parse_args()
     settings = sft_settings(args)
-    for split in ("train", "valid") * args.train + ("test",) * args.test:
+    splits = ("train", "valid") * args.train + ("test",) * args.test
+    for split in splits:
         find_split(args.data, args.data_base, split)
     loaded = load(args.model)
+    # To test is to compare with the base, to train with where the training starts.
+    base = None if args.train or not settings.dpo else Reference(twin(loaded.model), soft_prompt=False)
     checkpointing = args.train and args.grad_checkpoint
     trainee = build_trainee(
         loaded, settings, adapter_of(args), args.reward_model, checkpointing, new_head=args.train
     )  # fmt: skip
+    objectives = {split: read(args, trainee, loaded.tokenizer, settings, split) for split in splits}
     if args.train:
-        training, validation = (read(args, trainee, loaded.tokenizer, settings, split) for split in ("train", "valid"))
-        train(args, settings, trainee, training, validation)
+        settings = planned(settings, objectives["train"])
+        args.iters = settings.iters
+        train(args, settings, trainee, objectives)
+    elif base is not None:
+        refer(objectives, base)
     if args.test:
-        objective = read(args, trainee, loaded.tokenizer, settings, "test")
-        loss, accuracy = evaluate(trainee.module, objective)
-        print(f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}")
+        figures = evaluate(trainee.module, objectives["test"], split="test")
+        print(" | ".join(f"{name}: {value:.4f}" for name, value in figures.items()))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,16 @@ def language_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = (), mask
 
 
 def preference_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = ()) -> list[Example]:
-    """Chosen and rejected text of a row of PREFERENCE_ROWS, each with the prompt; or the text of a scored row."""
+    """Chosen and rejected text of a row of PREFERENCE_ROWS, each after the prompt; or the text of a scored row.
+
+    Trained, for who trains tokens, is what follows the prompt.
+    """
     if "text" in row:
         return [encode_text(tokenizer, row["text"], prefix)]
-    prompt = row.get("messages", row.get("prompt", ""))
+    prompt: Any = row.get("messages", row.get("prompt", ""))
     replies = [row["chosen"], row["rejected"]]
     if all(isinstance(part, str) for part in (prompt, *replies)):
-        return [encode_text(tokenizer, prompt + reply, prefix) for reply in replies]
+        return [encode_pair(tokenizer, prompt, reply, prefix) for reply in replies]
     before = as_messages(prompt, "user") if prompt else []
     whole = [[*before, *as_messages(reply, "assistant")] for reply in replies]
     return [encode_messages(tokenizer, each, row.get("tools"), prefix, len(each) - 1)[0] for each in whole]

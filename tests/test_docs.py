@@ -43,6 +43,7 @@ SHORTER = {
 PAGE = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 ROWS = {
     "my_data/my_": [{"prompt": f"{n} ", "completion": f"{n + 2} {n + 4}"} for n in range(1, 9)],
+    "my_data/my_pairs_": [{"prompt": f"{n}", "chosen": f" {n + 2}", "rejected": f" {n - 1}"} for n in range(1, 9)],
     "my_data/asked_": [{"question": f"{n} ", "reply": f"{n + 2} {n + 4}"} for n in range(1, 9)],
 }
 FILES: dict[str, list[dict[str, object]]] = {
@@ -70,7 +71,7 @@ def world(tmp_path_factory, tiny_digits):
     (folder / "synth").symlink_to(ROOT / "synth")
     (folder / "my_data").mkdir()
     for base, examples in ROWS.items():
-        for split in ("train", "valid"):
+        for split in ("train", "valid", "test"):
             (folder / f"{base}{split}.jsonl").write_text(lines(examples))
     for name, rows in FILES.items():
         (folder / name).write_text(lines(rows))

@@ -362,7 +362,7 @@ def test_val_batches_is_a_number_of_batches(loaded, data):
     for count, batches in ((2, 2), (-1, 5), (9, 5)):
         used = [objective.loss(loaded.model, *arrays)[1] for arrays in objective.batches(count)]
         assert len(used) == batches
-        loss, accuracy = sft.evaluate(loaded.model, objective, count)
+        loss, accuracy = sft.evaluate(loaded.model, objective, count).values()
         tokens = sum(figures.count.item() for figures in used)
         assert loss == pytest.approx(sum(figures.loss.item() for figures in used) / tokens, rel=1e-5)
         assert accuracy == pytest.approx(sum(figures.correct.item() for figures in used) / tokens, rel=1e-5)
@@ -466,7 +466,7 @@ def test_test_reports_the_loss_of_the_adapter_on_the_test_rows(flags, loaded, da
     capsys.readouterr()
     call(sft.main, *flags("--test", "--resume-adapter-file", "run_adapter", run="unused"))
     load_adapter(loaded.model, "run_adapter")
-    loss, accuracy = sft.evaluate(loaded.model, language_modelling(loaded, data / "sft_test.jsonl"))
+    loss, accuracy = sft.evaluate(loaded.model, language_modelling(loaded, data / "sft_test.jsonl")).values()
     assert f"test_loss: {loss:.4f} | test_accuracy: {accuracy:.4f}" in capsys.readouterr().out.splitlines()
     assert not Path("unused").exists()
 
@@ -788,6 +788,27 @@ def test_resuming_a_finished_run_changes_nothing(flags):
     weights, rows = arrays_of("run_adapter"), rows_of("run")
     call(sft.main, "--resume", "run")
     assert arrays_of("run_adapter") == weights and rows_of("run") == rows
+
+
+def test_epochs_are_passes_over_the_rows(flags, capsys, tmp_path):
+    """20 rows in batches of 8 are three steps a pass."""
+    words = {"batch-size": 8, "lr-schedule": "linear"}
+    call(sft.main, *flags("--train", run="steps", iters=6, **words))
+    epochs = [word for word in flags("--train", run="epochs", **words) if word != "--iters"]
+    epochs.remove(6)
+    call(sft.main, *epochs, "--epochs", 2)
+    assert arrays_of("epochs_adapter") == arrays_of("steps_adapter") and rows_of("epochs") == rows_of("steps")
+    assert json.loads(Path("epochs/config.json").read_text(encoding="utf-8"))["iters"] == 6
+    # A resumed run goes by steps; a half pass is rounded up.
+    call(sft.main, "--resume", "epochs", "--iters", 7)
+    assert rows_of("epochs")[-1]["step"] == 7
+    call(sft.main, *epochs, "--epochs", 0.5, "--output-dir", "half")
+    assert rows_of("half")[-1]["step"] == 2
+    assert "--iters 6 and --epochs 2 are both given" in fails(capsys, sft.main, *flags("--train", "--epochs", 2))
+    # On the command line either wins over the other in a YAML file.
+    (tmp_path / "epochs.yaml").write_text("epochs: 4")
+    call(sft.main, "-c", "epochs.yaml", *flags("--train", run="by_iters", iters=2))
+    assert rows_of("by_iters")[-1]["step"] == 2
 
 
 # --- mistakes ---

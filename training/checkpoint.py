@@ -31,6 +31,7 @@ class Trainee:
     adapter: AdapterConfig
     module: nn.Module
     value_head: ValueHead | None = None
+    new: bool = True  # whether the adapter was made for this run, not loaded
 
     @property
     def reward_head(self) -> ValueHead | None:

@@ -1,10 +1,12 @@
-"""The losses of supervised fine-tuning and of reward modelling, written once for MLX and for PyTorch.
+"""The losses of supervised fine-tuning, reward modelling and preference tuning, written once for MLX and for PyTorch.
 
 Pure functions on arrays of either framework, as in `training/ppo.py`, which has PPO's loss and the helpers
 used here.
 """
 
 from training.ppo import Array, array_module, at_least_float32, check_shapes, count_tokens
+
+PREFERENCE_LOSSES = ("sigmoid", "ipo", "orpo")  # DPO's own, IPO's, ORPO's
 
 
 def pairwise_reward_loss(
@@ -32,9 +34,7 @@ def pairwise_reward_loss(
         return values.mean() if weights is None else (weights * values).sum() / weights.sum()
 
     difference = chosen - rejected
-    logits = difference if margin is None else difference - margin
-    # −log σ(x) = log(1 + exp(−x)) = logaddexp(0, −x), which neither overflows nor loses its gradient.
-    loss = mean(xp.logaddexp(xp.zeros_like(logits), -logits))
+    loss = mean(-_log_sigmoid(difference if margin is None else difference - margin))
     if center_coef:
         loss = loss + center_coef * mean((chosen + rejected) ** 2)
     accuracy = 0.5 * mean(xp.where(difference > 0, 1.0, 0.0) + xp.where(difference >= 0, 1.0, 0.0))
@@ -55,3 +55,52 @@ def sft_loss(logprobs: Array, mask: Array, denominator: float | Array | None = N
     count = count_tokens(mask)
     loss = xp.where(mask > 0, -logprobs, 0.0).sum()
     return loss / (xp.clip(count, 1, None) if denominator is None else denominator), count
+
+
+def dpo_losses(chosen: Array, rejected: Array, beta: float, label_smoothing: float = 0.0) -> Array:
+    """DPO's loss of each preference pair (arXiv:2305.18290, eq. 7).
+
+        −(1 − ε) · log σ(beta · (chosen − rejected)) − ε · log σ(−beta · (chosen − rejected))
+
+    chosen, rejected: (B,) log ratios in nats, of the policy to the reference, summed over a completion; beta: reward
+    units a nat; label_smoothing: ε, the share of pairs whose labels are taken to be wrong. Returns (B,). Raises
+    ValueError if shapes differ.
+    """
+    check_shapes(chosen=chosen, rejected=rejected)
+    logits = beta * (at_least_float32(chosen) - at_least_float32(rejected))
+    return -(1 - label_smoothing) * _log_sigmoid(logits) - label_smoothing * _log_sigmoid(-logits)
+
+
+def ipo_losses(chosen: Array, rejected: Array, beta: float) -> Array:
+    """IPO's loss of each preference pair, (chosen − rejected − 1 / (2 · beta))² (arXiv:2310.12036, eq. 17).
+
+    chosen, rejected: (B,) log ratios in nats a token, of the policy to the reference: the mean over a completion, as
+    sums would make the target depend on its length; beta: the paper's τ. Returns (B,). Raises ValueError if shapes
+    differ.
+    """
+    check_shapes(chosen=chosen, rejected=rejected)
+    return (at_least_float32(chosen) - at_least_float32(rejected) - 1 / (2 * beta)) ** 2
+
+
+def odds_ratio_losses(chosen: Array, rejected: Array, beta: float) -> Array:
+    """ORPO's odds ratio term of each preference pair, −beta · log σ(log odds ratio) (arXiv:2403.07691, eqs. 6 and 7).
+
+    chosen, rejected: (B,) logprobs in nats a token: the mean over a completion, below 0; beta: the paper's λ. The odds
+    of p are p / (1 − p). Returns (B,), to which the chosen completions' `sft_loss` is added. Raises ValueError if
+    shapes differ.
+    """
+    check_shapes(chosen=chosen, rejected=rejected)
+    return -beta * _log_sigmoid(_log_odds(at_least_float32(chosen)) - _log_odds(at_least_float32(rejected)))
+
+
+def _log_sigmoid(x: Array) -> Array:
+    """log σ(x) = −log(1 + exp(−x)) = −logaddexp(0, −x), which neither overflows nor loses its gradient."""
+    xp = array_module(x)
+    return -xp.logaddexp(xp.zeros_like(x), -x)
+
+
+def _log_odds(logprobs: Array) -> Array:
+    """log(p / (1 − p)); a p of 1, whose odds are infinite, counts as one just below it."""
+    xp = array_module(logprobs)
+    logprobs = xp.clip(logprobs, None, -1e-6)
+    return logprobs - xp.log(-xp.expm1(logprobs))

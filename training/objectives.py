@@ -1,7 +1,7 @@
 """What `sft.py` can minimise: the language-modelling loss, or the pairwise loss of a reward model.
 
-Both have the same interface, so that one loop trains either: reading the rows of a split, the batch of a step, its
-loss, and the batches of an evaluation.
+All have the same interface, so that one loop trains any: reading the rows of a split, the batch of a step, its loss,
+and the batches of an evaluation. Not here: DPO (training.preference_tuning).
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,6 +27,7 @@ class Figures(NamedTuple):
     loss: mx.array
     correct: mx.array
     count: mx.array
+    more: tuple[mx.array, ...] = ()  # sums of what else the objective reports, by its `more`
 
 
 Arrays = tuple[mx.array, ...]
@@ -38,11 +39,20 @@ class Objective(Protocol):
     truncated: int  # rows that were truncated
     untrained: int  # of those, rows that have nothing left to train
     examples: list[Example]  # of what was read
+    more: tuple[str, ...]  # names of what is reported besides loss and accuracy
 
+    @property
+    def steps_per_epoch(self) -> int: ...
     def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
     def batches(self, count: int = -1) -> Iterator[Arrays]: ...
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
+
+
+def stacked(figures: Figures) -> mx.array:
+    """All sums in one array (3 + len(more),), float32. A compiled function returns figures as a plain tuple."""
+    *sums, more = figures
+    return mx.stack([each.astype(mx.float32) for each in (*sums, *more)])
 
 
 def drawn(total: int, size: int) -> np.ndarray:
@@ -69,6 +79,8 @@ class LanguageModelling:
 
     features: what the data calls a key, where it has another name. mask_prompt: train on completions and replies only.
     """
+
+    more: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -99,6 +111,11 @@ class LanguageModelling:
             raise UserError(f"no row of {source} has a token to train within --max-length {self.max_length}; raise it")
         self.plan = BatchPlan([len(example.tokens) for example in self.examples], self.batch_size, self.seed)
         return len(rows)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a pass over all rows."""
+        return self.plan.steps_per_epoch
 
     def batch(self, step: int) -> Arrays:
         """The batch at `step`: tokens (B, L), and of its n targets, padded, positions (n,) and mask (n,).
@@ -135,12 +152,10 @@ class LanguageModelling:
         return loss, Figures(loss * count, (stats.correct * mask).sum(), count)
 
 
-class RewardModelling:
-    """The pairwise loss on preference pairs: given, or drawn from rows with unequal rewards.
+class PreferencePairs:
+    """Preference pairs, given or drawn from rows with unequal rewards: what reward models and DPO read."""
 
-    Where rows have rewards, training ranks every two texts of a batch whose rewards differ, not only the pairs that
-    were drawn: more to learn from the same forward pass (arXiv:2203.02155, section 3.5).
-    """
+    more: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -149,12 +164,10 @@ class RewardModelling:
         batch_size: int,
         max_length: int,
         seed: int,
-        center_coef: float,
         features: Mapping[str, str] | None = None,
     ):
         self.tokenizer, self.prefix = tokenizer, prefix
-        self.batch_size, self.max_length, self.seed = batch_size, max_length, seed
-        self.center_coef, self.features = center_coef, features
+        self.batch_size, self.max_length, self.seed, self.features = batch_size, max_length, seed, features
         self.truncated = self.untrained = 0
 
     def read(self, source: Source) -> int:
@@ -180,8 +193,13 @@ class RewardModelling:
             return [(i, i + 1) for i in range(0, len(self.examples), 2)]
         return draw_pairs(self.rewards, np.random.default_rng((self.seed, epoch, 1)))
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of a pass over all pairs."""
+        return self._plan.steps_per_epoch
+
     def batch(self, step: int) -> Arrays:
-        """tokens (2B, L), the B chosen first, lengths (2B,), and preferred (2B, 2B) of the batch at `step`."""
+        """The arrays of the batch at `step`."""
         # Every epoch has the same number of pairs, so the plan of any of them tells the epoch.
         self._draw(step // self._plan.steps_per_epoch)
         return self._arrays([self._pairs[i] for i in self._plan.rows(step)], self.rewards)
@@ -202,6 +220,32 @@ class RewardModelling:
         return max(len(self.examples[i].tokens) for i in pair)
 
     def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> Arrays:
+        """What `loss` takes. rewards: of all texts, in training on rows that have them."""
+        raise NotImplementedError
+
+
+class RewardModelling(PreferencePairs):
+    """The pairwise loss on preference pairs.
+
+    Where rows have rewards, training ranks every two texts of a batch whose rewards differ, not only the pairs that
+    were drawn: more to learn from the same forward pass (arXiv:2203.02155, section 3.5).
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        prefix: list[int],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        center_coef: float,
+        features: Mapping[str, str] | None = None,
+    ):
+        super().__init__(tokenizer, prefix, batch_size, max_length, seed, features)
+        self.center_coef = center_coef
+
+    def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> Arrays:
+        """tokens (2B, L), the B chosen first, lengths (2B,), and preferred (2B, 2B)."""
         order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         batch = collate([self.examples[i] for i in order], self.tokenizer.pad_token_id or 0)
         if rewards is None:

@@ -14,6 +14,7 @@ from training.metrics import read_metrics
 PANELS: dict[str, dict[str, str]] = {
     "loss": {"train_loss": "train", "valid_loss": "validation"},
     "accuracy": {"train_accuracy": "train", "valid_accuracy": "validation"},
+    "implicit rewards": {"train_chosen_reward": "chosen", "train_rejected_reward": "rejected"},
     "score": {"mean_score": "sampled", "true_score": "ground truth"},
     "KL to the reference (nats per completion)": {"kl": "sampled"},
     "KL coefficient": {"kl_coef": "kl_coef"},

@@ -103,13 +103,20 @@ class PPOSettings(Settings):
 
 @dataclass(frozen=True)
 class SFTSettings(Settings):
-    """Everything SFT and reward modelling do besides loading and saving. A row is a text, or a pair of texts."""
+    """Everything SFT, reward modelling and DPO do besides loading and saving. A row is a text, or a pair of texts."""
 
     iters: int = 1000  # optimizer steps
+    epochs: float = 0.0  # passes over the rows, which then set iters; 0: as iters says
     batch_size: int = 4  # rows (of a reward model: pairs) a step
     max_length: int = 2048  # tokens a row is truncated to
     mask_prompt: bool = True  # train on completions and the assistant's turns only
     center_coef: float = 0.01  # keeps a reward model's scores about 0 (arXiv:2312.09244)
+
+    # Preference tuning: a loss of losses.PREFERENCE_LOSSES. beta: of the log ratio, or ORPO's λ.
+    dpo: bool = False
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
 
     # Reports, in steps; a validation takes val_batches batches of rows drawn once (-1: all rows).
     steps_per_report: int = 10

@@ -1,12 +1,14 @@
 """The flags of sft.py, and what can be checked before anything is loaded. Their defaults: training.settings."""
 
 import argparse
+from dataclasses import replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
 from data.flags import add_data_flags
 from models.adapter_config import check_adapter_path
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
+from training.losses import PREFERENCE_LOSSES as LOSSES
 from training.optimizer_groups import SFT_OPTIMIZERS
 from training.settings import SFTSettings
 
@@ -18,13 +20,16 @@ def sft_parser(description: str | None) -> Parser:
     parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
     parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
+    parser.add_argument("--dpo", action="store_true", help="learn from preference pairs, without a reward model")
     add_data_flags(parser)
-    parser.add_argument("--batch-size", type=int, help="rows (with --reward-model: pairs) a step")
+    parser.add_argument("--batch-size", type=int, help="rows (with --reward-model and --dpo: pairs) a step")
     parser.add_argument("--iters", type=int, help="training steps; with --resume: extends the run")
+    parser.add_argument("--epochs", type=float, help="passes over the rows, in place of --iters")
     parser.add_argument("--val-batches", type=int, help="batches of a validation, the same each time; -1: all")
     parser.add_argument("--max-length", "--max-seq-length", type=int, help="tokens a row is truncated to")
     add_logits_memory(parser)
     parser.add_argument("--center-coef", type=float, help="keeps a reward model's scores about 0")
+    add_dpo_flags(parser)
     parser.add_argument("--steps-per-report", type=int, help="steps between report lines")
     parser.add_argument("--steps-per-eval", type=int, help="steps between validations")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -42,12 +47,22 @@ def sft_parser(description: str | None) -> Parser:
     return parser
 
 
+def add_dpo_flags(parser: Parser) -> None:
+    """How --dpo learns from a pair."""
+    group = parser.add_argument_group("DPO")
+    group.add_argument("--loss", choices=LOSSES, help="DPO's own, IPO's, or ORPO's, which needs no reference policy")
+    group.add_argument("--beta", type=float, help="reward units a nat of log ratio; ipo: its τ, orpo: its λ")
+    group.add_argument("--label-smoothing", type=float, help="sigmoid: share of pairs whose labels may be wrong")
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for flags that cannot work, before anything is loaded."""
     if not (args.train or args.test):
         raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
     check_settings(SFTSettings.from_flags(args))
     positive("save-every", args.save_every)
+    if args.dpo and args.reward_model:
+        raise UserError("--dpo and --reward-model are both given; DPO needs no reward model: leave one out")
     if args.train:
         check_adapter_path(args.save_file)
 
@@ -56,13 +71,30 @@ def check_settings(settings: SFTSettings) -> None:
     """Raise UserError for settings that cannot work."""
     for name in ("iters", "batch_size", "steps_per_report", "steps_per_eval", "max_length", "logits_memory"):
         positive(name.replace("_", "-"), getattr(settings, name))
+    positive("epochs", settings.epochs, zero=True)
     if settings.val_batches == 0 or settings.val_batches < -1:
         raise UserError(f"--val-batches is {settings.val_batches}; give a number of batches, or -1 for all")
     if settings.learning_rate is not None:
         positive("learning-rate", settings.learning_rate)
+    _check_dpo(settings)
+
+
+def _check_dpo(settings: SFTSettings) -> None:
+    for name in ("loss", "beta", "label_smoothing"):
+        given = getattr(settings, name)
+        if not settings.dpo and given != SFTSettings.defaults()[name]:
+            raise UserError(f"--{name.replace('_', '-')} {given} is a setting of --dpo; add that, or leave it out")
+    if settings.loss not in LOSSES:
+        raise UserError(f"--loss is {settings.loss!r}; use one of {', '.join(LOSSES)}")
+    positive("beta", settings.beta)
+    if not 0 <= settings.label_smoothing < 0.5:
+        raise UserError(f"--label-smoothing is {settings.label_smoothing}; it has to be at least 0 and below 0.5")
+    if settings.label_smoothing and settings.loss != "sigmoid":
+        raise UserError(f"--label-smoothing does not serve --loss {settings.loss}; leave it out")
 
 
 def sft_settings(args: argparse.Namespace) -> SFTSettings:
     """The settings that the flags say. Raises UserError as `check` does."""
     check(args)
-    return SFTSettings.from_flags(args)
+    settings = SFTSettings.from_flags(args)
+    return replace(settings, epochs=0.0) if args.resume else settings  # the run knows its --iters, perhaps extended

@@ -1,15 +1,16 @@
-"""SFT and reward modelling on MLX, without flags and files: what is trained, on which rows, step by step.
+"""SFT, reward modelling and DPO on MLX, without flags and files: what is trained, on which rows, step by step.
 
     loaded, settings = load("tiny-digits"), SFTSettings(iters=20)
     trainee = build_trainee(loaded, settings, AdapterConfig())
     history = train_sft(trainee, loaded.tokenizer, "rows_train.jsonl", "rows_valid.jsonl", settings)
 
-Not here: the losses and batches (training.objectives).
+Not here: the losses and batches (training.objectives, training.preference_tuning).
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,10 @@ from models.soft_prompt import check_ids, soft_prompt_ids
 from models.value_head import ScoringModel, load_value_head, new_value_head
 from training.checkpoint import Trainee
 from training.flags import step_seed
-from training.objectives import LanguageModelling, Objective, RewardModelling
+from training.objectives import LanguageModelling, Objective, RewardModelling, stacked
 from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
 from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
+from training.preference_tuning import PreferenceTuning, refer, start_reference
 from training.settings import SFTSettings
 from training.sft_flags import check_settings
 
@@ -55,8 +57,9 @@ def build_trainee(
         mx.random.seed(settings.seed)  # which a new value head draws from
     if grad_checkpoint:
         checkpoint_layers(model, config.lora_parameters["dropout"])
+    new = isinstance(adapter, AdapterConfig)
     if not reward_model:
-        return Trainee(model, config, model)
+        return Trainee(model, config, model, new=new)
     if head is None:
         head = new_value_head(model, std=None) if new_head else load_value_head(loaded.path)
     if head is None:
@@ -64,7 +67,7 @@ def build_trainee(
             f"{adapter or loaded.name} has no value head, so there is no reward model to test; add --train, or name a "
             "trained one by --resume-adapter-file"
         )
-    return Trainee(model, config, ScoringModel(model, head), head)
+    return Trainee(model, config, ScoringModel(model, head), head, new)
 
 
 def make_objective(
@@ -75,7 +78,11 @@ def make_objective(
     shared = (tokenizer, prefix, settings.batch_size, settings.max_length, settings.seed)
     if isinstance(trainee.module, ScoringModel):
         return RewardModelling(*shared, settings.center_coef, features)
-    return LanguageModelling(*shared, features, settings.mask_prompt, settings.logits_memory * 10**6)
+    logits_bytes = settings.logits_memory * 10**6
+    if settings.dpo:
+        loss = (settings.loss, settings.beta, settings.label_smoothing)
+        return PreferenceTuning(*shared, features, *loss, logits_bytes)
+    return LanguageModelling(*shared, features, settings.mask_prompt, logits_bytes)
 
 
 def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:
@@ -83,6 +90,13 @@ def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:
     count = objective.read(source)
     check_ids(model, (example.tokens for example in objective.examples))
     return count
+
+
+def planned(settings: SFTSettings, training: Objective) -> SFTSettings:
+    """The settings with `epochs` as the number of steps that they take on the rows read."""
+    if not settings.epochs:
+        return settings
+    return replace(settings, iters=math.ceil(settings.epochs * training.steps_per_epoch), epochs=0.0)
 
 
 def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
@@ -101,7 +115,7 @@ class SFTProgress:
 
     step: int = 0
     skipped: int = 0  # updates whose loss or gradient was not finite
-    window: mx.array = field(default_factory=lambda: mx.zeros(3))  # sums of loss, correct and count since a report
+    window: mx.array = field(default_factory=lambda: mx.zeros(1))  # sums of the figures since a report, or 0
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which adds the step."""
@@ -141,52 +155,55 @@ def sft_steps(
         if skipped:
             progress.skipped += 1
         else:
-            progress.window += mx.stack([x.astype(mx.float32) for x in sums])
+            progress.window = progress.window + stacked(sums)
             mx.eval(progress.window)
 
         reports: list[dict[str, float]] = []
         at_end = progress.step == settings.iters
         if progress.step % settings.steps_per_report == 0 or at_end:
-            total, correct, count = progress.window.tolist()
             now = time.perf_counter()
             reports.append(
                 {
-                    "train_loss": total / max(count, 1),
-                    "train_accuracy": correct / max(count, 1),
+                    **means(training, progress.window, "train"),
                     "learning_rate": float(optimizer.learning_rate),
                     "grad_norm": norm,
                     "steps_per_second": (progress.step - last_report) / (now - reported),
                     "skipped_updates": progress.skipped,
                 }
             )
-            progress.window, reported, last_report = mx.zeros(3), now, progress.step
+            progress.window, reported, last_report = mx.zeros(1), now, progress.step
         if progress.step % settings.steps_per_eval == 0 or at_end:
             reports.append(validate(module, validation, settings))
         yield SFTStep(progress.step, skipped, reports)
 
 
+def means(objective: Objective, sums: mx.array, split: str) -> dict[str, float]:
+    """Figures by their names in a report, such as train_loss, from an objective's sums; 0 where nothing was summed."""
+    loss, correct, count, *more = sums.tolist() if sums.size > 1 else [0.0] * (3 + len(objective.more))
+    named = {"loss": loss, "accuracy": correct, **dict(zip(objective.more, more, strict=True))}
+    return {f"{split}_{name}": total / max(count, 1) for name, total in named.items()}
+
+
 def validate(module: nn.Module, validation: Objective, settings: SFTSettings) -> dict[str, float]:
     """Loss and accuracy on the validation's rows: the same rows each time, so that a run's figures compare."""
-    loss, accuracy = evaluate(module, validation, settings.val_batches)
-    return {"valid_loss": loss, "valid_accuracy": accuracy}
+    return evaluate(module, validation, settings.val_batches)
 
 
-def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1) -> tuple[float, float]:
-    """Mean loss and accuracy over `num_batches` batches of rows of all lengths (-1: all rows), dropout off."""
+def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1, split: str = "valid") -> dict[str, float]:
+    """Mean loss, accuracy and the like over `num_batches` batches of rows of all lengths (-1: all), dropout off."""
     module.eval()
-    totals = mx.zeros(3)
+    totals = mx.zeros(3 + len(objective.more))
     for arrays in objective.batches(num_batches):
         _, sums = objective.loss(module, *arrays)
-        totals += mx.stack([x.astype(mx.float32) for x in sums])
+        totals += stacked(sums)
         mx.eval(totals)
-    loss, correct, count = totals.tolist()
-    return loss / max(count, 1), correct / max(count, 1)
+    return means(objective, totals, split)
 
 
 def train_sft(
     trainee: Trainee, tokenizer: Any, training: Source, validation: Source, settings: SFTSettings
 ) -> list[dict[str, float]]:
-    """Train by SFT, or as a reward model; returns the figures of every report, by the names of a run's metrics.jsonl.
+    """Train by SFT or DPO, or as a reward model; returns every report's figures, by the names of a run's metrics.jsonl.
 
     trainee: from `build_trainee`; its weights change in place. training, validation: .jsonl files, with the rows of
     docs/custom_data.md. Nothing is printed or written; `models.adapters.save_adapter` saves the result. Raises
@@ -196,6 +213,8 @@ def train_sft(
     rows, valid_rows = (make_objective(trainee, tokenizer, settings) for _ in range(2))
     read_rows(rows, training, trainee.model)
     read_rows(valid_rows, validation, trainee.model)
+    settings = planned(settings, rows)
+    refer({"train": rows, "valid": valid_rows}, start_reference(trainee))
     optimizer = make_sft_optimizer(trainee, settings)
     history = [{"step": 0, **validate(trainee.module, valid_rows, settings)}]
     for step in sft_steps(trainee.module, optimizer, rows, valid_rows, settings, SFTProgress()):

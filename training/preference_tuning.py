@@ -1,0 +1,206 @@
+"""DPO and its like: a language model learns from preference pairs, without a reward model (arXiv:2305.18290).
+
+The reference policy is what the policy was before its first step, and never changes. So the log probabilities of all
+texts under it are computed once (`refer_to`), and no second model is kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from common.errors import UserError
+from common.files import atomic_file
+from data.batching import Example, collate, in_order, num_targets
+from data.sources import Source
+from models.token_stats import LOGITS_BYTES, token_stats
+from models.value_head import forward
+from training.checkpoint import Trainee
+from training.losses import dpo_losses, ipo_losses, odds_ratio_losses, sft_loss
+from training.objectives import Arrays, Figures, Objective, PreferencePairs, padded_positions
+
+REFERENCE_FILE = "reference.safetensors"  # in the run folder: of each split, the logprob of every text
+
+
+class Reference(NamedTuple):
+    """The reference policy, and whether it reads the soft prompt that texts begin with."""
+
+    model: nn.Module
+    soft_prompt: bool
+
+
+def start_reference(trainee: Trainee) -> Reference:
+    """The policy as it is now, before its first step: the base, or the adapter that it continues from.
+
+    A new LoRA, DoRA or copy of all weights gives what the base gives. A new soft prompt does not, so it is left out.
+    """
+    return Reference(trainee.model, not trainee.new)
+
+
+class PreferenceTuning(PreferencePairs):
+    """DPO, IPO or ORPO on preference pairs: only what follows the prompt counts, its EOS included.
+
+    loss: of losses.PREFERENCE_LOSSES; beta, label_smoothing: see training.losses. Implicit rewards are beta times the
+    log ratio of policy to reference (ORPO, without a reference: times the mean logprob of a token).
+    """
+
+    more: tuple[str, ...] = ("chosen_reward", "rejected_reward", "reward_margin")
+
+    def __init__(
+        self,
+        tokenizer,
+        prefix: list[int],
+        batch_size: int,
+        max_length: int,
+        seed: int,
+        features: Mapping[str, str] | None = None,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        label_smoothing: float = 0.0,
+        logits_bytes: int = LOGITS_BYTES,
+    ):
+        super().__init__(tokenizer, prefix, batch_size, max_length, seed, features)
+        self.kind, self.beta, self.label_smoothing, self.logits_bytes = loss, beta, label_smoothing, logits_bytes
+        self.reference: np.ndarray | None = None
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `refer_to` has to be called, or `reference` set, before anything is trained."""
+        return self.kind != "orpo"
+
+    def read(self, source: Source) -> int:
+        """Encode the rows of a split; returns how many pairs an epoch has."""
+        count = super().read(source)
+        # Nothing but a soft prompt, of which the reference may know nothing, could predict the first token.
+        least = len(self.prefix) + 1
+        self.examples = [e._replace(first_target=max(e.first_target, least)) for e in self.examples]
+        trained = [bool(num_targets(example)) for example in self.examples]
+        if not any(trained):
+            raise UserError(f"no row of {source} has a token to train within --max-length {self.max_length}; raise it")
+        texts_a_row = 2 if self.rewards is None else 1
+        self.untrained = sum(not any(trained[i : i + texts_a_row]) for i in range(0, len(trained), texts_a_row))
+        return count
+
+    def refer_to(self, reference: Reference) -> None:
+        """Compute the log probability of every text under the reference policy, in one pass."""
+        model, cut = reference.model, 0 if reference.soft_prompt else len(self.prefix)
+        examples = [_without_prefix(example, cut) for example in self.examples]
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+        found = np.zeros(len(examples), dtype=np.float32)
+        was_training = model.training
+        model.eval()
+        for indices in in_order(len(order), 2 * self.batch_size):
+            rows = order[indices.start : indices.stop]
+            arrays = self._tokens([examples[i] for i in rows])
+            found[rows] = np.array(self._sums(model, *arrays)[0])
+        model.train(was_training)
+        self.reference = found
+
+    def _tokens(self, examples: Sequence[Example]) -> Arrays:
+        """Tokens (B, L), and of their n targets, padded, positions, mask and the text that each is of, all (n,)."""
+        batch = collate(examples, self.tokenizer.pad_token_id or 0)
+        positions, mask = padded_positions(batch.targets)
+        owners = positions // batch.targets.shape[1]
+        return mx.array(batch.tokens), mx.array(positions), mx.array(mask), mx.array(owners)
+
+    def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> Arrays:
+        """`_tokens` of the 2B texts, the B chosen first, and their logprobs under the reference (2B,)."""
+        order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+        known = np.zeros(len(self.examples), dtype=np.float32) if self.reference is None else self.reference
+        return *self._tokens([self.examples[i] for i in order]), mx.array(known[order])
+
+    def _sums(
+        self, model: nn.Module, tokens: mx.array, positions: mx.array, mask: mx.array, owners: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Logprob of each text's targets together and their number, both (B,), and the logprob of each target (n,).
+
+        No logits of the prompts are computed.
+        """
+        _, hidden = forward(model, tokens[:, :-1])  # (B, L - 1, H)
+        rows = hidden.reshape(-1, hidden.shape[-1])[positions]
+        ids = mx.where(mask > 0, tokens[:, 1:].reshape(-1)[positions], 0)  # what is at pads may be no id of the logits
+        stats = token_stats(model, rows, ids, training=model.training, logits_bytes=self.logits_bytes)
+        logprobs = mx.where(mask > 0, stats.logprobs, 0.0)
+        return _by_text(logprobs, owners, len(tokens)), _by_text(mask, owners, len(tokens)), logprobs
+
+    def loss(
+        self,
+        module: nn.Module,
+        tokens: mx.array,
+        positions: mx.array,
+        mask: mx.array,
+        owners: mx.array,
+        reference: mx.array,
+    ) -> tuple[mx.array, Figures]:
+        """Mean loss per pair; `correct` counts pairs whose chosen text has the higher implicit reward (a tie is half).
+
+        owners: (n,) which of the 2B texts a target is of; reference: (2B,) nats.
+        """
+        sums, lengths, logprobs = self._sums(module, tokens, positions, mask, owners)
+        lengths, texts = mx.maximum(lengths, 1), len(tokens)
+        ratios = sums / lengths if self.kind == "orpo" else sums - reference
+        chosen, rejected = mx.split(ratios, 2)
+        count = mx.array(float(texts // 2))
+        loss = self._losses(ratios, lengths).sum() / count
+        if self.kind == "orpo":
+            of_chosen = mx.where(owners < texts // 2, mask, 0.0)
+            loss = loss + sft_loss(logprobs, of_chosen)[0]
+        correct = 0.5 * ((chosen > rejected).astype(mx.float32) + (chosen >= rejected).astype(mx.float32)).sum()
+        rewards = [self.beta * chosen.sum(), self.beta * rejected.sum(), self.beta * (chosen - rejected).sum()]
+        return loss, Figures(loss * count, correct, count, tuple(map(mx.stop_gradient, rewards)))
+
+    def _losses(self, ratios: mx.array, lengths: mx.array) -> mx.array:
+        """The loss of each pair (B,) by log ratios and numbers of tokens (2B,)."""
+        chosen, rejected = mx.split(ratios / lengths if self.kind == "ipo" else ratios, 2)
+        if self.kind == "ipo":
+            return ipo_losses(chosen, rejected, self.beta)
+        if self.kind == "orpo":
+            return odds_ratio_losses(chosen, rejected, self.beta)
+        return dpo_losses(chosen, rejected, self.beta, self.label_smoothing)
+
+
+def _by_text(values: mx.array, owners: mx.array, count: int) -> mx.array:
+    """Sums (count,) of values (n,) by the text that each is of. A sum has the same order every time, unlike a scatter
+    on a GPU."""
+    return mx.where(owners[None] == mx.arange(count)[:, None], values[None], 0.0).sum(axis=1)
+
+
+def _without_prefix(example: Example, length: int) -> Example:
+    """An example without its first `length` tokens, none of which is trained."""
+    gaps = tuple((start - length, end - length) for start, end in example.gaps)
+    return Example(example.tokens[length:], example.first_target - length, gaps)
+
+
+def refer(objectives: Mapping[str, Objective], reference: Reference) -> None:
+    """Let every objective that needs a reference policy compute what it needs of it."""
+    for objective in _with_reference(objectives).values():
+        objective.refer_to(reference)
+
+
+def refer_in(folder: Path, objectives: Mapping[str, Objective], reference: Reference, again: bool) -> None:
+    """`refer` for a run in `folder`, which keeps the log probabilities. again: read them, in a resumed run.
+
+    By then the adapter that the run started from may have been replaced. Raises UserError where the rows are others.
+    """
+    needed, path = _with_reference(objectives), folder / REFERENCE_FILE
+    if not again:
+        refer(objectives, reference)
+        if needed:
+            with atomic_file(path) as temporary:
+                mx.save_safetensors(str(temporary), {split: mx.array(each.reference) for split, each in needed.items()})
+        return
+    if needed and not path.is_file():
+        raise UserError(f"{path} is missing, without which the run cannot go on; start a new one")
+    known = mx.load(str(path)) if needed else {}
+    for split, objective in needed.items():
+        if split not in known or known[split].size != len(objective.examples):
+            raise UserError(f"{path} is of other rows than {split} has now; resume with the run's own data")
+        objective.reference = np.array(known[split])
+
+
+def _with_reference(objectives: Mapping[str, Objective]) -> dict[str, PreferenceTuning]:
+    tuned = {split: each for split, each in objectives.items() if isinstance(each, PreferenceTuning)}
+    return {split: each for split, each in tuned.items() if each.needs_reference}
