@@ -24,7 +24,7 @@ from models.export.fused import check_free, save_fused
 from models.loading import load
 from rewards.build import build_reward
 from rewards.digits import digit_reward
-from training import checkpoint, ppo_flags, transformer_lab
+from training import checkpoint, ppo_flags
 from training.flags import adapter_settings, parse_or_resume
 from training.optimizer_groups import ppo_optimizer
 from training.plots import plot_run
@@ -34,9 +34,9 @@ from training.ppo_step import Prompts
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags of PPO, and those that serve Transformer Lab."""
+    """The flags of both PPO scripts, and one of this alone."""
     parser = ppo_flags.ppo_parser(__doc__)
-    transformer_lab.add_flags(parser)
+    parser.add_argument("--fused-model", metavar="DIR", help="also write the fused model there, at the end")
     return parse_or_resume(parser, "num_steps")
 
 
@@ -51,8 +51,6 @@ def check_fused_model(args: argparse.Namespace, adapter: AdapterConfig) -> None:
 def main() -> None:
     # Flags
     args = parse_args()
-    if not args.resume:
-        args = transformer_lab.own_flags(args)
     settings = ppo_flags.ppo_settings(args)
     check_adapter_path(args.save_file)
 
@@ -75,8 +73,6 @@ def main() -> None:
     with StopSignal() as stop:
         for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward):
             stopping = ppo_run.record(step, stop)
-            if args.custom_hf_dataset:
-                ppo_run.log.say(transformer_lab.reader_line(step.number, step.figures, step.rollout.scores.tolist()))
             if stopping:
                 break
     ppo_run.check_finished()

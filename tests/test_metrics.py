@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -327,3 +328,24 @@ def test_any_number_of_panels_fits(tmp_path, count):
     path = tmp_path / "panels.png"
     plot_panels(path, {f"panel {i}": {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 0.0)]} for i in range(count)}, "title")
     assert is_whole_png(path)
+
+
+def test_a_report_is_out_of_the_process_before_the_next_step(tmp_path):
+    """Whoever reads the output of a run as it comes is not behind it."""
+    code = (
+        "import sys\nfrom training.metrics import RunLog, start_run_folder\n"
+        f"log = RunLog(start_run_folder({str(tmp_path / 'run')!r}, {{}}), 2)\n"
+        "log.report(1, {'policy_loss': 0.5})\nsys.stdin.readline()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stdin is not None
+        killer = threading.Timer(20, process.kill)
+        killer.start()
+        try:
+            assert "policy_loss: 0.5" in process.stdout.readline()  # while it waits for its input
+        finally:
+            killer.cancel()
+            process.stdin.close()

@@ -1,6 +1,6 @@
 """Fusing a model with its adapter, and writing it as a folder that mlx_lm and transformers open.
 
-python -m pytest tests/test_fuse.py tests/test_transformer_lab.py
+python -m pytest tests/test_fuse.py tests/test_fused_model.py
 """
 
 import os
