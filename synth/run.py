@@ -20,11 +20,12 @@ from common.cli import run
 from common.errors import UserError
 from common.files import read_json, write_json
 from synth.estimate import table
+from synth.examples import Example
 from synth.pipeline.flags import RunSettings, paper_line, parse_run_args, run_settings, task_from
 from synth.pipeline.samples import left, make_samples, sample_bounds
 from synth.pipeline.selection import selected_or_lowest
 from synth.pipeline.train import check_training, draw_held_out, train_and_evaluate
-from synth.stages import StageRow, alone, kept, summary, write_rows
+from synth.stages import StageRow, alone, kept, new_row, summary, write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
 from training.flags import default_output_dir
@@ -35,7 +36,7 @@ def keep_task(task: Task, folder: Path) -> None:
     """Write the task to FOLDER/task.json. Raises UserError if a resumed run's task is another."""
     path, now = folder / "task.json", task.as_dict()
     before = read_json(path) if path.is_file() else now
-    changed = ", ".join(name for name in now if before.get(name) != now[name])
+    changed = ", ".join(name for name in now if before.get(name, now[name]) != now[name])
     if changed:
         raise UserError(
             f"the task has another {changed} than when {folder} was started; restore it ({path}), or start a new run"
@@ -43,12 +44,15 @@ def keep_task(task: Task, folder: Path) -> None:
     write_json(path, now)
 
 
-def split(settings: RunSettings, rows: Sequence[StageRow], folder: Path) -> tuple[list[StageRow], list[StageRow]]:
+def split(
+    settings: RunSettings, rows: Sequence[StageRow], folder: Path, validation: Sequence[Example] = ()
+) -> tuple[list[StageRow], list[StageRow]]:
     """Held-out samples, which choose the checkpoint, and selected ones, which are trained on (6).
 
     Which is drawn first is settings.held_out_of: the held-out of all samples, or the selection from all of them.
+    validation: rows of the user's own that choose the checkpoint, so that no sample is held out.
     """
-    share, seed, whole = settings.training.held_out, settings.training.base.seed, kept(rows)
+    share, seed, whole = 0.0 if validation else settings.training.held_out, settings.training.base.seed, kept(rows)
     if settings.held_out_of == "all":
         drawn, rest = draw_held_out(whole, share, seed, rows)
         selected = selected_or_lowest(rest, settings.selection)
@@ -57,9 +61,11 @@ def split(settings: RunSettings, rows: Sequence[StageRow], folder: Path) -> tupl
         drawn, _ = draw_held_out(kept(selected), share, seed, rows)
         names = {row["id"] for row in drawn}
         selected = [row for row in selected if row["id"] not in names]
+    drawn = drawn or [new_row(f"v{n}", row["input"], row["output"], "yours") for n, row in enumerate(validation, 1)]
     write_rows(folder / "held_out.jsonl", drawn)
     write_rows(folder / "selection.jsonl", selected)
-    print(f"held out: {len(drawn)} of {len(whole)}\n{summary('selection', selected)}", flush=True)
+    chosen_by = f"{len(drawn)} rows of your own" if validation else f"{len(drawn)} of {len(whole)}"
+    print(f"held out: {chosen_by}\n{summary('selection', selected)}", flush=True)
     return drawn, left(selected, folder / "selection.jsonl")
 
 
@@ -71,6 +77,7 @@ def main() -> None:
     teacher, base = settings.teacher, settings.training.base
     if args.paper and not args.resume:
         print(paper_line(args), flush=True)
+    print("".join(f"{line}\n" for line in task.taken), end="", flush=True)
     if args.dry_run:
         print(table(sample_bounds(settings.samples, task), teacher.price_in, teacher.price_out))
         return
@@ -81,7 +88,7 @@ def main() -> None:
     go_on = f"python -m synth.run --resume {folder}"
     with alone(folder) as lock, Cache(folder / "rollouts.sqlite") as store:
         samples = asyncio.run(make_samples(settings.samples, task, base, teacher, folder, store))
-        held_out, selected = split(settings, samples, folder)
+        held_out, selected = split(settings, samples, folder, task.validation)
         train_and_evaluate(settings.training, task, selected, held_out, folder, lock, store, go_on)
 
 

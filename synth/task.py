@@ -2,8 +2,10 @@
 
     instruction: Add the two numbers.
     answer: {type: number}                  or instead a reward: {type: digits, multiple_of: 2}, file.py:function
-    input_format, output_format, prompt, demos, domain, library, passages, evaluation, name, base_model,
+    input_format, output_format, prompt, demos, domain, library, passages, evaluation, validation, name, base_model,
     near_duplicates: optional
+    columns: {input: question, output: answer}   of demos, evaluation and validation, where they are called otherwise
+    rows: file.py:function                       f(rows) -> rows, for what columns cannot say
 
 Paths are relative to the YAML file. Reading is strict: an unknown key, a missing file or a row without an answer is
 an error before the first call to a teacher. For examples see synth/tasks/.
@@ -22,19 +24,26 @@ from common.errors import UserError
 from common.files import atomic_file, expanded
 from common.yaml_files import parse_yaml, read_yaml
 from data.digits import DigitRule
+from data.sources import is_hub_name
 from rewards.answer_reward import answer_options
 from rewards.answers import AnswerType, answer_type
 from rewards.digits import digit_reward
-from rewards.function import RewardFunction, load_reward_function
-from synth.examples import Example, read_examples
+from rewards.function import RewardFunction, load_function, load_reward_function
+from synth.columns import Columns, columns_from
+from synth.examples import ON_HUB, Example, Reading, RowsFunction, chosen_split, read_examples, splits_of
 from synth.near_duplicates import THRESHOLD, checked_threshold
 
 SHIPPED = Path(__file__).parent / "tasks"
 PLACES = ("instruction", "input_format", "output_format", "input")  # what a prompt template may name in braces
 _PLACE = re.compile("{(" + "|".join(PLACES) + ")}")
 TEXT_KEYS = ("name", "instruction", "input_format", "output_format", "prompt", "domain", "base_model")
-KNOWN_KEYS = (*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation", "near_duplicates")
-CODE = ("answer", "reward", "source")  # fields of a Task that cannot be written to a file
+KNOWN_KEYS = (
+    *(*TEXT_KEYS, "answer", "reward", "demos", "library", "passages", "evaluation", "validation"),
+    *("near_duplicates", "columns", "rows"),
+)
+# Fields of a Task that cannot be written to a file, or are in what was read by them.
+CODE = ("answer", "reward", "source", "columns", "rows", "taken")
+DEMOS = 5  # taken from the training rows of a data set, for a task without any
 
 Source = Callable[[int, int], list[Example]]
 
@@ -55,10 +64,14 @@ class Task:
     library: list[Path] = field(default_factory=list)
     passages: list[str] = field(default_factory=list)  # a library small enough for the task file
     evaluation: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)  # rows that choose the checkpoint, if there are any
     source: Source | None = None  # f(count, seed) -> rows made by rule, without a teacher
     near_duplicates: float = THRESHOLD  # ROUGE-L at which two inputs count as one; 1: same words only
     base_model: str = ""  # the model to train if the user names none
     scoring_flags: tuple[str, ...] = ()  # with which ppo_training.py scores as this task does
+    columns: tuple[Columns, ...] = ()  # of data sets, beside "input" and "output"
+    rows: RowsFunction | None = None  # makes rows of a data set's rows
+    taken: tuple[str, ...] = ()  # which rows were taken from which file, a line each
 
     def prompt(self, text: str) -> str:
         """What the base model and the trained model see of an input, in pass rates, RL and evaluation alike."""
@@ -75,6 +88,11 @@ class Task:
             return self.reward([self.prompt(text)], [completion])[0]
         assert self.answer is not None, "a task has an answer or a reward"
         return self.answer.score(completion, truth)
+
+    @property
+    def reading(self) -> Reading:
+        """How rows of this task are read."""
+        return Reading(self.columns, self.rows, self.answer.readable if self.answer else None)
 
     def as_dict(self) -> dict[str, Any]:
         """The whole task as JSON; its code (a reward, a reader) only by the flags that name it."""
@@ -113,6 +131,7 @@ def task_from_flags(
     demo_examples: str | Sequence[Any] | None = None,
     passage_paths: Sequence[str] | None = None,
     dataset_path: str | None = None,
+    validation_path: str | None = None,
     domain: str | None = None,
 ) -> Task:
     """A task given by flags; what they omit is taken from `base`, or from the shipped task of that name (MedNLI, say).
@@ -134,7 +153,8 @@ def task_from_flags(
     kind = {**kind, "labels": list(labels)} if kind and labels else kind
     content: dict[str, Any] = {
         "instruction": task_instruction, "input_format": input_format, "output_format": output_format,
-        "domain": domain, "library": list(passage_paths) if passage_paths else None, "evaluation": dataset_path,
+        "domain": domain, "library": list(passage_paths) if passage_paths else None,
+        "evaluation": dataset_path, "validation": validation_path,
         "demos": _demos(demo_examples), "answer": kind,
     }  # fmt: skip
     content = {key: given for key, given in content.items() if given is not None}
@@ -176,12 +196,16 @@ def _task(content: dict[str, Any], place: str, folder: Path, base: Task | None =
         raise UserError(f"{place} has a prompt without {{input}}; write where the input goes")
     library = [_path(item, "library", place, folder) for item in _list(content, "library", place)]
     passages = [_text(item, "passages", place) for item in _list(content, "passages", place)]
-    rows = {
-        key: _rows(content[key], key, place, folder, task.answer) if key in content else getattr(task, key)
-        for key in ("demos", "evaluation")
-    }
-    library, passages = library or task.library, passages or task.passages
-    return replace(task, demos=rows["demos"], evaluation=rows["evaluation"], library=library, passages=passages)
+    task = replace(task, library=library or task.library, passages=passages or task.passages)
+    if "columns" in content:
+        task = replace(task, columns=columns_from(content["columns"], place))
+    if "rows" in content:
+        spec = str((folder / expanded(_text(content["rows"], "rows", place))).resolve())
+        task = replace(task, rows=load_function(spec, "rows function"))
+    for key in ("demos", "evaluation", "validation"):
+        if key in content:
+            task = _with_rows(task, key, content[key], place, folder)
+    return task
 
 
 def _named(texts: dict[str, Any], place: str) -> Task:
@@ -213,9 +237,26 @@ def _path(given: Any, key: str, place: str, folder: Path) -> Path:
     return path
 
 
-def _rows(given: Any, key: str, place: str, folder: Path, answer: AnswerType | None) -> list[Example]:
-    source = given if isinstance(given, list) else _path(given, key, place, folder)
-    return read_examples(source, f"{key} of {place}", answer.readable if answer else None)
+def _with_rows(task: Task, key: str, given: Any, place: str, folder: Path) -> Task:
+    """The task with the rows of `key`. A data set to evaluate on gives its first training rows as demos, too."""
+    hub = isinstance(given, str) and is_hub_name(given) and not (folder / given).exists()
+    source = given if isinstance(given, list) or hub else _path(given, key, place, folder)
+    splits = [] if isinstance(source, list) or hub else splits_of(source)
+    split = ON_HUB[key] if hub else chosen_split(splits, key)
+    rows = read_examples(source, f"{key} of {place}", reading=task.reading, split=split)
+    given_rows: dict[str, Any] = {key: rows}
+    if isinstance(source, list):
+        return replace(task, **given_rows)
+    task = replace(task, **given_rows, taken=(*task.taken, _taken(key, len(rows), source, split)))
+    if key != "evaluation" or task.demos or "train" not in splits or split == "train":
+        return task
+    rows = read_examples(source, f"demos of {place}", reading=task.reading, split="train")
+    line = f"{_taken('demos', min(DEMOS, len(rows)), source, 'train')}, the first of {len(rows)}"
+    return replace(task, demos=rows[:DEMOS], taken=(*task.taken, line))
+
+
+def _taken(key: str, count: int, source: str | Path, split: str | None) -> str:
+    return f"{key}: {count} rows of {source}" + (f" ({split})" if split else "")
 
 
 def _threshold(given: Any, place: str) -> float:

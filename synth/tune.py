@@ -78,8 +78,7 @@ def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
     task = open_task(config.task)
     rows = task.evaluation
     if tuning.validation_data_path:
-        check = task.answer.readable if task.answer else None
-        rows = read_examples(tuning.validation_data_path, tuning.validation_data_path, check)
+        rows = read_examples(tuning.validation_data_path, tuning.validation_data_path, reading=task.reading)
     if not rows:
         raise UserError(f"the task {task.name} has no evaluation rows to validate on; give validation_data_path")
     assert config.output_dir is not None, "synth.tune always has a run folder"

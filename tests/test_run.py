@@ -176,6 +176,16 @@ def test_samples_that_are_all_unsolved_are_trained_on_with_a_warning(tmp_path, c
     assert [row["id"] for row in trained] == ["g0"]
 
 
+def test_rows_of_ones_own_choose_the_checkpoint_in_place_of_samples(tmp_path, evaluation, capsys):
+    settings, args = settings_of("--validation-path", evaluation)
+    validation = run_flags.task_from(args).validation
+    held_out, trained = module.split(settings, [tried(f"g{n}", 0.4) for n in range(10)], tmp_path, validation)
+    assert len(trained) == 10 and [(row["id"], row["input"]) for row in held_out] == [
+        ("v1", "0 + 1 ="), ("v2", "1 + 1 ="), ("v3", "2 + 1 =")
+    ]  # fmt: skip
+    assert "held out: 3 rows of your own" in capsys.readouterr().out
+
+
 def test_sft_on_the_same_samples(tmp_path, tiny_folder, teacher, monkeypatch):
     started, folder = in_this_process(monkeypatch), tmp_path / "run"
     words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", tiny_folder, "--output-dir", folder, "--train-by", "sft"]

@@ -10,6 +10,7 @@ import pytest
 
 import synth.pipeline.reasoning_gym_tasks as gym
 from common.errors import UserError
+from data import sources
 from data.digits import DigitRule
 from data.sources import INSTALL_ARROW
 from rewards.function import load_reward_function
@@ -209,6 +210,118 @@ def test_the_seeds_example_takes_the_shipped_reader():
     assert task.instruction == "The domain is Medical. Classify the relationship." and task.name == "MedNLI"
     assert (task.answer, task.output_format) == (shipped.answer, shipped.output_format)
     assert task_from_flags("GSM8K").answer == load_task(SHIPPED / "gsm8k.yaml").answer
+
+
+LETTERS = dict(zip("ABCDE", "abcde", strict=True))
+PAIRS = [{"key": "A", "value": "x"}, {"key": "B", "value": "y"}]
+NATIVE: dict[str, list[tuple[dict[str, Any], str, str]]] = {
+    "gsm8k": [({"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}, "Two and two?", "4")],
+    "math": [({"problem": "What is $1+1$?", "solution": "It is $\\boxed{2}$.", "level": "1"}, "What is $1+1$?", "2")],
+    "medqa": [
+        (
+            {"question": "Which?", "answer": "b", "options": LETTERS, "answer_idx": "B"},
+            "Which?\nA. a\nB. b\nC. c\nD. d\nE. e",
+            "B",
+        ),
+        (
+            {"question": "Which?", "options": PAIRS, "answer_idx": "A"},
+            "Which?\nA. x\nB. y",
+            "A",
+        ),
+    ],
+    "mednli": [
+        ({"sentence1": "Ill.", "sentence2": "Well.", "gold_label": "contradiction"},
+         "Premise: Ill.\nHypothesis: Well.", "contradiction"),
+        ({"premise": "Ill.", "hypothesis": "Sick.", "label": "entailment"},
+         "Premise: Ill.\nHypothesis: Sick.", "entailment"),
+    ],
+    "logiqa": [
+        ({"context": "All a are b.", "query": "So?", "options": ["w", "x", "y", "z"], "correct_option": 2},
+         "All a are b.\nSo?\nA. w\nB. x\nC. y\nD. z", "C"),
+        ({"context": "All.", "question": "So?", "choices": ["w", "x", "y", "z"], "label": "d"},
+         "All.\nSo?\nA. w\nB. x\nC. y\nD. z", "D"),
+    ],
+    "cqa": [({"index": "0", "contract": "We may.", "question": "May they?", "answer": "Yes"},
+             "Contract: We may.\nQuestion: May they?", "yes")],
+    "cfa": [({"query": "Read. Q: What? CHOICES: A: x,B: y,C: z Answer:", "text": "Q: What? CHOICES: A: x,B: y,C: z",
+              "choices": ["A", "B", "C"], "answer": "B", "gold": 1}, "Q: What? CHOICES: A: x,B: y,C: z", "B"),
+            ({"question": "What?", "choices": ["x", "y", "z"], "answer": "z"}, "What?\nA. x\nB. y\nC. z", "C")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_columns_that_data_sets_have_on_the_hub_are_read(name, tmp_path):
+    for row, text, truth in NATIVE[name]:
+        (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"Input": "a", "Output": truth}) + "\n")
+        task = task_from_flags(name, dataset_path=str(tmp_path / "d.jsonl"))
+        assert [row["input"] for row in task.evaluation] == [text, "a"] and not task.demos
+        assert task.answer is not None and task.answer.normalise(task.evaluation[0]["output"]) == truth
+
+
+def test_gpqas_options_are_shuffled_by_the_question_and_the_right_one_is_found(tmp_path):
+    names = ["Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"]
+    rows = [{"Question": f"Question {n}?", **dict(zip(names, "rstu", strict=True))} for n in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = task_from_flags("gpqa", dataset_path=str(tmp_path / "d.jsonl")).evaluation
+    assert task_from_flags("gpqa", dataset_path=str(tmp_path / "d.jsonl")).evaluation == found
+    for n, row in enumerate(found):
+        question, *options = row["input"].split("\n")
+        assert question == f"Question {n}?" and [line[:3] for line in options] == ["A. ", "B. ", "C. ", "D. "]
+        assert sorted(line[3:] for line in options) == list("rstu") and f"{row['output']}. r" in options
+    assert {row["output"] for row in found} == set("ABCD")  # its place in the file tells nothing
+
+
+def test_columns_and_a_function_of_ones_own(write, tmp_path):
+    columns = "columns: {input: 'Sum of {a} and {b}', output: c}\n"
+    path = write(MINIMAL + columns + "evaluation: d.jsonl\n", d__jsonl='{"a": 1, "b": 2, "c": 3}\n')
+    assert load_task(path).evaluation == [{"input": "Sum of 1 and 2", "output": "3"}]
+    code = "def halves(rows):\n    return [{'input': r['q'], 'output': r['n'] / 2} for r in rows if r['n'] > 1]\n"
+    code += "def broken(rows):\n    return rows[0]['none']\n"
+    files = {"d__jsonl": '{"q": "a", "n": 1}\n{"q": "b", "n": 4}\n', "own__py": code}
+    assert load_task(write(MINIMAL + "rows: own.py:halves\nevaluation: d.jsonl\n", **files)).evaluation == [
+        {"input": "b", "output": "2.0"}
+    ]
+    said = one_line_error(load_task, write(MINIMAL + "rows: own.py:broken\nevaluation: d.jsonl\n", **files))
+    assert "the rows function broken failed: KeyError: 'none' (own.py, line 4)" in said
+    assert "columns: {input: question" in one_line_error(load_task, write(MINIMAL + "columns: {input: a}\n"))
+    assert "as columns" in one_line_error(load_task, write(MINIMAL + "columns: {input: a, output: b, answer: c}\n"))
+    said = one_line_error(load_task, write(MINIMAL + columns + "evaluation: [{x: 1}]\n"))
+    assert "or the columns a, b, c" in said and "`columns: {input: ..., output: ...}`" in said
+    wrong = "columns: {input: q, options: o, output: r}\nevaluation: [{q: a, o: [x, y], r: z}]\n"
+    assert "none of its 2 options" in one_line_error(load_task, write("instruction: A.\nanswer: exact\n" + wrong))
+    assert "as options" in one_line_error(
+        load_task, write("instruction: A.\nanswer: exact\n" + wrong.replace("[x, y]", "x"))
+    )
+
+
+def test_the_training_rows_of_a_data_set_give_demos_and_what_was_taken_is_said(tmp_path):
+    rows = [{"Input": f"{n} + 1", "Output": str(n + 1)} for n in range(8)]
+    save(tmp_path / "data" / "train", rows)
+    save(tmp_path / "data" / "test", rows[6:])
+    (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    data = str(tmp_path / "data")
+    task = task_from_flags("sums", "Add.", answer="number", dataset_path=data)
+    assert [row["input"] for row in task.demos] == [f"{n} + 1" for n in range(5)] and len(task.evaluation) == 2
+    assert task.taken == (
+        f"evaluation: 2 rows of {data} (test)", f"demos: 5 rows of {data} (train), the first of 8"
+    )  # fmt: skip
+    own = task_from_flags(
+        "sums", "Add.", answer="number", dataset_path=data, demo_examples="[{input: 9 + 9, output: 18}]"
+    )
+    assert [row["input"] for row in own.demos] == ["9 + 9"] and own.taken == task.taken[:1]
+    # Training rows serve as demos and for validation, never test rows.
+    also = task_from_flags("sums", "Add.", answer="number", demo_examples=data, validation_path=data)
+    assert len(also.demos) == len(also.validation) == 8 and not also.evaluation
+    assert also.taken == (f"demos: 8 rows of {data} (train)", f"validation: 8 rows of {data} (train)")
+
+
+def test_a_name_on_the_hub_is_a_data_set(monkeypatch, tmp_path):
+    splits = {"train": [{"question": "a?", "answer": "#### 1"}] * 9, "test": [{"question": "b?", "answer": "#### 2"}]}
+    monkeypatch.setattr(sources, "_downloaded", lambda data: splits)
+    monkeypatch.chdir(tmp_path)
+    task = task_from_flags("GSM8K", dataset_path="openai/gsm8k:main", demo_examples="openai/gsm8k:main")
+    assert (task.evaluation[0]["input"], task.demos[0]["input"]) == ("b?", "a?")
+    assert task.taken[1] == "evaluation: 1 rows of openai/gsm8k:main (test)"
 
 
 def test_a_folder_without_pyarrow_and_foreign_folders_are_one_line(tmp_path, monkeypatch):

@@ -52,7 +52,12 @@ def run_parser(description: str | None) -> Parser:
     )
     group.add_argument("--task-instruction", help="what is asked, in words")
     group.add_argument("--domain", help="the task's domain or topic, which the teacher is told")
-    group.add_argument("--dataset-path", metavar="PATH", help="evaluation set: a .jsonl, or a folder of save_to_disk")
+    group.add_argument(
+        "--dataset-path",
+        metavar="PATH",
+        help="evaluation set: a .jsonl, a folder of save_to_disk (test; train gives demos), or OWNER/NAME on the hub",
+    )
+    group.add_argument("--validation-path", metavar="PATH", help="rows to choose the checkpoint, not held-out samples")
     group.add_argument(
         "--demo-examples", metavar="DEMOS", help="a .jsonl, or a list as text: [{'input': .., 'output': ..}]"
     )
@@ -148,6 +153,7 @@ def task_from(args: argparse.Namespace) -> Task:
         demo_examples=args.demo_examples,
         passage_paths=args.passage_paths,
         dataset_path=args.dataset_path,
+        validation_path=args.validation_path,
         domain=args.domain,
     )
     task = with_threshold(task, args.duplicate_threshold)

@@ -149,7 +149,7 @@ def drop_duplicates(rows: Sequence[StageRow], task: Task, pool: Sequence[str] = 
 
     Bare inputs are compared, as the wording of the prompt would make all of them alike.
     """
-    known = {"the evaluation set": task.evaluation, "a demo": task.demos}
+    known = {"the evaluation set": task.evaluation, "the validation set": task.validation, "a demo": task.demos}
     against = [(row["input"], name) for name, examples in known.items() for row in examples]
     against += [(text, "the pool") for text in pool]
     found = find_duplicates([row["input"] for row in rows], [text for text, _ in against], task.near_duplicates)

@@ -258,7 +258,7 @@ def default_generator(config: Config) -> Iterator[TaskGenerator]:
     task = open_task(config.task)
     rows = None
     if config.seed_data:
-        rows = read_examples(config.seed_data, config.seed_data, task.answer.readable if task.answer else None)
+        rows = read_examples(config.seed_data, config.seed_data, reading=task.reading)
     sampler = Sampler(config.space, config.settings, config.templates)
     with ExitStack() as stack:
         folder = config.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
