@@ -21,7 +21,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from synth.estimate import table
 from synth.examples import Example
-from synth.pipeline.flags import RunSettings, paper_line, parse_run_args, run_settings, task_from
+from synth.pipeline.flags import RunSettings, agree, paper_line, parse_run_args, run_settings, task_from
 from synth.pipeline.samples import left, make_samples, sample_bounds
 from synth.pipeline.selection import selected_or_lowest
 from synth.pipeline.train import check_training, draw_held_out, train_and_evaluate
@@ -78,9 +78,12 @@ def main() -> None:
     if args.paper and not args.resume:
         print(paper_line(args), flush=True)
     print("".join(f"{line}\n" for line in task.taken), end="", flush=True)
+    bounds = table(sample_bounds(settings.samples, task), teacher.price_in, teacher.price_out)
     if args.dry_run:
-        print(table(sample_bounds(settings.samples, task), teacher.price_in, teacher.price_out))
+        print(bounds)
         return
+    if args.by_key and not args.resume:
+        agree(args, bounds)
     args.base_model = base.name
     name = f"runs/{args.experiment_name}" if args.experiment_name else default_output_dir("synth")
     folder = Path(args.resume or start_run_folder(args.output_dir or name, vars(args)))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -113,7 +114,7 @@ def tried(row_id, rate, parent=None):
 
 
 def settings_of(*words):
-    args = with_words(lambda: run_flags.parse_run_args(None), "--task", "synth/tasks/arithmetic.yaml", *words)
+    args = with_words(lambda: run_flags.parse_run_args(None), "--task", ROOT / "synth/tasks/arithmetic.yaml", *words)
     return run_flags.run_settings(args, run_flags.task_from(args)), args
 
 
@@ -370,11 +371,50 @@ def test_the_published_programs_task_by_flags(tmp_path, evaluation):
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     if words[:1] != ["--task"] and words:
         words = ["--task", ROOT / "synth/tasks/arithmetic.yaml", *words]
     words = [ROOT / word if word == "synth/tasks/gsm8k.yaml" else word for word in words]
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, module.main, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+SOURCE = ["--experiment_name", "exp1", "--target_model_path", "./checkpoints/exp1", "--model", "LLaMa-3.1-8B-Instruct",
+          "--base_model_path", "./models/llama-3.1-8B-instruct", "--task_name", "MedNLI", "--task_instruction",
+          "The domain is Medical. The TASK: Please classify the relationship between the given premise and hypothesis "
+          "into one of the following labels: entailment, contradiction, or neutral."]  # fmt: skip
+
+
+def test_with_openais_key_the_published_command_asks_openai_after_a_question(tmp_path, monkeypatch, capsys):
+    """As it is written in the published README; where it would send anything, `start_run_folder` ends it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setattr(module, "start_run_folder", lambda name, given: sys.exit(given["teacher_url"]))
+    said = fails(capsys, module.main, *SOURCE)
+    assert said == "gpt-4o at https://api.openai.com/v1 costs money; give --yes, or limits and --yes"
+    with pytest.raises(SystemExit, match=r"https://api\.openai\.com/v1"):
+        call(module.main, *SOURCE, "--yes", "--teacher-model", "gpt-other")
+    out = capsys.readouterr().out
+    assert (
+        "teacher: gpt-other at https://api.openai.com/v1, as OPENAI_API_KEY is set; another by --teacher-model" in out
+    )
+    assert "total" in out and "for money give --price-in and --price-out" in out
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("builtins.input", lambda question: " n")
+    assert fails(capsys, module.main, *SOURCE) == "not agreed; nothing was sent"
+    monkeypatch.setattr("builtins.input", lambda question: "Y")
+    with pytest.raises(SystemExit, match="openai"):
+        call(module.main, *SOURCE)
+    call(module.main, *SOURCE, "--dry-run")
+    # A task that the offline teacher knows stays offline, and a teacher that is named is not asked about.
+    words = ["--task", ROOT / "synth/tasks/arithmetic.yaml"]
+    settings, args = settings_of()
+    assert settings.teacher.teacher_url is None and not args.by_key
+    _, args = settings_of(*words, "--teacher-url", "http://127.0.0.1:1/v1", "--teacher-model", "m")
+    assert not args.by_key
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "or set OPENAI_API_KEY" in fails(capsys, module.main, *SOURCE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,9 @@
 """The flags of synth.run: its parser, what a resumed run accepts anew, and the task and settings made of them."""
 
 import argparse
+import os
 import shlex
+import sys
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
@@ -14,6 +16,7 @@ from synth.pipeline.tasks import open_task
 from synth.pipeline.train import TrainingSettings, add_training_flags, training_settings, words_of
 from synth.pipeline.verify import with_threshold
 from synth.task import SHIPPED, Task, load_task, task_from_flags
+from synth.teacher.client import KEY_NAME, OPENAI_URL
 from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags, teacher_settings
 from training.flags import resumed
 from training.metrics import resumed_config
@@ -23,6 +26,7 @@ FREE_FLAGS = ["dry_run", "teacher_url", "concurrency", "timeout"]
 FREE_FLAGS += ["max_calls", "max_tokens", "max_money", "price_in", "price_out"]
 
 
+OPENAI_MODEL = "gpt-4o"  # asked where OPENAI_API_KEY is set and no teacher is named; the published program's
 # --paper: the rules of arXiv:2505.17063. How long and at which rate is trained is left to the flags of training.
 PAPER = {
     "count": 500, "votes": 16, "rollouts": 64, "max_rollouts": 64, "rewrite": "all", "rounds": 1, "rule": "lowest",
@@ -96,6 +100,9 @@ def run_parser(description: str | None) -> Parser:
     group.add_argument(
         "--dry-run", action="store_true", help="print upper bounds on calls, tokens and money; send nothing"
     )
+    group.add_argument(
+        "--yes", action="store_true", help=f"agree to the cost of the teacher that {KEY_NAME} stands for"
+    )
     group.add_argument("--model", help="how reports call the base model")
     group.add_argument("--seed", type=int, default=0, help="of everything random but the teacher")
     return parser
@@ -108,6 +115,7 @@ def parse_run_args(description: str | None) -> argparse.Namespace:
     if args.paper:
         parser.set_defaults(**{name: PAPER[name] for name in paper_flags(args)})
         args = parser.parse_args()
+    args.by_key = False  # whether the teacher is OpenAI's because its key is set
     args.endpoint = None  # the cache's name of a teacher whose URL has changed since
     return resumed_args(args, parser, FREE_FLAGS, {"endpoint": "teacher_url"}) if args.resume else args
 
@@ -159,15 +167,34 @@ def task_from(args: argparse.Namespace) -> Task:
     task = with_threshold(task, args.duplicate_threshold)
     if args.no_library:
         task = replace(task, library=[], passages=[])
+    known = {load_task(SHIPPED / f"{name}.yaml").instruction for name in TASKS}
+    strange = task.source is None and task.instruction not in known
+    if not args.teacher_url and os.environ.get(KEY_NAME) and (strange or args.teacher_model):
+        args.teacher_url, args.teacher_model = OPENAI_URL, args.teacher_model or OPENAI_MODEL
+        args.by_key = True
     if args.teacher_model and not args.teacher_url:
         raise UserError(f"--teacher-model {args.teacher_model} has no URL; give --teacher-url, up to and including /v1")
-    known = {load_task(SHIPPED / f"{name}.yaml").instruction for name in TASKS}
-    if not args.teacher_url and task.source is None and task.instruction not in known:
+    if not args.teacher_url and strange:
         raise UserError(
             f"the offline teacher knows the tasks {', '.join(TASKS)} only; for {task.name} give --teacher-url and "
-            "--teacher-model"
+            f"--teacher-model, or set {KEY_NAME}"
         )
     return task
+
+
+def agree(args: argparse.Namespace, bounds: str) -> None:
+    """Before OpenAI is asked because its key is set, and not by name: show what it may cost, and ask whether to go on.
+
+    bounds: the table of the most that a run asks. Raises UserError unless --yes is given or a terminal answers y.
+    """
+    named = f"teacher: {args.teacher_model} at {args.teacher_url}, as {KEY_NAME} is set; another by --teacher-model"
+    print(f"{named}\n{bounds}", flush=True)
+    if args.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UserError(f"{args.teacher_model} at {args.teacher_url} costs money; give --yes, or limits and --yes")
+    if input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise UserError("not agreed; nothing was sent")
 
 
 def run_settings(args: argparse.Namespace, task: Task) -> RunSettings:

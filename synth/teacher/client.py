@@ -31,6 +31,7 @@ from synth.teacher.limits import Cost, Ledger, Limits
 from synth.teacher.pace import Fault, Gate, backoff, fault_of
 
 OPENAI_URL = "https://api.openai.com/v1"
+KEY_NAME = "OPENAI_API_KEY"
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 PROBE_TOKENS = 1024  # some teachers think before they answer
 
@@ -70,7 +71,7 @@ class Teacher:
         timeout: float = 120.0,
         breaker: int = 10,
         base_wait: float = 1.0,
-        key_name: str = "OPENAI_API_KEY",
+        key_name: str = KEY_NAME,
         endpoint: str | None = None,
     ):
         self.url, self.model, self.cache = _checked_url(url), model, cache
