@@ -54,11 +54,13 @@ def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 class ValueHead(nn.Linear):
-    """A linear map without bias from a hidden state to a value, in float32; initialised to 0."""
+    """A linear map from a hidden state to a value, in float32; initialised to 0."""
 
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size, 1, bias=False, dtype=torch.float32)
-        nn.init.zeros_(self.weight)
+    def __init__(self, hidden_size: int, bias: bool = False):
+        """bias: as TRL's head has."""
+        super().__init__(hidden_size, 1, bias=bias, dtype=torch.float32)
+        for weight in self.parameters():
+            nn.init.zeros_(weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (..., H). Returns values (...) in float32."""
@@ -70,9 +72,9 @@ def hidden_size(model: Any) -> int:
     return model.get_output_embeddings().weight.shape[1]
 
 
-def new_value_head(model: Any) -> ValueHead:
-    """A value head for `model`, on its device."""
-    return ValueHead(hidden_size(model)).to(model.device)
+def new_value_head(model: Any, bias: bool = False) -> ValueHead:
+    """A value head for `model`, on its device. bias: as of ValueHead."""
+    return ValueHead(hidden_size(model), bias).to(model.device)
 
 
 class Policy(nn.Module):

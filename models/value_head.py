@@ -126,16 +126,19 @@ def forward(model: nn.Module, tokens: mx.array, positions: mx.array | None = Non
 
 
 class ValueHead(nn.Module):
-    """A linear map without bias from a hidden state to a value, in float32."""
+    """A linear map from a hidden state to a value, in float32."""
 
-    def __init__(self, hidden_size: int, std: float = 0.0):
-        """std: standard deviation of the initial weights; with 0, every value starts at 0."""
+    def __init__(self, hidden_size: int, std: float = 0.0, bias: bool = False):
+        """std: standard deviation of the initial weights; with 0, every value starts at 0. bias: as TRL's head has."""
         super().__init__()
         self.weight = std * mx.random.normal((1, hidden_size))
+        if bias:
+            self.bias = mx.zeros((1,))
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """hidden: (..., H). Returns values (...) in float32."""
-        return (hidden.astype(mx.float32) @ self.weight.T).squeeze(-1)
+        values = hidden.astype(mx.float32) @ self.weight.T
+        return (values + self.bias if "bias" in self else values).squeeze(-1)
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -143,10 +146,10 @@ def hidden_size(model: nn.Module) -> int:
     return forward(model, mx.array([[0]]))[1].shape[-1]
 
 
-def new_value_head(model: nn.Module, std: float | None = 0.0) -> ValueHead:
-    """A value head for `model`. std: as of ValueHead; None means 1/sqrt(H), for a reward model."""
+def new_value_head(model: nn.Module, std: float | None = 0.0, bias: bool = False) -> ValueHead:
+    """A value head for `model`. std, bias: as of ValueHead; a std of None means 1/sqrt(H), for a reward model."""
     size = hidden_size(model)
-    return ValueHead(size, 1 / math.sqrt(size) if std is None else std)
+    return ValueHead(size, 1 / math.sqrt(size) if std is None else std, bias)
 
 
 class ScoringModel(nn.Module):
