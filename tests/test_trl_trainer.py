@@ -73,7 +73,8 @@ def test_a_refused_option_is_named_with_what_to_use_instead(name):
 
 def test_what_states_trls_defaults_is_taken():
     given: dict[str, Any] = {"optimize_device_cache": False, "tracker_kwargs": {}, "compare_steps": 1}
-    assert PPOConfig(**given, tracker_project_name="trl", model_name="gpt2", steps=20000, task_name="x", query_dataset="y") is not None
+    names: dict[str, Any] = {"tracker_project_name": "trl", "model_name": "gpt2", "task_name": "x"}
+    assert PPOConfig(**given, **names, steps=20000) is not None
 
 
 def test_the_options_in_the_librarys_words():
