@@ -3,6 +3,8 @@ libraries raise for a user's files.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # What mlx-lm and transformers raise for a damaged or unknown model folder.
 OPENING_ERRORS = (AttributeError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError)
@@ -26,3 +28,21 @@ def one_line(message: str) -> str:
     """
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], message)
     return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE - 1000]} ... {line[-1000:]}"
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Say in one line that `name` cannot be opened, whatever a library raises for the content of its files.
+
+    name: with its verb's subject, such as "the tokenizer of MODEL" or "MODEL". The block calls libraries only.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  (each library has types of its own; tokenizers raises plain Exception)
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name} needs Python code that comes with it, which is never run here; use a model without such code"
+            ) from None
+        raise UserError(f"{name} cannot be opened ({reason(error)}); check that it is complete") from None

@@ -6,7 +6,7 @@ python -m pytest tests/test_tokenizer.py
 from pathlib import Path
 from typing import Any
 
-from common.errors import OPENING_ERRORS, UserError, reason
+from common.errors import opening
 from common.files import read_json
 from common.locate import locate
 from common.open_files import accept_few_files
@@ -20,12 +20,22 @@ def open_tokenizer(name: str) -> Any:
     not found or its tokenizer cannot be opened.
     """
     folder = locate(name)
-    try:
+    with opening(f"the tokenizer of {name}"):
         return _open(folder, _configured_eos(folder))
-    except OPENING_ERRORS as error:
-        raise UserError(
-            f"the tokenizer of {name} cannot be opened ({reason(error)}); check that it is complete"
-        ) from None
+
+
+def mlx_tokenizer(folder: Path, eos: int | list[int] | None) -> Any:
+    """The tokenizer in `folder` as mlx-lm opens it. No code that comes with a model is run, nor asked about."""
+    from mlx_lm.utils import load_tokenizer
+
+    return load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=eos)
+
+
+def transformers_tokenizer(folder: Path) -> Any:
+    """The tokenizer in `folder` as transformers opens it. No code that comes with a model is run, nor asked about."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _configured_eos(folder: Path) -> int | list[int] | None:
@@ -38,13 +48,10 @@ def _configured_eos(folder: Path) -> int | list[int] | None:
 def _open(folder: Path, eos: int | list[int] | None) -> Any:
     accept_few_files()
     try:
-        from mlx_lm.utils import load_tokenizer
-    except ImportError:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return mlx_tokenizer(folder, eos)
+    except ImportError:  # no mlx-lm
+        tokenizer = transformers_tokenizer(folder)
         ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         # Setting the attribute would call transformers' own setter, which takes a single token.
         vars(tokenizer)["eos_token_ids"] = ids
         return tokenizer
-    return load_tokenizer(folder, eos_token_ids=eos)

@@ -10,9 +10,10 @@ from common.errors import UserError, reason
 from common.files import expanded, read_json
 from models.adapter_config import HEAD_FILE
 
-# The files that mlx-lm downloads, so that one download serves both, plus the head of a reward model.
+# The files that mlx-lm downloads, so that one download serves both, plus the head of a reward model, and but for *.py:
+# code that comes with a model is never run.
 HUB_FILES = [
-    *("*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl"),
+    *("*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl"),
     *("*.jinja", HEAD_FILE),
 ]
 

@@ -16,7 +16,8 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from common.errors import OPENING_ERRORS, UserError, reason
+from common.errors import opening
+from data.tokenizer import mlx_tokenizer
 from models.folders import model_folder
 from models.four_bit import four_bit_folder
 from models.gguf_folder import gguf_folder, is_gguf
@@ -77,12 +78,10 @@ def load(name: str) -> LoadedModel:
     """
     path = resolve(name)
     wire_memory()
-    try:
+    with opening(name):
         with kept_random_state():  # mlx's layers draw initial weights
-            model, config = mlx_lm.utils.load_model(path)
-        tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except OPENING_ERRORS as error:
-        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is complete") from None
+            model, config = mlx_lm.utils.load_model(path, trust_remote_code=False)
+        tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)
 

@@ -22,7 +22,8 @@ class Continuer:
     """Continues texts with an embedded model."""
 
     def __init__(self, folder: str | Path):
-        self.model, self.tokenizer = mlx_lm.load(str(folder))[:2]
+        untrusting = {"trust_remote_code": False}
+        self.model, self.tokenizer = mlx_lm.load(str(folder), tokenizer_config=untrusting, **untrusting)[:2]
 
     def __call__(self, texts: Sequence[str], temperature: float) -> tuple[list[str], list[bool]]:
         """The texts with their completions, and whether each ended with EOS."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from common.errors import OPENING_ERRORS, UserError, reason
+from common.errors import UserError, opening
 from common.locate import locate
 from models.folders import model_folder
 from models.gguf_folder import gguf_folder, is_gguf
@@ -81,13 +81,12 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
     tokenizer_path = resolve(tokenizer) if tokenizer else path
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     dtype = "auto" if device.type == "cuda" else torch.float32
-    try:
-        model, report = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
-        opened = AutoTokenizer.from_pretrained(tokenizer_path)
-    except OPENING_ERRORS as error:
-        raise UserError(
-            f"{name} cannot be opened by transformers ({reason(error)}); check that it is complete"
-        ) from None
+    with opening(name):
+        model, report = auto.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False
+        )
+    with opening(f"the tokenizer of {tokenizer or name}"):
+        opened = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
     _check_whole(name, report)
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer and len(opened) > rows:

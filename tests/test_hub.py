@@ -33,6 +33,7 @@ def reward_folder(tiny_folder, tmp_path_factory):
     save_value_head(folder, new_value_head(load(str(folder)).model, std=None))
     (folder / "pytorch_model.bin").write_bytes(b"a large file that nobody asks for")
     (folder / "README.md").write_text("a model card")
+    (folder / "modeling.py").write_text("raise SystemExit")
     return folder
 
 
@@ -75,7 +76,7 @@ def test_a_reward_model_comes_with_its_head_and_without_what_no_one_needs(hub, r
     """mlx-lm's own download omits the head."""
     folder = resolve("someone/reward")
     files = {path.name for path in folder.iterdir()}
-    assert HEAD_FILE in files and not {"pytorch_model.bin", "README.md"} & files
+    assert HEAD_FILE in files and not {"pytorch_model.bin", "README.md", "modeling.py"} & files
     texts = (["2 4", "10"], [" 6", " 1 x"])
     assert load_reward_model("someone/reward").reward(*texts) == load_reward_model(str(reward_folder)).reward(*texts)
 

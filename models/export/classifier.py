@@ -15,11 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten
-from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from common.errors import OPENING_ERRORS, UserError, reason
+from common.errors import UserError, opening
 from data.batching import encode_text
+from data.tokenizer import mlx_tokenizer, transformers_tokenizer
 from models.loading import LoadedModel, resolve
 from models.random_state import kept_random_state
 from models.value_head import ValueHead
@@ -70,7 +70,7 @@ def save_classifier(folder: Path, loaded: LoadedModel, head: ValueHead) -> bool:
     classifier = nn.Module()
     classifier.model, classifier.score = loaded.model["model"], head
     mlx_lm.utils.save(folder, loaded.path, classifier, tokenizer, config, donate_model=False)
-    return _encoded(AutoTokenizer.from_pretrained(folder)) == expected
+    return _encoded(transformers_tokenizer(folder)) == expected
 
 
 def _pad_token_id(loaded: LoadedModel) -> int:
@@ -117,12 +117,10 @@ def load_classifier(name: str) -> tuple[LoadedModel, ValueHead]:
 
         return Classifier, arguments
 
-    try:
+    with opening(name):
         with kept_random_state():
-            model, config = mlx_lm.utils.load_model(path, get_model_classes=classes)
-        tokenizer = mlx_lm.utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
-    except OPENING_ERRORS as error:
-        raise UserError(f"{name} cannot be opened by mlx-lm ({reason(error)}); check that it is complete") from None
+            model, config = mlx_lm.utils.load_model(path, get_model_classes=classes, trust_remote_code=False)
+        tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
     if list(score) != [HEAD] or score[HEAD].shape[0] != 1:
         raise UserError(f"{name} is not a classifier with one score and no bias; use a model with num_labels 1")
     with kept_random_state():

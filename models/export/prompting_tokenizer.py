@@ -9,10 +9,9 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from common.errors import UserError
 from common.files import read_json, write_json
+from data.tokenizer import transformers_tokenizer
 
 PROBES = ("12 -4", "Who are you?", " a  b\n", "")
 
@@ -53,7 +52,7 @@ class PromptingTokenizer:
         # A specific class might rebuild its post-processor and ignore the one in the file.
         settings = {name: value for name, value in settings.items() if name not in ("add_bos_token", "add_eos_token")}
         write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
-        self._check(AutoTokenizer.from_pretrained(folder))
+        self._check(transformers_tokenizer(folder))
 
     def _check(self, saved: Any) -> None:
         for text in PROBES:
