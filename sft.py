@@ -27,7 +27,7 @@ from data.sources import Split, find_split
 from models.adapters import AdapterConfig, save_adapter
 from models.loading import load, twin
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
-from training.checkpoint_folders import open_run_folder
+from training.checkpoint_folders import open_run_folder, restore_newest
 from training.flags import adapter_settings, describe, parse_or_resume
 from training.metrics import RunLog, provenance
 from training.objectives import Objective
@@ -105,7 +105,9 @@ def train(
     if settings.dpo:
         refer_in(folder, objectives, start_reference(trainee), again=checkpoint is not None)
     if checkpoint:
-        progress.restore(restore_checkpoint(checkpoint, trainee, optimizer))
+        restore_newest(
+            folder, lambda found: progress.restore(restore_checkpoint(found, trainee, optimizer), found)
+        )  # fmt: skip
     log = RunLog(folder, settings.iters, progress.step, args.log_with, kind_of_run(args))
     kind = trainee.adapter.fine_tune_type
     used = optimizer_and_rate(settings, SFT_OPTIMIZERS, kind)

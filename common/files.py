@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from common.errors import UserError
+from common.errors import UserError, reason
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another disk",
@@ -273,5 +273,20 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it or recreate it") from None
+    except (ValueError, RecursionError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} is not valid JSON ({why}); restore it or recreate it") from None
+
+
+@contextmanager
+def reading(path: str | Path, remedy: str) -> Iterator[None]:
+    """Say in one line that `path` cannot be read, whatever the system, mlx, NumPy or safetensors raise for its content.
+
+    The block calls libraries only.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  (zipfile, NumPy, mlx and safetensors have many types of their own)
+        raise UserError(f"{path} cannot be read ({reason(error)}); {remedy}") from None

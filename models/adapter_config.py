@@ -4,15 +4,17 @@ A peft folder is described like one of ours (models.peft_format). Imports neithe
 other wrote. Not here: the weights (see models.adapters and models.torch_adapters).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 
 from common.errors import UserError
-from common.files import Kind, check_file, check_replaceable, expanded, read_json
+from common.files import Kind, check_file, check_replaceable, expanded, reading
+from common.schemas import Schema, conforming, read_as
 from models import peft_format
 
 WEIGHT_TYPES = ("lora", "dora", "full")  # what --fine-tune-type offers
@@ -48,6 +50,38 @@ class AdapterConfig:
             raise UserError(f"--lora-layers is {given}; give the number of last layers to adapt, or -1 for all")
         if self.lora_parameters["rank"] < 1:
             raise UserError(f"LoRA rank is {self.lora_parameters['rank']}; it must be at least 1")
+
+
+REMEDY = "train it again"
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+
+
+class SavedLora(Schema):
+    """lora_parameters in an adapter_config.json."""
+
+    rank: Rank
+    scale: float
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    keys: list[str] | None = None
+
+
+class SavedRun(Schema):
+    """An entry of provenance (training.metrics.provenance)."""
+
+    script: str
+    flags: dict[str, Any]
+    figures: dict[str, float | None]
+
+
+class SavedConfig(Schema):
+    """adapter_config.json, by mlx-lm or by us: the fields of AdapterConfig, and others."""
+
+    fine_tune_type: Literal[FINE_TUNE_TYPES] = "lora"  # type: ignore[valid-type]
+    num_layers: Annotated[int, Field(ge=-1, le=2**16)] = 16
+    lora_parameters: SavedLora | None = None
+    num_prompt_tokens: Rank = 32
+    model: str = ""
+    provenance: list[SavedRun] = Field(default_factory=list)
 
 
 class AdapterFiles(NamedTuple):
@@ -89,34 +123,26 @@ def find_adapter(path: str | Path) -> AdapterFiles:
     if not path.exists():
         raise UserError(f"{path} does not exist; name an adapter folder, or an .npz or .safetensors file")
     single = path.suffix in SINGLE_FILE_SUFFIXES
-    description = read_json(path.with_suffix(".json") if single else path / CONFIG_FILE)
+    described = path.with_suffix(".json") if single else path / CONFIG_FILE
+    description = read_as(dict[str, Any], described, REMEDY)
     peft = peft_format.is_peft(description)
     weights = path if single else path / (peft_format.WEIGHTS_FILE if peft else WEIGHTS_FILE)
     if not weights.is_file():
         raise UserError(f"{weights} does not exist, so {path} is an incomplete adapter; train it again")
     if peft:
-        return AdapterFiles(path, _read_peft(description, weights), weights, single=False, peft=True)
-    return AdapterFiles(path, _read_config(description, path), weights, single)
+        return AdapterFiles(path, _read_peft(description, described, weights), weights, single=False, peft=True)
+    return AdapterFiles(path, _read_config(description, described), weights, single)
 
 
-def _read_config(description: Any, path: Path) -> AdapterConfig:
-    if not isinstance(description, dict):
-        raise UserError(f"{path} has JSON that is not a description of an adapter; train it again")
-    known = {key: description[key] for key in AdapterConfig.__dataclass_fields__ if key in description}
-    config = AdapterConfig(**known)
-    lora = config.lora_parameters
-    if not isinstance(lora, dict) or not {"rank", "scale", "dropout"} <= lora.keys():
-        raise UserError(f"{path} has the lora_parameters {lora!r}; they must contain rank, scale and dropout")
-    return config
+def _read_config(description: dict[str, Any], path: Path) -> AdapterConfig:
+    saved = conforming(SavedConfig, description, path, REMEDY).model_dump(exclude_none=True)
+    return AdapterConfig(**{key: saved[key] for key in AdapterConfig.__dataclass_fields__ if key in saved})
 
 
-def _read_peft(description: dict[str, Any], weights: Path) -> AdapterConfig:
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            names = list(file.keys())
-        return AdapterConfig(**peft_format.our_settings(description, names, weights.parent))
-    except (KeyError, SafetensorError) as error:
-        raise UserError(f"{weights.parent} is an incomplete peft adapter ({error}); save it again") from None
+def _read_peft(description: dict[str, Any], path: Path, weights: Path) -> AdapterConfig:
+    with reading(weights, "save it again"), safe_open(weights, framework="numpy") as file:
+        names = list(file.keys())
+    return AdapterConfig(**peft_format.our_settings(description, names, path))
 
 
 def check_fit(expected: Mapping[str, Any], given: Mapping[str, Any], source: object) -> None:
@@ -142,3 +168,19 @@ def check_head_width(source: object, width: int, expected: int) -> None:
             f"{source} has a value head of width {width}, the model has {expected}; "
             "use the base model that it was trained on"
         )
+
+
+def check_head(path: object, weights: Mapping[str, Any]) -> None:
+    """Raise UserError unless these are the tensors of a value head: one, "weight", of shape (1, H)."""
+    if list(weights) != ["weight"]:
+        raise UserError(f"{path} holds {sorted(weights)}, not one tensor 'weight'; train the reward model again")
+    shape = tuple(weights["weight"].shape)
+    if len(shape) != 2 or shape[0] != 1:
+        raise UserError(f"{path} has a value head of shape {shape}, which must be (1, H); train the reward model again")
+
+
+def refuse_arrays(source: object, names: Iterable[str], what: str, remedy: str) -> None:
+    """Raise UserError if there are such names: `source` has `what` in them."""
+    if found := sorted(names):
+        others = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise UserError(f"{source} has {what} in {found[0]}{others}; {remedy}")

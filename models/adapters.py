@@ -22,6 +22,7 @@ from models import peft_format
 from models.adapter_config import (
     ADAPTER,
     CONFIG_FILE,
+    REMEDY,
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_FILE,
     AdapterConfig,
@@ -30,9 +31,10 @@ from models.adapter_config import (
     check_head_width,
     find_adapter,
 )
+from models.arrays import read_arrays
 from models.random_state import kept_random_state
 from models.soft_prompt import add_soft_prompt
-from models.value_head import ValueHead, hidden_size, load_value_head, save_value_head
+from models.value_head import ValueHead, head_from, hidden_size, load_value_head, save_value_head
 
 
 def attach_adapter(model: nn.Module, config: AdapterConfig, seed: int = 0) -> None:
@@ -141,10 +143,7 @@ class SavedAdapter:
 def read_adapter(path: str | Path) -> SavedAdapter:
     """Read an adapter in any form. Raises UserError if a part is missing or malformed."""
     files = find_adapter(path)
-    try:
-        weights = mx.load(str(files.weights))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    weights = read_arrays(files.weights, REMEDY)
     if files.peft:
         named = {peft_format.our_name(name): weight.astype(mx.float32) for name, weight in weights.items()}
         weights = {name: _turned(name, weight) for name, weight in named.items()}
@@ -181,11 +180,7 @@ def _value_head(path: Path, weights: dict[str, mx.array], single: bool) -> Value
     if not single:
         return load_value_head(path)
     weight = weights.pop("value_head.weight", None)
-    if weight is None:
-        return None
-    head = ValueHead(weight.shape[1])
-    head.weight = weight
-    return head
+    return None if weight is None else head_from(path, {"weight": weight})
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:

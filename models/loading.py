@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import opening
 from data.tokenizer import mlx_tokenizer
+from models.arrays import check_finite, check_whole
 from models.folders import model_folder
 from models.four_bit import four_bit_folder
 from models.gguf_folder import gguf_folder, is_gguf
@@ -79,9 +80,12 @@ def load(name: str) -> LoadedModel:
     path = resolve(name)
     wire_memory()
     with opening(name):
+        for file in path.glob("model*.safetensors"):
+            check_whole(file)
         with kept_random_state():  # mlx's layers draw initial weights
             model, config = mlx_lm.utils.load_model(path, trust_remote_code=False)
         tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
+    check_finite(name, dict(tree_flatten(model.parameters())), "check that it is complete")
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)
 

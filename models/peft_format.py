@@ -10,10 +10,13 @@ matrices transposed to each other; peft multiplies by alpha / r (with rslora by 
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from common.errors import UserError
 from common.files import Kind
+from common.schemas import Schema, conforming
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,6 +31,19 @@ BASE_CHANGING = ("pissa", "olora", "corda", "loftq")  # initialisations that cha
 SETTINGS = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
             "layers_to_transform", "use_dora", "bias", "inference_mode"}  # fmt: skip
 PEFT = Kind("adapter_config.json", ("adapter_config.json", WEIGHTS_FILE), lambda content: set(content) == SETTINGS)
+
+
+class Saved(Schema):
+    """peft's adapter_config.json, as far as it is used; `our_settings` refuses what is in FOREIGN."""
+
+    peft_type: str
+    r: Annotated[int, Field(ge=1, le=2**16)]
+    lora_alpha: float
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    bias: str = "none"
+    base_model_name_or_path: str | None = None
 
 
 def is_peft(description: Any) -> bool:
@@ -66,27 +82,26 @@ def our_settings(description: dict[str, Any], tensors: Iterable[str], source: ob
     """
     kind = description["peft_type"]
     if kind != "LORA":
-        raise UserError(f"{source} is a peft adapter of type {kind}; only LORA (DoRA included) is read")
+        raise UserError(f"{source} is a peft adapter of type {kind!s:.60}; only LORA (DoRA included) is read")
+    saved = conforming(Saved, description, source, "save it again")
     foreign = [name for name in FOREIGN if description.get(name)]
-    foreign += ["bias"] if description.get("bias", "none") != "none" else []
+    foreign += ["bias"] if saved.bias != "none" else []
     start = description.get("init_lora_weights")
     foreign += ["init_lora_weights"] if isinstance(start, str) and start.startswith(BASE_CHANGING) else []
     if foreign:
         shown = ", ".join(f"{name} {description[name]!r}" for name in foreign)
         raise UserError(f"{source} sets {shown}, which mlx-lm's adapters do not have; merge it with peft instead")
-    rank = description["r"]
-    divisor = math.sqrt(rank) if description.get("use_rslora") else rank
     lora = {
-        "rank": rank,
-        "scale": description["lora_alpha"] / divisor,
-        "dropout": description.get("lora_dropout", 0.0),
+        "rank": saved.r,
+        "scale": saved.lora_alpha / (math.sqrt(saved.r) if saved.use_rslora else saved.r),
+        "dropout": saved.lora_dropout,
         "keys": module_names(tensors),
     }
     return {
-        "fine_tune_type": "dora" if description.get("use_dora") else "lora",
+        "fine_tune_type": "dora" if saved.use_dora else "lora",
         "num_layers": -1,
         "lora_parameters": lora,
-        "model": description.get("base_model_name_or_path") or "",
+        "model": saved.base_model_name_or_path or "",
     }
 
 

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
@@ -24,6 +22,7 @@ from models import peft_format
 from models.adapter_config import (
     ADAPTER,
     CONFIG_FILE,
+    REMEDY,
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_FILE,
     AdapterConfig,
@@ -32,6 +31,7 @@ from models.adapter_config import (
     check_head_width,
     find_adapter,
 )
+from models.torch_arrays import read_arrays
 from models.torch_soft_prompt import add_soft_prompt
 from models.torch_value_head import ValueHead, head_from, hidden_size, load_value_head, save_value_head
 
@@ -171,14 +171,7 @@ class SavedAdapter:
 def read_adapter(path: str | Path) -> SavedAdapter:
     """Read an adapter in any form. Raises UserError if a part is missing or malformed."""
     files = find_adapter(path)
-    try:
-        if files.weights.suffix == ".npz":
-            with np.load(files.weights, allow_pickle=False) as arrays:
-                weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        else:
-            weights = load_file(files.weights)
-    except (SafetensorError, BadZipFile, ValueError, TypeError) as error:
-        raise UserError(f"{files.weights} cannot be read ({str(error).splitlines()[0]}); train it again") from None
+    weights = read_arrays(files.weights, REMEDY)
     if files.peft:
         named = {peft_format.our_name(name): weight.float() for name, weight in weights.items()}
         turned = peft_format.TRANSPOSED
@@ -186,7 +179,7 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     if not files.single:
         return SavedAdapter(files.path, files.config, weights, load_value_head(files.path))
     head = weights.pop("value_head.weight", None)
-    return SavedAdapter(files.path, files.config, weights, None if head is None else head_from(head))
+    return SavedAdapter(files.path, files.config, weights, None if head is None else head_from(path, {"weight": head}))
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> SavedAdapter:

@@ -20,6 +20,7 @@ from common.locate import locate
 from models.folders import model_folder
 from models.gguf_folder import gguf_folder, is_gguf
 from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder
+from models.torch_arrays import check_finite
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 logging.set_verbosity_error()  # what it warns of, such as missing weights, is checked here
@@ -88,6 +89,7 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
     with opening(f"the tokenizer of {tokenizer or name}"):
         opened = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
     _check_whole(name, report)
+    check_finite(name, dict(model.named_parameters()), "check that it is complete")
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer and len(opened) > rows:
         raise UserError(f"--tokenizer {tokenizer} has {len(opened)} tokens, {name} only {rows}; use the model's own")

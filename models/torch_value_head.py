@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import atomic_file
-from models.adapter_config import HEAD_FILE
+from models.adapter_config import HEAD_FILE, check_head, check_head_width
+from models.torch_arrays import read_arrays
 from models.torch_token_stats import hidden_states
 
 
@@ -117,22 +117,23 @@ def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
     return {"file": HEAD_FILE, "hidden_size": head.weight.shape[1]}
 
 
-def load_value_head(folder: str | Path) -> ValueHead | None:
-    """The head in a model or adapter folder, on the CPU, or None."""
+def load_value_head(folder: str | Path, width: int | None = None) -> ValueHead | None:
+    """The head in a model or adapter folder, on the CPU, or None.
+
+    width: of the model's hidden states, if known. Raises UserError for a head of another width, or a damaged one.
+    """
     path = Path(folder) / HEAD_FILE
     if not path.is_file():
         return None
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be read ({error}); train the reward model again") from None
-    if list(weights) != ["weight"]:
-        raise UserError(f"{path} holds {sorted(weights)}, not one tensor 'weight'; train the reward model again")
-    return head_from(weights["weight"])
+    head = head_from(path, read_arrays(path, "train the reward model again"))
+    if width is not None:
+        check_head_width(path, head.weight.shape[1], width)
+    return head
 
 
-def head_from(weight: Tensor) -> ValueHead:
-    """A value head with these weights (1, H)."""
-    head = ValueHead(weight.shape[1])
-    head.load_state_dict({"weight": weight})
+def head_from(source: object, weights: dict[str, Tensor]) -> ValueHead:
+    """A value head of these tensors. Raises UserError, which begins with `source`, if they are no head's."""
+    check_head(source, weights)
+    head = ValueHead(weights["weight"].shape[1])
+    head.load_state_dict(weights)
     return head

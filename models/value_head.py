@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from common.errors import UserError
 from common.files import atomic_file
-from models.adapter_config import HEAD_FILE
+from models.adapter_config import HEAD_FILE, check_head, check_head_width
+from models.arrays import read_arrays
 from models.modules import outer_modules
 from models.soft_prompt import find_embedding
 
@@ -194,17 +195,23 @@ def save_value_head(folder: str | Path, head: ValueHead) -> dict[str, Any]:
     return {"file": HEAD_FILE, "hidden_size": head.weight.shape[1]}
 
 
-def load_value_head(folder: str | Path) -> ValueHead | None:
-    """The head in a model or adapter folder, or None."""
+def load_value_head(folder: str | Path, width: int | None = None) -> ValueHead | None:
+    """The head in a model or adapter folder, or None.
+
+    width: of the model's hidden states, if known. Raises UserError for a head of another width, or a damaged one.
+    """
     path = Path(folder) / HEAD_FILE
     if not path.is_file():
         return None
-    try:
-        weights = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); train the reward model again") from None
-    if list(weights) != ["weight"]:
-        raise UserError(f"{path} holds {sorted(weights)}, not one tensor 'weight'; train the reward model again")
+    head = head_from(path, read_arrays(path, "train the reward model again"))
+    if width is not None:
+        check_head_width(path, head.weight.shape[1], width)
+    return head
+
+
+def head_from(source: object, weights: dict[str, mx.array]) -> ValueHead:
+    """A value head of these tensors. Raises UserError, which begins with `source`, if they are no head's."""
+    check_head(source, weights)
     head = ValueHead(weights["weight"].shape[1])
     head.weight = weights["weight"].astype(mx.float32)
     return head

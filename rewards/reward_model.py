@@ -16,7 +16,7 @@ from models.export.classifier import load_classifier
 from models.folders import is_classifier
 from models.loading import LoadedModel, load, resolve, twin
 from models.soft_prompt import soft_prompt_ids
-from models.value_head import ScoringModel, ValueHead, load_value_head
+from models.value_head import ScoringModel, ValueHead, hidden_size, load_value_head
 
 
 class RewardModel:
@@ -60,7 +60,7 @@ def load_reward_model(path: str, base: LoadedModel | None = None) -> RewardModel
         model = loaded.model
     else:
         loaded = load(path)
-        model, head = loaded.model, load_value_head(loaded.path)
+        model, head = loaded.model, load_value_head(loaded.path, hidden_size(loaded.model))
     if head is None:
         raise UserError(f"{path} has no value head, so it is not a reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head), loaded.tokenizer)

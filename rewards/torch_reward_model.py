@@ -12,12 +12,12 @@ import torch
 from common.errors import UserError
 from common.files import expanded
 from data.batching import collate, encode_text, in_order
-from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES
+from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, check_head_width
 from models.folders import is_classifier
 from models.torch_adapters import load_adapter, read_adapter
 from models.torch_loading import LoadedModel, load, resolve, twin
 from models.torch_soft_prompt import soft_prompt_ids
-from models.torch_value_head import ScoringModel, ValueHead, head_from, load_value_head
+from models.torch_value_head import ScoringModel, ValueHead, head_from, hidden_size, load_value_head
 
 
 class RewardModel:
@@ -65,6 +65,8 @@ def load_reward_model(path: str, device: torch.device, base: LoadedModel | None 
         model = loaded.model
         if classifier:
             head = _classifier_head(path, model)
+        elif head is not None:
+            check_head_width(path, head.weight.shape[1], hidden_size(model))
     if head is None:
         raise UserError(f"{path} has no value head, so it is not a reward model; train one by sft.py --reward-model")
     return RewardModel(ScoringModel(model, head.to(device)), loaded.tokenizer)
@@ -74,4 +76,4 @@ def _classifier_head(path: str, model: Any) -> ValueHead:
     layer = getattr(model, "score", None)
     if layer is None or layer.weight.shape[0] != 1 or layer.bias is not None:
         raise UserError(f"{path} is not a classifier with one score and no bias; use a model with num_labels 1")
-    return head_from(layer.weight)
+    return head_from(path, {"weight": layer.weight})

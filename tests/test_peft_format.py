@@ -160,7 +160,7 @@ def test_a_damaged_folder_is_one_line(llama, tmp_path, capsys):
     save_file({**tensors, "base_model.model.lm_head.weight": torch.zeros(2, 2)}, weights)
     assert "base_model.model.lm_head.weight is unknown" in fails(capsys, fuse.main, *words)
     weights.write_bytes(weights.read_bytes()[:100])
-    assert "is an incomplete peft adapter" in fails(capsys, fuse.main, *words)
+    assert "adapter_model.safetensors cannot be read" in fails(capsys, fuse.main, *words)
     weights.unlink()
     assert "does not exist" in fails(capsys, fuse.main, *words)
 

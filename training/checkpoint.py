@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 
 from common.errors import UserError
 from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
+from models.arrays import read_arrays
 from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import DAMAGED, KEPT, OPTIMIZER_FILE, last_checkpoint, new_checkpoint, read_state
 from training.optimizer import optimizer_arrays, restore_optimizer
 
 
@@ -57,7 +58,7 @@ def save_checkpoint(
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter, trainee.reward_head)
         if trainee.value_head is not None:
             save_value_head(temporary, trainee.value_head)
-        mx.save_safetensors(str(temporary / "optimizer.safetensors"), optimizer_arrays(optimizer))
+        mx.save_safetensors(str(temporary / OPTIMIZER_FILE), optimizer_arrays(optimizer))
     return last_checkpoint(run_folder)
 
 
@@ -66,9 +67,9 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: optim.Optimize
     saved = read_adapter(folder / "adapter")
     set_adapter_weights(trainee.model, saved.weights, folder)
     if trainee.value_head is not None:
-        head = load_value_head(folder)
+        head = load_value_head(folder, trainee.value_head.weight.shape[1])
         if head is None:
             raise UserError(f"{folder} holds no value head; resume with the run's own flags")
         trainee.value_head.update(head.parameters())
-    restore_optimizer(optimizer, trainee.module, mx.load(str(folder / "optimizer.safetensors")))
+    restore_optimizer(optimizer, trainee.module, read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)

@@ -10,19 +10,29 @@ renamed, so a folder with a number is complete.
 import argparse
 import fcntl
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
+
+from pydantic import Field
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, read_json, sweep, write_json, writing
+from common.files import Kind, atomic_folder, sweep, write_json, writing
+from common.schemas import Schema, read_as
 from training.flags import default_output_dir
 from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
 
-STATE_FILE = "state.json"
+STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 CHECKPOINT = Kind(STATE_FILE, ("adapter", "*.safetensors", STATE_FILE))
 KEPT = 2  # newest checkpoints, by default
+DAMAGED = "resume from an earlier checkpoint"
+
+
+class CheckpointState(Schema):
+    """state.json, to which each kind of run adds its own."""
+
+    step: Annotated[int, Field(ge=0)]
 
 
 class RunFolder(NamedTuple):
@@ -84,6 +94,7 @@ def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], 
         yield temporary
         write_json(temporary / STATE_FILE, {"step": step, **state})
     for old in all_checkpoints(run_folder)[:-keep] if keep else []:
+        (old / STATE_FILE).unlink()  # half deleted, it is no checkpoint
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -95,9 +106,32 @@ def last_checkpoint(run_folder: str | Path) -> Path:
     return found[-1]
 
 
+def restore_newest(run_folder: str | Path, restore: Callable[[Path], None]) -> None:
+    """Call `restore` with the newest checkpoint, and where it raises UserError with the one before, and so on.
+
+    A damaged one is put aside under another name, which is said. Raises the newest one's error if none can be restored.
+    """
+    errors: list[tuple[Path, UserError]] = []
+    for checkpoint in reversed(all_checkpoints(run_folder)):
+        try:
+            restore(checkpoint)
+        except UserError as error:
+            errors.append((checkpoint, error))
+            continue
+        for damaged, why in errors:
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            print(f"checkpoint {damaged.name} cannot be used ({why}), so it is now {aside}")
+        if errors:
+            print(f"the run goes on from checkpoint {checkpoint.name}")
+        return
+    raise errors[0][1]
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The state given to `new_checkpoint`, and the step."""
-    return read_json(folder / STATE_FILE)
+    return read_as(dict[str, Any], folder / STATE_FILE, DAMAGED)
 
 
 def all_checkpoints(run_folder: str | Path) -> list[Path]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 from common.cli import reader_may_leave
 from common.errors import UserError
-from common.files import atomic_file, expanded, read_json, write_json, writing
+from common.files import atomic_file, expanded, reading, write_json, writing
+from common.schemas import read_as
 from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
@@ -57,14 +59,14 @@ def resumed_config(folder: str | Path) -> dict[str, Any]:
     """The flags of the run in `folder`. Raises UserError where there is no run."""
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no run (no config.json); check --resume")
-    config = read_json(Path(folder) / "config.json")
+    config = read_as(dict[str, Any], Path(folder) / "config.json")
     config.pop("blas", None)  # not a flag: a resumed run takes the BLAS that it finds
     return config
 
 
 def say_if_another_blas(folder: str | Path, blas: str | None) -> None:
     """Print one line if the run in `folder`, which is to be resumed, began with another BLAS than `blas`."""
-    before = read_json(Path(folder) / "config.json").get("blas")
+    before = read_as(dict[str, Any], Path(folder) / "config.json").get("blas")
     if before and before != blas:
         now = f"with {blas}" if blas else "without it"
         print(f"this run began with the BLAS {before} and continues {now}, so its numbers may differ in the last bits")
@@ -139,18 +141,28 @@ def _finite(value: Any) -> Any:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`; a last line cut off by a kill is ignored."""
-    return _read(Path(folder) / METRICS)
+    """The rows of a run's `metrics.jsonl`: of a line that is none, as a kill may leave one, nothing is taken."""
+    rows = _read(Path(folder) / METRICS)
+    return [row for row in rows if all(isinstance(value, int | float | None) for value in row.values())]
+
+
+def figures_at(folder: str | Path, step: int) -> dict[str, float]:
+    """The figures of a run's report at a step; those that were not finite are left out."""
+    rows = [row for row in read_metrics(folder) if row.pop("step") == step]
+    return {name: value for row in rows for name, value in row.items() if value is not None}
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of a run that are objects with a step."""
     rows = []
-    # Not splitlines, which also ends a line at characters that JSON leaves as they are.
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    with reading(path, "move it away"):
+        # Not splitlines, which also ends a line at characters that JSON leaves as they are.
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                rows.append(row)
     return rows
 
 

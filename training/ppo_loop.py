@@ -7,19 +7,22 @@ import argparse
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from common.cli import Stopped, StopSignal
+from common.schemas import Schema, conforming
 from data.batching import encode_prompt
 from data.decoding import completion_texts
 from rewards.combined import Reward, Scored, score
 from training import ppo
 from training.advantages import advantages_and_returns
-from training.checkpoint_folders import open_run_folder
+from training.checkpoint_folders import DAMAGED, CheckpointState, open_run_folder, restore_newest
 from training.flags import describe
-from training.metrics import RunLog, provenance
+from training.metrics import RunLog, figures_at, provenance
 from training.ppo_step import Prompts, make_controller, rollout_figures, shape_scores, value_figures
 from training.rollout import Rollout, has_eos
 from training.settings import PPOSettings
@@ -51,6 +54,22 @@ class Learner(Protocol):
         """Update the policy on one rollout. Returns the stats, averaged over the mini batches."""
 
 
+class SavedMoments(Schema):
+    """The fields of ppo.RunningMoments."""
+
+    count: Annotated[int, Field(ge=0)]
+    mean: float
+    squares: Annotated[float, Field(ge=0)]
+
+
+class PPOState(CheckpointState):
+    """What PPO adds to a checkpoint's state."""
+
+    kl_coef: Annotated[float, Field(ge=0)]
+    moments: SavedMoments
+    seconds: Annotated[float, Field(ge=0)]
+
+
 @dataclass
 class Progress:
     """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
@@ -64,10 +83,11 @@ class Progress:
         """For a checkpoint, which adds the step."""
         return {"kl_coef": self.controller.value, "moments": vars(self.moments), "seconds": self.seconds}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
-        self.step, self.seconds, self.controller.value = state["step"], state["seconds"], state["kl_coef"]
-        self.moments = ppo.RunningMoments(**state["moments"])
+    def restore(self, state: dict[str, Any], source: object) -> None:
+        """Continue from the state of the checkpoint `source`. Raises UserError for one that is damaged."""
+        saved = conforming(PPOState, state, source, DAMAGED)
+        self.step, self.seconds, self.controller.value = saved.step, saved.seconds, saved.kl_coef
+        self.moments = ppo.RunningMoments(saved.moments.count, saved.moments.mean, saved.moments.squares)
 
 
 class Step(NamedTuple):
@@ -149,10 +169,16 @@ class PPORun:
         run = open_run_folder(args, "ppo", blas)
         self.folder, self.lock = run.path, run.lock
         if run.checkpoint:
-            self.progress.restore(checkpoint.restore_checkpoint(run.checkpoint, policy, optimizer))
+            restore_newest(self.folder, self._restore)
+            # A run killed after its last step has none left to say how it ended.
+            self.figures = figures_at(self.folder, self.progress.step)
         else:
             self.save()
         self.log = RunLog(self.folder, settings.num_steps, self.progress.step, args.log_with, "ppo")
+
+    def _restore(self, folder: Path) -> None:
+        state = self.checkpoint.restore_checkpoint(folder, self.policy, self.optimizer)
+        self.progress.restore(state, folder)
 
     def describe(self, optimizer: tuple[str, float], device: object) -> None:
         """Say what is trained, by which optimizer and rate, and where."""

@@ -12,19 +12,22 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from pydantic import Field
 
 from common.errors import UserError
+from common.schemas import conforming
 from data.sources import Source
 from models.adapters import AdapterConfig, attach_adapter, load_adapter
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel
 from models.soft_prompt import check_ids, soft_prompt_ids
-from models.value_head import ScoringModel, load_value_head, new_value_head
+from models.value_head import ScoringModel, hidden_size, load_value_head, new_value_head
 from training.checkpoint import Trainee
+from training.checkpoint_folders import DAMAGED, CheckpointState
 from training.flags import step_seed
 from training.objectives import LanguageModelling, Objective, RewardModelling, stacked
 from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
@@ -61,7 +64,7 @@ def build_trainee(
     if not reward_model:
         return Trainee(model, config, model, new=new)
     if head is None:
-        head = new_value_head(model, std=None) if new_head else load_value_head(loaded.path)
+        head = new_value_head(model, std=None) if new_head else load_value_head(loaded.path, hidden_size(model))
     if head is None:
         raise UserError(
             f"{adapter or loaded.name} has no value head, so there is no reward model to test; add --train, or name a "
@@ -109,6 +112,13 @@ def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
     return optimizer
 
 
+class SFTState(CheckpointState):
+    """What SFT adds to a checkpoint's state."""
+
+    window: Annotated[list[float], Field(min_length=3, max_length=3)]
+    skipped: Annotated[int, Field(ge=0)]
+
+
 @dataclass
 class SFTProgress:
     """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
@@ -121,9 +131,10 @@ class SFTProgress:
         """For a checkpoint, which adds the step."""
         return {"window": self.window.tolist(), "skipped": self.skipped}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint's state."""
-        self.step, self.skipped, self.window = state["step"], state["skipped"], mx.array(state["window"])
+    def restore(self, state: dict[str, Any], source: object) -> None:
+        """Continue from the state of the checkpoint `source`. Raises UserError for one that is damaged."""
+        saved = conforming(SFTState, state, source, DAMAGED)
+        self.step, self.skipped, self.window = saved.step, saved.skipped, mx.array(saved.window)
 
 
 class SFTStep(NamedTuple):

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import UserError
 from models.adapter_config import AdapterConfig
 from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
+from models.torch_arrays import read_arrays
 from models.torch_value_head import Policy, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import KEPT, last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import DAMAGED, KEPT, OPTIMIZER_FILE, last_checkpoint, new_checkpoint, read_state
 from training.torch_optimizer import ScheduledOptimizer
 
 
@@ -46,7 +47,7 @@ def save_checkpoint(
         save_adapter(temporary / "adapter", trainee.model, trainee.adapter)
         if trainee.value_head is not None:
             save_value_head(temporary, trainee.value_head)
-        save_file(optimizer.arrays(), temporary / "optimizer.safetensors")
+        save_file(optimizer.arrays(), temporary / OPTIMIZER_FILE)
     return last_checkpoint(run_folder)
 
 
@@ -55,9 +56,9 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledOptim
     saved = read_adapter(folder / "adapter")
     set_adapter_weights(trainee.model, saved.weights, folder)
     if trainee.value_head is not None:
-        head = load_value_head(folder)
+        head = load_value_head(folder, trainee.value_head.weight.shape[1])
         if head is None:
             raise UserError(f"{folder} holds no value head; resume with the run's own flags")
         trainee.value_head.load_state_dict(head.state_dict())
-    optimizer.restore(load_file(folder / "optimizer.safetensors"))
+    optimizer.restore(read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)
