@@ -18,6 +18,9 @@ from tqdm import tqdm
 from common.errors import UserError, one_line
 from common.files import why_and_remedy
 
+LAST_WORDS = "LAST_WORDS_FD"  # the environment variable with the file descriptor that takes an error's line
+# Taken out at once, since in a process that this one starts the number means something else.
+_starter = os.environ.pop(LAST_WORDS, "")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -154,11 +157,23 @@ def _prepare_streams() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    _end(2, f"error: {one_line(message)}")
+    line = one_line(message)
+    _end(2, "" if _told_starter(line) else f"error: {line}")
 
 
 def _end(code: int, line: str) -> NoReturn:
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(line, file=sys.stderr)
+    if line:
+        print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def _told_starter(message: str) -> bool:
+    """Whether the script that started this one took its last words, to say them in its own."""
+    try:
+        with os.fdopen(int(_starter), "w", encoding="utf-8") as pipe:
+            pipe.write(message)
+        return True
+    except (OSError, ValueError):  # nobody did, or is there any more
+        return False

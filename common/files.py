@@ -141,7 +141,7 @@ def _try(path: Path) -> None:
     """Make what a writer of `path` makes first, and remove it."""
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        with _temporary(path) as temporary:
+        with temporary_beside(path) as temporary:
             temporary.write_bytes(b"tried")
     finally:
         for folder in missing:
@@ -150,10 +150,11 @@ def _try(path: Path) -> None:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path) -> Iterator[Path]:
     """Yield a free path of the same name on the same disk, in a new folder of ours, which is then removed.
 
-    A folder is made or refused as one, so a planted file or link is never opened.
+    What killed processes left for the same path is removed first. A folder is made or refused as one, so a planted file
+    or link is never opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
@@ -173,6 +174,19 @@ def sweep(folder: Path, name: str | None = None) -> None:
             inside = {file.name for file in child.iterdir()}
             if inside <= {found[1], f"{found[1]}.old"} and not _is_running(int(found[2])):
                 _clear(child, found[1])
+
+
+def sweep_all(folder: Path) -> None:
+    """`sweep` in `folder` and in all folders below it."""
+    for place in [folder, *(child for child in folder.rglob("*") if child.is_dir() and not child.is_symlink())]:
+        if place.is_dir():
+            sweep(place)
+
+
+def restore_old(path: Path) -> None:
+    """Put back the folder `path` where a process was killed between moving it aside and replacing it."""
+    if not os.path.lexists(path) and path.parent.is_dir():
+        sweep(path.parent, path.name)
 
 
 def _is_running(process: int) -> bool:
@@ -205,7 +219,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path = expanded(path)
     with writing(path):
         _check_kind(path, stat.S_ISREG, "file")
-        with _temporary(_absolute(path)) as temporary:
+        with temporary_beside(_absolute(path)) as temporary:
             yield temporary
             os.replace(temporary, path)
 
@@ -219,7 +233,7 @@ def atomic_folder(path: str | Path, kind: Kind) -> Iterator[Path]:
     """
     check_replaceable(path, kind)
     path = expanded(path)
-    with writing(path), _temporary(path := _absolute(path)) as temporary:
+    with writing(path), temporary_beside(path := _absolute(path)) as temporary:
         temporary.mkdir()
         yield temporary
         if not path.exists():

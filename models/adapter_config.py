@@ -4,7 +4,8 @@ A peft folder is described like one of ours (models.peft_format). Imports neithe
 other wrote. Not here: the weights (see models.adapters and models.torch_adapters).
 """
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from pydantic import Field
 from safetensors import safe_open
 
 from common.errors import UserError
-from common.files import Kind, check_file, check_replaceable, expanded, reading
+from common.files import Kind, atomic_file, check_file, check_replaceable, expanded, reading, restore_old, write_json
 from common.schemas import Schema, conforming, read_as
 from models import peft_format
 
@@ -23,6 +24,7 @@ CONFIG_FILE = "adapter_config.json"
 SINGLE_FILE_SUFFIXES = (".npz", ".safetensors")
 HEAD_FILE = "value_head.safetensors"
 WEIGHTS_FILE = "adapters.safetensors"
+CHECKSUM = "weights_sha256"  # of a single file, in its .json
 # mlx-lm's and peft's own adapters have a configuration of that name, too.
 ADAPTER = Kind(CONFIG_FILE, (CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE), lambda content: "provenance" in content)
 
@@ -114,12 +116,29 @@ def check_adapter_path(path: str | Path) -> None:
         raise UserError(f"{found} is not of an adapter of ours (by {description.name}); choose another name")
 
 
+def write_single(path: Path, description: dict[str, Any], write: Callable[[Path], object]) -> None:
+    """Write an adapter's single file by `write`, and its .json with that file's checksum, so that a kill between the
+    two is noticed."""
+    check_adapter_path(path)
+    # Both are written before either is renamed.
+    with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as described:
+        write(temporary)
+        write_json(described, {**description, CHECKSUM: checksum_of(temporary)})
+
+
+def checksum_of(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def find_adapter(path: str | Path) -> AdapterFiles:
     """The files of an adapter: an mlx-lm folder, a peft folder, or a single file.
 
     Raises UserError if one is missing or malformed.
     """
     path = expanded(path)
+    restore_old(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; name an adapter folder, or an .npz or .safetensors file")
     single = path.suffix in SINGLE_FILE_SUFFIXES
@@ -131,6 +150,11 @@ def find_adapter(path: str | Path) -> AdapterFiles:
         raise UserError(f"{weights} does not exist, so {path} is an incomplete adapter; train it again")
     if peft:
         return AdapterFiles(path, _read_peft(description, described, weights), weights, single=False, peft=True)
+    if single and description.get(CHECKSUM, checksum := checksum_of(weights)) != checksum:
+        raise UserError(
+            f"{path} cannot be read: its checksum is not the one in {described} (it is damaged, or a kill came between "
+            "writing the two); resume the run that wrote it, or train it again"
+        )
     return AdapterFiles(path, _read_config(description, described), weights, single)
 
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from common.errors import UserError
-from common.files import atomic_file, atomic_folder, write_json
+from common.files import atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
     ADAPTER,
@@ -26,10 +26,10 @@ from models.adapter_config import (
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_FILE,
     AdapterConfig,
-    check_adapter_path,
     check_fit,
     check_head_width,
     find_adapter,
+    write_single,
 )
 from models.arrays import read_arrays
 from models.random_state import kept_random_state
@@ -116,18 +116,18 @@ def write_adapter(
                 description["value_head"] = save_value_head(folder, head)
             write_json(folder / CONFIG_FILE, description)
         return
-    check_adapter_path(path)
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight}
-    # Both are written before either is renamed.
-    with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
+
+    def write(temporary: Path) -> None:
         if path.suffix == ".npz":
             # Not mx.savez, which passes over a full disk without a word.
             arrays: dict[str, Any] = {name: np.array(weight) for name, weight in weights.items()}
             np.savez(temporary, **arrays)
         else:
             mx.save_safetensors(str(temporary), weights)
-        write_json(description_file, description)
+
+    write_single(path, description, write)
 
 
 @dataclass

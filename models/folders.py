@@ -7,7 +7,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from common.errors import UserError, reason
-from common.files import expanded, read_json
+from common.files import expanded, read_json, restore_old
 from models.adapter_config import HEAD_FILE
 
 # The files that mlx-lm downloads, so that one download serves both, plus the head of a reward model, and but for *.py:
@@ -24,6 +24,7 @@ def model_folder(name: str) -> Path:
     Raises UserError if there is neither such a folder nor such a model on the hub, or no network.
     """
     folder = expanded(name)
+    restore_old(folder)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} contains no config.json, so it is not a model folder; name one that fuse.py wrote")

@@ -27,7 +27,17 @@ from tqdm import tqdm
 
 from common.cli import run
 from common.errors import UserError
-from common.files import Kind, Unwritable, atomic_folder, expanded, read_json, user_cache, why_and_remedy, write_json
+from common.files import (
+    Kind,
+    Unwritable,
+    atomic_folder,
+    expanded,
+    read_json,
+    sweep,
+    user_cache,
+    why_and_remedy,
+    write_json,
+)
 from models.gguf_reader import GGUFFile, read_gguf
 from models.gguf_tokenizer import tokenizer_of
 
@@ -84,6 +94,7 @@ def cache_errors(name: str) -> Iterator[None]:
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the lock beside `folder`, so that one process makes it while others wait. Freed when its process ends."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
     with folder.with_name(f".{folder.name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

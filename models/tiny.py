@@ -50,6 +50,7 @@ from common.files import (
     atomic_folder,
     check_replaceable,
     expanded,
+    sweep,
     user_cache,
     why_and_remedy,
     write_json,
@@ -127,6 +128,7 @@ def cached_model(recipe: Recipe) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
         with _lock(folder.with_name(f".{folder.name}.lock")):
             if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import atomic_file, atomic_folder, write_json
+from common.files import atomic_folder, write_json
 from models import peft_format
 from models.adapter_config import (
     ADAPTER,
@@ -26,10 +26,10 @@ from models.adapter_config import (
     SINGLE_FILE_SUFFIXES,
     WEIGHTS_FILE,
     AdapterConfig,
-    check_adapter_path,
     check_fit,
     check_head_width,
     find_adapter,
+    write_single,
 )
 from models.torch_arrays import read_arrays
 from models.torch_soft_prompt import add_soft_prompt
@@ -146,16 +146,16 @@ def save_adapter(path: str | Path, model: nn.Module, config: AdapterConfig, head
                 description["value_head"] = save_value_head(folder, head)
             write_json(folder / CONFIG_FILE, description)
         return
-    check_adapter_path(path)
     if head is not None:
         weights = {**weights, "value_head.weight": head.weight.detach()}
-    # Both are written before either is renamed.
-    with atomic_file(path) as temporary, atomic_file(path.with_suffix(".json")) as description_file:
+
+    def write(temporary: Path) -> None:
         if path.suffix == ".npz":
             np.savez(temporary, **{name: weight.numpy(force=True) for name, weight in weights.items()})
         else:
             save_file(weights, temporary)
-        write_json(description_file, description)
+
+    write_single(path, description, write)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_file
+from common.files import atomic_file, sweep_all
 from data.records import read_rows
 
 StageRow = dict[str, Any]
@@ -93,7 +93,7 @@ async def stage(folder: str | Path, name: str, make: Callable[[], Awaitable[list
 def alone(folder: Path) -> Iterator[int]:
     """Lock a run folder for this process. Waits for another, even for a training whose parent was killed.
 
-    Yields the lock's file descriptor.
+    Then removes what killed ones left in the folder. Yields the lock's file descriptor.
     """
     with (folder / "lock").open("w") as lock:
         try:
@@ -101,4 +101,5 @@ def alone(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             print(f"another process is at work in {folder}: waiting for it to end", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        sweep_all(folder)
         yield lock.fileno()

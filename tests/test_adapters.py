@@ -8,8 +8,9 @@ import mlx.optimizers as optim
 import mlx_lm
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+import models.adapter_config
 import models.adapters
 from common.errors import UserError
 from models.adapter_config import HEAD_FILE
@@ -301,7 +302,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
 def writers(form):
     """The functions with which `save_adapter` writes the parts of each form."""
     weights = (np, "savez") if form.endswith(".npz") else (models.adapters.mx, "save_safetensors")
-    return [weights, (models.adapters, "write_json")]
+    return [weights, (models.adapters if form == "adapters" else models.adapter_config, "write_json")]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -374,3 +375,22 @@ def test_a_description_that_is_none_is_named(tmp_path, content, fact):
     save_adapter(tmp_path / "adapters", fresh("lora"), config_of("lora"))
     (tmp_path / "adapters" / "adapter_config.json").write_text(content)
     assert fact in error_of(read_adapter, tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("form", ["adapters.npz", "adapters.safetensors"])
+def test_a_description_of_other_weights_is_noticed(tmp_path, form):
+    """A kill between the two renames: the .json is new, the weights are old."""
+    path = tmp_path / form
+    save_adapter(path, fresh("lora"), config_of("lora"))
+    old = path.read_bytes()
+    model = fresh("lora")
+    model.update(tree_unflatten([(name, weight + 1) for name, weight in adapter_weights(model).items()]))
+    save_adapter(path, model, config_of("lora"))
+    read_adapter(path)
+    path.write_bytes(old)
+    line = error_of(read_adapter, path)
+    assert line.startswith(f"{path} cannot be read: its checksum is not the one in {path.with_suffix('.json')}")
+    # What was written before there were checksums has none.
+    content = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps({k: v for k, v in content.items() if k != "weights_sha256"}))
+    read_adapter(path)

@@ -22,7 +22,9 @@ from common.files import (
     check_replaceable,
     expanded,
     read_json,
+    restore_old,
     sweep,
+    sweep_all,
     write_json,
 )
 
@@ -147,6 +149,30 @@ def test_a_folder_moved_aside_by_a_killed_process_comes_back(tmp_path):
     sweep(tmp_path)
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
     assert names_in(tmp_path) == ["adapter"]
+
+
+def test_a_folder_moved_aside_is_there_for_the_next_reader(tmp_path):
+    aside = tmp_path / ".adapter.999999999.tmp" / "adapter.old"
+    aside.mkdir(parents=True)
+    (aside / "weights").write_text("old")
+    restore_old(tmp_path / "other")
+    assert not (tmp_path / "adapter").exists()
+    restore_old(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "weights").read_text() == "old" and names_in(tmp_path) == ["adapter"]
+
+
+def test_all_folders_of_a_run_are_swept(tmp_path):
+    for place in (tmp_path, tmp_path / "training" / "checkpoints"):
+        (place / ".000020.999999999.tmp" / "000020").mkdir(parents=True)
+        (place / ".000040.999999999.tmp").mkdir()
+        (place / ".others.999999999.tmp").mkdir()
+        (place / ".others.999999999.tmp" / "file").touch()
+    sweep_all(tmp_path)
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    others = ".others.999999999.tmp"
+    assert [name for name in left if not name.endswith("file")] == [
+        others, "training", "training/checkpoints", f"training/checkpoints/{others}"]  # fmt: skip
+    sweep_all(tmp_path / "missing")
 
 
 def test_the_exchange_of_folders_is_one_call(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, sweep, write_json, writing
+from common.files import Kind, atomic_folder, sweep_all, write_json, writing
 from common.schemas import Schema, read_as
 from training.flags import default_output_dir
 from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
@@ -80,8 +80,7 @@ def lock_run(folder: Path) -> IO[str]:
 
 def _tidy(folder: Path) -> None:
     """Remove what killed processes left: temporary folders, and checkpoints that were being deleted."""
-    for place in (folder, folder / "checkpoints"):
-        sweep(place)
+    sweep_all(folder)
     for child in (folder / "checkpoints").glob("[0-9]*"):
         if not (child / STATE_FILE).is_file():
             shutil.rmtree(child, ignore_errors=True)

@@ -4,13 +4,13 @@ python -m pytest tests/test_fuse.py tests/test_fused_model.py
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import mlx_lm.utils
 
 from common.errors import UserError
+from common.files import temporary_beside
 from models.export.fusing import fuse, fuse_measured
 from models.export.measuring_rows import measuring_rows
 from models.loading import LoadedModel
@@ -48,12 +48,8 @@ def save_fused(loaded: LoadedModel, folder: str | Path) -> None:
         print("\n".join(report.lines()))
     else:
         fuse(loaded)
-    temporary = folder / f".model.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with temporary_beside(folder / "model") as temporary:
+        temporary.mkdir()
         write_model(temporary, loaded)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == MARKER):
             os.replace(file, folder / file.name)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
