@@ -172,7 +172,7 @@ def _end(code: int, line: str) -> NoReturn:
 def _told_starter(message: str) -> bool:
     """Whether the script that started this one took its last words, to say them in its own."""
     try:
-        with os.fdopen(int(_starter), "w", encoding="utf-8") as pipe:
+        with os.fdopen(int(_starter), "w", encoding="utf-8", errors="backslashreplace") as pipe:
             pipe.write(message)
         return True
     except (OSError, ValueError):  # nobody did, or is there any more

@@ -115,7 +115,7 @@ def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
 class SFTState(CheckpointState):
     """What SFT adds to a checkpoint's state."""
 
-    window: Annotated[list[float], Field(min_length=3, max_length=3)]
+    window: Annotated[list[float], Field(min_length=1)]
     skipped: Annotated[int, Field(ge=0)]
 
 
