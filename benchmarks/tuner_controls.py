@@ -161,7 +161,7 @@ def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RL
 
 def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:
     """Search, then evaluate initial and best settings on `fresh` batches each, on rows that the search has not seen."""
-    tuning = {"num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
+    tuning = {"enable_rl_tuning": True, "num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
     config = config_from({"templates": list(TEMPLATES), "seed": seed, "rl_tuning": tuning}, variant)
     agent = UniformDraws(config.space, seed) if variant == "uniform draws" else None
     tuner = tuner_of(environment, config, agent)

@@ -33,7 +33,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import read_json, write_json
 from synth.estimate import table
-from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
+from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
 from synth.evolution.estimate import upper_bounds
 from synth.evolution.files import SETTINGS, load_policy, save_policy
 from synth.evolution.flags import EvolveSettings, evolve_settings, instructions_from, parse_evolve_args
@@ -77,8 +77,10 @@ async def roles_of(settings: EvolveSettings, folder: Path) -> AsyncIterator[Role
 
 def evolution_of(settings: EvolveSettings, roles: Roles, writer: Teacher, name: str) -> Evolution:
     """How chains are evolved by a writer, the expert or the instructor."""
-    judge = Judge(roles.reviewer, roles.instructor, settings.gates, settings.weights, settings.difficulty)
-    return Evolution(writer, judge, settings.rounds, settings.teacher.asking, settings.seed, name)
+    judge = Judge(
+        roles.reviewer, roles.instructor, settings.gates, settings.weights, settings.difficulty, settings.reviewer_score
+    )
+    return Evolution(writer, judge, settings.rounds, settings.teacher.asking, settings.seed, name, settings.operators)
 
 
 async def trained_policy(
@@ -101,7 +103,7 @@ async def trained_policy(
             policy = await train_policy(policy, instructions, evolution, training, folder, report)
             log.close()
         save_policy(path, policy)
-    policy = load_policy(path)
+    policy = load_policy(path, settings.operators.actions)
     policy.freeze()
     return policy
 
@@ -140,7 +142,7 @@ def judged(choices: Sequence[StageRow], rounds: int) -> dict[str, Any]:
     own = episode_values(batch.rewards, batch.propensities, batch.propensities, batch.mask)
     found = {"reward_of_a_chain": str(value_interval(own)), **figures(choices)}
     if all(share > 0 for row in choices for share in row["propensities"].values()):
-        evenly = np.full_like(batch.rewards, 1 / len(ACTIONS))
+        evenly = np.full_like(batch.rewards, 1 / len(actions_of(choices)))
         values = episode_values(batch.rewards, batch.propensities, evenly, batch.mask)
         found["evenly_from_these_logs"] = str(value_interval(values))
     return found
@@ -152,7 +154,8 @@ def estimate(settings: EvolveSettings, instructions: Sequence[str]) -> str:
     trained = training.iterations * min(training.starts, len(instructions)) * training.group * learns
     chains = {"train": trained, "evolve": len(instructions) * settings.chains}
     answers, tokens = settings.difficulty.answers, settings.teacher.answer_tokens
-    bounds = upper_bounds(instructions, chains, settings.rounds, answers, tokens)
+    own = (settings.operators, settings.reviewer_score)
+    bounds = upper_bounds(instructions, chains, settings.rounds, answers, tokens, *own)
     return table(bounds, settings.teacher.price_in, settings.teacher.price_out)
 
 
@@ -183,12 +186,12 @@ def main() -> None:
         write_json(folder / "summary.json", summary)
         if settings.sft:
             train(settings, folder, lock)
-    print(summary_text(summary, folder))
+    print(summary_text(summary, folder, settings.operators.actions))
 
 
-def summary_text(summary: dict[str, Any], folder: Path) -> str:
+def summary_text(summary: dict[str, Any], folder: Path, actions: Sequence[str] = ACTIONS) -> str:
     """The run's last lines."""
-    shares = ", ".join(f"{name} {summary[name]:.2f}" for name in ACTIONS)
+    shares = ", ".join(f"{name} {summary[name]:.2f}" for name in actions)
     lines = [
         f"rows: {summary['rows']}; expert calls per row: {summary['expert_calls'] / summary['rows']:.2f}",
         f"operators: {shares}; kept {summary['kept_share']:.2f}",

@@ -55,6 +55,12 @@ def _short(text: str, most: int) -> str:
     return text
 
 
+def _of_ten(score: int) -> int:
+    if not 0 <= score <= 10:
+        raise ValueError(f"is {score}; it must lie within 0 to 10")
+    return score
+
+
 def _some(keywords: list[str]) -> list[str]:
     found = list(dict.fromkeys(word.strip()[:MOST_KEYWORD] for word in keywords if word.strip()))
     if not found:
@@ -210,6 +216,7 @@ EVOLUTION_STAGES = {
     "rewrite": "You write one new instruction from a given one.",
     "review": "You judge whether two instructions ask for the same.",
     "self_instruct": "You write new instructions, unlike those that are there.",
+    "score": "You score how much two instructions differ.",
 }
 # What each operator asks for; their names are those of the issue's six ways to evolve an instruction.
 OPERATOR_DEMANDS = {
@@ -248,10 +255,23 @@ class Verdict(BaseModel):
     equal: bool = Field(description="whether both ask for the same, with the same constraints, depth and breadth")
 
 
-def rewrite(operator: str, instruction: str) -> list[dict]:
-    """Ask for a new instruction by one of OPERATOR_DEMANDS. Schema: Instruction."""
+class Score(BaseModel):
+    """What a reviewer says of how much two instructions differ."""
+
+    score: Annotated[int, AfterValidator(_of_ten)] = Field(description="0 to 10, by the rubric")
+
+
+def rewrite(demand: str, instruction: str, frame: str = "") -> list[dict]:
+    """Ask for a new instruction by a demand such as those of OPERATOR_DEMANDS. Schema: Instruction.
+
+    frame: the request, with {demand} and {instruction}; empty: our own.
+    """
     given = _section("instruction", _cut(instruction, MOST_INSTRUCTION))
-    return _evolution_messages("rewrite", given, f"{OPERATOR_DEMANDS[operator]} {REASONABLE}")
+    if not frame:
+        return _evolution_messages("rewrite", given, f"{demand} {REASONABLE}")
+    # Not one after the other: the instruction may hold braces.
+    before, after = frame.replace("{demand}", demand).split("{instruction}", 1)
+    return _evolution_messages("rewrite", f"{before}{given}{after}".strip())
 
 
 def review(first: str, second: str) -> list[dict]:
@@ -259,6 +279,19 @@ def review(first: str, second: str) -> list[dict]:
     parts = [_section(name, _cut(text, MOST_INSTRUCTION)) for name, text in (("first", first), ("second", second))]
     demand = "Do both ask for the same: equal constraints and requirements, equal depth and breadth? Wording is no"
     return _evolution_messages("review", *parts, f"{demand} difference.")
+
+
+RUBRIC = (
+    "Score how diverse the two are, from 0 to 10: 0, they ask for the same; 2, only wording or numbers differ; 4, one "
+    "more condition or step; 6, another kind of work on the same subject, or much more depth; 8, another subject of "
+    "the same domain; 10, nothing in common. An instruction that cannot be understood or answered counts as 0."
+)
+
+
+def score(first: str, second: str) -> list[dict]:
+    """Ask how diverse two instructions are. Schema: Score. A reviewer may favour an order: ask in both."""
+    parts = [_section(name, _cut(text, MOST_INSTRUCTION)) for name, text in (("first", first), ("second", second))]
+    return _evolution_messages("score", *parts, RUBRIC)
 
 
 def self_instruct(examples: list[str], number: int) -> list[dict]:

@@ -24,7 +24,7 @@ from synth.examples import read_examples
 from synth.pipeline.tasks import open_task
 from synth.stages import alone
 from synth.tuning.config import Config, config_from, load_config
-from synth.tuning.targets import SftTarget, TargetModel, load_target, takes_validation
+from synth.tuning.targets import SftTarget, TargetModel, instruction_task, load_target, takes_validation
 from synth.tuning.tuner import RLTuner
 from training.flags import default_output_dir
 from training.intervals import difference
@@ -73,9 +73,11 @@ def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
                 f"{tuning.target_model_path} takes a validation set, and there is none; set validation_data_path"
             )
         return function, rows
-    if not config.task:
-        raise UserError("neither a target nor a task is named; write target_model_path: file.py:function, or `task:`")
-    task = open_task(config.task)
+    if not config.task and not config.generator:
+        raise UserError(
+            "neither a target nor a task is named; write target_model_path: file.py:function, `task:`, or `generator:`"
+        )
+    task = open_task(config.task) if config.task else instruction_task(config.answer)
     rows = task.evaluation
     if tuning.validation_data_path:
         rows = read_examples(tuning.validation_data_path, tuning.validation_data_path, reading=task.reading)

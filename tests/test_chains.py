@@ -8,7 +8,7 @@ from common.errors import UserError
 from rewards.answers import answer_type
 from synth import prompts
 from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
-from synth.evolution.features import BUCKETS, LAST, SIZE, Situation, features
+from synth.evolution.features import BUCKETS, SIZE, Situation, features
 from synth.evolution.judge import Difficulty, Judge, Pool
 from synth.evolution.operators import ACTIONS, OPERATORS, STOP
 from synth.evolution.policy import Constant, fixed
@@ -111,7 +111,7 @@ def test_a_batch_holds_the_log():
     assert batch.rewards[0, 0] == pytest.approx(rows[0]["reward"]) and batch.rewards[1, 1] == 0.0
     assert (batch.features[0, 0] == features([Situation(**rows[0]["situation"])])[0]).all()
     assert batch.features.shape == (2, 3, SIZE) and not batch.features[0, 1].any()
-    assert batch.features[1, 1, BUCKETS + LAST.index("constraints")] == 1
+    assert batch.features[1, 1, BUCKETS + OPERATORS.index("constraints")] == 1
     found = figures(rows)
     assert found["constraints"] == 1 and found["kept_share"] == 0.75 and found["stop"] == 0
     assert found["mean_reward"] == pytest.approx(sum(row["reward"] for row in rows) / 4)

@@ -21,7 +21,7 @@ from synth import prompts
 from synth.evolution.features import Situation, features
 from synth.evolution.files import load_policy
 from synth.evolution.flags import OFFLINE_ANSWERS, evolve_settings, parse_evolve_args
-from synth.evolution.operators import ACTIONS
+from synth.evolution.operators import ACTIONS, load_operators
 from synth.evolution.responses import data_row, respond, response_fault, write_data
 from synth.offline.instructions import starting
 from synth.offline.server import OfflineTeacher
@@ -115,6 +115,42 @@ def test_the_expert_has_no_part_in_the_training(tmp_path, instructions):
     assert "train: rewrite" not in ledgers[0] and "evolve: rewrite" not in ledgers[1]
     assert [ledger["total"]["money"] > 0 for ledger in ledgers] == [True, False, False]
     assert [ledger["total"]["calls"] for ledger in ledgers] == [s.calls for s in (expert, instructor, reviewer)]
+
+
+def test_the_published_reward_and_operators_in_a_run(tmp_path, instructions):
+    """--reviewer-score and --operators: the reviewer scores, the limits are gates, the policy is of these six."""
+    with OfflineTeacher(error_rate=0.1) as expert, OfflineTeacher(error_rate=0.1) as reviewer:
+        words = words_of(expert, instructions, tmp_path / "run")
+        words += ["--reviewer-url", reviewer.url, "--reviewer-model", "m", "--reviewer-score", "--rounds", 3]
+        words += ["--operators", ROOT / "synth/evolution/teams_rl.yaml", "--answers", 0, "--answer", ""]
+        call(module.main, *words)
+        ledgers = [read_json(tmp_path / "run" / path / "ledger.json") for path in ("", "reviewer")]
+    assert not [name for name in ledgers[0] if "score" in name or "review" in name]
+    assert {"train: score", "evolve: score"} <= set(ledgers[1])
+    choices = [row for row in rows_of(tmp_path / "run" / "tree.jsonl") if row["parent"]]
+    assert all(row["reward"] == row["parts"]["score"] for row in kept(choices))
+    assert "changed too little or too much" in {row.get("dropped") for row in choices}
+    operators = load_operators(ROOT / "synth/evolution/teams_rl.yaml")
+    texts = {row["id"]: row["input"] for row in rows_of(tmp_path / "run" / "tree.jsonl")}
+    for row in kept(choices):
+        assert operators.by_name[row["operator"]].fault(row["input"], texts[row["parent"]]) == ("", "")
+    assert load_policy(tmp_path / "run" / "policy", operators.actions).names == operators.actions
+    assert set(read_json(tmp_path / "run" / "summary.json")) > set(operators.actions)
+
+
+def test_a_policy_of_operators_of_ones_own(tmp_path, teacher, instructions, capsys):
+    own = tmp_path / "own.yaml"
+    demands = {name: prompts.OPERATOR_DEMANDS[known] for name, known in (("twist", "constraints"), ("dig", "deepen"))}
+    own.write_text(json.dumps({"operators": demands}))
+    words = [*words_of(teacher, instructions, tmp_path / "run"), "--operators", own]
+    call(module.main, *words)
+    assert "operators: twist 0." in capsys.readouterr().out
+    choices = [row for row in rows_of(tmp_path / "run" / "tree.jsonl") if row["parent"]]
+    assert {row["operator"] for row in choices} <= {"twist", "dig", "stop"} and kept(choices)
+    call(module.main, *words, "--policy", "dig", "--output-dir", tmp_path / "also")
+    again = [*words_of(teacher, instructions, tmp_path / "other"), "--policy-path", tmp_path / "run" / "policy"]
+    assert "other operators" in fails(capsys, module.main, *again)
+    assert "--policy is 'breadth'; use one of" in fails(capsys, module.main, *words, "--policy", "breadth")
 
 
 KILLABLE = "from synth import evolve\nfrom common.cli import run\nrun(evolve.main)"

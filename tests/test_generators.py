@@ -169,13 +169,15 @@ def test_rows_without_instructions_are_refused(rows):
 
 def test_for_the_tuner_every_ask_goes_by_the_samplers_settings_and_other_rows_are_other_asks():
     teacher, sampler = new(NEW), Sampler(Space(templates=("plain", "varied")))
-    generator: Generator = SampledGenerator(SelfInstructGenerator, teacher, SEEDS, sampler)
+    generator: Generator = SampledGenerator(teacher, SEEDS, sampler)
     sampler.set(Settings(temperature=0.3, top_p=0.7, template="varied"))
     found = generator.generate_from_seed(3, first=5)
     assert [row["instruction"] for row in found.data] == NEW[:3] and found.dropped == {}
     assert {(ask.temperature, ask.top_p) for ask in teacher.asked} == {(0.3, 0.7)}
-    assert all("few others would choose" in ask.messages[-1]["content"] for ask in teacher.asked)
     asked = [ask for ask in teacher.asked if ask.schema is prompts.Instruction]
+    assert all("few others would choose" in ask.messages[-1]["content"] for ask in asked)
+    # A response is asked for by the instruction alone, as the trained model will be.
+    assert [ask.messages for ask in teacher.asked if ask.schema is None] == [prompts.respond(text) for text in NEW[:3]]
     assert [ask.sample for ask in asked] == [4 * TRIES + n for n in (1, 2, 3)]
     sampler.temperature = 0.9
     generator.generate_from_seed(1, first=8)
@@ -184,7 +186,7 @@ def test_for_the_tuner_every_ask_goes_by_the_samplers_settings_and_other_rows_ar
 
 def test_for_the_tuner_seed_rows_are_evolved_in_turn_and_what_is_dropped_is_counted():
     teacher = new([NEW[0], SEEDS[1]["instruction"]])
-    generator = SampledGenerator(EvolInstructGenerator, teacher, SEEDS[:2], Sampler())
+    generator = SampledGenerator(teacher, SEEDS[:2], Sampler())
     found = generator.evolve_instructions(2, first=4)  # the second seed row, then the first again
     assert [row["instruction"] for row in found.data] == [NEW[0]] and sum(found.dropped.values()) == 1
     parents = [ask.messages[-1]["content"] for ask in teacher.asked if ask.schema is prompts.Instruction]

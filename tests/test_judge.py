@@ -142,3 +142,33 @@ def test_in_one_pool_the_first_of_two_alike_is_kept():
     assert len(pool) == 0 and pool.nearest(texts[0]) == 0.0
     pool.add(texts[0])
     assert pool.copy().nearest(texts[0].upper()) == 1.0
+
+
+@pytest.mark.parametrize(("first", "second", "reward"), [(6, 8, 0.7), (0, 0, 0.0), (10, 10, 1.0)])
+def test_the_reviewers_score_is_the_reward_if_it_is_asked_for_as_published(first, second, reward):
+    """Asked in both orders at temperature 0; novelty, difficulty and growth are noted, and count nothing."""
+    text = "Which mountains does the Danube pass?"
+
+    def script(ask):
+        if ask.schema is prompts.Verdict:
+            return verdict(False)
+        return said("{}", parsed=prompts.Score(score=first if section(ask, "first") == PARENT else second))
+
+    (found,), teacher, pools = judge([row(text)], script, scores=True)
+    asked = [ask for ask in teacher.asked if ask.schema is prompts.Score]
+    assert {(section(ask, "first"), section(ask, "second")) for ask in asked} == {(PARENT, text), (text, PARENT)}
+    assert {(ask.stage, ask.temperature, ask.sample) for ask in asked} == {("x: score", 0.0, 0)}
+    assert all(prompts.RUBRIC in ask.messages[1]["content"] for ask in asked)
+    assert found["reward"] == found["parts"]["score"] == pytest.approx(reward) and found["parts"]["novelty"] > 0.5
+    assert len(pools[0]) == 2
+
+
+def test_what_the_reviewer_does_not_score_is_not_kept():
+    def script(ask):
+        return verdict(False) if ask.schema is prompts.Verdict else said("", "malformed")
+
+    (found,), _, pools = judge([row("Which hills are high?")], script, scores=True)
+    assert found["dropped"] == "not scored" and found["detail"] == "it was malformed" and found["reward"] == 0.0
+    assert len(pools[0]) == 1
+    with pytest.raises(ValueError, match="0 to 10"):
+        prompts.Score(score=11)

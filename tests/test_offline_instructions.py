@@ -72,20 +72,23 @@ def ask(teacher, messages, schema, sample="0"):
 def test_a_rewriting_by_each_operator_over_the_prompt():
     teacher = OfflineTeacher(error_rate=0)
     for name in OPERATORS:
-        found = [ask(teacher, prompts.rewrite(name, PLAIN), prompts.Instruction, str(n)).instruction for n in range(8)]
+        messages = prompts.rewrite(prompts.OPERATOR_DEMANDS[name], PLAIN)
+        found = [ask(teacher, messages, prompts.Instruction, str(n)).instruction for n in range(8)]
         for one in found:
             task = read_sum(one)
             assert task is not None and task != read_sum(PLAIN) and len(set(found)) > 1
     # The operator is read off the request and not off the material.
     attack = f"{PLAIN}\n{prompts.OPERATOR_DEMANDS['breadth']}"
-    request = offline_instructions.read_question(prompts.rewrite("deepen", attack), SECTION)
+    request = offline_instructions.read_question(prompts.rewrite(prompts.OPERATOR_DEMANDS["deepen"], attack), SECTION)
     assert request is not None and request.operator == "deepen"
 
 
 def test_wrong_rewritings_leak_or_change_nothing_at_the_rate():
     teacher, leaked, same = OfflineTeacher(error_rate=0.4), 0, 0
     for number in range(400):
-        found = ask(teacher, prompts.rewrite("reasoning", PLAIN), prompts.Instruction, str(number)).instruction
+        found = ask(
+            teacher, prompts.rewrite(prompts.OPERATOR_DEMANDS["reasoning"], PLAIN), prompts.Instruction, str(number)
+        ).instruction
         leaked += found.startswith("Rewritten instruction:")
         same += read_sum(found) == read_sum(PLAIN)
     assert 50 < leaked < 110 and 50 < same < 110  # 80 of each; four standard deviations
@@ -117,14 +120,14 @@ def test_responses_are_right_less_often_the_more_has_to_be_worked_on():
 def test_other_prompts_are_answered_as_before():
     sums = load_task(SHIPPED / "arithmetic.yaml")
     assert text(OfflineTeacher(error_rate=0), prompts.answer(sums, "12 + 7 =")) == "19"
-    for messages in (prompts.respond("Name a river."), prompts.rewrite("deepen", PLAIN)[:1]):
+    for messages in (prompts.respond("Name a river."), prompts.rewrite(prompts.OPERATOR_DEMANDS["deepen"], PLAIN)[:1]):
         with pytest.raises(BadRequest):
             OfflineTeacher().complete(body(messages))
 
 
 def test_the_real_client_reads_them_over_http(tmp_path):
     asks = [
-        Ask(prompts.rewrite("concretize", PLAIN), prompts.Instruction),
+        Ask(prompts.rewrite(prompts.OPERATOR_DEMANDS["concretize"], PLAIN), prompts.Instruction),
         Ask(prompts.review(PLAIN, PLAIN), prompts.Verdict, 0.0),
         Ask(prompts.self_instruct([PLAIN], 4), prompts.Instruction),
         Ask(prompts.respond(PLAIN)),

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from synth.evolution.features import BUCKETS, LAST, SIZE, Situation, features
+from synth.evolution.features import BUCKETS, SIZE, Situation, features
 from synth.evolution.files import KINDS, load_policy, make_policy, save_policy
 from synth.evolution.gradient import (
     PPO,
@@ -21,8 +21,10 @@ from synth.evolution.gradient import (
     ppo_policy_loss,
     reinforce_loss,
 )
-from synth.evolution.operators import ACTIONS
+from synth.evolution.operators import ACTIONS, OPERATORS
 from synth.evolution.policy import Batch, Constant, LinUCB, PolicySettings, fixed, marginal
+
+LAST = (*OPERATORS, None)  # the features of the previous operator
 
 
 def some_batch(seed=0, episodes=8, choices=3, group=4):
@@ -257,4 +259,4 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path):
 @pytest.mark.parametrize("wrong", [{"floor": 0.2}, {"floor": -0.1}, {"gamma": 1.5}])
 def test_settings_that_cannot_be(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
-        PolicySettings(**wrong)
+        make_policy("ppo", PolicySettings(**wrong))

@@ -10,9 +10,10 @@ import pytest
 
 import sft
 from common.errors import UserError
+from synth.examples import read_examples
 from synth.task import SHIPPED, load_task
 from synth.tuning import targets
-from synth.tuning.targets import SftTarget, call_target, load_target, sft_row, takes_validation
+from synth.tuning.targets import SftTarget, call_target, instruction_task, load_target, sft_row, takes_validation
 from tests.scripts import call
 
 DIGITS = load_task(SHIPPED / "digits.yaml")
@@ -150,6 +151,41 @@ def test_a_training_that_was_cut_goes_on_from_its_checkpoint(tmp_path, tiny_fold
         shutil.rmtree(folder / "training" / "checkpoints" / f"{step:06d}")
     assert cut(ROWS, VALID) == whole
     assert started[-1] == ["sft.py", "--resume", str(folder / "training")]
+
+
+def test_a_file_alone_means_its_evaluate_or_its_one_function(tmp_path):
+    path = tmp_path / "t.py"
+    path.write_text("def helper(rows): ...\n\ndef evaluate(rows):\n    return {'accuracy': 0.25}\n")
+    assert load_target(str(path))([]) == {"accuracy": 0.25}
+    path.write_text("SIZE = 3\n\ndef _own(): ...\n\ndef score(rows):\n    return {'f1': 0.5}\n")
+    assert load_target(str(path))([]) == {"f1": 0.5}
+    for code, message in (
+        (
+            "def a(rows): ...\ndef b(rows): ...\n",
+            r"t\.py defines a, b; name one, .*t\.py:FUNCTION, or call it evaluate",
+        ),
+        ("x = 1\n", r"t\.py defines no function; name one"),
+        ("def a(:\n", "is not Python"),
+    ):
+        path.write_text(code)
+        with pytest.raises(UserError, match=message):
+            load_target(str(path))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_target(str(tmp_path / "gone.py"))
+
+
+def test_the_built_in_target_takes_instruction_rows(tmp_path, tiny_folder, started):
+    task = instruction_task("number")
+    rows = [{"instruction": "Add 1 and 2.", "output": "The result is 3."}]
+    rows += [{"instruction": "Add.", "input": "4 and 5", "output": "9"}]
+    validation = read_examples([*rows, {"input": "Add 2 and 2.", "output": "4"}], "valid", task.reading)
+    assert validation[1] == {"input": "Add.\n\n4 and 5", "output": "9"} and validation[2]["input"] == "Add 2 and 2."
+    found = SftTarget(task, tmp_path, str(tiny_folder), 1, "--batch-size 2")(rows, validation)
+    assert set(found) == {"accuracy", "mean_score", "valid_loss"} and 0 <= found["accuracy"] <= 1
+    (folder,) = (tmp_path / "target").iterdir()
+    written = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert written[0] == {"prompt": "Add 1 and 2.", "completion": " The result is 3."}
+    assert written[1]["prompt"] == "Add.\n\n4 and 5"
 
 
 def test_rows_for_sft_are_the_pipelines():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ import yaml
 import sft
 from common.files import read_json
 from synth import tune
+from synth.offline.instructions import starting
 from synth.tuning import log as tuner_log
 from synth.tuning import targets
 from synth.tuning.config import load_config
@@ -85,7 +87,9 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys):
             {"rl_tuning": {"target_model_path": "t.py:rows", "validation_data_path": "v.jsonl"}},
             "v.jsonl cannot be read",
         ),
-        ({"task": "", "rl_tuning": {"target_model_path": "t.py:rows"}}, "no task is named"),
+        ({"task": "", "generator": "task", "rl_tuning": {"target_model_path": "t.py:rows"}}, "no task is named"),
+        ({"rl_tuning": {"target_model_path": "t.py"}}, "t.py defines both, rows; name one"),
+        ({"task": "", "generator": "evol_instruct"}, "has no evaluation rows to validate on"),
     ],
 )
 def test_a_target_or_its_rows_that_are_missing_are_one_line(tmp_path, capsys, changes, message):
@@ -101,6 +105,24 @@ def test_an_example_whose_package_is_missing_says_so_before_a_teacher_is_asked(t
     said = fails(capsys, tune.main, "-c", EXAMPLES / "reviews.yaml", "--output-dir", tmp_path / "run")
     assert "classifier.py cannot be imported: ModuleNotFoundError: " in said and "sklearn" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_instructions_for_a_language_model_without_a_task(tmp_path, tiny_folder, monkeypatch, no_picture, capsys):
+    """generator: evol_instruct with the built-in target, on rows of the user's own."""
+    monkeypatch.setattr(targets, "run_script", lambda words, go_on, files=(): call(sft.main, *words[1:]))
+    monkeypatch.setattr(sft, "plot_run", lambda folder: folder / "curves.png")
+    (tmp_path / "valid.jsonl").write_text('{"instruction": "Add 1 and 2.", "output": "3"}\n')
+    (tmp_path / "seeds.txt").write_text("\n".join(starting(4, 0)))
+    content: dict[str, Any] = {"task": "", "generator": "evol_instruct", "answer": "number", "seed_data": "seeds.txt"}
+    content |= {"methods": ["generate_from_seed", "evolve_instructions"], "sft_model": str(tiny_folder), "sft_iters": 1}
+    tuning = {"num_iterations": 1, "batch_size": 4, "validation_data_path": "valid.jsonl"}
+    path = write_config(tmp_path, **content, sft_flags="--batch-size 1", rl_tuning=tuning)
+    call(tune.main, "-c", path, "--output-dir", tmp_path / "run")
+    history = history_of(tmp_path / "run")
+    assert history[0]["settings"]["method"] == "evolve_instructions" and set(history[0]["sample"][0]) == {
+        "instruction", "output"
+    }  # fmt: skip
+    assert "best of 2 iterations" in capsys.readouterr().out
 
 
 def test_an_interval_needs_five_batches():

@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 from common.cli import Stopped
 from common.errors import UserError
 from common.files import read_json
+from synth.evolution.generators import SampledGenerator
+from synth.offline.instructions import read_sum
 from synth.prompts import TEMPLATES
 from synth.sampler import METHODS, Results, Sampler, Settings
 from synth.tuning import log as tuner_log
 from synth.tuning.agents import Outcome
-from synth.tuning.config import config_from
+from synth.tuning.config import Config, config_from
 from synth.tuning.gradient_agents import PolicyAgent
 from synth.tuning.log import Iteration, batch_features, panels
 from synth.tuning.tuner import FRESH, RLTuner, make_agent
@@ -27,7 +29,7 @@ CHOICES = {"templates": ["plain", "careful"], "methods": list(METHODS)}
 
 
 def config_of(**changes):
-    tuning = {"num_iterations": 3, "batch_size": 4, **changes.pop("rl_tuning", {})}
+    tuning = {"enable_rl_tuning": True, "num_iterations": 3, "batch_size": 4, **changes.pop("rl_tuning", {})}
     return config_from({**CHOICES, **changes, "rl_tuning": tuning}, "the test")
 
 
@@ -182,7 +184,7 @@ def test_a_loaded_tuner_goes_on_to_the_bit(tmp_path, name):
     other = tuner_of(config, quality)
     other.load(tmp_path / "cut")
     assert other.history == begun.history and other.generator.sampler.get() == begun.best.settings
-    other.train(9)
+    other.train(until=9)
     other.save(tmp_path / "cut")
     assert other.history == whole.history
     assert saved_in(tmp_path / "cut") == saved_in(tmp_path / "whole")
@@ -298,6 +300,66 @@ def test_an_iteration_survives_json():
     assert Iteration.from_dict(json.loads(json.dumps(one.as_dict()))) == one
 
 
-def test_without_a_generator_a_task_is_needed():
+def test_training_is_counted_in_more_or_in_all():
+    """n more by train(n), a total by until=, none by train(0), not even the baseline; without, the configuration's."""
+    tuner = tuner_of(config_of(), quality)
+    assert tuner.train(0) == [] and tuner.generator.calls == []
+    for words, done in (((2,), 2), ((0,), 2), ((1,), 3), ((), 3)):
+        assert len(tuner.train(*words)) == done + 1
+    assert len(tuner.train(until=2)) == 4 and len(tuner.train(until=5)) == 6 and len(tuner.train(2)) == 8
+    for wrong in ({"num_iterations": 1, "until": 2}, {"num_iterations": -1}, {"until": -1}):
+        with pytest.raises(UserError, match=r"num_iterations|until"):
+            tuner.train(**wrong)
+
+
+def test_where_tuning_is_not_enabled_every_batch_has_the_initial_settings():
+    tuner = tuner_of(config_of(rl_tuning={"enable_rl_tuning": False}), quality)
+    assert [one.settings for one in tuner.train()] == [Settings()] * 4
+    given = tuner_of(config_of(rl_tuning={"enable_rl_tuning": False}), quality, *MOVES)  # an agent that is passed acts
+    assert [one.settings for one in given.train()] == [Settings(), *MOVES]
+
+
+def test_without_a_run_folder_each_iteration_is_logged(caplog, capsys):
+    tuner = tuner_of(config_of(), returning(0.5, 0.7), *MOVES)
+    with caplog.at_level("INFO", logger="synth.tuning"):
+        tuner.train(1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "synth.tuning"]
+    assert lines[4].startswith(
+        "iteration 1: temperature 0.5, top_p 0.9, template plain, generate_from_seed; accuracy 0.7"
+    )
+    assert lines[4].endswith("reward 0.2; 4 rows") and lines[5] == "    {'input': '5', 'output': '0.5'}"
+    assert len(lines) == 8 and capsys.readouterr().out == ""
+
+
+def test_a_config_a_target_and_rows_are_enough(capsys):
+    """By Self-Instruct on the offline teacher: instructions with responses."""
+    given = []
+
+    def target(rows, validation):
+        given.append((rows, validation))
+        return {"accuracy": len({row["instruction"] for row in rows}) / 10}
+
+    with RLTuner(Config(), target, [{"instruction": "Add 1 and 2.", "output": "3"}]) as tuner:
+        history = tuner.train(1, batch_size=3)
+        assert isinstance(tuner.generator, SampledGenerator)
+    assert len(history) == 2 and all(set(row) == {"instruction", "output"} for rows, _ in given for row in rows)
+    assert given[0][1] == [{"instruction": "Add 1 and 2.", "output": "3"}] and given[0][0] != given[1][0]
+    assert all(read_sum(row["instruction"]) for rows, _ in given for row in rows)
+
+
+def test_the_generators_method_is_the_agents_to_choose(tmp_path, no_picture):
+    """Self-Instruct and Evol-Instruct are switched between by the sampler's method while a search runs."""
+    config = config_of(generator="self_instruct", templates=["plain"], output_dir=str(tmp_path))
+    agent = Scripted(Settings(method="evolve_instructions"), Settings(), Settings(method="evolve_instructions"))
+    with RLTuner(config, lambda rows: {"accuracy": 0.5}, [], rl_agent=agent) as tuner:
+        tuner.train(batch_size=3)
+    assert [one.settings.method for one in tuner.history] == [METHODS[n % 2] for n in range(4)]
+    assert set(read_json(tmp_path / "ledger.json")) > {"self-instruct", "evol-instruct: rewrite", "respond"}
+    assert config_of(generator="evol_instruct", methods=METHODS[:1]).settings.method == "evolve_instructions"
+    both = config_of(generator="evol_instruct")
+    assert both.space.methods == METHODS and both.settings.method == "evolve_instructions"
+    teacher = {"teacher_url": "http://127.0.0.1:1/v1", "teacher_model": "m"}
+    with pytest.raises(UserError, match="set seed_data to a file"):
+        RLTuner(config_of(generator="self_instruct", teacher=teacher), quality, [])
     with pytest.raises(UserError, match="no task is named"):
-        RLTuner(config_of(), quality, [])
+        RLTuner(config_of(generator="task"), quality, [])

@@ -48,7 +48,7 @@ def test_templates_of_ones_own(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"taks": "x"}, "mine has the unknown key 'taks'; known are task, seed_data"),
+        ({"taks": "x"}, "mine has the unknown key 'taks'; known are task, generator, answer, seed_data"),
         ({"rl_tuning": {"rate": 1}}, r"unknown key 'rl_tuning.rate'; known are enable_rl_tuning, num_iterations"),
         ({"rl_tuning": {"rl_algorithm": "a2c"}}, r"rl_tuning.rl_algorithm to 'a2c'.*'random_search', 'reinforce'"),
         ({"rl_tuning": {"num_iterations": 0}}, r"rl_tuning.num_iterations to 0: .*greater than or equal to 1"),

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from synth.evolution.features import SIZE, Situation, features
+from synth.evolution.features import Situation, features, size_of
 from synth.evolution.judge import Judge, Pool, answer_rates
-from synth.evolution.operators import ACTIONS, OPERATORS, STOP, read_rewriting, rewriting
+from synth.evolution.operators import OWN, STOP, Operators, read_rewriting
 from synth.evolution.policy import Batch, OperatorPolicy
 from synth.stages import StageRow, drop
 from synth.teacher.asking import Asker, Asking, ask_all
@@ -72,6 +72,7 @@ class Evolution:
     asking: Asking = field(default_factory=Asking)
     seed: int = 0
     name: str = "evolve"
+    operators: Operators = OWN
 
     async def run(self, chains: Sequence[Chain], policy: OperatorPolicy) -> list[StageRow]:
         """Take every chain through all rounds, or until it stops; returns all rows, by round and chain."""
@@ -85,7 +86,7 @@ class Evolution:
         if not chains:
             return []
         situations = [situation_of(chain, number, self.rounds) for chain in chains]
-        shares = policy.probabilities(features(situations))
+        shares = policy.probabilities(features(situations, self.operators.actions[:-1]))
         rows = [
             self._chosen(chain, number, situation, share)
             for chain, situation, share in zip(chains, situations, shares, strict=True)
@@ -101,16 +102,17 @@ class Evolution:
 
     def _chosen(self, chain: Chain, number: int, situation: Situation, shares: np.ndarray) -> StageRow:
         rng = np.random.default_rng((self.seed, chain.number, number))
-        action = int(rng.choice(len(ACTIONS), p=shares))
+        actions = self.operators.actions
+        action = int(rng.choice(len(actions), p=shares))
         return {
             "id": f"{chain.root}.{chain.number}.{number}",
             "parent": chain.given["id"],
             "root": chain.root,
             "chain": chain.number,
             "round": number,
-            "operator": ACTIONS[action],
+            "operator": actions[action],
             "propensity": float(shares[action]),
-            "propensities": dict(zip(ACTIONS, shares.tolist(), strict=True)),
+            "propensities": dict(zip(actions, shares.tolist(), strict=True)),
             "situation": situation._asdict(),
             "input": "",
             "output": "",
@@ -123,7 +125,7 @@ class Evolution:
         """The rows with the writer's new instructions."""
         asks = [
             # Each choice has its own number: otherwise a failed one would fail again with the cached answer.
-            rewriting(
+            self.operators.rewriting(
                 row["operator"],
                 chain.given["input"],
                 self.asking,
@@ -135,12 +137,15 @@ class Evolution:
         ]
         replies = iter(await ask_all(self.writer, asks, f"{self.name}: rewrite"))
         made = []
-        for row in rows:
+        for chain, row in zip(chains, rows, strict=True):
             if row["operator"] == STOP:
                 made.append(drop(row, "stopped"))
                 continue
             text, reason, detail = read_rewriting(next(replies))
-            made.append(drop(row, reason, detail) if reason else {**row, "input": text})
+            if text:
+                reason, detail = self.operators.by_name[row["operator"]].fault(text, chain.given["input"])
+            row = {**row, "input": text}
+            made.append(drop(row, reason, detail) if reason else row)
         return made
 
 
@@ -158,17 +163,23 @@ def situation_of(chain: Chain, number: int, rounds: int) -> Situation:
     )
 
 
+def actions_of(rows: Sequence[StageRow]) -> list[str]:
+    """The names of the actions that some choices were made from; the last is stop."""
+    return list(rows[0]["propensities"])
+
+
 def batch_from(rows: Sequence[StageRow], rounds: int, group_size: int) -> Batch:
     """The logged choices as a batch to learn from: one episode per chain, in the order of their numbers."""
+    names = actions_of(rows)
     numbers = {number: place for place, number in enumerate(sorted({row["chain"] for row in rows}))}
     shape = (len(numbers), rounds)
-    seen = np.zeros((*shape, SIZE), dtype=np.float32)
+    seen = np.zeros((*shape, size_of(names[:-1])), dtype=np.float32)
     actions, mask = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.float32)
     propensities, rewards = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    found = features([Situation(**row["situation"]) for row in rows])
+    found = features([Situation(**row["situation"]) for row in rows], names[:-1])
     for row, x in zip(rows, found, strict=True):
         place = (numbers[row["chain"]], row["round"] - 1)
-        seen[place], actions[place], mask[place] = x, ACTIONS.index(row["operator"]), 1.0
+        seen[place], actions[place], mask[place] = x, names.index(row["operator"]), 1.0
         propensities[place], rewards[place] = row["propensity"], row["reward"]
     return Batch(seen, actions, propensities, rewards, mask, group_size)
 
@@ -176,5 +187,5 @@ def batch_from(rows: Sequence[StageRow], rounds: int, group_size: int) -> Batch:
 def figures(rows: Sequence[StageRow]) -> dict[str, float]:
     """Figures of some choices: reward per choice, share kept, share of each operator."""
     kept_share = float(np.mean(["dropped" not in row for row in rows]))
-    shares = {name: float(np.mean([row["operator"] == name for row in rows])) for name in (*OPERATORS, STOP)}
+    shares = {name: float(np.mean([row["operator"] == name for row in rows])) for name in actions_of(rows)}
     return {"mean_reward": float(np.mean([row["reward"] for row in rows])), "kept_share": kept_share, **shares}

@@ -17,9 +17,15 @@ from synth.evolution.operators import OPERATORS
 from synth.near_duplicates import tokens
 
 BUCKETS = 64
-LAST = (*OPERATORS, None)  # the previous operator, None at the start of a chain
 SCALARS = ("length", "round", "failed", "novelty", "pass rate known", "pass rate", "one")
-SIZE = BUCKETS + len(LAST) + len(SCALARS)
+
+
+def size_of(operators: Sequence[str]) -> int:
+    """The number of features: those of the text, the previous operator or none, and the scalars."""
+    return BUCKETS + len(operators) + 1 + len(SCALARS)
+
+
+SIZE = size_of(OPERATORS)
 
 
 class Situation(NamedTuple):
@@ -37,12 +43,12 @@ class Situation(NamedTuple):
     pass_rate: float | None = None
 
 
-def features(situations: Sequence[Situation]) -> np.ndarray:
-    """(N, SIZE) float32. A text's n-gram counts are normalised to norm 1; all other features are within about 0..1."""
-    return np.stack([_one(situation) for situation in situations]).astype(np.float32)
+def features(situations: Sequence[Situation], operators: Sequence[str] = OPERATORS) -> np.ndarray:
+    """(N, size_of(operators)) float32. A text's n-gram counts have norm 1; all other features are within about 0..1."""
+    return np.stack([_one(situation, operators) for situation in situations]).astype(np.float32)
 
 
-def _one(situation: Situation) -> np.ndarray:
+def _one(situation: Situation, operators: Sequence[str]) -> np.ndarray:
     words = [re.sub(r"\d+", lambda found: "0" * len(found[0]), word) for word in tokens(situation.instruction)]
     grams = np.zeros(BUCKETS)
     for gram in (*words, *map(" ".join, itertools.pairwise(words))):
@@ -59,5 +65,5 @@ def _one(situation: Situation) -> np.ndarray:
         situation.pass_rate or 0.0,
         1.0,
     )
-    last = [float(situation.last == name) for name in LAST]
+    last = [float(situation.last == name) for name in (*operators, None)]  # None at the start of a chain
     return np.concatenate([grams / norm if norm else grams, last, scalars])

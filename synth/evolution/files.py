@@ -1,5 +1,6 @@
 """Policies by name, and their files: policy.safetensors (a policy's whole state) and policy.json (its settings)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
 from common.files import Kind, atomic_folder, read_json, write_json
-from synth.evolution.features import SIZE
+from synth.evolution.features import size_of
 from synth.evolution.gradient import PPO, Reinforce
 from synth.evolution.operators import ACTIONS
 from synth.evolution.policy import DEFAULT, Constant, LinUCB, OperatorPolicy, PolicySettings
@@ -21,15 +22,17 @@ POLICY = Kind(SETTINGS, (ARRAYS, SETTINGS, LOG, PROGRESS), lambda content: "form
 KINDS: dict[str, type[OperatorPolicy]] = {kind.kind: kind for kind in (Constant, LinUCB, Reinforce, PPO)}
 
 
-def make_policy(kind: str, settings: PolicySettings = DEFAULT) -> OperatorPolicy:
-    """An untrained policy; "uniform" is a constant one."""
-    return KINDS["constant" if kind == "uniform" else kind](settings)
+def make_policy(kind: str, settings: PolicySettings = DEFAULT, names: Sequence[str] = ACTIONS) -> OperatorPolicy:
+    """An untrained policy that chooses from `names`, of which the last is stop; "uniform" is a constant one."""
+    made = KINDS["constant" if kind == "uniform" else kind](settings, len(names), size_of(names[:-1]))
+    made.names = tuple(names)
+    return made
 
 
 def write_policy(folder: Path, policy: OperatorPolicy) -> None:
     """Write policy.safetensors and policy.json into an existing folder."""
     save_file({name: np.array(array, order="C") for name, array in policy.arrays().items()}, folder / ARRAYS)
-    kind = {"format": FORMAT, "kind": policy.kind, "actions": list(ACTIONS), "features": policy.size}
+    kind = {"format": FORMAT, "kind": policy.kind, "actions": list(policy.names), "features": policy.size}
     write_json(folder / SETTINGS, {**kind, "learning": asdict(policy.settings)})
 
 
@@ -39,14 +42,14 @@ def save_policy(path: str | Path, policy: OperatorPolicy) -> None:
         write_policy(temporary, policy)
 
 
-def load_policy(path: str | Path) -> OperatorPolicy:
-    """The policy of a folder, bit for bit. Raises UserError if there is none, or it has other actions."""
+def load_policy(path: str | Path, names: Sequence[str] = ACTIONS) -> OperatorPolicy:
+    """The policy of a folder, bit for bit. Raises UserError if there is none, or it has other actions than `names`."""
     saved = read_json(Path(path) / SETTINGS)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("kind") not in KINDS:
         raise UserError(f"{path} holds no policy of format {FORMAT}; train one with synth.evolve")
-    if saved["actions"] != list(ACTIONS) or saved["features"] != SIZE:
-        raise UserError(f"{path} was made for other operators or features than this version's; train it again")
-    policy = KINDS[saved["kind"]](PolicySettings(**saved["learning"]))
+    if saved["actions"] != list(names) or saved["features"] != size_of(names[:-1]):
+        raise UserError(f"{path} was made for other operators or features than this run's; train it again")
+    policy = make_policy(saved["kind"], PolicySettings(**saved["learning"]), names)
     try:
         found = load_file(Path(path) / ARRAYS)
     except (OSError, SafetensorError) as error:

@@ -7,10 +7,11 @@ from common.errors import UserError
 from common.parser import Parser, positive
 from rewards.answer_reward import answer_from_flag
 from rewards.function import load_reward_function
+from synth.evolution.features import size_of
 from synth.evolution.files import KINDS, load_policy, make_policy
 from synth.evolution.instructions import read_instructions
 from synth.evolution.judge import Difficulty, Gates, Weights
-from synth.evolution.operators import ACTIONS, OPERATORS
+from synth.evolution.operators import OPERATORS, OWN, Operators, load_operators
 from synth.evolution.policy import OperatorPolicy, PolicySettings, fixed
 from synth.evolution.responses import FORMATS
 from synth.evolution.training import Training
@@ -53,6 +54,8 @@ class EvolveSettings:
     base_model: str = "tiny-digits"
     sft_flags: str = ""
     seed: int = 0
+    operators: Operators = OWN
+    reviewer_score: bool = False
 
     def __post_init__(self):
         for name in ("rounds", "chains"):
@@ -63,11 +66,12 @@ class EvolveSettings:
 
     def initial_policy(self) -> OperatorPolicy:
         """The policy before its training, or the trained one of policy_path."""
+        actions = self.operators.actions
         if self.policy_path:
-            return load_policy(self.policy_path)
-        return (
-            fixed(ACTIONS.index(self.policy)) if self.policy in OPERATORS else make_policy(self.policy, self.learning)
-        )
+            return load_policy(self.policy_path, actions)
+        if self.policy not in actions[:-1]:
+            return make_policy(self.policy, self.learning, actions)
+        return fixed(actions.index(self.policy), len(actions), size_of(actions[:-1]), actions)
 
 
 def evolve_parser(description: str | None) -> Parser:
@@ -79,12 +83,15 @@ def evolve_parser(description: str | None) -> Parser:
     group = parser.add_argument_group("evolution")
     group.add_argument("--rounds", type=int, default=3, help="most operators in a row")
     group.add_argument("--chains", type=int, default=1, help="chains from each initial instruction, for the data")
+    group.add_argument(
+        "--operators", metavar="FILE", help="operators of your own, with limits; the published six: teams_rl.yaml"
+    )
     group = parser.add_argument_group("policy")
     group.add_argument(
         "--policy",
-        choices=POLICIES,
+        metavar="NAME",
         default="ppo",
-        help="what chooses operators",
+        help=f"what chooses operators: {', '.join(POLICIES)} (or one of --operators)",
     )
     group.add_argument("--policy-path", metavar="DIR", help="a trained policy (RUN/policy), used as it is")
     group.add_argument("--iterations", type=int, default=Training.iterations, help="of the policy's training")
@@ -101,6 +108,11 @@ def evolve_parser(description: str | None) -> Parser:
     group.add_argument("--difficulty-weight", type=float, default=weights.difficulty, help="4p(1 - p)")
     group.add_argument(
         "--growth-weight", type=float, default=weights.growth, help="log of the length ratio, subtracted"
+    )
+    group.add_argument(
+        "--reviewer-score",
+        action="store_true",
+        help="as published: the reward is a score by the reviewer of how much an instruction differs from its parent",
     )
     group.add_argument("--near-duplicates", type=float, default=gates.near_duplicates, help="maximum ROUGE-L")
     group.add_argument("--shortest", type=int, default=gates.shortest, help="minimum words of an instruction")
@@ -148,7 +160,9 @@ def parse_evolve_args(description: str | None) -> argparse.Namespace:
     if args.resume:
         urls = {"endpoint": "teacher_url", **{f"{role}_endpoint": f"{role}_url" for role in ROLES}}
         return resumed_args(args, parser, FREE, urls)
-    if not (args.teacher_url or args.instructions or args.answers or args.answer or args.verifier):
+    if not (
+        args.teacher_url or args.instructions or args.answers or args.answer or args.verifier or args.reviewer_score
+    ):
         args.answers, args.answer = OFFLINE_ANSWERS, "number"
     return args
 
@@ -181,7 +195,12 @@ def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
         args.base_model,
         args.sft_flags,
         args.seed,
+        load_operators(args.operators) if args.operators else OWN,
+        args.reviewer_score,
     )
+    known = (*LEARNERS, "uniform", *settings.operators.actions[:-1])
+    if args.policy not in known:
+        raise UserError(f"--policy is {args.policy!r}; use one of {', '.join(known)}")
     settings.initial_policy()  # a policy_path that holds none is found now
     return settings
 

@@ -177,39 +177,36 @@ class EvolInstructGenerator(_Generator):
 
 
 class SampledGenerator:
-    """Either of the two as a generator for RLTuner (synth/sampler.py): it asks with a sampler's settings.
+    """Both as one generator for RLTuner (synth/sampler.py): the sampler's method switches between them.
 
-    kind: SelfInstructGenerator or EvolInstructGenerator; seed_rows: to start from. Settings are read at every ask, and
-    an ask's sample index grows with the row numbers, so that other rows are other answers.
+    generate_from_seed is Self-Instruct's, evolve_instructions is Evol-Instruct's. seed_rows: to start from. Settings
+    are read at every ask, the template goes about requests for instructions, and an ask's sample index grows with the
+    row numbers, so that other rows are other answers.
     """
 
-    def __init__(
-        self,
-        kind: type["SelfInstructGenerator"] | type["EvolInstructGenerator"],
-        ask: AskFunction,
-        seed_rows: Sequence[Mapping[str, Any]],
-        sampler: Sampler,
-    ):
-        self.kind, self.ask, self.seed_rows, self.sampler = kind, ask, list(seed_rows), sampler
+    def __init__(self, ask: AskFunction, seed_rows: Sequence[Mapping[str, Any]], sampler: Sampler):
+        self.ask, self.seed_rows, self.sampler = ask, list(seed_rows), sampler
 
     def generate_from_seed(self, count: int, first: int = 1) -> Results:
         """At most `count` new rows."""
-        generator = self._generator(first)
+        generator = SelfInstructGenerator(self._asking(first), seed=first)
         return self._results(generator, generator.generate_from_seed(self.seed_rows, count))
 
     def evolve_instructions(self, count: int, first: int = 1) -> Results:
         """At most one row from each of `count` seed rows, which are used in turn."""
-        generator = self._generator(first)
+        generator = EvolInstructGenerator(self._asking(first), seed=first)
         rows = [in_turn(self.seed_rows, number) for number in range(first, first + count)]
         return self._results(generator, generator.evolve_instructions(rows))
 
-    def _generator(self, first: int) -> "SelfInstructGenerator | EvolInstructGenerator":
+    def _asking(self, first: int) -> AskFunction:
         def ask(asks: Sequence[Ask]) -> list[Reply]:
             settings, text = self.sampler.get(), self.sampler.template_text
             return self.ask([
                 replace(
                     one,
-                    messages=prompts.with_template(one.messages, text),
+                    messages=prompts.with_template(one.messages, text)
+                    if one.schema is prompts.Instruction
+                    else one.messages,
                     temperature=settings.temperature,
                     top_p=settings.top_p,
                     sample=one.sample + TRIES * (first - 1),
@@ -217,7 +214,7 @@ class SampledGenerator:
                 for one in asks
             ])  # fmt: skip
 
-        return self.kind(ask, seed=first)
+        return ask
 
     @staticmethod
     def _results(generator: _Generator, rows: list[DataRow]) -> Results:

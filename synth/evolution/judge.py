@@ -6,14 +6,18 @@
 
 p is the pass rate: the share of answers that a verifier accepts, or that agree with the most frequent one. Without
 answers the difficulty is unknown and counts as 0; shrinking is not rewarded. The row records each part separately.
+If the reviewer scores, as in TeaMs-RL (arXiv:2403.08694), its score is the reward instead: how much an instruction
+differs from its parent, 0 to 10 by a rubric, asked in both orders, their mean divided by 10.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel
 
 from common.errors import UserError
 from rewards.answers import AnswerType
@@ -22,7 +26,7 @@ from synth import prompts
 from synth.near_duplicates import THRESHOLD, checked_threshold, normalise, rouge_l, tokens
 from synth.stages import StageRow, drop
 from synth.teacher.asking import Asker, ask_all
-from synth.teacher.completions import Ask
+from synth.teacher.completions import Ask, Reply
 from synth.teacher.structured import is_refusal
 
 REVIEW_TOKENS = 256  # of a verdict, including a reviewer's thoughts
@@ -155,7 +159,8 @@ def reward_of(parts: dict[str, Any], weights: Weights) -> float:
 class Judge:
     """Drops instructions that fail a gate and gives the others their parts and reward.
 
-    reviewer, solver: teachers; the solver answers instructions for their pass rates (needed only for that).
+    reviewer, solver: teachers; the solver answers instructions for their pass rates (needed only for that). scores:
+    whether the reviewer's score is the reward.
     """
 
     reviewer: Asker
@@ -163,6 +168,7 @@ class Judge:
     gates: Gates = Gates()
     weights: Weights = Weights()
     difficulty: Difficulty = Difficulty()
+    scores: bool = False
 
     async def judge(
         self, rows: Sequence[StageRow], parents: Sequence[str], pools: Sequence[Pool], name: str
@@ -173,6 +179,7 @@ class Judge:
         """
         rows = self._gated(rows, pools)
         rows = await self._reviewed(rows, parents, name)
+        rows = await self._scored(rows, parents, name) if self.scores else rows
         rows = await self._solved(rows, name)
         judged = []
         for row, parent, pool in zip(rows, parents, pools, strict=True):
@@ -181,7 +188,7 @@ class Judge:
                 rate = row["pass_rate"]
                 row = {**row, "parts": {**row["parts"], "difficulty": None if rate is None else 4 * rate * (1 - rate)}}
                 row["parts"]["growth"] = growth(row["input"], parent)
-                row["reward"] = reward_of(row["parts"], self.weights)
+                row["reward"] = row["parts"]["score"] if self.scores else reward_of(row["parts"], self.weights)
             judged.append(row)
         return judged
 
@@ -204,19 +211,23 @@ class Judge:
             gated.append(row)
         return gated
 
-    async def _reviewed(self, rows: Sequence[StageRow], parents: Sequence[str], name: str) -> list[StageRow]:
-        """Drop what the reviewer calls equal to its parent in either order (Evol-Instruct's rule)."""
+    async def _in_both_orders(
+        self, rows: Sequence[StageRow], parents: Sequence[str], stage: str, ask: Callable, schema: type[BaseModel]
+    ) -> dict[int, list[Reply]]:
+        """The reviewer's two replies on each row that is not dropped and its parent, by the row's number."""
         passed = [number for number, row in enumerate(rows) if "dropped" not in row]
         pairs = [(parents[number], rows[number]["input"]) for number in passed]
         asks = [
-            Ask(prompts.review(*order), prompts.Verdict, 0.0, REVIEW_TOKENS, stage=f"{name}: review")
-            for pair in pairs
-            for order in (pair, pair[::-1])
+            Ask(ask(*order), schema, 0.0, REVIEW_TOKENS, stage=stage) for pair in pairs for order in (pair, pair[::-1])
         ]
-        replies = await ask_all(self.reviewer, asks, f"{name}: review")
+        replies = await ask_all(self.reviewer, asks, stage)
+        return {number: replies[2 * place : 2 * place + 2] for place, number in enumerate(passed)}
+
+    async def _reviewed(self, rows: Sequence[StageRow], parents: Sequence[str], name: str) -> list[StageRow]:
+        """Drop what the reviewer calls equal to its parent in either order (Evol-Instruct's rule)."""
         reviewed = list(rows)
-        for place, number in enumerate(passed):
-            both = replies[2 * place : 2 * place + 2]
+        found = await self._in_both_orders(rows, parents, f"{name}: review", prompts.review, prompts.Verdict)
+        for number, both in found.items():
             verdicts = [reply.parsed.equal if reply.status == "ok" else None for reply in both]
             row = {**rows[number], "parts": {**rows[number]["parts"], "equal": verdicts}}
             if True in verdicts:
@@ -225,6 +236,19 @@ class Judge:
                 row = drop(row, "not reviewed", next(reply.reason for reply in both if reply.status != "ok"))
             reviewed[number] = row
         return reviewed
+
+    async def _scored(self, rows: Sequence[StageRow], parents: Sequence[str], name: str) -> list[StageRow]:
+        """The rows with the reviewer's score, 0..1; dropped where it gives none."""
+        scored = list(rows)
+        found = await self._in_both_orders(rows, parents, f"{name}: score", prompts.score, prompts.Score)
+        for number, both in found.items():
+            row, failed = rows[number], next((reply.reason for reply in both if reply.status != "ok"), None)
+            if failed is not None:
+                scored[number] = drop(row, "not scored", failed)
+                continue
+            mean = sum(reply.parsed.score for reply in both) / 20
+            scored[number] = {**row, "parts": {**row["parts"], "score": mean}}
+        return scored
 
     async def _solved(self, rows: Sequence[StageRow], name: str) -> list[StageRow]:
         """The rows with pass rates, if answers are asked for."""

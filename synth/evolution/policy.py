@@ -54,7 +54,7 @@ class PolicySettings:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.floor < 1 / len(ACTIONS):
+        if not 0 <= self.floor < 1:
             raise UserError(f"--floor is {self.floor}; it must be at least 0 and below 1/{len(ACTIONS)}")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma is {self.gamma}; it must be between 0 and 1")
@@ -68,8 +68,11 @@ class OperatorPolicy:
 
     kind = ""
     learns = False
+    names: tuple[str, ...] = ACTIONS  # of the actions
 
     def __init__(self, settings: PolicySettings = DEFAULT, actions: int = len(ACTIONS), size: int = SIZE):
+        if not settings.floor < 1 / actions:
+            raise UserError(f"--floor is {settings.floor}; it must be at least 0 and below 1/{actions}")
         self.settings, self.actions, self.size = settings, actions, size
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
@@ -110,9 +113,11 @@ class Constant(OperatorPolicy):
         self.shares = arrays["shares"]
 
 
-def fixed(action: int, actions: int = len(ACTIONS)) -> Constant:
+def fixed(action: int, actions: int = len(ACTIONS), size: int = SIZE, names: tuple[str, ...] = ACTIONS) -> Constant:
     """A policy that always chooses one action."""
-    return Constant(actions=actions, shares=np.eye(actions)[action])
+    made = Constant(actions=actions, size=size, shares=np.eye(actions)[action])
+    made.names = names
+    return made
 
 
 def marginal(policy: OperatorPolicy, features: np.ndarray) -> Constant:

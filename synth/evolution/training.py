@@ -57,7 +57,7 @@ async def train_policy(
     """
     path, log, done = folder / "policy_training", [], 0
     if (path / SETTINGS).is_file():
-        policy, done = load_policy(path), read_json(path / PROGRESS)["iterations"]
+        policy, done = load_policy(path, policy.names), read_json(path / PROGRESS)["iterations"]
         log = read_rows(path / LOG, [("id",)]) if (path / LOG).stat().st_size else []
     if done < training.iterations and policy.learns:
         roots = await root_rows(instructions, evolution.judge, evolution.name)

@@ -62,6 +62,15 @@ WORK: dict[str, Callable[[int, int], int]] = {
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
 }
+# Words by which the operators of synth/evolution/teams_rl.yaml are known.
+PUBLISHED = {
+    "constraints": "adding one more constraint",
+    "deepen": "the depth and breadth",
+    "concretize": "more specific concepts",
+    "reasoning": "multiple-step reasoning",
+    "complicate_input": "adding data",
+    "breadth": "a brand new prompt",
+}
 PLACES = {"a": r"(?P<a>\d{1,9})", "b": r"(?P<b>\d{1,9})", "n": r"(?P<n>\d{1,9})", "name": r"\w+", "goods": r"\w+"}
 
 
@@ -198,12 +207,26 @@ class Question:
         if self.stage == "review":
             same = tasks[0] == tasks[1] if None not in tasks else texts[0] == texts[1]
             return {"equal": same != (draw < error_rate / 2)}
+        if self.stage == "score":
+            return {"score": _difference(rng, tasks[0], tasks[1], draw < error_rate)}
         if self.stage == "self_instruct" or tasks[0] is None:
             task = _new(rng, rng.choice((1, 2, 3)))
             return {"instruction": worded(rng, evolved(rng, task, rng.choice(list(OPERATOR_DEMANDS))))}
         if draw < error_rate / 2:
             return {"instruction": f"Rewritten instruction: {worded(rng, tasks[0])}"}
         return {"instruction": worded(rng, tasks[0] if draw < error_rate else evolved(rng, tasks[0], self.operator))}
+
+
+def _difference(rng: Random, first: Sum | None, second: Sum | None, wrong: bool) -> int:
+    """0 to 10: how much two sums differ, in kind, form, steps, rules and length of their numbers; off by up to 3."""
+    if first is None or second is None:
+        return rng.randrange(11) if wrong else 0
+    parts = (
+        3 * (first.kind != second.kind), 2 * (first.form != second.form),
+        min(2, abs(len(first.steps) - len(second.steps))), 2 * (set(first.rules) != set(second.rules)),
+        len(str(first.a)) != len(str(second.a)),
+    )  # fmt: skip
+    return max(0, min(10, sum(parts) + wrong * rng.choice((-3, -2, -1, 1, 2, 3))))
 
 
 def _response(rng: Random, task: Sum | None, draw: float, error_rate: float) -> str:
@@ -228,6 +251,7 @@ def read_question(messages: list[dict], section: re.Pattern) -> Question | None:
     prompt = next((message["content"] for message in messages if message["role"] == "user"), "")
     demand = section.sub("", prompt)
     operator = next((name for name, text in OPERATOR_DEMANDS.items() if text in demand), "")
+    operator = operator or next((name for name, text in PUBLISHED.items() if text in demand), "")
     sections = [(name, text) for name, _, text in section.findall(prompt)]
-    whole = {"rewrite": len(sections) == 1 and bool(operator), "review": len(sections) == 2}.get(stage, True)
-    return Question(stage, sections, operator) if whole else None
+    whole = {"rewrite": len(sections) == 1 and bool(operator), **dict.fromkeys(("review", "score"), len(sections) == 2)}
+    return Question(stage, sections, operator) if whole.get(stage, True) else None

@@ -19,8 +19,9 @@ from common.files import expanded
 from common.yaml_files import read_yaml
 from synth.pipeline.reasoning_gym_tasks import PREFIX
 from synth.prompts import TEMPLATES
-from synth.sampler import Settings, Space
+from synth.sampler import METHODS, Settings, Space
 
+GENERATORS = ("task", "self_instruct", "evol_instruct")
 ALGORITHMS = ("random_search", "reinforce", "ppo", "tpe", "defaults")
 PATHS = ("task", "seed_data")  # and, in rl_tuning:
 TUNING_PATHS = ("target_model_path", "validation_data_path")
@@ -74,11 +75,16 @@ class RLTuningConfig:
 class Config:
     """The task and its teacher, the initial settings, and the space that the agent may choose from.
 
-    templates: name → text with {request}, or a list of shipped names; sft_* and eval_temperature (0: greedy): of the
-    built-in target.
+    generator: "task" writes samples of the task, "self_instruct" and "evol_instruct" write instructions with responses
+    (default: "task" if there is one, else "self_instruct"). seed_data: rows to start from; without, instructions start
+    from the offline teacher's sums. answer: how the built-in target compares answers, if there is no task. templates:
+    name → text with {request}, or a list of shipped names; sft_* and eval_temperature (0: greedy): of the built-in
+    target.
     """
 
     task: str = ""
+    generator: Literal["", *GENERATORS] = ""  # type: ignore[valid-type]
+    answer: str = "exact"
     seed_data: str | None = None
     teacher: dict[str, Any] = field(default_factory=dict)
     temperature: float = 1.0
@@ -102,12 +108,22 @@ class Config:
     @property
     def space(self) -> Space:
         """What the agent may choose from. Raises UserError as Space does."""
-        return Space(self.temperature_range, self.top_p_range, tuple(self.templates), self.methods)
+        # Evol-Instruct is a method of its own; who names methods can have both, for the agent to choose.
+        evolving = self.generator == "evol_instruct" and self.methods == METHODS[:1]
+        methods = METHODS[1:] if evolving else self.methods
+        return Space(self.temperature_range, self.top_p_range, tuple(self.templates), methods)
 
     @property
     def settings(self) -> Settings:
         """The initial settings, which the result is compared with."""
-        return Settings(self.temperature, self.top_p, self.template, self.method)
+        evolving = self.generator == "evol_instruct" and self.method == METHODS[0]
+        method = METHODS[1] if evolving and METHODS[1] in self.space.methods else self.method
+        return Settings(self.temperature, self.top_p, self.template, method)
+
+    @property
+    def kind(self) -> str:
+        """The generator: the named one, or the default."""
+        return self.generator or ("task" if self.task else "self_instruct")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `config_from` reads it."""

@@ -6,6 +6,7 @@ RUN/search.png          metric, reward and settings  RUN/summary.json         th
 """
 
 import itertools
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ from training.plots import plot_panels
 PICTURE, ITERATIONS = "search.png", "iterations.jsonl"
 LONGEST_LINE = 150  # characters of a printed row
 FEATURES = 4
+
+
+LOGGER = logging.getLogger("synth.tuning")
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class Iteration:
 def best_of(history: Sequence[Iteration]) -> Iteration:
     """The iteration with the highest metric, the earliest of equal ones."""
     return max(history, key=lambda one: one.metric)
+
+
+def log_iteration(one: Iteration) -> None:
+    """What a run folder's log says of an iteration, to the logging module: settings, metrics, reward, some rows."""
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in one.metrics.items())
+    LOGGER.info("iteration %d: %s; %s; reward %.4g; %d rows", one.number, one.settings, metrics, one.reward, one.rows)
+    for row in one.sample:
+        LOGGER.info("    %s", f"{row}"[:LONGEST_LINE])
 
 
 class TunerLog:

@@ -6,6 +6,7 @@
 The built-in one runs sft.py on the rows as a process, then lets the trained model complete the validation prompts.
 """
 
+import ast
 import hashlib
 import inspect
 import json
@@ -17,7 +18,8 @@ from typing import Any
 
 from common.cli import Stopped
 from common.errors import UserError
-from common.files import read_json
+from common.files import expanded, read_json
+from rewards.answer_reward import answer_from_flag
 from rewards.function import error_summary, load_function
 from synth.pipeline.evaluation import completions_of, scores_of
 from synth.pipeline.pass_rates import BaseModelSettings
@@ -30,14 +32,29 @@ from synth.teacher.cache import Cache
 
 Metrics = dict[str, float]
 TargetModel = Callable[..., Mapping[str, Any]]
-WHAT = "target model"
+WHAT, NAME = "target model", "evaluate"
 COMPLETION_TOKENS = 64
 BATCH = 64  # completions at once
 
 
 def load_target(spec: str) -> TargetModel:
-    """The function that "file.py:function" names. Importing runs the file's code, with the user's permissions."""
-    return load_function(spec, WHAT)
+    """The function that "file.py:function" names; of "file.py" alone `evaluate`, or the one function that it defines.
+
+    Importing runs the file's code, with the user's permissions. Raises UserError if there is none, or several.
+    """
+    if not spec.endswith(".py"):
+        return load_function(spec, WHAT)
+    try:
+        code = ast.parse(Path(expanded(spec)).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{WHAT} {spec} cannot be read ({error.strerror}); check the path") from None
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{WHAT} {spec} is not Python ({' '.join(str(error).split())[:100]}); fix it") from None
+    names = [part.name for part in code.body if isinstance(part, ast.FunctionDef) and not part.name.startswith("_")]
+    if NAME not in names and len(names) != 1:
+        held = f"defines {', '.join(names)}" if names else "defines no function"
+        raise UserError(f"{WHAT} {spec} {held}; name one, {spec}:FUNCTION, or call it {NAME}")
+    return load_function(f"{spec}:{NAME if NAME in names else names[0]}", WHAT)
 
 
 def takes_validation(function: TargetModel) -> bool:
@@ -90,8 +107,29 @@ def _number(value: Any) -> float:
         return math.nan
 
 
+def instruction_task(answer: str = "exact") -> Task:
+    """A task whose inputs are instructions, for a target without another. answer: how responses are compared."""
+    read = answer_from_flag(answer)
+    return Task("instructions", "Follow the instruction.", template="{input}", answer=read, rows=as_samples)
+
+
+def as_sample(row: DataRow) -> DataRow:
+    """A row of a generator as {"input", "output"}: an instruction, with Alpaca's input if it has one, is the input."""
+    if "instruction" not in row:
+        return row
+    parts = [str(row[key]).strip() for key in ("instruction", "input") if str(row.get(key) or "").strip()]
+    return {"input": "\n\n".join(parts), "output": row.get("output", "")}
+
+
+def as_samples(rows: Sequence[DataRow]) -> list[DataRow]:
+    """The rows, instructions among them as samples."""
+    return [as_sample(row) for row in rows]
+
+
 class SftTarget:
     """The built-in target: sft.py from the base model on the rows, then the task's score on the validation rows.
+
+    Rows are samples, or instructions with responses.
 
     Metrics: accuracy (the mean of the task's scores), also as mean_score; valid_loss, on the validation rows. Its work
     for a set of rows is kept in a folder named by their digest: an interrupted call resumes from its last checkpoint,
@@ -117,6 +155,7 @@ class SftTarget:
         self.go_on, self.files = go_on, files
 
     def __call__(self, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> Metrics:
+        rows, validation = as_samples(rows), as_samples(validation)
         made_of = json.dumps([rows, validation, self.model, self.iters, self.flags, self.seed], sort_keys=True)
         folder = self.folder / hashlib.sha256(made_of.encode()).hexdigest()[:12]
         training = folder / "training"

@@ -102,12 +102,19 @@ def task_generator(
 
     folder: where cache and ledger are kept; limits hold for everything that is ever asked from there.
     """
+    with asking(teacher, folder) as ask:
+        yield TaskGenerator(task, sampler, ask, seed_rows, teacher.answer_tokens)
+
+
+@contextmanager
+def asking(teacher: TeacherSettings, folder: str | Path) -> Iterator[AskFunction]:
+    """A function that asks the teacher, or, without a URL, an offline teacher in this process."""
     with nullcontext() if teacher.teacher_url else teacher_from(teacher.offline_teacher) as server:
         if server:
             # Its port changes from run to run, so the cache knows it by its flags.
             name = f"offline {teacher.offline_teacher}"
             teacher = replace(teacher, teacher_url=server.url, teacher_model=OFFLINE_MODEL, endpoint=name)
-        yield TaskGenerator(task, sampler, asker(teacher, Path(folder)), seed_rows, teacher.answer_tokens)
+        yield asker(teacher, Path(folder))
 
 
 def asker(settings: TeacherSettings, folder: Path) -> AskFunction:

@@ -21,7 +21,10 @@ import mlx.core as mx
 from common.cli import Stopped, StopSignal
 from common.errors import UserError
 from common.files import Kind, atomic_folder, read_json, write_json
+from synth.evolution.generators import SampledGenerator
+from synth.evolution.instructions import read_instructions
 from synth.examples import read_examples
+from synth.offline.instructions import starting
 from synth.pipeline.tasks import open_task
 from synth.sampler import Generator, Results, Sampler, Settings
 from synth.stages import write_rows
@@ -29,13 +32,14 @@ from synth.teacher.flags import teacher_from_mapping
 from synth.tuning.agents import Agent, Defaults, RandomSearch, TreeParzen
 from synth.tuning.config import Config
 from synth.tuning.gradient_agents import AgentSettings, PolicyAgent
-from synth.tuning.log import FEATURES, Iteration, TunerLog, batch_features, best_of
+from synth.tuning.log import FEATURES, Iteration, TunerLog, batch_features, best_of, log_iteration
 from synth.tuning.targets import Metrics, TargetModel, call_target
-from synth.tuning.task_generator import TaskGenerator, task_generator
+from synth.tuning.task_generator import asking, task_generator
 
 STATE, ARRAYS = "tuner.json", "agent.safetensors"
 TUNER = Kind(STATE, (STATE, ARRAYS), lambda content: "format" in content)
 FORMAT = 1
+SEEDS = 24  # instructions to start from, if none are given
 SHOWN = 3  # rows of a batch shown in the log
 FRESH = 1_000_000  # rows from this number on are for `confirm`; no search gets that far
 # What may differ in a loaded state: paths, the teacher, and the length of the search.
@@ -46,9 +50,11 @@ FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "valid
 class RLTuner:
     """The search for settings of a generator. history: every iteration so far.
 
-    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: see synth/sampler.py (default: samples
-    of config.task from config.teacher); rl_agent: see synth/tuning/agents.py (default: by
-    config.rl_tuning.rl_algorithm). If config.output_dir is set, everything is logged and saved there.
+    target_model: f(rows) -> metrics, or f(rows, validation_dataset); generator: see synth/sampler.py (default: that of
+    config.generator, which asks config.teacher, or an offline teacher); rl_agent: see synth/tuning/agents.py (default:
+    by config.rl_tuning.rl_algorithm, and where enable_rl_tuning is false none, so that every batch has the initial
+    settings). If config.output_dir is set, everything is logged and saved there; without, iterations are logged by
+    logging.getLogger("synth.tuning"), at level INFO.
     Raises UserError for an invalid configuration.
     """
 
@@ -87,14 +93,18 @@ class RLTuner:
             raise UserError("the tuner has not been trained; call train first")
         return best_of(self.history)
 
-    def train(self, num_iterations: int | None = None, batch_size: int | None = None) -> list[Iteration]:
-        """Search until `num_iterations` are done, including those of a loaded state; returns the history.
+    def train(
+        self, num_iterations: int | None = None, batch_size: int | None = None, until: int | None = None
+    ) -> list[Iteration]:
+        """Search `num_iterations` more, or until there are `until` with those of a loaded state; returns the history.
 
-        At the end the generator's sampler has the best settings. Defaults: the configuration's. Raises UserError if a
-        batch has no rows or the target fails, and Stopped after a Ctrl-C or SIGTERM.
+        Before the first comes iteration 0, the baseline, beside those that are counted; train(0) does nothing. Without
+        either: until the configuration's num_iterations. At the end the generator's sampler has the best settings.
+        Raises UserError if a batch has no rows or the target fails, and Stopped after a Ctrl-C or SIGTERM.
         """
-        tuning = self.config.rl_tuning
-        total, size = num_iterations or tuning.num_iterations, batch_size or tuning.batch_size
+        size, total = batch_size or self.config.rl_tuning.batch_size, self._total(num_iterations, until)
+        if total == 0:
+            return self.history
         log = self._log(total)
         try:
             with StopSignal() as stop:
@@ -103,6 +113,8 @@ class RLTuner:
                     if self.folder and log:
                         self.save(self.folder / "tuner")
                         log.report(self.history)
+                    else:
+                        log_iteration(self.history[-1])
                     if stop.requested and len(self.history) <= total:
                         raise Stopped(f"{len(self.history) - 1} of {total} iterations are done; {self._go_on()}")
             self.generator.sampler.set(self.best.settings)
@@ -110,6 +122,17 @@ class RLTuner:
             if log:
                 log.close(self.history, finished=len(self.history) > total)
         return self.history
+
+    def _total(self, more: int | None, until: int | None) -> int:
+        """How many iterations there are to be."""
+        for name, given in (("num_iterations", more), ("until", until)):
+            if given is not None and given < 0:
+                raise UserError(f"{name} is {given}; it has to be at least 0")
+        if more is not None and until is not None:
+            raise UserError(f"num_iterations is {more} and until {until}; give one of them")
+        if more is not None:
+            return max(len(self.history) - 1, 0) + more
+        return self.config.rl_tuning.num_iterations if until is None else until
 
     def confirm(self, batches: int) -> dict[str, list[float]]:
         """The metric of the best settings ("best") and of the initial ones ("start"), on fresh batches.
@@ -228,8 +251,13 @@ def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_agent(config: Config) -> Agent:
-    """The agent that config.rl_tuning.rl_algorithm names. Raises UserError if its package is missing."""
+    """The agent that config.rl_tuning.rl_algorithm names; one that changes nothing where tuning is not enabled.
+
+    Raises UserError if its package is missing.
+    """
     tuning, space = config.rl_tuning, config.space
+    if not tuning.enable_rl_tuning:
+        return Defaults()
     if tuning.rl_algorithm == "random_search":
         return RandomSearch(space, tuning.step_size, config.seed)
     if tuning.rl_algorithm == "tpe":
@@ -251,15 +279,28 @@ def make_agent(config: Config) -> Agent:
 
 
 @contextmanager
-def default_generator(config: Config) -> Iterator[TaskGenerator]:
-    """Samples of config.task from config.teacher; its cache is in config.output_dir, or else temporary."""
-    if not config.task:
-        raise UserError("no task is named; write `task: FILE.yaml`, or pass a generator")
-    task = open_task(config.task)
-    rows = None
-    if config.seed_data:
-        rows = read_examples(config.seed_data, config.seed_data, reading=task.reading)
-    sampler = Sampler(config.space, config.settings, config.templates)
+def default_generator(config: Config) -> Iterator[Generator]:
+    """The generator of config.kind, which asks config.teacher; its cache is in config.output_dir, or else temporary."""
+    sampler, teacher = Sampler(config.space, config.settings, config.templates), teacher_from_mapping(config.teacher)
     with ExitStack() as stack:
         folder = config.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
-        yield stack.enter_context(task_generator(task, sampler, teacher_from_mapping(config.teacher), folder, rows))
+        if config.kind != "task":
+            ask = stack.enter_context(asking(teacher, folder))
+            yield SampledGenerator(ask, seed_instructions(config), sampler)
+            return
+        if not config.task:
+            raise UserError(
+                "no task is named; write `task: FILE.yaml`, or generator: self_instruct, or pass a generator"
+            )
+        task = open_task(config.task)
+        rows = read_examples(config.seed_data, config.seed_data, reading=task.reading) if config.seed_data else None
+        yield stack.enter_context(task_generator(task, sampler, teacher, folder, rows))
+
+
+def seed_instructions(config: Config) -> list[dict[str, str]]:
+    """The rows that instructions are made from: those of seed_data, or, for the offline teacher, sums in words."""
+    if config.seed_data:
+        return [{"instruction": text} for text in read_instructions(config.seed_data)]
+    if config.teacher.get("teacher_url"):
+        raise UserError("no instructions to start from; set seed_data to a file of them, one a line")
+    return [{"instruction": text} for text in starting(SEEDS, config.seed)]
