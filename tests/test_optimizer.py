@@ -24,6 +24,7 @@ from training.optimizer import (
     scaled,
     update,
 )
+from training.schedules import SCHEDULES
 
 
 class Net(nn.Module):
@@ -100,14 +101,19 @@ def test_a_cosine_rate_falls_along_a_half_wave():
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("schedule", training_optimizer.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_warms_up_from_zero(schedule):
     got = rates(7, learning_rate=0.1, total_updates=20, schedule=schedule, warmup_updates=4)
     np.testing.assert_allclose(got[:5], [0.0, 0.025, 0.05, 0.075, 0.1], rtol=1e-4, atol=1e-7)
-    if schedule == "constant":
+    if schedule in ("constant", "wsd"):
         np.testing.assert_allclose(got[5:], 0.1, rtol=1e-4)
     else:
         assert got[6] < got[5] <= 0.1 * (1 + 1e-4)
+
+
+def test_wsd_holds_the_rate_until_the_last_fifth_of_all_updates():
+    expected = [0.1] * 9 + [0.05, 0.0]
+    np.testing.assert_allclose(rates(11, learning_rate=0.1, total_updates=10, schedule="wsd"), expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

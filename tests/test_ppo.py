@@ -153,6 +153,41 @@ def test_kl_controllers():
     assert fixed.value == case["init"]
 
 
+def test_the_step_size_follows_the_root_of_the_kl_within_its_limits():
+    controller = ppo.StepSizeController(0.4)
+    # moved, entropy, share → change of the factor; of an entropy of 16 nats 0.2 may be moved
+    for moved, entropy, share, change in (
+        (0.3, 100.0, 1.0, (0.4 / 0.3) ** 0.5),
+        (0.3, 16.0, 1.0, (0.2 / 0.3) ** 0.5),
+        (0.08, 100.0, 0.5, (0.1 / 0.08) ** 0.5),
+        (1e-6, 100.0, 1.0, 1.5),
+        (0.0, 100.0, 1.0, 1.5),
+        (0.0, 100.0, 0.0, 1.0),
+        (100.0, 100.0, 1.0, 1 / 1.5),
+        (math.nan, 100.0, 1.0, 1 / 1.5),
+        (0.3, 100.0, 0.0, 1 / 1.5),
+        (0.3, 0.0, 1.0, 1 / 1.5),
+    ):
+        before = controller.value
+        controller.update(moved, entropy, share)
+        assert controller.value == pytest.approx(before * change, rel=1e-12)
+    for _ in range(20):
+        controller.update(0.0, 100.0)
+    assert controller.value == 32.0
+    off = ppo.StepSizeController(0.0)
+    off.update(100.0, 100.0)
+    assert off.value == 1.0
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-4, 1e-3, 1e-2, 1e-1])
+def test_the_step_size_finds_the_rate_that_moves_as_far_as_it_should(rate):
+    """Where the KL is the square of the step, and a rate of 1e-3 is right; 32 times as far it does not reach."""
+    controller = ppo.StepSizeController(0.25)
+    for _ in range(20):
+        controller.update(0.25 * (rate * controller.value / 1e-3) ** 2, entropy=100.0)
+    assert rate * controller.value == pytest.approx(min(max(1e-3, rate / 32), 32 * rate), rel=1e-9)
+
+
 # --- random cases against the NumPy reference ---
 
 

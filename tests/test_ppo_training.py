@@ -1007,14 +1007,14 @@ def test_updates_that_are_not_made_do_not_delay_the_learning_rate(flags, monkeyp
     """Every second update is rejected: either the rest of its step's are not made, or it alone is not."""
     seen, real, calls = [], ppo_learner.update, itertools.count()
 
-    def recorded(policy, optimizer, loss, gradients, limit, planned):
-        norm = real(policy, optimizer, loss, gradients, limit, planned)
+    def recorded(policy, optimizer, loss, gradients, limit, planned, lr_factor):
+        norm = real(policy, optimizer, loss, gradients, limit, planned, lr_factor)
         seen.append((planned, optimizer.learning_rate.item()))
         return norm
 
     monkeypatch.setattr(ppo_learner, "update", recorded)
     monkeypatch.setattr(ppo_step, "rejected", lambda settings, stats: how if next(calls) % 2 else "")
-    call(ppo_training.main, *flags("--lr-schedule", "linear", "--learning-rate", 1e-3))
+    call(ppo_training.main, *flags("--lr-schedule", "linear", "--learning-rate", 1e-3, "--step-kl", 0))
     planned = {"stop": [0, 4, 8, 12], "skip": list(range(0, 16, 2))}[how]  # 4 steps of 4 updates
     assert [number for number, _ in seen] == planned
     assert [rate for _, rate in seen] == pytest.approx([1e-3 * (1 - number / 16) for number in planned])
@@ -1176,7 +1176,8 @@ def test_a_run_leaves_metrics_checkpoints_summary_and_adapter(flags):
     call(ppo_training.main, *flags())
     rows = read_metrics("run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert list(rows[0])[:6] == ["step", "mean_score", "kl", "entropy", "completion_length", "eos_share"]
+    named = ["step", "mean_score", "score_std", "kl", "entropy", "completion_length", "eos_share"]
+    assert list(rows[0])[:7] == named
     assert {"policy_loss", "value_loss", "approx_kl", "clip_fraction", "grad_norm", "kl_coef", "seconds"} <= rows[
         0
     ].keys()

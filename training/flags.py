@@ -12,6 +12,7 @@ from common.files import read_json, write_json
 from models.adapter_config import WEIGHT_TYPES
 from training.metrics import resumed_config
 from training.optimizer_groups import OPTIMIZERS
+from training.schedules import SCHEDULES
 from training.settings import Settings
 
 
@@ -76,7 +77,7 @@ def add_optimizer_flags(
     rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
     group.add_argument("--learning-rate", type=float, help=f"step size (default: {rates})")
     group.add_argument(
-        "--lr-schedule", choices=("constant", "linear", "cosine"), help="linear and cosine decay to 0 over the run"
+        "--lr-schedule", choices=SCHEDULES, help="linear and cosine decay to 0 over the run, wsd over its last fifth"
     )
     group.add_argument("--warmup-steps", type=int, help="updates over which the rate rises from 0")
     group.add_argument("--weight-decay", type=float, help="decoupled weight decay; 0: none")

@@ -14,12 +14,14 @@ from common.errors import UserError
 from models.cpu import adam
 from training.muon import muon_step
 from training.optimizer_groups import belongs_to_first, groups
-
-SCHEDULES = ("constant", "linear", "cosine")
+from training.schedules import DECAY_SHARE, SCHEDULES
 
 
 class Schedule:
-    """The learning rate of an update: that of its number in the plan, where it is given, else of those made so far."""
+    """The learning rate of an update: that of its number in the plan, where it is given, else of those made so far.
+
+    The rates are those of training.schedules, times `factor`.
+    """
 
     def __init__(self, rate: float, total_updates: int, kind: str = "constant", warmup_updates: int = 0):
         """The rate rises from 0 over the warm-up, then stays, or decays to 0 at `total_updates`."""
@@ -31,14 +33,22 @@ class Schedule:
             "constant": ("linear_schedule", [rate, rate, decay_updates]),
             "linear": ("linear_schedule", [rate, 0.0, decay_updates]),
             "cosine": ("cosine_decay", [rate, decay_updates]),
+            "wsd": ("linear_schedule", [rate, rate, decay_updates]),
         }
         name, values = arguments[kind]
         self.rate_at = build_schedule({"name": name, "arguments": values, "warmup": warmup_updates})
+        self.last = None if kind != "wsd" else (total_updates, DECAY_SHARE * total_updates)
         self.planned: int | None = None
+        self.factor = 1.0
 
     def __call__(self, step: mx.array) -> mx.array:
         """The rate, for an mlx optimizer that has taken `step` steps."""
-        return self.rate_at(step if self.planned is None else mx.array(self.planned, mx.uint64))
+        update = step if self.planned is None else mx.array(self.planned, mx.uint64)
+        rate = self.factor * self.rate_at(update)
+        if self.last is None:
+            return rate
+        end, decay = self.last
+        return rate * mx.clip((end - update.astype(mx.float32)) / decay, 0, 1)
 
 
 class Adam(optim.Adam):
@@ -126,12 +136,13 @@ def update(
     gradients: dict,
     max_grad_norm: float | None,
     planned: int | None = None,
+    factor: float = 1.0,
 ) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step on `module`.
 
     planned: the number (from 0) of this update in the run's plan, which the schedule follows; None: all updates were
-    made. Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and
-    the norm returned is NaN: the caller counts and reports it.
+    made. factor: of the schedule's rate. Returns the gradients' norm before clipping. If the loss or the norm is not
+    finite, nothing is touched, and the norm returned is NaN: the caller counts and reports it.
     """
     mx.async_eval(loss, gradients)
     norm = finite_norm(loss, gradients)
@@ -142,7 +153,7 @@ def update(
         mx.async_eval(gradients)  # while the optimizer takes its first arrays
     for part in optimizer.optimizers if isinstance(optimizer, optim.MultiOptimizer) else [optimizer]:
         if isinstance(part.schedule, Schedule):
-            part.schedule.planned = planned
+            part.schedule.planned, part.schedule.factor = planned, factor
     optimizer.update(module, gradients)
     mx.async_eval(module.trainable_parameters(), optimizer.state)  # runs while the caller prepares its next pass
     return norm

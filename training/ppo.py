@@ -215,6 +215,44 @@ class AdaptiveKLController:
         self.value *= 1 + error * n / self.horizon
 
 
+# --- how far a step moves the policy ---
+
+
+class StepSizeController:
+    """A factor on the learning rate by which a step moves the policy as far as it should.
+
+    target: nats per completion between the policy that sampled and itself during the step's updates, averaged over
+    them; at most `ENTROPY_SHARE` of a completion's entropy, since a policy that is nearly certain has less to change.
+    For small steps the KL grows with the square of the rate, hence the root. `value` is the factor and the whole state.
+    Source: arXiv:2109.11978 (rsl_rl), where it changes by fixed factors.
+    """
+
+    ENTROPY_SHARE = 0.0125
+    CHANGE = 1.5  # of the factor in one step, at most, either way
+    REACH = 32.0  # of the factor, either way
+
+    def __init__(self, target: float) -> None:
+        self.value = 1.0
+        self.target = target
+
+    def update(self, moved: float, entropy: float, share: float = 1.0) -> None:
+        """Adapt to a step that moved the policy by `moved` nats per completion (NaN: no update was made).
+
+        entropy: nats per completion. share: 0..1, of the full step: what the schedule leaves of it, whose decay is not
+        to be made up for, and what the scores still differ by, compared to before. Where they hardly differ, a full
+        step would follow noise.
+        """
+        if not self.target:
+            return
+        wanted = min(self.target, self.ENTROPY_SHARE * entropy) * share**2
+        if moved == 0:
+            change = self.CHANGE if wanted else 1.0
+        else:
+            change = 0.0 if math.isnan(moved) else math.sqrt(wanted / moved)
+        change = min(max(change, 1 / self.CHANGE), self.CHANGE)
+        self.value = min(max(self.value * change, 1 / self.REACH), self.REACH)
+
+
 # --- scores and rewards ---
 
 

@@ -47,6 +47,9 @@ def ppo_parser(description: str | None) -> Parser:
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS)
     optimizer.add_argument(
+        "--step-kl", type=float, help="nats per completion that a step moves the policy; the rate adapts; 0: it doesn't"
+    )
+    optimizer.add_argument(
         "--value-head-learning-rate",
         "--critic-learning-rate",
         type=float,

@@ -152,9 +152,18 @@ class PPOLearner:
         return [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
 
     def update(
-        self, step: int, rollout: Rollout, advantages: mx.array, returns: mx.array, kl_coef: float
+        self,
+        step: int,
+        rollout: Rollout,
+        advantages: mx.array,
+        returns: mx.array,
+        kl_coef: float,
+        lr_factor: float = 1.0,
     ) -> dict[str, float]:
-        """Update the policy on the rollout of `step` (from 0). Returns the stats, averaged over the mini batches."""
+        """Update the policy on the rollout of `step` (from 0), at `lr_factor` times the schedule's rate.
+
+        Returns the stats, averaged over the mini batches.
+        """
         history: list[dict[str, float]] = []
         skipped = 0
         for planned, pieces in ppo_step.mini_batches(self.settings, step):
@@ -166,7 +175,7 @@ class PPOLearner:
             norm = math.nan
             if not verdict:
                 limit = self.settings.max_grad_norm
-                norm = update(self.policy, self.optimizer, loss, gradients, limit, planned)
+                norm = update(self.policy, self.optimizer, loss, gradients, limit, planned, lr_factor)
             if math.isnan(norm):
                 skipped += 1
             else:
@@ -239,6 +248,6 @@ def train_ppo(
     """
     ppo_step.check_settings(settings)
     learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, settings), settings)
-    progress = Progress(ppo_step.make_controller(settings))
+    progress = Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
     steps = ppo_steps(learner, tokenizer, ppo_step.Prompts(prompts, settings), reward, progress)
     return [step.figures for step in steps]

@@ -4,6 +4,7 @@ What differs is a `Learner`: training.ppo_learner has MLX's, training.torch_ppo_
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,21 @@ from training import ppo
 from training.advantages import advantages_and_returns
 from training.checkpoint_folders import DAMAGED, CheckpointState, open_run_folder, restore_newest
 from training.flags import describe
-from training.metrics import RunLog, figures_at, provenance
-from training.ppo_step import Prompts, make_controller, rollout_figures, shape_scores, value_figures
+from training.metrics import RunLog, figures_at, provenance, read_metrics
+from training.ppo_step import (
+    Prompts,
+    group_figures,
+    make_controller,
+    make_step_size,
+    rate_share,
+    rollout_figures,
+    score_signal,
+    shape_scores,
+    value_figures,
+)
 from training.rollout import Rollout, has_eos
 from training.settings import PPOSettings
+from training.signs import Signs
 
 Array = Any  # mlx.core.array or torch.Tensor
 SAMPLES_SHOWN = 8  # completions in a table of samples
@@ -49,9 +61,10 @@ class Learner(Protocol):
         """The rollout of completions with their scores (B,), and the entropy (B, C) of the policy in nats."""
 
     def update(
-        self, step: int, rollout: Rollout, advantages: Array, returns: Array, kl_coef: float
+        self, step: int, rollout: Rollout, advantages: Array, returns: Array, kl_coef: float, lr_factor: float = 1.0
     ) -> dict[str, float]:
-        """Update the policy on one rollout. Returns the stats, averaged over the mini batches."""
+        """Update the policy on one rollout, at `lr_factor` times the schedule's rate. Returns the stats, averaged over
+        the mini batches."""
 
 
 class SavedMoments(Schema):
@@ -66,6 +79,7 @@ class PPOState(CheckpointState):
     """What PPO adds to a checkpoint's state."""
 
     kl_coef: Annotated[float, Field(ge=0)]
+    lr_factor: Annotated[float, Field(gt=0)]
     moments: SavedMoments
     seconds: Annotated[float, Field(ge=0)]
 
@@ -75,18 +89,21 @@ class Progress:
     """What a run carries from step to step besides weights and optimizer; a checkpoint holds all of it."""
 
     controller: ppo.AdaptiveKLController | ppo.FixedKLController
+    step_size: ppo.StepSizeController
     moments: ppo.RunningMoments = field(default_factory=ppo.RunningMoments)
     step: int = 0
     seconds: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which adds the step."""
-        return {"kl_coef": self.controller.value, "moments": vars(self.moments), "seconds": self.seconds}
+        controllers = {"kl_coef": self.controller.value, "lr_factor": self.step_size.value}
+        return {**controllers, "moments": vars(self.moments), "seconds": self.seconds}
 
     def restore(self, state: dict[str, Any], source: object) -> None:
         """Continue from the state of the checkpoint `source`. Raises UserError for one that is damaged."""
         saved = conforming(PPOState, state, source, DAMAGED)
-        self.step, self.seconds, self.controller.value = saved.step, saved.seconds, saved.kl_coef
+        self.step, self.seconds = saved.step, saved.seconds
+        self.controller.value, self.step_size.value = saved.kl_coef, saved.lr_factor
         self.moments = ppo.RunningMoments(saved.moments.count, saved.moments.mean, saved.moments.squares)
 
 
@@ -109,19 +126,21 @@ def ppo_steps(
     """
     settings = learner.settings
     while progress.step < settings.num_steps:
-        started, kl_coef = time.perf_counter(), progress.controller.value
+        started, kl_coef, lr_factor = time.perf_counter(), progress.controller.value, progress.step_size.value
         learner.seed(progress.step)
         rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
         sampled = time.perf_counter()
         advantages, returns = advantages_and_returns(rollout, settings, kl_coef)
-        stats = learner.update(progress.step, rollout, advantages, returns, kl_coef)
+        stats = learner.update(progress.step, rollout, advantages, returns, kl_coef, lr_factor)
         progress.controller.update(figures["kl"], settings.batch_size)
+        length, share = figures["completion_length"], figures["score_signal"] * rate_share(settings, progress.step)
+        progress.step_size.update(stats.get("approx_kl", math.nan) * length, figures["entropy"] * length, share)
         ended = time.perf_counter()
         progress.step += 1
         progress.seconds += ended - started
         if true_reward is not None:
             figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
-        figures |= {"kl_coef": kl_coef, **value_figures(settings, rollout, returns), **stats}
+        figures |= {"kl_coef": kl_coef, "lr_factor": lr_factor, **value_figures(settings, rollout, returns), **stats}
         figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
         yield Step(progress.step, {**figures, "seconds": progress.seconds}, scored, rollout)
 
@@ -141,7 +160,9 @@ def roll_out(
     scored = score(reward, prompts, texts)
     scores = shape_scores(np.asarray(scored.scores, dtype=np.float32), ended, learner.settings, moments)
     rollout, entropy = learner.experience(prompt_ids, completions, scores)
-    return rollout, scored, rollout_figures(scored, ended, rollout, entropy)
+    figures = rollout_figures(scored, ended, rollout, entropy) | group_figures(learner.settings, scored.scores)
+    figures["score_signal"] = score_signal(scored.scores, ended, learner.settings, moments)
+    return rollout, scored, figures
 
 
 class PPORun:
@@ -164,7 +185,7 @@ class PPORun:
         """Start a run by the flags `args`, or restore the one that --resume names."""
         self.script, self.args, self.settings = script, args, settings
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
-        self.progress = Progress(make_controller(settings))
+        self.progress = Progress(make_controller(settings), make_step_size(settings))
         self.figures: dict[str, float] = {}
         run = open_run_folder(args, "ppo", blas)
         self.folder, self.lock = run.path, run.lock
@@ -175,6 +196,7 @@ class PPORun:
         else:
             self.save()
         self.log = RunLog(self.folder, settings.num_steps, self.progress.step, args.log_with, "ppo")
+        self.signs = Signs(settings, read_metrics(self.folder))
 
     def _restore(self, folder: Path) -> None:
         state = self.checkpoint.restore_checkpoint(folder, self.policy, self.optimizer)
@@ -200,6 +222,8 @@ class PPORun:
         if step.figures["skipped_updates"]:
             skipped = f"step {step.number}: {step.figures['skipped_updates']} updates skipped"
             self.log.say(f"{skipped} (not finite, or ratio past its limit)")
+        for line in self.signs.see(step.figures):
+            self.log.say(f"step {step.number}: {line}")
         stopping = stop.requested
         if step.number % self.args.save_every == 0 or last or stopping:
             self.save()

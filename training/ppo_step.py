@@ -16,6 +16,7 @@ from rewards.combined import Scored
 from training import ppo
 from training.advantages import estimator
 from training.rollout import Rollout
+from training.schedules import schedule_share
 from training.settings import PPOSettings
 
 Array = Any
@@ -28,7 +29,8 @@ def check_settings(settings: PPOSettings) -> None:
     for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "num_steps",
                  "max_completion_length", "temperature", "horizon", "target", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
-    for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip"):
+    for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
+                 "step_kl"):  # fmt: skip
         positive(_flag(name), getattr(settings, name), zero=True)
     for name in ("learning_rate", "value_head_learning_rate"):
         if getattr(settings, name) is not None:
@@ -93,6 +95,17 @@ def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.Fix
     return ppo.FixedKLController(settings.init_kl_coef)
 
 
+def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:
+    """The controller of the learning rate. A single update a step shows nothing of how far it moves."""
+    return ppo.StepSizeController(settings.step_kl if updates_per_step(settings) > 1 else 0.0)
+
+
+def rate_share(settings: PPOSettings, step: int) -> float:
+    """The share of the highest learning rate that the schedule has at the first update of `step` (from 0)."""
+    planned = step * updates_per_step(settings)
+    return schedule_share(planned, total_updates(settings), settings.lr_schedule, settings.warmup_steps)
+
+
 def updates_per_step(settings: PPOSettings) -> int:
     """Optimizer steps planned for one rollout."""
     return settings.ppo_epochs * settings.batch_size // settings.mini_batch_size
@@ -107,13 +120,28 @@ def shape_scores(
     scores: np.ndarray, ended: Sequence[bool], settings: PPOSettings, moments: ppo.RunningMoments
 ) -> np.ndarray:
     """Scores (B,) as training sees them: penalised without an EOS, scaled, clipped. Updates `moments` with them."""
-    shaped = scores - settings.missing_eos_penalty * ~np.asarray(ended, dtype=bool)
+    shaped = penalised(scores, ended, settings)
     moments.update(shaped.tolist())
     if settings.scale_scores or settings.normalize_scores:
         shaped = ppo.scale_scores(shaped, moments, center=settings.normalize_scores)
     if settings.score_clip:
         shaped = np.clip(shaped, -settings.score_clip, settings.score_clip)
     return shaped.astype(np.float32)
+
+
+def penalised(scores: Sequence[float] | np.ndarray, ended: Sequence[bool], settings: PPOSettings) -> np.ndarray:
+    """Scores (B,) less the penalty of completions without an EOS."""
+    return np.asarray(scores) - settings.missing_eos_penalty * ~np.asarray(ended, dtype=bool)
+
+
+def score_signal(
+    scores: Sequence[float], ended: Sequence[bool], settings: PPOSettings, moments: ppo.RunningMoments
+) -> float:
+    """How much the scores (B,) of a step differ, as a share (0..1) of how much all scores so far do.
+
+    moments: with these scores.
+    """
+    return min(float(np.std(penalised(scores, ended, settings))) / moments.std, 1.0)
 
 
 def rows_to_score(settings: PPOSettings) -> int:
@@ -194,12 +222,21 @@ def rollout_figures(scored: Scored, ended: Sequence[bool], rollout: Rollout, ent
     kl = ppo.kl_penalty(rollout.old_logprobs, rollout.ref_logprobs, "k1")
     return {
         "mean_score": float(np.mean(scored.scores)),
+        "score_std": float(np.std(scored.scores)) if len(set(scored.scores)) > 1 else 0.0,
         **scored.part_means(),
         "kl": float(ppo.sum_per_completion(kl, rollout.mask).mean()),
         "entropy": float(ppo.masked_mean(entropy, rollout.mask)),
         "completion_length": float(rollout.mask.sum(axis=1).mean()),
         "eos_share": float(np.mean(ended)),
     }
+
+
+def group_figures(settings: PPOSettings, scores: Sequence[float]) -> dict[str, float]:
+    """What a step reports of its groups, if completions of a prompt are compared: the share without a difference."""
+    if not estimator(settings.advantage).compares_completions:
+        return {}
+    groups = np.reshape(scores, (-1, settings.num_generations))
+    return {"equal_groups": float(np.mean(groups.min(axis=1) == groups.max(axis=1)))}
 
 
 def mean_stats(history: Sequence[dict[str, float]], skipped: int) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Settings:
     optimizer: str | None = None  # adam or muon
     learning_rate: float | None = None
     # The schedule counts planned updates: one that is skipped, or left out by target_kl, does not delay it.
-    lr_schedule: str = "constant"  # constant, or linear or cosine decay to 0
+    lr_schedule: str = "constant"  # a key of training.schedules
     warmup_steps: int = 0  # updates over which the rate rises from 0
     weight_decay: float = 0.0  # decoupled, as AdamW's
     max_grad_norm: float = 1.0  # of all gradients together; 0: no clipping
@@ -50,7 +50,10 @@ class PPOSettings(Settings):
     meaning; defaults were chosen on the digit task (docs/ppo_training.md).
     """
 
-    lr_schedule: str = "linear"
+    lr_schedule: str = "wsd"
+    # The learning rate adapts, so that a step's updates move the policy by so many nats per completion, on average over
+    # them; a rate that fits one task or model is wrong for the next. 0: the rate as it is.
+    step_kl: float = 0.3
     value_head_learning_rate: float | None = None  # None: learning_rate, but at most optimizer_groups.HEAD_RATE
 
     # Rollout: batch_size completions a step, of at most max_completion_length tokens. The temperature is that of

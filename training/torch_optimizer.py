@@ -13,21 +13,9 @@ from torch import Tensor, nn
 from common.errors import UserError
 from training.muon import muon_step
 from training.optimizer_groups import belongs_to_first, groups
+from training.schedules import schedule_share
 
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-def learning_rate(update: int, rate: float, total_updates: int, schedule: str = "constant", warmup: int = 0) -> float:
-    """The rate of an update (from 0): it rises from 0 over the warm-up, then stays, or decays to 0 at `total_updates`.
-
-    schedule: constant, linear or cosine. Source: mlx-lm, `tuner.utils.build_schedule`, which holds the full rate for
-    the two updates after the warm-up.
-    """
-    if warmup and update <= warmup:
-        return rate * update / warmup
-    decay_updates = max(total_updates - warmup, 1)
-    past = min(update - (warmup + 1 if warmup else 0), decay_updates) / decay_updates
-    return rate * {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}[schedule]
 
 
 class Muon(torch.optim.Optimizer):
@@ -67,15 +55,15 @@ class ScheduledOptimizer:
         self,
         module: nn.Module,
         rate: float,
-        rate_at: Callable[[int, float], float],
+        share_at: Callable[[int], float],
         weight_decay: float = 0.0,
         kind: str = "adam",
         head_rate: float | None = None,
     ):
-        """rate_at: from an update (from 0) and the highest rate to the update's rate."""
+        """share_at: from an update (from 0) to its share of the highest rate."""
         self.named = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.weights = list(self.named.values())
-        self.rate_at = rate_at
+        self.share_at = share_at
         self.updates = 0
         classes = {"adam": torch.optim.AdamW if weight_decay else torch.optim.Adam, "muon": Muon}
         self.parts: list[Part] = []
@@ -90,14 +78,14 @@ class ScheduledOptimizer:
                 optimizer = classes[name](mine.values(), lr=part_rate, weight_decay=weight_decay)
                 self.parts.append(Part(optimizer, part_rate, list(mine)))
 
-    def step(self, gradients: Sequence[Tensor], planned: int | None = None) -> None:
-        """One update of the weights by their gradients, in the order of `weights`; planned: see `update`."""
+    def step(self, gradients: Sequence[Tensor], planned: int | None = None, factor: float = 1.0) -> None:
+        """One update of the weights by their gradients, in the order of `weights`; planned, factor: see `update`."""
         at = self.updates if planned is None else planned
         for weight, gradient in zip(self.weights, gradients, strict=True):
             weight.grad = gradient
         for optimizer, rate, _ in self.parts:
             for group in optimizer.param_groups:
-                group["lr"] = self.rate_at(at, rate)
+                group["lr"] = factor * rate * self.share_at(at)
             optimizer.step()
             optimizer.zero_grad()
         self.updates += 1
@@ -140,10 +128,10 @@ def make_optimizer(
 ) -> ScheduledOptimizer:
     """The optimizer of `module`; its arguments are those of training.optimizer.make_optimizer."""
 
-    def rate_at(update: int, rate: float) -> float:
-        return learning_rate(update, rate, total_updates, schedule, warmup_updates)
+    def share_at(update: int) -> float:
+        return schedule_share(update, total_updates, schedule, warmup_updates)
 
-    return ScheduledOptimizer(module, rate, rate_at, weight_decay, kind, head_rate)
+    return ScheduledOptimizer(module, rate, share_at, weight_decay, kind, head_rate)
 
 
 def update(
@@ -152,19 +140,20 @@ def update(
     gradients: Sequence[Tensor],
     max_grad_norm: float | None,
     planned: int | None = None,
+    factor: float = 1.0,
 ) -> float:
     """Clip the gradients to `max_grad_norm` (None or 0: no limit) and take one optimizer step.
 
     planned: the number (from 0) of this update in the run's plan, which the schedule follows; None: all updates were
-    made. Returns the gradients' norm before clipping. If the loss or the norm is not finite, nothing is touched, and
-    the norm returned is NaN: the caller counts and reports it.
+    made. factor: of the schedule's rate. Returns the gradients' norm before clipping. If the loss or the norm is not
+    finite, nothing is touched, and the norm returned is NaN: the caller counts and reports it.
     """
     norm = gradient_norm(gradients).item()
     if not (math.isfinite(loss.item()) and math.isfinite(norm)):
         return math.nan
     if max_grad_norm and norm > max_grad_norm:
         gradients = [gradient * (max_grad_norm / (norm + 1e-6)) for gradient in gradients]
-    optimizer.step(gradients, planned)
+    optimizer.step(gradients, planned, factor)
     return norm
 
 

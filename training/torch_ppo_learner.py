@@ -124,9 +124,12 @@ class PPOLearner:
         return stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy
 
     def update(
-        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float
+        self, step: int, rollout: Rollout, advantages: Tensor, returns: Tensor, kl_coef: float, lr_factor: float = 1.0
     ) -> dict[str, float]:
-        """Update the policy on the rollout of `step` (from 0). Returns the stats, averaged over the mini batches."""
+        """Update the policy on the rollout of `step` (from 0), at `lr_factor` times the schedule's rate.
+
+        Returns the stats, averaged over the mini batches.
+        """
         history: list[dict[str, float]] = []
         skipped = 0
         for planned, pieces in ppo_step.mini_batches(self.settings, step):
@@ -136,7 +139,8 @@ class PPOLearner:
                 break
             norm = math.nan
             if not verdict:
-                norm = update(self.optimizer, loss, gradients, self.settings.max_grad_norm, planned)
+                limit = self.settings.max_grad_norm
+                norm = update(self.optimizer, loss, gradients, limit, planned, lr_factor)
             if math.isnan(norm):
                 skipped += 1
             else:

@@ -126,6 +126,7 @@ class PPOConfig:
             learning_rate=self.learning_rate,
             value_head_learning_rate=self.learning_rate,
             lr_schedule="constant",
+            step_kl=0.0,
             max_grad_norm=self.max_grad_norm or 0.0,
             batch_size=self.batch_size,
             mini_batch_size=self.mini_batch_size * self.gradient_accumulation_steps,

@@ -230,7 +230,7 @@ class Trainer(ABC):
         self.reference = ref_model.pretrained_model if ref_model and not model.is_peft_model else model.base
         self.learner = self.make_learner()
         self.learner.eos_token_ids = set()  # a response is trained on as it is given
-        self.progress = Progress(ppo_step.make_controller(self.settings))
+        self.progress = Progress(ppo_step.make_controller(self.settings), ppo_step.make_step_size(self.settings))
         self.dataloader = None
         if dataset is not None:
             self.dataloader = Batches(dataset, config.batch_size, data_collator, config.seed)
