@@ -24,9 +24,10 @@ cpu.enable()  # before mlx is imported
 
 from common.cli import run
 from common.errors import UserError
-from common.files import atomic_file, check_file
+from common.files import atomic_file, check_file, say_replaced
 from common.parser import Parser, positive
 from data.digits import held_out_starts
+from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
@@ -39,13 +40,15 @@ from training.settings import Settings
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
     parser.add_argument("--against", metavar="MODEL", help="compare with this model, prompt by prompt")
     parser.add_argument(
-        "--against-adapter", metavar="FILE", help="compare with --against (by default --model) with this adapter"
+        "--against-adapter",
+        metavar="FILE",
+        help="compare with this adapter, on --against, else --model, else its own base",
     )
     parser.add_argument(
         "--reference", metavar="MODEL", help="report the KL from this model, which must have the same tokens"
@@ -80,9 +83,16 @@ def check(args: argparse.Namespace) -> None:
     positive("logits-memory", args.logits_memory)
     if args.save_samples:
         check_file(args.save_samples)
+        say_replaced(args.save_samples)
     if args.reference and not args.temperature:
         raise UserError("--reference needs a --temperature above 0, because at 0 there is no KL")
-    if (args.against, args.against_adapter) in ((args.model, args.resume_file), (None, args.resume_file or "")):
+    check_against(args)
+
+
+def check_against(args: argparse.Namespace) -> None:
+    """Raise UserError where a model would be compared with itself, as far as names tell."""
+    compared = args.against or args.against_adapter
+    if compared and args.against in (None, args.model) and args.against_adapter == args.resume_file:
         raise UserError("--against is the evaluated model itself; name another model, or another adapter")
 
 
@@ -160,13 +170,16 @@ def save_samples(path: str | Path, results: dict[str, Evaluation]) -> None:
 def main() -> None:
     args = parse_args()
     check(args)
+    if args.against_adapter:
+        args.against = base_of(args.against or args.model, args.against_adapter, resolve)
+    args.model = base_of(args.model, args.resume_file, resolve)
+    check_against(args)
     loaded = load(args.model)
     reward = build_reward(args, loaded)
     reference = open_beside(args.reference, loaded) if args.reference else None
     candidates = {title_of(args.model, args.resume_file): loaded}
-    if args.against or args.against_adapter:
-        other = open_beside(args.against or args.model, loaded)
-        candidates[title_of(args.against or args.model, args.against_adapter)] = other
+    if args.against:
+        candidates[title_of(args.against, args.against_adapter)] = open_beside(args.against, loaded)
     for candidate, adapter in zip(candidates.values(), (args.resume_file, args.against_adapter), strict=False):
         if reference:
             check_reference(reference, candidate)

@@ -26,8 +26,9 @@ import mlx.core as mx
 
 from common.cli import Stopped, run
 from common.errors import UserError
-from common.files import atomic_folder, check_replaceable, expanded
+from common.files import atomic_folder, check_replaceable, expanded, say_replaced
 from common.parser import Parser
+from models.adapter_base import base_of
 from models.adapters import SavedAdapter, load_adapter, read_adapter, write_adapter, write_peft
 from models.export.classifier import save_classifier
 from models.export.fused import write_model
@@ -44,7 +45,7 @@ from models.value_head import hidden_size
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="tiny-digits", help="the base that the adapter was trained on")
+    parser.add_argument("--model", help="the base to fuse into (default: the one that the adapter was trained on)")
     parser.add_argument(
         "--adapter-file",
         "--adapter-path",
@@ -85,11 +86,13 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def export_adapter(adapter_file: str, model: str, peft_folder: str | None, mlx_folder: str | None) -> None:
-    """Write the adapter in other formats, without loading the base. model: the base, if the adapter names none."""
+def export_adapter(adapter_file: str, model: str | None, peft_folder: str | None, mlx_folder: str | None) -> None:
+    """Write the adapter in other formats, without loading the base. model: the base that was named, if any."""
+    for folder in filter(None, (peft_folder, mlx_folder)):
+        say_replaced(folder)
     saved = read_adapter(adapter_file)
     if peft_folder:
-        base = saved.config.model or model
+        base = base_of(model, adapter_file, resolve)
         write_peft(peft_folder, saved, str(resolve(base)) if is_made_here(base) else base)
         print(f"wrote {adapter_file} in peft's format: {peft_folder}")
     if mlx_folder:
@@ -187,10 +190,12 @@ def main() -> None:
         export_adapter(args.adapter_file, args.model, args.export_peft, args.export_adapter)
         return
     check_replaceable(args.save_path, FUSED)
+    say_replaced(args.save_path)
     if Path(args.gguf_path).name != args.gguf_path or Path(args.gguf_path).suffix != ".gguf":
         raise UserError(f"--gguf-path is {args.gguf_path}; give a name within --save-path that ends in .gguf")
     if args.upload_name:
         check_upload(args.upload_name)
+    args.model = base_of(args.model, args.adapter_file, resolve)
     loaded = load(args.model)
     if expanded(args.save_path).resolve() == loaded.path.resolve():
         raise UserError(f"--save-path {args.save_path} is the base model itself; name another folder")
@@ -203,7 +208,7 @@ def main() -> None:
     output = Output(
         folder=args.save_path,
         name=args.upload_name or Path(args.save_path).name,
-        base=saved.config.model or args.model,
+        base=args.model,
         classifier=args.sequence_classification,
         gguf=args.gguf_path if args.export_gguf else None,
         flags={name: getattr(args, name) for name in ("model", "adapter_file", "de_quantize", "max_fuse_kl")},

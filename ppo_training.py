@@ -18,10 +18,12 @@ import mlx.core as mx
 
 from common.cli import StopSignal, run
 from common.errors import UserError
+from common.files import say_replaced
+from models.adapter_base import base_of
 from models.adapter_config import check_adapter_path
 from models.adapters import AdapterConfig, save_adapter
 from models.export.fused import check_free, save_fused
-from models.loading import load
+from models.loading import load, resolve
 from rewards.build import build_reward
 from rewards.digits import digit_reward
 from training import checkpoint, ppo_flags
@@ -53,6 +55,8 @@ def main() -> None:
     args = parse_args()
     settings = ppo_flags.ppo_settings(args)
     check_adapter_path(args.save_file)
+    say_replaced(args.save_file)
+    args.model = base_of(args.model, args.resume_file, resolve)
 
     # Model, prompts, reward, policy and reference
     loaded = load(args.model)

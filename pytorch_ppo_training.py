@@ -11,9 +11,11 @@ differ in the last bit; on CPU it does not.
 import argparse
 
 from common.cli import StopSignal, run
+from common.files import say_replaced
+from models.adapter_base import base_of
 from models.adapter_config import AdapterConfig, check_adapter_path
 from models.torch_adapters import save_adapter
-from models.torch_loading import DEVICES, LoadedModel, choose_device, load
+from models.torch_loading import DEVICES, LoadedModel, choose_device, load, resolve
 from rewards.combined import Reward, rewards_from_flags
 from rewards.digits import digit_reward
 from rewards.torch_reward_model import load_reward_model
@@ -45,6 +47,8 @@ def main() -> None:
     args = parse_args()
     settings = ppo_flags.ppo_settings(args)
     check_adapter_path(args.save_file)
+    say_replaced(args.save_file)
+    args.model = base_of(args.model, args.resume_file, resolve)
 
     # Model, prompts, reward, policy and reference
     loaded = load(args.model, choose_device(args.device), args.tokenizer)

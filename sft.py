@@ -22,10 +22,12 @@ import mlx.core as mx
 
 from common.cli import Stopped, StopSignal, run
 from common.errors import UserError
+from common.files import say_replaced
 from data.records import feature_names
 from data.sources import Split, find_split
+from models.adapter_base import base_of
 from models.adapters import AdapterConfig, save_adapter
-from models.loading import load, twin
+from models.loading import load, resolve, twin
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import open_run_folder, restore_newest
 from training.flags import adapter_settings, describe, parse_or_resume
@@ -150,6 +152,9 @@ def train(
 def main() -> None:
     args = parse_args()
     settings = sft_settings(args)
+    if args.train:
+        say_replaced(args.save_file)
+    args.model = base_of(args.model, args.resume_adapter_file, resolve)
     splits = ("train", "valid") * args.train + ("test",) * args.test
     for split in splits:
         find_split(args.data, args.data_base, split)

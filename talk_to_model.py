@@ -26,6 +26,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, expanded, user_cache
 from common.parser import Parser, positive
+from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.generation import ChatSession
 from models.loading import LoadedModel, load, resolve, twin
@@ -42,7 +43,7 @@ Sessions = dict[str, ChatSession]  # by the name shown above the replies
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
@@ -180,7 +181,8 @@ def main() -> None:
     positive("max-tokens", args.max_tokens)
     positive("temp", args.temp, zero=True)
     mx.random.seed(args.seed)
-    sessions = open_sessions(args.model, args.resume_file, args.compare, args.system_prompt)
+    model = base_of(args.model, args.resume_file, resolve, lambda line: print(line, file=sys.stderr))
+    sessions = open_sessions(model, args.resume_file, args.compare, args.system_prompt)
     print(greeting(sessions), file=sys.stderr)
     with line_editing(user_cache() / "talk_to_model_history") if sys.stdin.isatty() else nullcontext():
         chat(sessions, args.max_tokens, args.temp)

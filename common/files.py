@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -119,6 +120,14 @@ def check_replaceable(path: str | Path, kind: Kind) -> None:
         if path.exists() and any(path.iterdir()) and not kind.is_at(path):
             raise UserError(f"{path} holds other files (no {kind.marker} of ours); choose another name")
         _try(_absolute(path))
+
+
+def say_replaced(path: str | Path) -> None:
+    """Print what a later save to `path` will replace, if there is something; `path` was checked before."""
+    path = expanded(path)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        print(f"{path}, written {written}, will be replaced at the end")
 
 
 def _absolute(path: str | Path) -> Path:

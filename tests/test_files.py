@@ -7,6 +7,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from common.files import (
     expanded,
     read_json,
     restore_old,
+    say_replaced,
     sweep,
     sweep_all,
     write_json,
@@ -364,6 +366,22 @@ def test_an_empty_or_missing_folder_may_be_written(tmp_path):
         check_replaceable(tmp_path / name, KIND)
         write_folder(tmp_path / name, weights="new")
         assert (tmp_path / name / "weights").read_text() == "new"
+
+
+def test_what_a_save_will_replace_is_named_with_its_date(tmp_path, capsys):
+    file, folder = tmp_path / "a.npz", tmp_path / "adapters"
+    folder.mkdir()
+    for path in (file, folder):
+        say_replaced(path)
+    assert capsys.readouterr().out == ""
+    for path in (file, folder / "own"):
+        path.touch()
+    os.utime(file, (0, time.mktime((2026, 3, 9, 8, 5, 0, 0, 0, -1))))
+    say_replaced(file)
+    say_replaced(folder)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"{file}, written 2026-03-09 08:05, will be replaced at the end"
+    assert second.startswith(f"{folder}, written ")
 
 
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path):

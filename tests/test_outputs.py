@@ -128,8 +128,9 @@ def test_peft_s_own_adapter_is_refused_and_ours_replaced(tmp_path, capsys, adapt
     folder = written(tmp_path / "theirs", PEFT_FILES)
     assert "holds other files" in fails(capsys, fuse.main, "--adapter-file", adapter, "--export-peft", folder)
     assert content(folder) == content(written(tmp_path / "same", PEFT_FILES))
-    for _ in range(2):
+    for again in (False, True):
         call(fuse.main, "--adapter-file", adapter, "--export-peft", tmp_path / "ours")
+        assert ("will be replaced at the end" in capsys.readouterr().out) == again
 
 
 def test_notes_beside_a_fused_model_and_an_adapter_stay(tmp_path, tiny_folder, adapter):
@@ -229,7 +230,11 @@ def test_the_adapter_of_a_resumed_run_can_go_elsewhere(short_run, capsys):
     script, words = short_run
     call(script.main, *words("run"))
     assert "/dev/null is a device" in fails(capsys, script.main, "--resume", "run", "--save-file", "/dev/null")
+    assert "will be replaced" not in capsys.readouterr().out
     call(script.main, "--resume", "run", "--save-file", "other.safetensors")
+    call(script.main, *words("again"), "--save-file", "other.safetensors")
+    said = capsys.readouterr().out.splitlines()
+    assert [line.startswith("other.safetensors, written ") for line in said if "will be replaced" in line] == [True]
     assert Path("other.safetensors").read_bytes() == Path("run.safetensors").read_bytes()
     assert json.loads(Path("run/config.json").read_text())["save_file"] == "other.safetensors"
 

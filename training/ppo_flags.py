@@ -14,6 +14,7 @@ from data.flags import add_feature_flags
 from data.prompts import read_prompts
 from data.records import feature_names
 from data.sources import is_hub_name
+from models.adapter_base import MODEL_HELP
 from rewards.combined import KINDS, reward_weights
 from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
@@ -28,7 +29,7 @@ ADVANTAGES = tuple(ESTIMATORS)
 def ppo_parser(description: str | None) -> Parser:
     """The parser of both PPO scripts. docs/ppo_training.md says where a default is not the walkthrough's."""
     parser = Parser(description)
-    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--model", help=MODEL_HELP)
     add_reward_flags(parser)
     _add_score_flags(parser)
     _add_rollout_flags(parser)

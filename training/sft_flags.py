@@ -6,6 +6,7 @@ from dataclasses import replace
 from common.errors import UserError
 from common.parser import Parser, positive
 from data.flags import add_data_flags
+from models.adapter_base import MODEL_HELP
 from models.adapter_config import check_adapter_path
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.losses import PREFERENCE_LOSSES as LOSSES
@@ -16,7 +17,7 @@ from training.settings import SFTSettings
 def sft_parser(description: str | None) -> Parser:
     """The parser of sft.py. Its page in docs/ says where a default is not the walkthrough's."""
     parser = Parser(description)
-    parser.add_argument("--model", default="tiny-digits", help="tiny-digits, a folder, or a Hugging Face name")
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--train", action="store_true", help="train on BASEtrain.jsonl, validate on BASEvalid.jsonl")
     parser.add_argument("--test", action="store_true", help="report the loss on BASEtest.jsonl, after any training")
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")

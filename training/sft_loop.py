@@ -57,6 +57,7 @@ def build_trainee(
     elif adapter is not None:
         saved = load_adapter(model, adapter)
         config, head = saved.config, saved.value_head
+        config.model = loaded.name
         mx.random.seed(settings.seed)  # which a new value head draws from
     if grad_checkpoint:
         checkpoint_layers(model, config.lora_parameters["dropout"])

@@ -45,6 +45,7 @@ def build_policies(
         attach_adapter(model, adapter, settings.seed)
     else:
         adapter = load_adapter(model, adapter).config
+        adapter.model = loaded.name
         adapter.lora_parameters["dropout"] = 0.0
     reference = base if settings.use_peft else twin(model)
     if grad_checkpoint:
