@@ -24,7 +24,7 @@ from common.cli import Stopped, StopSignal, run
 from common.errors import UserError
 from common.files import say_replaced
 from data.records import feature_names
-from data.sources import Split, find_split
+from data.sources import Split, base_in, find_split
 from models.adapter_base import base_of
 from models.adapters import AdapterConfig, save_adapter
 from models.loading import load, resolve, twin
@@ -155,6 +155,7 @@ def main() -> None:
     if args.train:
         say_replaced(args.save_file)
     args.model = base_of(args.model, args.resume_adapter_file, resolve)
+    args.data_base = base_in(args.data, args.data_base)
     splits = ("train", "valid") * args.train + ("test",) * args.test
     for split in splits:
         find_split(args.data, args.data_base, split)

@@ -2,6 +2,7 @@
 
     python benchmarks/evolve_controls.py                       PPO, 6 seeds
     python benchmarks/evolve_controls.py --policy linucb --seeds 6 --output-dir runs/evolve_controls_linucb
+    python benchmarks/evolve_controls.py --command --seeds 10         the command itself, python -m synth.evolve
 
 The arms: learned; uniform, and uniform without stop; the learned policy's marginal frequencies, without state; the
 operator that is best on the training instructions, measured as the arms are; and a policy trained in the same way on
@@ -10,11 +11,16 @@ finished cells are kept. Each held-out instruction gets chains until the budget 
 instruction: the reward per call, which was optimised; kept rows; and two measures that were not optimised, distinct
 word pairs and distinct kinds of sums, as the offline teacher's rule parses them. Differences are paired by instruction.
 Intervals are over instructions; the seeds show how much trainings differ.
+
+With --command, `python -m synth.evolve` is run with its own defaults, once a seed with its learned policy and once with
+--policy uniform: all chains share one pool, and a policy has as many calls as it doesn't stop. A third arm is the
+control of the learned run, even choice without stop. Differences are paired by seed, intervals over seeds (Student's).
 """
 
 import argparse
 import asyncio
 import itertools
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +40,7 @@ from common.files import atomic_file, read_json, write_json
 from common.parser import Parser
 from data.records import read_rows
 from rewards.answers import answer_type
+from synth import stages
 from synth.evolution.chains import Chain, Evolution, root_rows
 from synth.evolution.features import Situation, features
 from synth.evolution.files import make_policy
@@ -47,7 +54,7 @@ from synth.stages import StageRow
 from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
 from synth.teacher.connect import offline_teacher
-from training.intervals import bootstrap, difference
+from training.intervals import bootstrap, difference, over_seeds
 
 ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward")
 MEASURES = ("reward a call", "kept a call", "distinct word pairs", "distinct kinds of sums")
@@ -67,6 +74,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=3, help="rewritings of each held-out instruction")
     parser.add_argument("--answers", type=int, default=4, help="to each instruction, for its pass rate")
     parser.add_argument("--error-rate", type=float, default=0.1, help="of the offline teacher")
+    parser.add_argument("--command", action="store_true", help="measure `python -m synth.evolve` with its own defaults")
     parser.add_argument("--output-dir", default="runs/evolve_controls", help="folder of all cells")
     return parser.parse_args()
 
@@ -226,12 +234,62 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+COMMAND_MEASURES = ("kept rows", "reward", "calls", "expert calls per row")
+
+
+def command_cells(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """arm → the measures of each seed, of runs of the command; finished runs are kept."""
+    found: dict[str, list[dict[str, float]]] = {"learned": [], "uniform": [], "uniform without stop": []}
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for arm, policy in (("learned", args.policy), ("uniform", "uniform")):
+            folder = Path(args.output_dir) / "command" / f"{seed}-{policy}"
+            if not (folder / "summary.json").is_file():
+                words = ["--resume", folder] if (folder / "config.json").is_file() else ["--output-dir", folder]
+                words += [] if words[0] == "--resume" else ["--seed", seed, "--policy", policy]
+                command = [sys.executable, "-m", "synth.evolve", *map(str, words)]
+                subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            summary = read_json(folder / "summary.json")
+            choices = [row for row in read_rows(folder / "tree.jsonl", [("id",)]) if row["parent"]]
+            found[arm].append(command_measures(choices, summary["expert_calls"] / summary["rows"]))
+            if arm == "learned":
+                control = [row for row in read_rows(folder / "control.jsonl", [("id",)]) if row["parent"]]
+                found["uniform without stop"].append(command_measures(control))
+            print(f"seed {seed}, {arm}: {found[arm][-1]}", flush=True)
+    return found
+
+
+def command_measures(choices: Sequence[StageRow], calls_per_row: float | None = None) -> dict[str, float]:
+    """COMMAND_MEASURES of a run's choices; without responses, each kept instruction counts as one more call."""
+    kept, calls = len(stages.kept(choices)), sum(row["operator"] != STOP for row in choices)
+    per_row = (calls + kept) / max(kept, 1) if calls_per_row is None else calls_per_row
+    return dict(zip(COMMAND_MEASURES, (kept, sum(row["reward"] for row in choices), calls, per_row), strict=True))
+
+
+def command_table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Each arm's means and their ranges over seeds, and the paired differences of the learned arm to the others."""
+    lines = [f"| arm | {' | '.join(COMMAND_MEASURES)} |", "|---" * 5 + "|"]
+    for arm, cells in found.items():
+        columns = [[cell[name] for cell in cells] for name in COMMAND_MEASURES]
+        shown = [f"{np.mean(values):.3g} ({min(values):.3g} to {max(values):.3g})" for values in columns]
+        lines.append(f"| {arm} | {' | '.join(shown)} |")
+    lines += ["", f"| learned less | {' | '.join(COMMAND_MEASURES)} | seeds with more reward |", "|---" * 6 + "|"]
+    for arm in list(found)[1:]:
+        pairs = list(zip(found["learned"], found[arm], strict=True))
+        gains = [over_seeds([own[name] - other[name] for own, other in pairs]) for name in COMMAND_MEASURES]
+        more = sum(own["reward"] > other["reward"] for own, other in pairs)
+        lines.append(f"| {arm} | {' | '.join(map(str, gains))} | {more} of {len(pairs)} |")
+    return "\n".join(lines)
+
+
 def joined(cells: Sequence[dict[str, Any]], name: str) -> list[float]:
     return [value for cell in cells for value in cell[name]]
 
 
 def main() -> None:
     args = parse_args()
+    if args.command:
+        print(command_table(command_cells(args)))
+        return
     folder, seeds = Path(args.output_dir), range(args.first_seed, args.first_seed + args.seeds)
     with offline_teacher(f"--error-rate {args.error_rate}") as url:
         asyncio.run(cells(args, url))

@@ -4,7 +4,8 @@
     python -m data.check --data my_rows.jsonl --model mlx-community/Qwen3-0.6B-4bit --max-length 512
 
 Lengths are in tokens of --model's tokenizer; its weights are not loaded. The first rows are shown as the model will see
-them, with the trained parts in ⟦ ⟧. Exit code 2 if there is an invalid line. Nothing is written.
+them, with the trained parts in ⟦ ⟧. A line is bad if the script that reads such rows would refuse it. Exit code 2 if
+there is a bad line or a split without a row. Nothing is written.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +35,7 @@ from data.examples import (
 )
 from data.flags import add_data_flags, add_feature_flags
 from data.records import Row, checked_rows, feature_names
-from data.sources import SPLIT_NAMES, Source, find_split, whole
+from data.sources import SPLIT_NAMES, Source, base_in, find_split, whole
 from data.tokenizer import open_tokenizer
 
 KINDS = [*PREFERENCE_ROWS, ("messages", "answer"), *LANGUAGE_ROWS, *PROMPT_ROWS]
@@ -45,6 +46,13 @@ WHOLE = (
     "prompts",
     "prompts with answers",
 )  # kinds of rows in which nothing is masked
+# Which kinds of rows each reader takes. Where --for names none, the first that takes most rows of a split is meant.
+READERS = {
+    "sft": ("texts", "prompts with completions", "conversations", "texts with rewards"),
+    "reward-model": ("preference pairs", "texts with rewards"),
+    "ppo": ("prompts", "prompts with answers"),
+}
+SCRIPTS = {"sft": "sft.py", "reward-model": "sft.py --reward-model", "ppo": "ppo_training.py --prompts"}
 BINS = 8  # of a histogram
 LABELS = 12  # up to this many labels are counted one by one, and this many duplicates listed
 SHOWN = 1200  # characters of a row
@@ -58,16 +66,23 @@ class Settings:
     mask_prompt: bool = True
     max_length: int = 2048
     rows: int = 3
+    reader: str | None = None  # one of READERS
 
 
 @dataclass
 class Report:
-    """The contents of one split. lengths: tokens per row; targets: trained tokens per row, after truncation."""
+    """The contents of one split.
+
+    reader: who would read it, one of READERS. kinds: kind → the places of its rows. lengths: tokens per row, of a
+    pair's longer text; total: of all texts; targets: trained tokens per row, after truncation, where part is masked.
+    """
 
     name: str
     source: Source
-    kinds: Counter = field(default_factory=Counter)
+    reader: str = "sft"
+    kinds: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     lengths: list[int] = field(default_factory=list)
+    total: int = 0
     targets: list[int] = field(default_factory=list)
     untrained: int = 0
     rewards: list[float] = field(default_factory=list)
@@ -88,6 +103,9 @@ def parse_args() -> argparse.Namespace:
         "--max-length", "--max-seq-length", type=int, default=2048, help="tokens to which rows are truncated"
     )
     parser.add_argument("--rows", type=int, default=3, help="number of first rows of each split to show")
+    parser.add_argument(
+        "--for", dest="reader", choices=READERS, help="what reads the rows (default: what takes most of a split's)"
+    )
     args = parser.parse_args()
     positive("max-length", args.max_length)
     positive("rows", args.rows, zero=True)
@@ -122,11 +140,13 @@ def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Repor
             text = str(error).removeprefix(place).lstrip(": ").partition("; write")[0]
             report.bad.append(f"{place}: {text}")
             continue
-        report.kinds[kind] += 1
-        report.lengths.append(max(len(example.tokens) for example in examples))
-        cut = [truncate(example, settings.max_length) for example in examples]
-        report.targets.append(sum(map(num_targets, cut)))
-        report.untrained += kind not in WHOLE and not any(map(num_targets, cut))
+        report.kinds[kind].append(place)
+        sizes = [len(example.tokens) for example in examples]
+        report.lengths.append(max(sizes))
+        report.total += sum(sizes)
+        if kind not in WHOLE:
+            report.targets.append(sum(num_targets(truncate(example, settings.max_length)) for example in examples))
+            report.untrained += not report.targets[-1]
         if "reward" in row:
             report.rewards.append(row["reward"])
         if "answer" in row:
@@ -134,7 +154,23 @@ def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Repor
         report.places[repr(sorted((key, row[key]) for key in KEYS & row.keys()))].append(place)
         if len(report.first) < settings.rows:
             report.first.append((place, examples))
+    report.reader = settings.reader or reader_of(report.kinds)
+    report.bad += refused(report)
     return report
+
+
+def reader_of(kinds: Mapping[str, Sequence[str]]) -> str:
+    """The first of READERS that takes most rows. kinds: kind → places."""
+    return max(READERS, key=lambda reader: sum(len(kinds.get(kind, ())) for kind in READERS[reader]))
+
+
+def refused(report: Report) -> list[str]:
+    """The rows that the reader would refuse, and the split itself if it holds no row."""
+    if not (report.kinds or report.bad):
+        return [f"{report.source}: holds no row"]
+    script = SCRIPTS[report.reader]
+    others = {kind: places for kind, places in report.kinds.items() if kind not in READERS[report.reader]}
+    return [f"{place}: is one of {kind}, which {script} refuses" for kind, all_ in others.items() for place in all_]
 
 
 def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Example]]:
@@ -166,20 +202,23 @@ def show(report: Report, tokenizer: Any, max_length: int) -> None:
     """Print the report of one split, except for its bad lines."""
     count = len(report.lengths)
     print(bold(f"{report.name}: {report.source}"))
-    kinds = ", ".join(f"{kind}: {number:,}" for kind, number in report.kinds.most_common()) or "no good row"
+    counts = sorted(((len(places), kind) for kind, places in report.kinds.items()), key=lambda pair: -pair[0])
+    kinds = ", ".join(f"{kind}: {number:,}" for number, kind in counts) or "no good row"
     print(f"  {kinds}" + (f", bad lines: {len(report.bad):,}" if report.bad else ""))
     if not count:
         return
+    print(f"  checked for: {SCRIPTS[report.reader]}")
     cut = sum(length > max_length for length in report.lengths)
     lost = f"; with no trained token left: {report.untrained:,}" if report.untrained else ""
     print(f"  truncated, as longer than {max_length:,} tokens: {cut:,}{lost}")
     lengths = np.array(report.lengths)
+    pairs = " (of a pair: its longer text)" if "preference pairs" in report.kinds else ""
     print(
-        f"  tokens per row: shortest {lengths.min():,}, median {np.median(lengths):,.0f}, mean {lengths.mean():,.1f}, "
-        f"95th percentile {np.percentile(lengths, 95):,.0f}, longest {lengths.max():,}"
+        f"  tokens per row{pairs}: shortest {lengths.min():,}, median {np.median(lengths):,.0f}, "
+        f"mean {lengths.mean():,.1f}, 95th percentile {np.percentile(lengths, 95):,.0f}, longest {lengths.max():,}"
     )
     trained = f", {sum(report.targets):,} of them trained" if any(report.targets) else ""
-    print(f"  tokens in total: {lengths.sum():,}{trained}")
+    print(f"  tokens in total: {report.total:,}{trained}")
     bars(binned(report.lengths))
     if report.rewards:
         few = len(set(report.rewards)) <= LABELS
@@ -272,9 +311,9 @@ def green(text: str) -> str:
 
 def main() -> None:
     args = parse_args()
-    splits = sources(args.data, args.data_base)
+    splits = sources(args.data, base_in(args.data, args.data_base))
     tokenizer = open_tokenizer(args.model)
-    settings = Settings(feature_names(args), args.mask_prompt, args.max_length, args.rows)
+    settings = Settings(feature_names(args), args.mask_prompt, args.max_length, args.rows, args.reader)
     reports = []
     for name, source in splits:
         reports.append(read(name, source, tokenizer, settings))

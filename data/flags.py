@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterable
 
 from data.records import FEATURE_FLAGS
+from data.sources import OWN_BASE
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,10 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data", default="data", help="folder of .jsonl files or of save_to_disk, or OWNER/NAME on the hub"
     )
-    group.add_argument("--data-base", default="increasing_mult_2_", help="name of the .jsonl files before train.jsonl")
+    group.add_argument(
+        "--data-base",
+        help=f"name of the .jsonl files before train.jsonl (default: {OWN_BASE} if there are such, else none)",
+    )
     group.add_argument("--mask-prompt", action=argparse.BooleanOptionalAction, default=True,
                        help="train only completions and the assistant's turns")  # fmt: skip
     add_feature_flags(group, (kind for kind in FEATURE_FLAGS if kind != "answer"))

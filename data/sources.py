@@ -41,6 +41,18 @@ class Split(NamedTuple):
 
 
 Source = str | Path | Split
+OWN_BASE = "increasing_mult_2_"  # of the data in data/, by which the walkthrough trains
+
+
+def base_in(data: str | Path, base: str | None) -> str:
+    """The base of the splits of `data`: the given one, that of the walkthrough's data, or none, as mlx-lm has it.
+
+    So a folder with train.jsonl, valid.jsonl and test.jsonl needs no --data-base.
+    """
+    if base is not None:
+        return base
+    own = any((Path(data) / f"{OWN_BASE}{split}.jsonl").exists() for split in SPLIT_NAMES)
+    return OWN_BASE if own or not Path(data).is_dir() else ""
 
 
 def find_split(data: str | Path, base: str, split: str) -> Path | Split:

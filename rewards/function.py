@@ -8,6 +8,7 @@ only files that you would run yourself.
 """
 
 import functools
+import hashlib
 import importlib.util
 import math
 import sys
@@ -49,6 +50,20 @@ def load_function(spec: str, what: str = "reward function") -> Callable[..., Any
     if not callable(function):
         raise UserError(f"{what} {spec!r}: {name!r} is a {type(function).__name__}, not a function")
     return function
+
+
+def function_label(spec: str) -> str:
+    """What can be told of a function without its path: its name, and the hash of its file while that is there.
+
+    For what may be published: NAME (sha256 of its file: the first 16 digits). A label is its own label.
+    """
+    file, _, name = spec.rpartition(":")
+    if not file.endswith(".py"):
+        return spec
+    path = expanded(file)
+    if not path.is_file():
+        return name
+    return f"{name} (sha256 of its file: {hashlib.sha256(path.read_bytes()).hexdigest()[:16]})"
 
 
 def checked(function: Callable[[list[str], list[str]], Any], name: str | None = None) -> RewardFunction:

@@ -10,6 +10,7 @@ which evolves the instructions and responds to them (TeaMs-RL, arXiv:2403.08694)
 
     policy/  policy_training/    the policy, and every choice of its training
     tree.jsonl                   every choice of the generation: parent, operator, propensities, parts of the reward
+    control.jsonl                the same by even choice, where the run compares the policy with it (--control)
     responses.jsonl              the kept instructions with the expert's responses
     dataset.jsonl  sft/          the dataset; the same for sft.py, split
 
@@ -34,6 +35,7 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from synth.estimate import table
 from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
+from synth.evolution.control import Verdict, evenly, verdict
 from synth.evolution.estimate import upper_bounds
 from synth.evolution.files import SETTINGS, load_policy, save_policy
 from synth.evolution.flags import EvolveSettings, evolve_settings, instructions_from, parse_evolve_args
@@ -49,6 +51,7 @@ from synth.teacher.client import Teacher
 from synth.teacher.connect import teacher_of
 from synth.teacher.flags import TeacherSettings
 from training.flags import default_output_dir
+from training.intervals import Interval
 from training.metrics import RunLog, start_run_folder
 
 EXPERT_STAGES = ("evolve: rewrite", "respond")
@@ -124,6 +127,10 @@ async def make_data(settings: EvolveSettings, instructions: Sequence[str], folde
         evolution = evolution_of(settings, roles, roles.expert, "evolve")
         tree = await stage(folder, "tree", lambda: evolved(instructions, settings.chains, evolution, policy))
         fresh = [row for row in kept(tree) if row["parent"] is not None]
+        control = None
+        if settings.control and policy.kind != "constant":
+            even, other = evenly(len(settings.operators.by_name)), evolution_of(settings, roles, roles.expert, "control")
+            control = await stage(folder, "control", lambda: evolved(instructions, settings.chains, other, even))
         drawn = settings.difficulty.answers  # the pass rates' own answers come before these
         rows = await stage(folder, "responses", lambda: respond(fresh, roles.expert, settings.teacher.asking, drawn))
         calls = sum(
@@ -133,7 +140,10 @@ async def make_data(settings: EvolveSettings, instructions: Sequence[str], folde
         raise UserError(f"no row is left of {len(tree)}; {folder}/tree.jsonl and responses.jsonl say why")
     write_data(kept(rows), settings.format, folder, settings.held_out, settings.seed)
     choices = [row for row in tree if row["parent"]]
-    return {"rows": len(kept(rows)), "expert_calls": calls, **judged(choices, settings.rounds)}
+    summary = {"rows": len(kept(rows)), "expert_calls": calls, **judged(choices, settings.rounds)}
+    if control:
+        summary["control"] = verdict(choices, [row for row in control if row["parent"]])._asdict()
+    return summary
 
 
 def judged(choices: Sequence[StageRow], rounds: int) -> dict[str, Any]:
@@ -153,6 +163,8 @@ def estimate(settings: EvolveSettings, instructions: Sequence[str]) -> str:
     training, learns = settings.training, settings.initial_policy().learns and not settings.policy_path
     trained = training.iterations * min(training.starts, len(instructions)) * training.group * learns
     chains = {"train": trained, "evolve": len(instructions) * settings.chains}
+    if settings.control and (learns or settings.policy_path):
+        chains["control"] = chains["evolve"]
     answers, tokens = settings.difficulty.answers, settings.teacher.answer_tokens
     own = (settings.operators, settings.reviewer_score)
     bounds = upper_bounds(instructions, chains, settings.rounds, answers, tokens, *own)
@@ -197,7 +209,10 @@ def summary_text(summary: dict[str, Any], folder: Path, actions: Sequence[str] =
         f"operators: {shares}; kept {summary['kept_share']:.2f}",
         f"reward of a chain, 95 % interval: {summary['reward_of_a_chain']}",
     ]
-    if "evenly_from_these_logs" in summary:
+    if "control" in summary:
+        found = summary["control"]
+        lines += Verdict(found["kept"], found["calls"], found["reward"], Interval(*found["gain"])).lines()
+    elif "evenly_from_these_logs" in summary:
         lines.append(f"choosing evenly, judged from these logs: {summary['evenly_from_these_logs']}")
     return "\n".join([*lines, f"data: {folder / 'dataset.jsonl'}", f"run folder: {folder}"])
 

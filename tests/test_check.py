@@ -64,7 +64,7 @@ def test_the_first_rows_are_shown_as_the_model_sees_them(shown):
     rows = [
         {"messages": [{"role": role, "content": content} for role, content in talk]},
         {"prompt": "2", "completion": " 4"},
-        {"chosen": "2 4", "rejected": "2 3"},
+        {"text": "2 4"},
     ]
     out, _ = shown({"train.jsonl": rows}, "--rows", 2)
     assert out.split("  train.jsonl:1, ")[1].split("\n", 1)[1].split("\n  train.jsonl:2")[0].split("\n") == [
@@ -77,6 +77,33 @@ def test_the_first_rows_are_shown_as_the_model_sees_them(shown):
     assert "<s>⟦2 4<|im_end|>⟧" in out
     out, _ = shown({"train.jsonl": rows[1:2]}, "--max-length", 4)
     assert "<s>2⟦ 4⟧" in out  # as it will be cut
+
+
+def test_what_the_reader_of_the_other_rows_refuses_is_a_bad_line(shown):
+    texts, alone, pair = [{"text": "a"}, {"text": "b"}], {"prompt": "c"}, {"chosen": "2 4", "rejected": "2 3"}
+    out, code = shown({"train.jsonl": [*texts, alone, pair]})
+    assert code == 2 and "checked for: sft.py\n" in out and out.splitlines()[-2:] == [
+        "  train.jsonl:3: is one of prompts, which sft.py refuses",
+        "  train.jsonl:4: is one of preference pairs, which sft.py refuses",
+    ]  # fmt: skip
+    out, code = shown({"train.jsonl": [alone]})
+    assert code == 0 and "checked for: ppo_training.py --prompts\n" in out
+    out, code = shown({"train.jsonl": [alone]}, "--for", "sft")
+    assert code == 2 and "train.jsonl:1: is one of prompts, which sft.py refuses" in out
+    out, code = shown({"train.jsonl": [pair, {"text": "a", "reward": 1}]})
+    assert code == 0 and "checked for: sft.py --reward-model\n" in out
+
+
+def test_the_tokens_of_a_pair_are_those_of_both_texts(shown):
+    """With BOS and EOS: 3 + 2 and 1 + 2 tokens; nothing of a pair is masked."""
+    out, _ = shown({"train.jsonl": [{"chosen": "abc", "rejected": "a"}]})
+    assert "tokens per row (of a pair: its longer text): shortest 5, " in out
+    assert "tokens in total: 8\n" in out
+
+
+def test_a_split_without_a_row_is_bad(shown):
+    out, code = shown({"train.jsonl": [{"text": "a"}], "valid.jsonl": [""]})
+    assert code == 2 and out.endswith("bad lines\n  valid.jsonl: holds no row\n")
 
 
 def test_rewards_and_answers_are_counted(shown):

@@ -18,6 +18,7 @@ from common.files import read_json
 from data.records import read_rows
 from synth import evolve as module
 from synth import prompts
+from synth.evolution.control import verdict
 from synth.evolution.features import Situation, features
 from synth.evolution.files import load_policy
 from synth.evolution.flags import OFFLINE_ANSWERS, evolve_settings, parse_evolve_args
@@ -342,3 +343,37 @@ def test_every_action_is_in_the_summary(tmp_path):
     }
     text = module.summary_text(summary, tmp_path)
     assert "expert calls per row: 2.50" in text and all(f"{name} 0.10" in text for name in ACTIONS)
+
+
+def test_the_verdict_pairs_initial_instructions_and_counts_rewritings():
+    """Two roots: the policy earns 3 and 1 of two choices each, one of them a stop; the control 1 and 1."""
+
+    def choice(root, reward, operator="breadth", **more):
+        return {"root": root, "reward": reward, "operator": operator, **more}
+
+    own = [choice("i1", 2.0), choice("i1", 1.0), choice("i2", 1.0), choice("i2", 0.0, "stop", dropped="stopped")]
+    even = [choice("i1", 1.0), choice("i1", 0.0, dropped="length"), choice("i2", 1.0)]
+    found = verdict(own, even)
+    assert found[:3] == ((3, 2), (3, 3), (4.0, 2.0)) and found.gain.mean == 1.0 and found.gain.low == 0.0
+    assert found.lines()[0] == "rewritings kept: 3 of 3 by the policy, 2 of 3 by choosing evenly"
+    for gain, words in (((1, 0.5, 2), "was better than choosing evenly (reward"), ((0, -1, 1), "not shown to differ"),
+                        ((-1, -2, -0.1), "worse than choosing evenly; use --policy uniform")):  # fmt: skip
+        assert words in found._replace(gain=intervals.Interval(*gain)).lines()[1]
+
+
+def test_a_learned_policy_is_compared_with_even_choice_where_all_is_offline(tmp_path, teacher, instructions, capsys):
+    assert with_words(lambda: parse_evolve_args(None)).control
+    for words in (["--teacher-url", "u"], ["--reviewer-url", "u"], ["--no-control"]):
+        assert not with_words(lambda words=words: parse_evolve_args(None), *words).control
+    folder = tmp_path / "run"
+    call(module.main, *words_of(teacher, instructions, folder), "--control")
+    control = [row for row in rows_of(folder / "control.jsonl") if row["parent"]]
+    assert len(control) == 10 and not any(row["operator"] == "stop" for row in control)
+    own = [row for row in rows_of(folder / "tree.jsonl") if row["parent"]]
+    assert len(rows_of(folder / "responses.jsonl")) == len(kept(own))  # the control's are not part of the data
+    found = read_json(folder / "summary.json")["control"]
+    assert found["kept"] == [len(kept(own)), len(kept(control))] and found["calls"][1] == 10
+    out = capsys.readouterr().out
+    assert "verdict: the policy was " in out and "judged from these logs" not in out
+    call(module.main, *words_of(teacher, instructions, tmp_path / "even"), "--control", "--policy", "uniform")
+    assert not (tmp_path / "even" / "control.jsonl").exists()

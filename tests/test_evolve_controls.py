@@ -1,16 +1,18 @@
 """The benchmark's own arithmetic, and one small run of all its arms, cut and gone on with."""
 
+import json
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import evolve_controls as module
 from benchmarks.evolve_controls import ARMS, MEASURES, cell_path, dealt_out, measures, table
-from common.files import read_json
+from common.files import read_json, write_json
 from synth.evolution.policy import Batch
 from synth.offline.server import OfflineTeacher
-from tests.scripts import call
+from tests.scripts import call, with_words
 from training import intervals
 
 
@@ -68,3 +70,35 @@ def test_all_arms_run_and_finished_cells_are_kept(tmp_path, monkeypatch, capsys)
     again = capsys.readouterr().out
     assert "seed 0, uniform: " in again and "seed 0, learned: " not in again
     assert (tmp_path / "table.md").read_text() in text  # and it came out the same
+
+
+def test_the_command_s_table_pairs_by_seed():
+    """Two seeds, differences of 4 and 6 rows: Student's interval with one degree of freedom is 5 ± 12.706."""
+    def cells(*rows):
+        return [dict(zip(module.COMMAND_MEASURES, (kept, reward, 70, 3.0), strict=True)) for kept, reward in rows]
+
+    text = module.command_table({"learned": cells((24, 5), (28, 7)), "uniform": cells((20, 1), (22, 1))})
+    assert "| learned | 26 (24 to 28) | 6 (5 to 7) | 70 (70 to 70) | 3 (3 to 3) |" in text
+    assert "| uniform | 5.000 [-7.706, 17.706] | 5.000 [-7.706, 17.706] | 0.000 [0.000, 0.000] |" in text
+    assert text.endswith("| 2 of 2 |")
+
+
+def test_the_command_is_run_once_for_each_policy_and_seed(tmp_path, monkeypatch):
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[3:])
+        folder = Path(command[command.index("--output-dir") + 1])
+        write_json(folder / "summary.json", {"rows": 1, "expert_calls": 4})
+        rows = [{"id": "i1", "parent": None}, {"id": "a", "parent": "i1", "operator": "breadth", "reward": 0.5}]
+        for name in ("tree", "control"):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    args = with_words(module.parse_args, "--command", "--seeds", 2, "--output-dir", tmp_path)
+    found = module.command_cells(args)
+    assert [words[words.index("--policy") + 1] for words in asked] == ["ppo", "uniform"] * 2
+    assert found["learned"][1] == {"kept rows": 1, "reward": 0.5, "calls": 1, "expert calls per row": 4.0}
+    assert found["uniform without stop"][0]["expert calls per row"] == 2.0
+    module.command_cells(args)
+    assert len(asked) == 4  # finished runs are kept

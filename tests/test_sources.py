@@ -12,7 +12,7 @@ import data.sources
 from common.errors import UserError
 from data.prompts import read_answers, read_prompts
 from data.records import located_rows, read_rows
-from data.sources import Split, contents, find_split, is_hub_name, saved_splits, whole
+from data.sources import Split, base_in, contents, find_split, is_hub_name, saved_splits, whole
 
 ROWS = [{"Input": f"question {n}", "Output": f"answer {n}"} for n in range(20)]
 PAIR = [("prompt", "completion")]
@@ -157,6 +157,15 @@ def test_offline_the_real_loader_ends_in_one_line_at_once(datasets, monkeypatch)
     data.sources._downloaded.cache_clear()
     message = error_of(find_split, "owner/no-such-name", "", "train")
     assert "owner/no-such-name is not a local folder" in message and "OfflineMode" in message  # it asked nobody
+
+
+def test_a_folder_with_mlx_lm_s_names_needs_no_base(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert base_in(tmp_path, None) == "" and base_in(tmp_path, "mine_") == "mine_"
+    assert find_split(tmp_path, base_in(tmp_path, None), "train") == tmp_path / "train.jsonl"
+    (tmp_path / "increasing_mult_2_valid.jsonl").write_text("{}")  # as in data/, where commands keep their meaning
+    assert base_in(str(tmp_path), None) == "increasing_mult_2_" == base_in("OWNER/NAME", None)
 
 
 def test_names_of_the_hub_and_others(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Uploading: the folder arrives complete and private; an error leaves it intact and says how to continue."""
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -16,9 +17,11 @@ import sft
 from common.cli import run
 from common.files import read_json, write_json
 from models.export.model_card import PROVENANCE_FILE, provenance_of, write_card
+from rewards.function import function_label
 from tests.flag_tables import parser_of
 from tests.scripts import call, fails, with_words
 from tests.upload_server import HubServer
+from training.metrics import provenance
 
 TOKEN = "hf_secret_of_the_test"
 NAME = "alice/digits"
@@ -195,6 +198,25 @@ def test_a_model_of_two_runs_names_both_and_its_first_base(adapter, tmp_path):
     assert "1. `python sft.py -c run1.yaml` on `a_train.jsonl`" in text
     assert "2. `python ppo_training.py -c run2.yaml` on the prompts of `p.jsonl`, scored by the rows' answers" in text
     assert "| mean score | 0.5 |" in text and read_json(second / PROVENANCE_FILE) == runs
+
+
+def test_no_local_path_of_a_function_or_model_is_published(tmp_path):
+    mine, reward = tmp_path / "mine.py", str(tmp_path / "reward")
+    mine.write_text("def long(prompts, completions):\n    return [1.0] * len(prompts)\n")
+    flags = {"model": "org/base", "reward_function": [f"{mine}:long"], "reward_model": [reward]}
+    run = provenance("ppo_training.py", flags, {"steps": 1})
+    label = f"long (sha256 of its file: {hashlib.sha256(mine.read_bytes()).hexdigest()[:16]})"
+    assert run["flags"]["reward_function"] == [label] and function_label(label) == label
+    assert flags["reward_function"] == [f"{mine}:long"]  # the run's own config keeps it, to be resumed
+    old = {"script": "ppo_training.py", "flags": flags, "figures": {}}  # of an adapter by an earlier version
+    runs = provenance_of(tmp_path, [run, old])
+    assert [one["flags"]["reward_function"] for one in runs] == [[label], ["long"]]
+    assert [one["flags"]["reward_model"] for one in runs] == [["reward"]] * 2
+    write_card(tmp_path, "alice/model", "org/base", runs, is_reward_model=False)
+    for name in ("README.md", PROVENANCE_FILE):
+        assert str(tmp_path) not in (tmp_path / name).read_text()
+    mine.unlink()
+    assert function_label(f"{mine}:long") == "long"
 
 
 def test_a_reward_model_and_an_adapter_of_unknown_making_have_cards(tmp_path):

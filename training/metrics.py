@@ -24,6 +24,7 @@ from common.cli import reader_may_leave
 from common.errors import UserError
 from common.files import atomic_file, expanded, reading, write_json, writing
 from common.schemas import read_as
+from rewards.function import function_label
 from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
@@ -130,9 +131,14 @@ class RunLog:
 
 
 def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter keeps of the run that made it: script, flags, and its last figures (models.export.model_card)."""
+    """What an adapter keeps of the run that made it: script, flags, and its last figures (models.export.model_card).
+
+    A user's functions are kept by name and hash, since adapters and model cards are published.
+    """
     numbers = {name: _finite(value) for name, value in figures.items() if isinstance(value, int | float)}
-    return {"script": script, "flags": dict(flags), "figures": numbers}
+    functions = [function_label(spec) for spec in flags.get("reward_function") or ()]
+    return {"script": script, "flags": {**flags, **({"reward_function": functions} if functions else {})},
+            "figures": numbers}  # fmt: skip
 
 
 def _finite(value: Any) -> Any:

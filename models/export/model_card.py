@@ -84,8 +84,9 @@ def _run_text(number: int, run: dict[str, Any]) -> str:
 
 def _data_text(flags: dict[str, Any]) -> str:
     """A description of a run's data, from its flags."""
-    if "data_base" in flags:
-        return f"`{flags['data_base']}train.jsonl`"
+    if "data" in flags or "data_base" in flags:
+        of = f" of `{flags['data']}`" if "data" in flags else ""
+        return f"`{flags.get('data_base', '')}train.jsonl`{of}"
     prompts = f"the prompts of `{flags['prompts']}`" if flags.get("prompts") else "starts of the digit rule"
     scores = {"reward_model": "a reward model", "reward_function": "a reward function", "answer": "the rows' answers"}
     scored = next((text for name, text in scores.items() if flags.get(name)), "the digit rule")
@@ -103,11 +104,21 @@ def _use_text(name: str, is_reward_model: bool) -> str:
 def _shown(run: dict[str, Any]) -> dict[str, Any]:
     """A run without bookkeeping, unset flags and local folders."""
     flags = {
-        key: _last(value) if isinstance(value, str) else value
+        key: _without_folder(value)
         for key, value in run["flags"].items()
         if key not in BOOKKEEPING and value not in (None, False, "")
     }
     return {**run, "flags": flags}
+
+
+def _without_folder(value: Any) -> Any:
+    """A flag's value without the folders of this machine; of a function by file and name, the name alone."""
+    if isinstance(value, list):
+        return [_without_folder(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    file, _, name = value.rpartition(":")
+    return name if file.endswith(".py") else _last(value)
 
 
 def _last(value: str) -> str:

@@ -32,7 +32,8 @@ class EvolveSettings:
 
     instructor, reviewer: None if the teacher (or the instructor) has that part too. policy: one of POLICIES;
     policy_path: a trained one, used as it is. rounds: most operators in a row; chains: per initial instruction, for
-    the data. format, held_out: of the dataset; sft: whether to train on it, base_model by sft.py with sft_flags.
+    the data. control: also evolve by even choice, to compare. format, held_out: of the dataset; sft: whether to train
+    on it, base_model by sft.py with sft_flags.
     Raises UserError for invalid values.
     """
 
@@ -48,6 +49,7 @@ class EvolveSettings:
     policy_path: str | None = None
     rounds: int = 3
     chains: int = 1
+    control: bool = False
     format: str = "messages"
     held_out: float = 0.1
     sft: bool = False
@@ -102,6 +104,11 @@ def evolve_parser(description: str | None) -> Parser:
         "--gamma", type=float, default=PolicySettings.gamma, help="discount of later rewards (not linucb)"
     )
     group.add_argument("--learning-rate", type=float, default=PolicySettings.learning_rate, help="of the policy's MLP")
+    group.add_argument(
+        "--control",
+        action=argparse.BooleanOptionalAction,
+        help="also evolve by even choice, and say which was better (default: when all is offline)",
+    )
     group = parser.add_argument_group("reward")
     weights, gates = Weights(), Gates()
     group.add_argument("--novelty-weight", type=float, default=weights.novelty, help="1 - highest ROUGE-L to the pool")
@@ -160,6 +167,8 @@ def parse_evolve_args(description: str | None) -> argparse.Namespace:
     if args.resume:
         urls = {"endpoint": "teacher_url", **{f"{role}_endpoint": f"{role}_url" for role in ROLES}}
         return resumed_args(args, parser, FREE, urls)
+    if args.control is None:
+        args.control = not (args.teacher_url or args.instructor_url or args.reviewer_url)
     if not (
         args.teacher_url or args.instructions or args.answers or args.answer or args.verifier or args.reviewer_score
     ):
@@ -183,12 +192,13 @@ def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
         Gates(args.near_duplicates, args.shortest, args.longest),
         Weights(args.novelty_weight, args.difficulty_weight, args.growth_weight),
         difficulty_settings(args),
-        Training(args.iterations, args.starts, args.group, args.seed),
+        Training(args.iterations, args.starts, args.group, args.seed, args.chains),
         PolicySettings(floor=args.floor, gamma=args.gamma, learning_rate=args.learning_rate, seed=args.seed),
         args.policy,
         args.policy_path,
         args.rounds,
         args.chains,
+        bool(args.control),
         args.format,
         args.held_out,
         args.sft,
