@@ -50,9 +50,15 @@ WHOLE = (
 READERS = {
     "sft": ("texts", "prompts with completions", "conversations", "texts with rewards"),
     "reward-model": ("preference pairs", "texts with rewards"),
+    "dpo": ("preference pairs",),
     "ppo": ("prompts", "prompts with answers"),
 }
-SCRIPTS = {"sft": "sft.py", "reward-model": "sft.py --reward-model", "ppo": "ppo_training.py --prompts"}
+SCRIPTS = {
+    "sft": "sft.py",
+    "reward-model": "sft.py --reward-model",
+    "dpo": "sft.py --dpo",
+    "ppo": "ppo_training.py --prompts",
+}
 BINS = 8  # of a histogram
 LABELS = 12  # up to this many labels are counted one by one, and this many duplicates listed
 SHOWN = 1200  # characters of a row

@@ -36,7 +36,7 @@ def test_the_recorded_base_is_the_default(adapter, tiny_folder, capsys):
 
 
 def test_another_base_is_said(adapter, tiny_folder):
-    said = []
+    said: list[str] = []
     assert base_of("own/model", adapter, resolve, said.append) == "own/model"
     (line,) = said
     assert line == f"{adapter} was trained on {tiny_folder}; --model puts it on own/model, if its shapes fit"
@@ -44,7 +44,7 @@ def test_another_base_is_said(adapter, tiny_folder):
 
 def test_a_made_model_and_its_folder_are_one(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr("models.loading.tiny_model_path", lambda name: tiny_folder)
-    said = []
+    said: list[str] = []
     base_of(str(tiny_folder), saved(tmp_path / "named", tiny_folder, "tiny-digits"), resolve, said.append)
     assert not said
 

@@ -1,6 +1,7 @@
 """Chains by a scripted teacher: what becomes of a choice, what the next one sees, and what a policy learns from."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -132,16 +133,16 @@ def test_every_start_comes_before_any_comes_again_and_groups_stand_together():
 def test_the_chains_of_a_batch_share_pools_that_last_as_long_as_a_generation():
     """Four roots, two starts an iteration, a generation of two chains from each: pools are emptied every fourth."""
     roots = [{"id": f"i{n}", "root": f"i{n}", "input": f"Text {n}."} for n in range(4)]
-    training, log = Training(10, starts=2, group=3, chains=2), []
-    sizes = []
+    training, sizes = Training(10, starts=2, group=3, chains=2), []
+    log: list[dict[str, Any]] = []
     for iteration in range(6):
         chains = chains_of(roots, training, iteration, log)
         pools = [chain.pool for chain in chains]
         assert pools[:3] == pools[3:] and len({*map(id, pools)}) == 3  # one for each place in a group
         sizes.append([len(pool) for pool in pools[:3]])
-        numbers = [chain.number for chain in chains]
-        made = [{"iteration": iteration + 1, "chain": number, "input": f"New {number}."} for number in numbers]
-        log += [row if row["chain"] % 3 != 2 else {**row, "dropped": "length"} for row in made]
+        for number in (chain.number for chain in chains):
+            row = {"iteration": iteration + 1, "chain": number, "input": f"New {number}."}
+            log.append(row if number % 3 != 2 else {**row, "dropped": "length"})
     assert sizes == [[4, 4, 4], [6, 6, 4], [8, 8, 4], [10, 10, 4], [4, 4, 4], [6, 6, 4]]
     assert chains_of(roots, training, 5, log)[1].pool.nearest("New 25.") == 1.0  # of iteration 5, second place
 
