@@ -129,7 +129,8 @@ async def make_data(settings: EvolveSettings, instructions: Sequence[str], folde
         fresh = [row for row in kept(tree) if row["parent"] is not None]
         control = None
         if settings.control and policy.kind != "constant":
-            even, other = evenly(len(settings.operators.by_name)), evolution_of(settings, roles, roles.expert, "control")
+            even = evenly(len(settings.operators.by_name))
+            other = evolution_of(settings, roles, roles.expert, "control")
             control = await stage(folder, "control", lambda: evolved(instructions, settings.chains, other, even))
         drawn = settings.difficulty.answers  # the pass rates' own answers come before these
         rows = await stage(folder, "responses", lambda: respond(fresh, roles.expert, settings.teacher.asking, drawn))
