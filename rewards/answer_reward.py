@@ -26,7 +26,7 @@ class AnswerReward:
         self.answer, self.answers = answer, answers
 
     def reward(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """1.0 or 0.0 for each completion. The prompts must be those of the rows."""
+        """A score in 0..1 for each completion, of most types 1.0 or 0.0. The prompts must be those of the rows."""
         return [
             self.answer.score(completion, self.answers[prompt])
             for prompt, completion in zip(prompts, completions, strict=True)

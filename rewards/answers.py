@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.errors import UserError
+from data.constraints import Constraints
 from rewards.expressions import MAX_CHARACTERS as MAX_EXPRESSION
 from rewards.expressions import canonical, rational, tidy, value
 from rewards.function import load_function
@@ -449,6 +450,30 @@ class Custom(AnswerType):
         return bool(answer.strip())
 
 
+@dataclass(frozen=True)
+class Constrained(AnswerType):
+    """A reply held to constraints (data/constraints.py), which are the row's "answer", as JSON; any number of replies
+    can be right."""
+
+    name: ClassVar[str] = "constraints"
+
+    def extract(self, completion: str) -> str | None:
+        return completion.strip() or None
+
+    def normalise(self, answer: str) -> str:
+        return collapsed(answer)
+
+    def readable(self, answer: str) -> bool:
+        try:
+            return bool(Constraints.from_json(answer))
+        except (ValueError, RecursionError):
+            return False
+
+    def score(self, completion: str, truth: str) -> float:
+        """The share of the constraints that the completion satisfies, 0..1."""
+        return Constraints.from_json(truth).score(completion)
+
+
 def _called(role: str, function: Callable[..., Any], *texts: str) -> Any:
     try:
         return function(*texts)
@@ -463,7 +488,7 @@ def answer_type(name: str, /, **options: Any) -> AnswerType:
     """The answer type `name` with its options, as in a task file.
 
     choice (choices), label (labels), number, math, exact (ignore_case), regex (pattern, ignore_case), json (field),
-    custom (reader, comparison: "file.py:function"). Raises UserError for an invalid name, option or value.
+    custom (reader, comparison: "file.py:function"), constraints. Raises UserError for an invalid name, option or value.
     """
     if name not in _BUILDERS:
         raise UserError(f"answer type {name!r} is unknown; use one of {', '.join(_BUILDERS)}")
@@ -550,4 +575,5 @@ _BUILDERS: dict[str, tuple[Callable[..., AnswerType], tuple[str, ...], str | Non
     "regex": (_regex, ("pattern", "ignore_case"), "pattern"),
     "json": (_json, ("field",), None),
     "custom": (_custom, ("reader", "comparison"), "reader"),
+    "constraints": (Constrained, (), None),
 }

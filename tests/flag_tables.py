@@ -19,7 +19,7 @@ import ppo_training
 import sft
 import talk_to_model
 from common.parser import Parser
-from data import check, generate_digit_data
+from data import check, generate_constraint_data, generate_digit_data
 from synth import tune
 from synth.evolution import flags as evolve_flags
 from synth.offline import server as offline_teacher
@@ -90,6 +90,7 @@ def pytorch() -> argparse.ArgumentParser:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "data/generate_digit_data.py": lambda: parser_of(generate_digit_data.parse_args),
+    "data/generate_constraint_data.py": lambda: parser_of(generate_constraint_data.parse_args),
     "data/check.py": lambda: parser_of(check.parse_args),
     "sft.py": lambda: parser_of(sft.parse_args),
     "ppo_training.py": lambda: parser_of(ppo_training.parse_args),

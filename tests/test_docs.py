@@ -34,6 +34,7 @@ NOT_RUN = re.compile(
 PPO = ("--num-steps", 1, "--batch-size", 8, "--mini-batch-size", 8, "--max-completion-length", 6)
 SHORTER = {
     "data.generate_digit_data": ("--num-samples", 20, "--output-dir", "data"),
+    "data.generate_constraint_data": ("--num-samples", 12),
     "sft": ("--iters", 2, "--val-batches", 1),
     "ppo_training": PPO,
     "pytorch_ppo_training": PPO,

@@ -21,7 +21,8 @@ COMMANDS = {"synth/run.py", "synth/evolve.py", "synth/tune.py"}
 NEUTRAL = [
     *("common.cli", "common.errors", "common.files", "common.locate", "common.parser"),
     *("data.batching", "data.chat", "data.check", "data.decoding", "data.digits", "data.examples", "data.flags"),
-    *("data.generate_digit_data", "data.prompts", "data.records", "data.sources", "data.tokenizer"),
+    *("data.constraints", "data.generate_constraint_data", "data.generate_digit_data", "data.prompts", "data.records"),
+    *("data.sources", "data.subjects", "data.tokenizer"),
     *("models.adapter_config", "rewards.combined", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
     *("training.advantages", "training.flags", "training.losses", "training.metrics", "training.plots"),
     *("training.ppo", "training.ppo_flags", "training.ppo_loop", "training.ppo_step", "training.rollout"),

@@ -1,0 +1,246 @@
+"""Write rows of instructions with constraints that a program can check, and replies that satisfy them.
+
+    python -m data.generate_constraint_data --output-dir data/constraints
+
+    train.jsonl, valid.jsonl, test.jsonl                {"messages": [user, assistant], "answer": constraints as JSON}
+    pairs_train.jsonl, pairs_valid.jsonl, pairs_test.jsonl     {"messages": [user], "chosen", "rejected"}
+
+The first serve SFT as they are and PPO as `--prompts FILE --answer constraints`, the pairs reward models and DPO. No
+subject and no wording is in two of the three splits. The rule is data/constraints.py.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __name__ == "__main__":
+    # When this file is run as a script, Python searches its folder; the packages are one level up.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from common.cli import run
+from common.files import atomic_file
+from common.parser import Parser, positive
+from data.constraints import Constraints
+from data.subjects import SUBJECTS, Subject
+
+SPLITS = ("train", "valid", "test")
+SHARES = {"train": slice(0, 32), "valid": slice(32, 38), "test": slice(38, 48)}  # of SUBJECTS
+ASKING = {
+    "train": ("Tell me about {}.", "Describe {}.", "What is {}?", "Write something about {}."),
+    "valid": ("Say what {} is.", "I would like to know about {}."),
+    "test": ("Explain to a child what {} is.", "Give me a few facts about {}."),
+}
+
+
+class Kind(NamedTuple):
+    """One kind of constraint: how it is asked for in each split, and what it is for a subject."""
+
+    wordings: dict[str, tuple[str, ...]]
+    draw: Callable[[np.random.Generator, Subject], dict[str, Any]]  # → fields of Constraints
+
+
+def _words(*train: str, valid: str, test: str) -> dict[str, tuple[str, ...]]:
+    return {"train": train, "valid": (valid,), "test": (test,)}
+
+
+def _included(rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
+    """A word of one fact, and one of another that must not occur."""
+    first, second = rng.permutation(3)[:2]
+    return {"include": (subject.facts[first].split()[-1],), "exclude": (subject.facts[second].split()[-1],)}
+
+
+NAMES, NOTES = ["name", "subject", "topic"], ["fact", "note"]  # keys of JSON objects
+ENDINGS = ["That is all.", "I hope this helps.", "Thank you for asking."]
+KINDS = [
+    Kind(
+        _words(
+            "Answer in one sentence of at most {max_words} words.",
+            "Use a single sentence, {max_words} words or fewer.",
+            valid="One sentence only, no longer than {max_words} words.",
+            test="Keep it to one sentence with a maximum of {max_words} words.",
+        ),
+        lambda rng, subject: {"sentences": 1, "max_words": int(rng.integers(14, 20))},
+    ),
+    Kind(
+        _words(
+            "Answer in exactly {sentences} sentences.",
+            "Use {sentences} sentences, no more and no fewer.",
+            valid="Your reply has to have {sentences} sentences.",
+            test="Write precisely {sentences} sentences.",
+        ),
+        lambda rng, subject: {"sentences": int(rng.integers(2, 4))},
+    ),
+    Kind(
+        _words(
+            "Use only lowercase letters.",
+            "Write everything in lowercase.",
+            valid="No capital letters at all.",
+            test="Every letter must be small.",
+        ),
+        lambda rng, subject: {"case": "lower"},
+    ),
+    Kind(
+        _words(
+            "Use only capital letters.",
+            "Write everything in uppercase.",
+            valid="No lowercase letters at all.",
+            test="Every letter must be a capital.",
+        ),
+        lambda rng, subject: {"case": "upper"},
+    ),
+    Kind(
+        _words(
+            'Mention "{include}" and do not mention "{exclude}".',
+            'Use the word "{include}" but not "{exclude}".',
+            valid='It has to contain "{include}" and must not contain "{exclude}".',
+            test='The word "{include}" should appear, while "{exclude}" should not.',
+        ),
+        _included,
+    ),
+    Kind(
+        _words(
+            "Answer as a list of {bullets} bullet points.",
+            "Give {bullets} bullet points and nothing else.",
+            valid="Format your reply as {bullets} bullets.",
+            test="List {bullets} points, one bullet each.",
+        ),
+        lambda rng, subject: {"bullets": int(rng.integers(2, 4))},
+    ),
+    Kind(
+        _words(
+            "Answer in JSON with the keys {json_keys}.",
+            "Reply with a JSON object that has the keys {json_keys}.",
+            valid="Your reply is a JSON object; its keys are {json_keys}.",
+            test="Return JSON whose keys are {json_keys}.",
+        ),
+        lambda rng, subject: {"json_keys": (str(rng.choice(NAMES)), str(rng.choice(NOTES)))},
+    ),
+    Kind(
+        _words(
+            'End with "{ending}"',
+            'Your last words must be "{ending}"',
+            valid='Finish your reply by saying "{ending}"',
+            test='Close with the words "{ending}"',
+        ),
+        lambda rng, subject: {"ending": str(rng.choice(ENDINGS))},
+    ),
+]
+SENTENCE, COUNT, LOWER, UPPER, WORDS, BULLETS, OBJECT, ENDING = range(len(KINDS))
+# Kinds that go together.
+COMBINATIONS = [
+    *((SENTENCE,), (COUNT,), (WORDS,), (BULLETS,), (OBJECT,), (SENTENCE, LOWER), (SENTENCE, UPPER), (COUNT, LOWER)),
+    *((WORDS, SENTENCE), (BULLETS, LOWER), (COUNT, ENDING), (WORDS, ENDING)),
+]
+
+
+class Row(NamedTuple):
+    """An instruction, its constraints, a reply that satisfies them and one that does not."""
+
+    prompt: str
+    constraints: Constraints
+    chosen: str
+    rejected: str
+
+
+def draw_row(rng: np.random.Generator, split: str) -> Row:
+    """One row of a split."""
+    subject = SUBJECTS[SHARES[split]][int(rng.integers(len(SUBJECTS[SHARES[split]])))]
+    asking = str(rng.choice(ASKING[split])).format(subject.name)
+    constraints, wordings = draw_constraints(rng, split, subject)
+    chosen = reply(rng, subject, constraints)
+    return Row(" ".join([asking, *wordings]), constraints, chosen, spoilt(rng, subject, constraints))
+
+
+def draw_constraints(rng: np.random.Generator, split: str, subject: Subject) -> tuple[Constraints, list[str]]:
+    """One combination of constraints for a subject, and how a split asks for them."""
+    given: dict[str, Any] = {}
+    wordings = []
+    for number in COMBINATIONS[int(rng.integers(len(COMBINATIONS)))]:
+        kind = KINDS[number]
+        fields = kind.draw(rng, subject)
+        named = {name: " and ".join(f"{v}" for v in value) if isinstance(value, tuple) else value
+                 for name, value in fields.items()}  # fmt: skip
+        wordings.append(str(rng.choice(kind.wordings[split])).format(**named))
+        given |= fields
+    return Constraints(**given), wordings
+
+
+def reply(rng: np.random.Generator, subject: Subject, constraints: Constraints) -> str:
+    """A reply that satisfies the constraints, put together from the subject's facts."""
+    facts = [subject.facts[i] for i in rng.permutation(3)]
+    if constraints.include:  # the fact with the word first; the one with the other word not at all
+        facts = [f for f in facts if f.split()[-1] not in constraints.exclude]
+        facts.sort(key=lambda fact: fact.split()[-1] not in constraints.include)
+    opening = f"{subject.name.capitalize()} is {subject.kind} that {facts[0]}."
+    if constraints.json_keys:
+        first, second = constraints.json_keys
+        return json.dumps({first: subject.word, second: f"It {facts[0]}."})
+    if constraints.bullets:
+        text = "\n".join(f"- It {fact}." for fact in facts[: constraints.bullets])
+    else:
+        more = [f"It {fact}." for fact in facts[1:]]
+        count = (constraints.sentences or 2) - 1 - bool(constraints.ending)
+        text = " ".join([opening, *more[: max(count, 0)], *([constraints.ending] if constraints.ending else [])])
+    return {"lower": text.lower(), "upper": text.upper()}.get(constraints.case or "", text)
+
+
+def spoilt(rng: np.random.Generator, subject: Subject, constraints: Constraints) -> str:
+    """A reply about the same subject that misses some of the constraints: one to others, or one to none."""
+    other = reply(rng, subject, draw_constraints(rng, "train", subject)[0])
+    if rng.random() < 0.5 and constraints.score(other) < 1:
+        return other
+    facts = [subject.facts[i] for i in rng.permutation(3)]
+    opening = f"{subject.name.capitalize()} is {subject.kind}."
+    return " ".join([opening, *(f"It {fact}." for fact in facts), "There is more to say about it, of course."])
+
+
+def write_split(folder: Path, split: str, count: int, seed: int) -> None:
+    """Write the two files of a split, without the same instruction twice."""
+    rng = np.random.default_rng((seed, SPLITS.index(split)))
+    rows: dict[str, Row] = {}
+    while len(rows) < count:
+        row = draw_row(rng, split)
+        rows.setdefault(row.prompt, row)
+    turns = [[{"role": "user", "content": row.prompt}] for row in rows.values()]
+    replies = [[{"role": "assistant", "content": row.chosen}] for row in rows.values()]
+    write_rows(folder / f"{split}.jsonl", [
+        {"messages": asked + said, "answer": row.constraints.to_json()}
+        for asked, said, row in zip(turns, replies, rows.values(), strict=True)
+    ])  # fmt: skip
+    write_rows(folder / f"pairs_{split}.jsonl", [
+        {"messages": asked, "chosen": row.chosen, "rejected": row.rejected}
+        for asked, row in zip(turns, rows.values(), strict=True)
+    ])  # fmt: skip
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write one JSON object a line, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8", newline="\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--num-samples", type=int, default=600, help="rows of train; valid and test have a sixth")
+    parser.add_argument("--output-dir", type=Path, default=Path("data/constraints"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    args = parser.parse_args()
+    positive("num-samples", args.num_samples)
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    fewer = -(-args.num_samples // 6)
+    for split in SPLITS:
+        write_split(args.output_dir, split, args.num_samples if split == "train" else fewer, args.seed)
+    print(f"{args.output_dir}: {args.num_samples} rows of train, {fewer} each of valid and test, and as many pairs")
+
+
+if __name__ == "__main__":
+    run(main)
