@@ -29,11 +29,12 @@ from models.loading import load, resolve
 from rewards.digits import digit_reward
 from training.evaluation import Evaluation, evaluate_model
 from training.metrics import read_metrics
-from training.plots import plot_panels
+from training.plots import REWARD, Panel, plot_panels, points_of
 
 RULE = DigitRule(increasing=True, multiple_of=2)
 SAMPLES_PER_START = 25
 MARKER = "demo.json"
+SPLITS = {"train": "training", "valid": "validation"}
 
 
 class Scale(NamedTuple):
@@ -170,29 +171,30 @@ def draw(folder: Path) -> list[Path]:
     """Plot loss, reward and KL of the runs. Returns the pictures' paths."""
 
     def curve(name: str, metric: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[metric]) for r in read_metrics(folder / "runs" / name) if r.get(metric) is not None]
+        return points_of(read_metrics(folder / "runs" / name), metric)
 
+    def both(name: str, metric: str) -> dict[str, list[tuple[float, float]]]:
+        return {label: curve(name, f"{split}_{metric}") for split, label in SPLITS.items()}
+
+    rule, nats = "digit rule, 0 to 1", "nats per completion"
     pictures = {
-        "loss.png": {
-            "SFT loss": {"train": curve("sft", "train_loss"), "validation": curve("sft", "valid_loss")},
-            "reward model accuracy": {
-                "train": curve("reward_model", "train_accuracy"),
-                "validation": curve("reward_model", "valid_accuracy"),
-            },
-        },
-        "reward.png": {
-            "PPO on the ground truth": {"score": curve("ppo", "mean_score")},
-            "PPO on the learned reward": {
-                "learned reward": curve("ppo_learned", "mean_score"),
-                "ground truth": curve("ppo_learned", "true_score"),
-            },
-        },
-        "kl.png": {
-            "KL from the SFT model (nats per completion)": {
-                "ground truth": curve("ppo", "kl"),
-                "learned reward": curve("ppo_learned", "kl"),
-            }
-        },
+        "loss.png": [
+            Panel("SFT: loss", "nats per token", both("sft", "loss")),
+            Panel("reward model: accuracy", "% of pairs", both("reward_model", "accuracy")),
+        ],
+        "reward.png": [
+            Panel("PPO on the ground truth: score", rule, {"score": curve("ppo", "mean_score")}),
+            Panel("its KL from the SFT model", nats, {"KL": curve("ppo", "kl")}),
+            Panel("PPO on the learned reward: score", REWARD, {"score": curve("ppo_learned", "mean_score")}),
+            Panel("its true score", rule, {"true score": curve("ppo_learned", "true_score")}),
+        ],
+        "kl.png": [
+            Panel(
+                "KL from the SFT model",
+                nats,
+                {"ground truth": curve("ppo", "kl"), "learned reward": curve("ppo_learned", "kl")},
+            )
+        ],
     }
     for name, panels in pictures.items():
         plot_panels(folder / name, panels)

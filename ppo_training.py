@@ -23,6 +23,7 @@ from models.adapter_base import base_of
 from models.adapter_config import check_adapter_path
 from models.adapters import AdapterConfig, save_adapter
 from models.export.fused import check_free, save_fused
+from models.gpu import memory_meter
 from models.loading import load, resolve
 from rewards.build import build_reward
 from rewards.digits import digit_reward
@@ -69,7 +70,7 @@ def main() -> None:
     learner = PPOLearner(policy.module, reference, loaded.tokenizer, optimizer, settings)
 
     # Rollout, score, advantages, update: until the last step or a stop
-    ppo_run = PPORun("ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS)
+    ppo_run = PPORun("ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, memory_meter())
     device = cpu.describe_device(mx.default_device())
     ppo_run.describe(ppo_optimizer(settings, policy.adapter.fine_tune_type), device)
     known = args.ground_truth_reward or args.prompts

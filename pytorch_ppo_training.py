@@ -15,7 +15,7 @@ from common.files import say_replaced
 from models.adapter_base import base_of
 from models.adapter_config import AdapterConfig, check_adapter_path
 from models.torch_adapters import save_adapter
-from models.torch_loading import DEVICES, LoadedModel, choose_device, load, resolve
+from models.torch_loading import DEVICES, LoadedModel, choose_device, describe_device, load, memory_meter, resolve
 from rewards.combined import Reward, rewards_from_flags
 from rewards.digits import digit_reward
 from rewards.torch_reward_model import load_reward_model
@@ -60,8 +60,17 @@ def main() -> None:
     learner = PPOLearner(policy.module, reference, loaded, optimizer, settings)
 
     # Rollout, score, advantages, update: until the last step or a stop
-    ppo_run = PPORun("pytorch_ppo_training.py", args, settings, policy, optimizer, torch_checkpoint)
-    ppo_run.describe(ppo_optimizer(settings, policy.adapter.fine_tune_type), loaded.model.device)
+    device = loaded.model.device
+    ppo_run = PPORun(
+        "pytorch_ppo_training.py",
+        args,
+        settings,
+        policy,
+        optimizer,
+        torch_checkpoint,
+        peak_memory=memory_meter(device),
+    )
+    ppo_run.describe(ppo_optimizer(settings, policy.adapter.fine_tune_type), describe_device(device))
     known = args.ground_truth_reward or args.prompts
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:

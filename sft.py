@@ -27,14 +27,16 @@ from data.records import feature_names
 from data.sources import Split, base_in, find_split
 from models.adapter_base import base_of
 from models.adapters import AdapterConfig, save_adapter
+from models.gpu import memory_meter
 from models.loading import load, resolve, twin
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
 from training.checkpoint_folders import open_run_folder, restore_newest
+from training.console import DPO_COLUMNS, SFT_COLUMNS
 from training.flags import adapter_settings, describe, parse_or_resume
 from training.metrics import RunLog, provenance
 from training.objectives import Objective
 from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
-from training.plots import plot_run
+from training.plots import LivePicture, plot_run
 from training.preference_tuning import Reference, refer_in, start_reference
 from training.settings import SFTSettings
 from training.sft_flags import sft_parser, sft_settings
@@ -67,8 +69,8 @@ def parse_args() -> argparse.Namespace:
 def kind_of_run(args: argparse.Namespace) -> str:
     """What the run is called in front of its progress bar."""
     if args.dpo:
-        return "dpo" if args.loss == "sigmoid" else args.loss
-    return "reward model" if args.reward_model else "sft"
+        return "DPO" if args.loss == "sigmoid" else args.loss.upper()
+    return "reward model" if args.reward_model else "SFT"
 
 
 def adapter_of(args: argparse.Namespace) -> AdapterConfig | str | None:
@@ -110,7 +112,17 @@ def train(
         restore_newest(
             folder, lambda found: progress.restore(restore_checkpoint(found, trainee, optimizer), found)
         )  # fmt: skip
-    log = RunLog(folder, settings.iters, progress.step, args.log_with, kind_of_run(args))
+    picture = LivePicture(folder)
+    log = RunLog(
+        folder,
+        settings.iters,
+        progress.step,
+        args.log_with,
+        kind_of_run(args),
+        DPO_COLUMNS if settings.dpo else SFT_COLUMNS,
+        args.verbose,
+        memory_meter(),
+    )
     kind = trainee.adapter.fine_tune_type
     used = optimizer_and_rate(settings, SFT_OPTIMIZERS, kind)
     log.say(describe(trainee.sizes(), kind, used, cpu.describe_device(mx.default_device())))
@@ -129,8 +141,9 @@ def train(
             if step.skipped:
                 log.say(f"step {step.number}: the loss or gradient is not finite; the update is skipped")
             log.advance()
-            for figures in step.reports:
-                log.report(step.number, figures)
+            if step.reports:
+                log.report(step.number, *step.reports)
+            picture.draw_if_due()
             stopping = stop.requested
             if step.number % args.save_every == 0 or step.number == settings.iters or stopping:
                 save()

@@ -101,7 +101,7 @@ def _measure(work: Callable, arguments: tuple) -> dict[str, Any]:
 
 def index_library(library: Path, folder: Path, engine: str) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
-    index = build_index(library, folder, engine=engine, progress=sys.stderr.isatty())
+    index = build_index(library, folder, engine=engine)
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {"passages": len(index), "disk_mib": size / MIB}
 

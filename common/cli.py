@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
 from common.errors import UserError, one_line
 from common.files import why_and_remedy
+from common.progress import end_bars
 
 LAST_WORDS = "LAST_WORDS_FD"  # the environment variable with the file descriptor that takes an error's line
 # Taken out at once, since in a process that this one starts the number means something else.
@@ -121,8 +120,11 @@ def run(main: Callable[[], None]) -> None:
     """
     _prepare_streams()
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+            sys.stdout.flush()
+        finally:
+            end_bars()
     except UserError as error:
         _fail(str(error))
     except (Stopped, KeyboardInterrupt) as stop:
@@ -162,8 +164,6 @@ def _fail(message: str) -> NoReturn:
 
 
 def _end(code: int, line: str) -> NoReturn:
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
     if line:
         print(line, file=sys.stderr)
     sys.exit(code)

@@ -137,7 +137,7 @@ def sources(data: str, base: str) -> list[tuple[str, Source]]:
 def read(name: str, source: Source, tokenizer: Any, settings: Settings) -> Report:
     """Read every row of a split; invalid rows are listed as bad lines and otherwise ignored."""
     report = Report(name, source)
-    for place, row in progress(checked_rows(source, KINDS, settings.features, chat=True), name):
+    for place, row in watched(checked_rows(source, KINDS, settings.features, chat=True), name):
         try:
             if isinstance(row, UserError):
                 raise row
@@ -194,11 +194,11 @@ def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Examp
     return "prompts with answers" if "answer" in row else "prompts", [Example(tokens, len(tokens))]
 
 
-def progress(rows, name: str):
-    """The rows, with a progress bar on a terminal."""
+def watched(rows, name: str):
+    """The rows, with a count on a terminal: how many there are is not known before."""
     from tqdm import tqdm
 
-    return tqdm(rows, desc=name, unit="row", leave=False, disable=None)
+    return tqdm(rows, desc=name, unit=" rows", leave=False, disable=None, bar_format="{desc}: {n_fmt}{unit}, {elapsed}")
 
 
 # --- what is printed ---

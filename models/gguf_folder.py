@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from common.cli import run
 from common.errors import UserError
@@ -38,6 +37,7 @@ from common.files import (
     why_and_remedy,
     write_json,
 )
+from common.progress import progress
 from models.gguf_reader import GGUFFile, read_gguf
 from models.gguf_tokenizer import tokenizer_of
 
@@ -160,15 +160,12 @@ def _write_weights(file: GGUFFile, path: Path, dtype: str) -> None:
         header[name] = {"dtype": code, "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as output, _bar(file) as bar:
-        output.write(len(encoded).to_bytes(8, "little") + encoded)
-        for _, weight in bar:
-            output.write(_rounded(weight, dtype).tobytes())
-
-
-def _bar(file: GGUFFile) -> tqdm:
     title = f"converting {file.path.name}, once"
-    return tqdm(file.weights(), total=len(file.shapes), desc=title, unit="tensor", mininterval=0.5)
+    with path.open("wb") as output, progress(len(file.shapes), title, "tensor") as bar:
+        output.write(len(encoded).to_bytes(8, "little") + encoded)
+        for _, weight in file.weights():
+            output.write(_rounded(weight, dtype).tobytes())
+            bar.update()
 
 
 def _rounded(weight: np.ndarray, dtype: str) -> np.ndarray:

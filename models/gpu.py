@@ -1,7 +1,10 @@
-"""What a run asks of a GPU: memory that stays where it is, and memory given back. On CPU nothing is done.
+"""What a run asks of a GPU: memory that stays where it is, and memory given back (on CPU nothing is done); and how
+much of it there was at most, on any device.
 
 Not here: what is for mlx on Linux CPU only (see models.cpu).
 """
+
+from collections.abc import Callable
 
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
@@ -27,3 +30,9 @@ def release_memory() -> None:
     """Give the freed arrays that mlx keeps for reuse back to the system, between phases whose arrays differ in size."""
     if on_gpu():
         mx.clear_cache()
+
+
+def memory_meter() -> Callable[[], float]:
+    """A function that returns the most bytes that mlx's arrays have taken at once since now, those of now included."""
+    mx.reset_peak_memory()
+    return lambda: float(max(mx.get_peak_memory(), mx.get_active_memory()))

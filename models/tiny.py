@@ -40,7 +40,6 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.llama import Model, ModelArgs
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
@@ -55,6 +54,7 @@ from common.files import (
     why_and_remedy,
     write_json,
 )
+from common.progress import progress
 from data.batching import Batch, Example, collate
 from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
@@ -333,7 +333,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
     loss_and_grad = nn.value_and_grad(model, _loss)
     batches = _batches(recipe, tokenizer)
     title = f"building {recipe.name}, once"
-    with tqdm(total=recipe.steps, desc=title, unit="step", mininterval=0.5, disable=recipe.steps == 0) as bar:
+    with progress(recipe.steps, title, "step") as bar:
         for step in range(recipe.steps):
             batch, mean_targets = next(batches)
             loss, grads = loss_and_grad(model, mx.array(batch.tokens), mx.array(batch.targets), mean_targets)
@@ -342,7 +342,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
             mx.eval(loss, model.state, optimizer.state)
             if step % 20 == 0:
                 own_mean = loss.item() * mean_targets / batch.targets.sum()
-                bar.set_postfix(loss=f"{own_mean:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {own_mean:.3f}", refresh=False)
             bar.update()
     return model
 

@@ -5,6 +5,9 @@ own. Not here: adapters (see models.torch_adapters) and value heads (see models.
 """
 
 import copy
+import resource
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -52,6 +55,25 @@ def choose_device(name: str) -> torch.device:
     if not there[name]:
         raise UserError(f"--device is {name}, which is not available here; use cpu, or omit it")
     return torch.device(name)
+
+
+def memory_meter(device: torch.device) -> Callable[[], float]:
+    """A function that returns the most bytes taken at once since now: on CUDA those of tensors, else of the process.
+
+    What torch has on MPS belongs to the process as well, but has no counter of its own for the most.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return lambda: float(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return lambda: float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def describe_device(device: torch.device) -> str:
+    """A device as a run's first line names it."""
+    if device.type == "cuda":
+        return f"the GPU ({torch.cuda.get_device_name(device)})"
+    return {"cpu": "the CPU", "mps": "the GPU (MPS)"}.get(device.type, str(device))
 
 
 def resolve(name: str) -> Path:

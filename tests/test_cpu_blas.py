@@ -196,10 +196,10 @@ def test_mkl_is_told_its_number_of_threads(expected):
 
 def test_a_device_is_named_with_its_blas(monkeypatch):
     on_cpu, on_gpu = (SimpleNamespace(type=SimpleNamespace(name=name)) for name in ("cpu", "gpu"))
-    for name, words in (("mkl", "cpu (MKL)"), ("none", "cpu (no fast BLAS)"), (None, "cpu")):
+    for name, words in (("mkl", "the CPU (MKL)"), ("none", "the CPU (no fast BLAS)"), (None, "the CPU")):
         monkeypatch.setattr(cpu, "BLAS", name)
-        assert (cpu.describe_device(on_cpu), cpu.describe_device(on_gpu)) == (words, "gpu")
-    assert cpu.describe_device(mx.default_device()) == mx.default_device().type.name
+        assert (cpu.describe_device(on_cpu), cpu.describe_device(on_gpu)) == (words, "the GPU")
+    assert cpu.describe_device(mx.default_device()) == f"the {mx.default_device().type.name.upper()}"
 
 
 @only_on_linux_cpu
@@ -210,7 +210,7 @@ def test_a_run_says_its_blas_keeps_it_and_tells_where_it_is_resumed_with_another
     }  # fmt: skip
     words = [word for name, value in settings.items() for word in (f"--{name}", value)]
     call(ppo_training.main, "--ground_truth_reward", *words)
-    assert f" on cpu ({TITLES[str(cpu.BLAS)]})\n" in capsys.readouterr().out
+    assert f" on the CPU ({TITLES[str(cpu.BLAS)]})\n" in capsys.readouterr().out
     path = tmp_path / "run" / "config.json"
     saved = json.loads(path.read_text(encoding="utf-8"))
     assert saved["blas"] == cpu.BLAS and saved["num_steps"] == 1

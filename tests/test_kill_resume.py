@@ -60,7 +60,7 @@ OWN_FLAGS: dict[str, list[Any]] = {
 }
 STEPS = {"sft": 60, "ppo_training": 16, "pytorch_ppo_training": 16}
 CASES = [(script, kind) for script in OWN_FLAGS for kind in KINDS]
-TIMES = {"seconds", "rollout_seconds", "update_seconds", "steps_per_second"}
+TIMES = {"seconds", "rollout_seconds", "update_seconds", "steps_per_second", "tokens_per_second", "peak_memory_gb"}
 PATIENCE = 120  # seconds
 
 

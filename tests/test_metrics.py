@@ -14,15 +14,15 @@ import pytest
 from common.errors import UserError
 from common.files import read_json
 from tests.scripts import read_samples
+from training.console import PPO_COLUMNS, SFT_COLUMNS, Table, figure
 from training.metrics import (
     RunLog,
-    figure,
     read_metrics,
     resumed_config,
     say_if_another_blas,
     start_run_folder,
 )
-from training.plots import PANELS, plot_panels, plot_run
+from training.plots import METRICS, LivePicture, Panel, plot_panels, plot_run, run_panels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,19 +40,97 @@ def lines_of(folder):
 # --- rows and lines ---
 
 
-def test_a_report_is_one_row_and_one_line_in_the_order_given(folder, capsys):
+def test_a_report_is_a_row_in_the_order_given_and_a_row_of_the_table(folder, capsys):
     log = RunLog(folder, total_steps=10)
     log.report(5, {"mean_score": 0.123456, "kl": 12345.678, "updates": 8})
-    log.report(10, {"zeta": 1.0, "alpha": 2.0})
+    log.report(10, {"zeta": 1.0, "kl": 2.0})
     log.close()
     assert lines_of(folder) == [
         '{"step": 5, "mean_score": 0.123456, "kl": 12345.678, "updates": 8}',
-        '{"step": 10, "zeta": 1.0, "alpha": 2.0}',
+        '{"step": 10, "zeta": 1.0, "kl": 2.0}',
     ]
     assert capsys.readouterr().out.splitlines() == [
-        "Step - 5 | mean_score: 0.1235 | kl: 12350 | updates: 8",
-        "Step - 10 | zeta: 1 | alpha: 2",
+        "  step    score       KL  updates",
+        "     5    0.123  12345.678        8",
+        "    10             2.000",
     ]
+
+
+PPO_FIGURES = {
+    "mean_score": 0.5, "kl": 1.25, "entropy": 1.0, "completion_length": 20.04, "eos_share": 0.984, "kl_coef": 0.01,
+    "seconds": 1234.5, "tokens_per_second": 2345.6,
+}  # fmt: skip
+
+
+def test_ppo_shows_five_figures_and_where_there_is_no_bar_the_speed(folder, capsys):
+    log = RunLog(folder, 10, columns=PPO_COLUMNS, peak_memory=lambda: 1.5e9)
+    log.report(1, PPO_FIGURES)
+    log.report(2, {**PPO_FIGURES, "mean_score": -2.0})
+    log.close({"steps": 2, "mean_score": -2.0, "adapter": "adapters"})
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == [
+        "  step    score       KL   length      EOS  seconds  tokens/s  peak GB",
+        "     1    0.500    1.250     20.0      98%  1,234.5     2,346    1.500",
+        "     2   -2.000    1.250     20.0      98%  1,234.5     2,346    1.500",
+    ]
+    assert all(len(line) <= 80 for line in shown[:3])
+    assert read_metrics(folder)[1]["peak_memory_gb"] == 1.5
+    summary = read_json(folder / "summary.json")
+    assert list(summary) == ["steps", "mean_score", "tokens_per_second", "peak_memory_gb", "adapter"]
+    assert (summary["tokens_per_second"], summary["peak_memory_gb"]) == (2345.6, 1.5)
+
+
+def test_the_summary_has_the_median_speed(folder):
+    log = RunLog(folder, 3)
+    for step, rate in enumerate((1.0, 300.0, 200.0)):
+        log.report(step, {"tokens_per_second": rate})
+    log.close({})
+    assert read_json(folder / "summary.json") == {"tokens_per_second": 200.0}
+
+
+def test_the_ground_truth_has_a_column_only_where_it_is_known(folder):
+    assert Table(PPO_COLUMNS).lines(1, {**PPO_FIGURES, "true_score": 0.25})[0].split()[:3] == ["step", "score", "true"]
+    assert "true" not in Table(PPO_COLUMNS).lines(1, PPO_FIGURES)[0]
+
+
+def test_parts_of_a_report_are_rows_of_their_own_and_one_line(folder, capsys):
+    log = RunLog(folder, 10, columns=SFT_COLUMNS)
+    log.report(0, {"valid_loss": 3.0, "valid_accuracy": 0.25})
+    log.report(10, {"train_loss": 2.5, "train_accuracy": 0.5}, {"valid_loss": 2.0, "valid_accuracy": 0.75})
+    log.close()
+    assert [sorted(row) for row in read_metrics(folder)] == [
+        ["step", "valid_accuracy", "valid_loss"], ["step", "train_accuracy", "train_loss"],
+        ["step", "valid_accuracy", "valid_loss"],
+    ]  # fmt: skip
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["0", "3.0000", "25.0%"], ["10", "2.5000", "2.0000", "50.0%", "75.0%"],
+    ]  # fmt: skip
+
+
+def test_the_header_repeats_on_a_terminal_only(monkeypatch):
+    table = Table(PPO_COLUMNS)
+    assert sum(len(table.lines(step, PPO_FIGURES)) for step in range(41)) == 42
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    table = Table(PPO_COLUMNS)
+    lines = [line for step in range(41) for line in table.lines(step, PPO_FIGURES)]
+    assert [place for place, line in enumerate(lines) if line.startswith("  step")] == [0, 21, 42]
+    assert len({len(line) for line in lines}) == 1  # aligned
+
+
+def test_a_narrow_terminal_has_fewer_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = Table(PPO_COLUMNS).lines(1, PPO_FIGURES)
+    assert lines[0] == "  step    score       KL   length" and all(len(line) <= 40 for line in lines)
+
+
+def test_verbose_prints_every_figure_within_the_width(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    _, row, *others = Table(PPO_COLUMNS, verbose=True).lines(1, PPO_FIGURES)
+    assert row.split()[1:] == ["0.500", "1.250", "20.0", "98%"]
+    words = " ".join(others).split()
+    others_shown = dict(zip(words[::2], words[1::2], strict=True))
+    assert others_shown == {"entropy": "1", "kl_coef": "0.01", "seconds": "1234", "tokens_per_second": "2346"}
+    assert all(len(line) <= 50 for line in others)
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_reported(folder):
@@ -68,7 +146,7 @@ def test_figures_that_are_not_finite_are_null(folder, capsys):
     log.close()
     row = json.loads(lines_of(folder)[0], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert row == {"step": 1, "loss": None, "kl": None, "score": None, "good": 1.5}
-    assert "loss: nan" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "nan", "inf", "-inf", "1.5"]
 
 
 def test_the_summary_is_written_and_printed(folder, capsys):
@@ -77,12 +155,12 @@ def test_the_summary_is_written_and_printed(folder, capsys):
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary == {"steps": 1, "valid_loss": None, "mean_score": 0.98765, "adapter": "adapters"}
     shown = capsys.readouterr().out
-    assert "mean score" in shown and "0.9877" in shown and str(folder) in shown
+    assert "score                 0.988" in shown and str(folder) in shown
 
 
 def test_the_bar_counts_from_where_the_run_goes_on(folder):
     log = RunLog(folder, total_steps=10, start_step=4)
-    log.advance(score=0.5)
+    log.advance()
     assert (log.bar.n, log.bar.total) == (5, 10)
     log.close()
 
@@ -294,24 +372,37 @@ def test_the_picture_of_a_run_is_a_png(folder):
     assert [path.name for path in folder.glob("*.png")] == ["curves.png"]
 
 
-def test_every_metric_of_a_panel_is_drawn(folder, monkeypatch):
-    log = RunLog(folder, total_steps=1)
-    log.report(1, {name: 1.0 for names in PANELS.values() for name in names} | {"unknown": 1.0})
-    log.close()
-    drawn = {}
-    monkeypatch.setattr("training.plots.plot_panels", lambda path, panels, title: drawn.update(panels))
-    plot_run(folder)
-    assert drawn == {title: {label: [(1, 1.0)] for label in names.values()} for title, names in PANELS.items()}
+def test_every_metric_of_a_panel_is_drawn():
+    panels = run_panels([{"step": 1, **{name: 1.0 for metric in METRICS for name in metric.names}, "unknown": 1.0}])
+    assert [list(panel.curves) for panel in panels] == [list(metric.names.values()) for metric in METRICS]
+    assert all(points == [(1, 1.0)] for panel in panels for points in panel.curves.values())
+    # Several curves share an axis only where their scale is the same: training and validation.
+    assert {panel.title for panel in panels if len(panel.curves) > 1} == {"loss", "accuracy", "implicit rewards"}
+    assert all(panel.unit for panel in panels if panel.title != "policy loss")
 
 
-def test_the_rewards_of_a_sum_are_drawn_with_the_score(folder, monkeypatch):
-    log = RunLog(folder, total_steps=1)
-    log.report(1, {"mean_score": 0.5, "score_short": 0.25, "kl": 1.0})
-    log.close()
-    drawn = {}
-    monkeypatch.setattr("training.plots.plot_panels", lambda path, panels, title: drawn.update(panels))
-    plot_run(folder)
-    assert drawn["score"] == {"sampled": [(1, 0.5)], "short": [(1, 0.25)]}
+def test_the_rewards_of_a_sum_have_panels_of_their_own_beside_the_score():
+    panels = run_panels([{"step": 1, "mean_score": 0.5, "score_short": -25.0, "true_score": 0.75, "kl": 1.0}])
+    assert [panel.title for panel in panels] == ["score", "score short", "true score", "KL"]
+    assert panels[1].curves == {"": [(1, -25.0)]}
+
+
+def test_a_picture_of_a_running_run_takes_a_hundredth_of_its_time_at_most(folder, monkeypatch):
+    now, drawn = [0.0], []
+
+    def draw(path):
+        drawn.append(now[0])
+        now[0] += 3.0 if len(drawn) == 1 else 1.0  # the first imports matplotlib
+
+    monkeypatch.setattr("training.plots.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("training.plots.plot_run", draw)
+    picture = LivePicture(folder)
+    while now[0] < 2000:
+        picture.draw_if_due()
+        now[0] += 10
+    assert drawn[0] == 200 and len(drawn) > 10
+    assert all(3 + place <= 0.01 * time + 1 for place, time in enumerate(drawn[1:]))
+    assert 3 + len(drawn) - 1 <= 0.01 * now[0]
 
 
 def test_with_nothing_to_draw_there_is_no_picture(folder):
@@ -326,7 +417,8 @@ def test_with_nothing_to_draw_there_is_no_picture(folder):
 @pytest.mark.parametrize("count", [1, 4])
 def test_any_number_of_panels_fits(tmp_path, count):
     path = tmp_path / "panels.png"
-    plot_panels(path, {f"panel {i}": {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 0.0)]} for i in range(count)}, "title")
+    curves = {"a": [(0, 1.0), (1, 2.0)], "b": [(0, 0.0)]}
+    plot_panels(path, [Panel(f"panel {i}", "%", curves, (0.0, 1.0)) for i in range(count)], "title")
     assert is_whole_png(path)
 
 
@@ -345,7 +437,7 @@ def test_a_report_is_out_of_the_process_before_the_next_step(tmp_path):
         killer = threading.Timer(20, process.kill)
         killer.start()
         try:
-            assert "policy_loss: 0.5" in process.stdout.readline()  # while it waits for its input
+            assert process.stdout.readline().split() == ["step", "policy", "loss"]  # while it waits for its input
         finally:
             killer.cancel()
             process.stdin.close()

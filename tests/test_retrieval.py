@@ -16,6 +16,7 @@ import pytest
 import synth.pipeline.retrieval
 from benchmarks.retrieval import make_queries, overlap, write_library
 from common.errors import UserError
+from common.progress import progress
 from synth.pipeline.retrieval import ENGINES, Index, best, build_index, cut, library_files, merge, words
 from synth.task import load_task
 
@@ -251,7 +252,7 @@ def test_the_text_is_never_held_whole(tmp_path):
     line = " ".join(f"word{i}" for i in range(100))
     path = write_rows(tmp_path / "a.jsonl", [line] * 6000)
     (tmp_path / "out").mkdir()
-    with synth.pipeline.retrieval.tqdm(disable=True) as bar:
+    with progress(1, "reading", "byte") as bar:
         tracemalloc.start()
         synth.pipeline.retrieval._write_passages({"a.jsonl": path}, tmp_path / "out", 200, 40, None, bar)
         peak = tracemalloc.get_traced_memory()[1]

@@ -61,7 +61,7 @@ WORDS += [
 ]
 WORDS += ["--rule", "random", "--num-steps", 3, "--batch-size", 4, "--training-flags=--num-generations 2"]
 KILLS = 6
-TIMES = {"seconds", "rollout_seconds", "update_seconds"}
+TIMES = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_gb"}
 
 
 def life(words, folder, moment):

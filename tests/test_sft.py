@@ -34,7 +34,7 @@ from training.ppo import logprobs_from_logits
 from training.settings import SFTSettings
 
 SPLITS = ("train", "valid", "test")
-TIMES = ("steps_per_second",)
+TIMES = ("steps_per_second", "tokens_per_second", "peak_memory_gb")
 KINDS: dict[str, list[Any]] = {
     "lora": ["--lora-dropout", 0.1],
     "dora": ["--fine-tune-type", "dora"],

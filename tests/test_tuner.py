@@ -228,18 +228,18 @@ def test_every_iteration_is_logged_with_some_of_its_rows(tmp_path, no_picture, c
     assert summary["best_iteration"] == 1 and summary["temperature"] == 0.5 and summary["baseline_accuracy"] == 0.5
     said = capsys.readouterr().out
     assert "Iteration 1: temperature 0.5, top_p 0.9, template plain, generate_from_seed; 4 rows" in said
-    assert "{'input': '5', 'output': '0.5'}" in said and "reward: 0.2" in said
+    assert "{'input': '5', 'output': '0.5'}" in said and " 0.2 " in said
     assert len(no_picture) == 1
 
 
 def test_the_picture_shows_metric_reward_and_settings(tmp_path):
     tuner = tuner_of(config_of(output_dir=str(tmp_path)), returning(0.5, 0.7, 0.6, 0.6), *MOVES)
     tuner.train()
-    found = panels(tuner.history, tuner.config.space, "accuracy")
+    found = {panel.title: panel.curves for panel in panels(tuner.history, tuner.config.space, "accuracy")}
     assert found["accuracy"]["best so far"] == [(0, 0.5), (1, 0.7), (2, 0.7), (3, 0.7)]
     assert found["temperature"]["temperature"] == [(0, 1.0), (1, 0.5), (2, 0.6), (3, 0.7)]
-    assert found["0 plain, 1 careful"]["template"] == [(0, 0), (1, 0), (2, 1), (3, 0)]
-    assert found["0 generate_from_seed, 1 evolve_instructions"]["method"][2] == (2, 1)
+    assert found["template: 0 plain, 1 careful"]["template"] == [(0, 0), (1, 0), (2, 1), (3, 0)]
+    assert found["method: 0 generate_from_seed, 1 evolve_instructions"]["method"][2] == (2, 1)
     assert (tmp_path / "search.png").read_bytes().startswith(b"\x89PNG")
 
 

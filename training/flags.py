@@ -15,6 +15,15 @@ from training.optimizer_groups import OPTIMIZERS
 from training.schedules import SCHEDULES
 from training.settings import Settings
 
+# What a person calls them.
+KINDS = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "full": "full fine-tuning",
+    "soft_prompt": "a soft prompt",
+    "none": "the value head alone",
+}
+
 
 def default_output_dir(script: str) -> str:
     """A run folder name that is free: runs/SCRIPT-YYYYMMDD-HHMMSS, and -2, -3 where a second has several."""
@@ -108,6 +117,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
     )
+    group.add_argument("--verbose", action="store_true", help="print all figures of a report, not only the main ones")
     group.add_argument("--seed", type=int, help="seed of everything random")
 
 
@@ -163,6 +173,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object) -> str:
-    """One line on what is trained, and by which optimizer. sizes: number of trainable weights, and of all."""
+    """Two lines on what is trained, and by which optimizer. sizes: number of trainable weights, and of all."""
     (trainable, total), (name, rate) = sizes, optimizer
-    return f"training {trainable:,} of {total:,} weights ({kind}) by {name}, learning rate {rate:g}, on {device}"
+    what = f"training {trainable:,} of {total:,} weights ({KINDS.get(kind, kind)}) on {device}"
+    return f"{what}\nby {name.capitalize()}, learning rate {rate:g}"

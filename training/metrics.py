@@ -1,4 +1,4 @@
-"""A run's folder and its log: progress bar, report lines, `metrics.jsonl`, trackers, a summary.
+"""A run's folder and its log: a table with a bar below it, `metrics.jsonl`, trackers, a summary.
 
     RUN/config.json      the flags as run, and on Linux CPU the BLAS that mlx runs on ("blas")
     RUN/metrics.jsonl    one JSON object per report, keyed by "step"
@@ -12,9 +12,9 @@ Trackers (training.trackers) carry the same figures under the same names, and th
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,15 @@ from tqdm import tqdm
 from common.cli import reader_may_leave
 from common.errors import UserError
 from common.files import atomic_file, expanded, reading, write_json, writing
+from common.progress import PlainProgress, progress
 from common.schemas import read_as
 from rewards.function import function_label
+from training.console import SPEED, Table, shown, speed, title
 from training.trackers import check_tracker, open_tracker
 
 Row = Mapping[str, Any]
 METRICS, SAMPLES, SUMMARY = "metrics.jsonl", "samples.jsonl", "summary.json"
 ESCAPED = "backslashreplace"  # half a surrogate pair, which no file can hold, becomes \\udXXX, as JSON writes it
-
-
-def figure(value: float) -> str:
-    """A number as the report line shows it: four significant digits and no exponent, which some parsers miss."""
-    if isinstance(value, int) or not math.isfinite(value):
-        return str(value)
-    return f"{Decimal(f'{value:.4g}'):f}"
 
 
 def start_run_folder(folder: str | Path, config: Mapping[str, Any], blas: str | None = None) -> Path:
@@ -76,8 +71,22 @@ def say_if_another_blas(folder: str | Path, blas: str | None) -> None:
 class RunLog:
     """Shows and records one run."""
 
-    def __init__(self, folder: Path, total_steps: int, start_step: int = 0, log_with: str = "none", description=""):
-        """start_step: steps done before a resume; later rows of both files are dropped and written again."""
+    def __init__(
+        self,
+        folder: Path,
+        total_steps: int,
+        start_step: int = 0,
+        log_with: str = "none",
+        description: str = "steps",
+        columns: Sequence[str] = (),
+        verbose: bool = False,
+        peak_memory: Callable[[], float] | None = None,
+    ):
+        """start_step: steps done before a resume; later rows of both files are dropped and written again.
+
+        columns: the metrics that the table shows (training.console); verbose: print the others, too. peak_memory: in
+        bytes since the run's start; every row of metrics.jsonl and the summary then have it.
+        """
         self.folder = folder
         self.path, self.samples_path = folder / METRICS, folder / SAMPLES
         check_tracker(log_with)
@@ -85,23 +94,32 @@ class RunLog:
         if self.samples_path.exists():
             _drop_after(start_step, self.samples_path)
         self.tracker = open_tracker(log_with, folder, start_step)
-        self.bar = tqdm(total=total_steps, initial=start_step, desc=description, unit="step", dynamic_ncols=True)
+        self.bar = progress(total_steps, description, "step", start_step)
+        self.table = Table([*columns, *SPEED] if columns and isinstance(self.bar, PlainProgress) else columns, verbose)
+        self.peak_memory, self.speeds = peak_memory, list[float]()
 
-    def advance(self, **shown: float) -> None:
-        """One step is done; `shown` is displayed behind the bar."""
-        if shown:
-            self.bar.set_postfix({name: figure(value) for name, value in shown.items()}, refresh=False)
+    def advance(self) -> None:
+        """One step is done."""
         with reader_may_leave():
             self.bar.update()
 
-    def report(self, step: int, figures: Mapping[str, float]) -> None:
-        """Print one line and append it to `metrics.jsonl` and the tracker. Non-finite figures are written as null."""
-        line = " | ".join([f"Step - {step}", *(f"{name}: {figure(value)}" for name, value in figures.items())])
-        self.say(line)
-        finite = {name: _finite(value) for name, value in figures.items()}
-        _append(self.path, [{"step": step, **finite}])
-        if self.tracker:
-            self.tracker.figures(step, {name: value for name, value in finite.items() if value is not None})
+    def report(self, step: int, *parts: Mapping[str, float]) -> None:
+        """Append each part as a row to `metrics.jsonl` and the tracker, and print all of them as one row of the table.
+
+        Figures that are not finite are written as null.
+        """
+        memory = {"peak_memory_gb": round(self.peak_memory() / 1e9, 4)} if self.peak_memory else {}
+        whole: dict[str, float] = {}
+        for part in parts:
+            whole |= (figures := {**part, **memory})
+            finite = {name: _finite(value) for name, value in figures.items()}
+            _append(self.path, [{"step": step, **finite}])
+            if self.tracker:
+                self.tracker.figures(step, {name: value for name, value in finite.items() if value is not None})
+        self.speeds += [whole["tokens_per_second"]] if "tokens_per_second" in whole else []
+        self.bar.set_postfix_str(speed(whole), refresh=False)
+        for line in self.table.lines(step, whole):
+            self.say(line)
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
         """Append sampled completions, all with the same keys, to `samples.jsonl`, and show the tracker their table."""
@@ -118,16 +136,28 @@ class RunLog:
             tqdm.write(line)
 
     def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """End the bar and the tracker; with a summary, write and print it."""
+        """End the bar and the tracker; with a summary, write and print it, speed (the median) and memory included."""
         self.bar.close()
         if self.tracker:
             self.tracker.close()
         if summary is not None:
+            summary = self._with_speed(summary)
             write_json(self.folder / SUMMARY, {name: _finite(value) for name, value in summary.items()})
             print("\nSummary")
             for name, value in summary.items():
-                print(f"  {name.replace('_', ' '):<24}{figure(value) if isinstance(value, float) else value}")
-            print(f"  {'run folder':<24}{self.folder}")
+                text = shown(name, value) if isinstance(value, float) else value
+                print(f"  {title(name):<22}{text}")
+            print(f"  {'run folder':<22}{self.folder}")
+
+    def _with_speed(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """The summary with the median of the reports' tokens a second, and the peak memory, before what are no figures.
+
+        The median, because the first steps of a process are slower.
+        """
+        known = {"tokens_per_second": statistics.median(self.speeds)} if self.speeds else {}
+        known |= {"peak_memory_gb": round(self.peak_memory() / 1e9, 4)} if self.peak_memory else {}
+        figures = {name: value for name, value in summary.items() if not isinstance(value, str)}
+        return {**figures, **known, **{name: value for name, value in summary.items() if name not in figures}}
 
 
 def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Objective(Protocol):
     def steps_per_epoch(self) -> int: ...
     def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
+    def num_tokens(self, step: int) -> int: ...  # of the batch at `step`, pads not counted
     def batches(self, count: int = -1) -> Iterator[Arrays]: ...
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
 
@@ -124,6 +125,10 @@ class LanguageModelling:
         """
         return self._arrays(self.plan.rows(step))
 
+    def num_tokens(self, step: int) -> int:
+        """Tokens of the batch at `step`, prompts included, pads not."""
+        return sum(len(self.examples[row].tokens) for row in self.plan.rows(step))
+
     def batches(self, count: int = -1) -> Iterator[Arrays]:
         """For evaluation: `count` batches of rows of all lengths, always the same; -1: all rows."""
         rows = drawn(len(self.examples), count * self.batch_size)
@@ -200,9 +205,17 @@ class PreferencePairs:
 
     def batch(self, step: int) -> Arrays:
         """The arrays of the batch at `step`."""
+        return self._arrays(self._batch(step), self.rewards)
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of both texts of every pair of the batch at `step`, pads not counted."""
+        return sum(len(self.examples[i].tokens) for pair in self._batch(step) for i in pair)
+
+    def _batch(self, step: int) -> list[tuple[int, int]]:
+        """The pairs of the batch at `step`."""
         # Every epoch has the same number of pairs, so the plan of any of them tells the epoch.
         self._draw(step // self._plan.steps_per_epoch)
-        return self._arrays([self._pairs[i] for i in self._plan.rows(step)], self.rewards)
+        return [self._pairs[i] for i in self._plan.rows(step)]
 
     def _draw(self, epoch: int) -> None:
         if epoch != self._epoch:

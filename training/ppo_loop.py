@@ -6,7 +6,7 @@ What differs is a `Learner`: training.ppo_learner has MLX's, training.torch_ppo_
 import argparse
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -22,8 +22,10 @@ from rewards.combined import Reward, Scored, score
 from training import ppo
 from training.advantages import advantages_and_returns
 from training.checkpoint_folders import DAMAGED, CheckpointState, open_run_folder, restore_newest
+from training.console import PPO_COLUMNS
 from training.flags import describe
 from training.metrics import RunLog, figures_at, provenance, read_metrics
+from training.plots import LivePicture
 from training.ppo_step import (
     Prompts,
     group_figures,
@@ -142,6 +144,8 @@ def ppo_steps(
             figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
         figures |= {"kl_coef": kl_coef, "lr_factor": lr_factor, **value_figures(settings, rollout, returns), **stats}
         figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
+        tokens = figures["completion_length"] * settings.batch_size
+        figures["tokens_per_second"] = tokens / (ended - started)  # sampled, scored and trained on
         yield Step(progress.step, {**figures, "seconds": progress.seconds}, scored, rollout)
 
 
@@ -181,8 +185,9 @@ class PPORun:
         optimizer: Any,
         checkpoint: Any,
         blas: str | None = None,
+        peak_memory: Callable[[], float] | None = None,
     ):
-        """Start a run by the flags `args`, or restore the one that --resume names."""
+        """Start a run by the flags `args`, or restore the one that --resume names. peak_memory: as RunLog has it."""
         self.script, self.args, self.settings = script, args, settings
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
         self.progress = Progress(make_controller(settings), make_step_size(settings))
@@ -195,7 +200,17 @@ class PPORun:
             self.figures = figures_at(self.folder, self.progress.step)
         else:
             self.save()
-        self.log = RunLog(self.folder, settings.num_steps, self.progress.step, args.log_with, "ppo")
+        self.picture = LivePicture(self.folder)
+        self.log = RunLog(
+            self.folder,
+            settings.num_steps,
+            self.progress.step,
+            args.log_with,
+            "PPO",
+            PPO_COLUMNS,
+            args.verbose,
+            peak_memory,
+        )
         self.signs = Signs(settings, read_metrics(self.folder))
 
     def _restore(self, folder: Path) -> None:
@@ -218,7 +233,8 @@ class PPORun:
         self.figures, last = step.figures, step.number == self.settings.num_steps
         self.log.report(step.number, step.figures)
         self.log.samples(step.number, self._samples(step))
-        self.log.advance(score=step.figures["mean_score"], kl=step.figures["kl"])
+        self.log.advance()
+        self.picture.draw_if_due()
         if step.figures["skipped_updates"]:
             skipped = f"step {step.number}: {step.figures['skipped_updates']} updates skipped"
             self.log.say(f"{skipped} (not finite, or ratio past its limit)")

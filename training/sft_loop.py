@@ -127,6 +127,7 @@ class SFTProgress:
     step: int = 0
     skipped: int = 0  # updates whose loss or gradient was not finite
     window: mx.array = field(default_factory=lambda: mx.zeros(1))  # sums of the figures since a report, or 0
+    tokens: int = 0  # of the batches since then, pads not counted; not in a checkpoint, as the time is not, either
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which adds the step."""
@@ -161,6 +162,7 @@ def sft_steps(
         mx.random.seed(step_seed(settings.seed, progress.step))
         module.train()
         (loss, sums), gradients = gradients_of(*training.batch(progress.step))
+        progress.tokens += training.num_tokens(progress.step)
         norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
         progress.step += 1
         skipped = norm != norm
@@ -180,12 +182,15 @@ def sft_steps(
                     "learning_rate": float(optimizer.learning_rate),
                     "grad_norm": norm,
                     "steps_per_second": (progress.step - last_report) / (now - reported),
+                    "tokens_per_second": progress.tokens / (now - reported),
                     "skipped_updates": progress.skipped,
                 }
             )
-            progress.window, reported, last_report = mx.zeros(1), now, progress.step
+            progress.window, progress.tokens, reported, last_report = mx.zeros(1), 0, now, progress.step
         if progress.step % settings.steps_per_eval == 0 or at_end:
+            before = time.perf_counter()
             reports.append(validate(module, validation, settings))
+            reported += time.perf_counter() - before  # no time of training's
         yield SFTStep(progress.step, skipped, reports)
 
 

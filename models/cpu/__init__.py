@@ -80,6 +80,6 @@ def _load_blas() -> str:
 
 
 def describe_device(device: Any) -> str:
-    """A device of mlx as a run's first line names it, on Linux CPU with the BLAS: cpu (MKL)."""
-    kind = device.type.name
-    return f"{kind} ({blas.TITLES[BLAS]})" if kind == "cpu" and BLAS else kind
+    """A device of mlx as a run's first line names it, on Linux CPU with the BLAS: the CPU (MKL)."""
+    name = f"the {device.type.name.upper()}"
+    return f"{name} ({blas.TITLES[BLAS]})" if device.type.name == "cpu" and BLAS else name

@@ -10,7 +10,6 @@ there. Whether outputs are right is for synth/pipeline/verify.py.
 """
 
 import asyncio
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from synth.teacher.flags import add_teacher_flags, teacher_settings
 def open_library(task: Task, folder: str | Path, extra: Sequence[str | Path] = ()) -> Index | None:
     """The index of the task's library, its passages and `extra` paths, kept in FOLDER/index; None if there are none."""
     library = [*task.write_library(folder), *map(Path, extra)]
-    return build_index(library, Path(folder) / "index", progress=sys.stderr.isatty()) if library else None
+    return build_index(library, Path(folder) / "index") if library else None
 
 
 def passage_texts(rows: Iterable[StageRow], index: Index | None) -> dict[str, str]:

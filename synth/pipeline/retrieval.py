@@ -30,10 +30,10 @@ from typing import NamedTuple
 import bm25s
 import numpy as np
 from rank_bm25 import BM25Plus
-from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import Kind, atomic_folder, read_json, write_json
+from common.progress import Progress, progress
 from synth.near_duplicates import find_duplicates
 
 LENGTH = 200  # words per passage
@@ -141,7 +141,7 @@ def _is_text(path: Path, root: Path) -> bool:
     return bool(_kind(path)) and not hidden and path.is_file()
 
 
-def _lines(path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, bar: Progress) -> Iterator[tuple[int, str]]:
     """Number and text of each line. Raises UserError with the line if the file cannot be decoded or decompressed."""
     number = done = 0
     try:
@@ -156,7 +156,7 @@ def _lines(path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path} cannot be read after line {number} ({error}); replace the file") from None
 
 
-def _texts(path: Path, text_key: str | None, bar: tqdm) -> Iterator[str]:
+def _texts(path: Path, text_key: str | None, bar: Progress) -> Iterator[str]:
     """The texts to split: the rows of a `.jsonl`, the blocks of a `.txt` or `.md`."""
     lines = _lines(path, bar)
     if _kind(path) == ".jsonl":
@@ -197,7 +197,6 @@ def build_index(
     overlap: int = OVERLAP,
     text_key: str | None = None,
     engine: str | None = None,
-    progress: bool = False,
 ) -> "Index":
     """The index of a library, kept in `folder`: opened if made from the same files in the same way, else rebuilt.
 
@@ -218,14 +217,14 @@ def build_index(
     if not (folder / MARKER).is_file() or read_json(folder / MARKER).get("made_from") != made_from:
         with atomic_folder(folder, INDEX) as temporary:
             size = sum(path.stat().st_size for path in files.values())
-            with tqdm(total=size, desc="reading the library", unit="B", unit_scale=True, disable=not progress) as bar:
+            with progress(size, "reading the library", "byte", scale=True) as bar:
                 firsts, vocabulary = _write_passages(files, temporary, length, overlap, text_key, bar)
             count = len(np.load(temporary / TEXT_ENDS, mmap_mode="r"))
             if not count:
                 raise UserError(f"the library {', '.join(map(str, files.values()))} has no words; add text to it")
             chosen = engine or ENGINES[count > LARGE]
             if chosen == "bm25s":
-                _write_bm25s(temporary, vocabulary, progress)
+                _write_bm25s(temporary, vocabulary)
             else:
                 (temporary / VOCABULARY).write_text(json.dumps(vocabulary), encoding="utf-8")
             write_json(temporary / MARKER, {"made_from": made_from, "engine": chosen, "first_passages": firsts})
@@ -242,7 +241,7 @@ def _pieces(text: str, length: int, overlap: int) -> Iterator[tuple[str, list[st
 
 
 def _write_passages(
-    files: dict[str, Path], folder: Path, length: int, overlap: int, text_key: str | None, bar: tqdm
+    files: dict[str, Path], folder: Path, length: int, overlap: int, text_key: str | None, bar: Progress
 ) -> tuple[list[int], dict[str, int]]:
     """Write all passages and the numbers of their words, one text in memory at a time.
 
@@ -291,10 +290,10 @@ class _WordNumbers:
             start = end
 
 
-def _write_bm25s(folder: Path, vocabulary: dict[str, int], progress: bool) -> None:
+def _write_bm25s(folder: Path, vocabulary: dict[str, int]) -> None:
     """Replace the word numbers with bm25s's index, which holds every word's score in every passage."""
     model = bm25s.BM25(k1=K1, b=B, delta=0, method="bm25+")
-    model.index(_WordNumbers(folder, vocabulary), create_empty_token=False, show_progress=progress)
+    model.index(_WordNumbers(folder, vocabulary), create_empty_token=False, show_progress=False)
     model.save(folder, show_progress=False)
     (folder / WORDS).unlink()
     (folder / WORD_ENDS).unlink()

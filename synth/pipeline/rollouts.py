@@ -6,8 +6,7 @@ Not here: the model that draws them (see synth/pipeline/base_model.py).
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-from tqdm import tqdm
-
+from common.progress import progress
 from synth.teacher.cache import Cache, Stored, cache_key
 
 
@@ -32,7 +31,7 @@ def draw(wanted: Sequence[Draw], model: Completer, store: Cache) -> list[str]:
     keys = [_key(model.identity, rollout) for rollout in wanted]
     found = {key: stored.text for key in keys if (stored := store.get(key)) is not None}
     missing = list({key: rollout for key, rollout in zip(keys, wanted, strict=True) if key not in found}.items())
-    with tqdm(total=len(missing), desc="rollouts", unit="rollout", disable=None) as bar:
+    with progress(len(missing), "base model", "rollout") as bar:
 
         def done(index: int, text: str) -> None:
             key = missing[index][0]

@@ -4,8 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tqdm import tqdm
-
+from common.progress import progress
 from synth.teacher.completions import Ask, Reply
 
 AskFunction = Callable[[Sequence[Ask]], list[Reply]]  # answers asks in order, for callers without an event loop
@@ -29,8 +28,8 @@ DEFAULT = Asking()
 
 
 async def ask_all(teacher: Asker, asks: Sequence[Ask], label: str) -> list[Reply]:
-    """The replies in order of the asks, with a progress bar on a terminal."""
+    """The replies in order of the asks, with a progress bar on a terminal; in a log a line now and then."""
     if not asks:
         return []
-    with tqdm(total=len(asks), desc=label, unit="answer", disable=None) as bar:
+    with progress(len(asks), label, "answer") as bar:
         return await teacher.ask_all(asks, lambda _: bar.update())

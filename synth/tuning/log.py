@@ -17,7 +17,7 @@ from synth.sampler import Settings, Space
 from synth.stages import write_rows
 from synth.tuning.agents import Outcome
 from training.metrics import RunLog, read_metrics
-from training.plots import plot_panels
+from training.plots import Panel, plot_panels
 
 PICTURE, ITERATIONS = "search.png", "iterations.jsonl"
 LONGEST_LINE = 150  # characters of a printed row
@@ -113,24 +113,25 @@ class TunerLog:
         self.log.close({**summary, "picture": str(path)} if finished else None)
 
 
-def panels(history: Sequence[Iteration], space: Space, metric: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def panels(history: Sequence[Iteration], space: Space, metric: str) -> list[Panel]:
     """The search as curves over the iterations. Names are drawn as their index in the space."""
 
     def curve(values: Iterable[float]) -> list[tuple[float, float]]:
         return [(float(number), float(value)) for number, value in enumerate(values)]
 
     best = curve(best_of(history[:end]).metric for end in range(1, len(history) + 1))
-    found = {
-        metric: {"iteration": curve(one.metric for one in history), "best so far": best},
-        "reward": {"improvement": curve(one.reward for one in history)},
-        "temperature": {"temperature": curve(one.settings.temperature for one in history)},
-        "top_p": {"top_p": curve(one.settings.top_p for one in history)},
-        "rows of the batch": {"rows": curve(one.rows for one in history)},
-    }
+    found = [
+        Panel(metric, "", {"iteration": curve(one.metric for one in history), "best so far": best}),
+        Panel("reward", f"change of {metric}", {"improvement": curve(one.reward for one in history)}),
+        Panel("temperature", "", {"temperature": curve(one.settings.temperature for one in history)}),
+        Panel("top_p", "", {"top_p": curve(one.settings.top_p for one in history)}),
+        Panel("batch", "rows", {"rows": curve(one.rows for one in history)}),
+    ]
     for name, known in (("template", space.templates), ("method", space.methods)):
         if len(known) > 1:
             listed = ", ".join(f"{place} {one}" for place, one in enumerate(known))
-            found[listed] = {name: curve(known.index(getattr(one.settings, name)) for one in history)}
+            values = curve(known.index(getattr(one.settings, name)) for one in history)
+            found.append(Panel(f"{name}: {listed}", "number", {name: values}))
     return found
 
 
