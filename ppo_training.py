@@ -80,11 +80,9 @@ def main() -> None:
             stopping = ppo_run.record(step, stop)
             if stopping:
                 break
-    ppo_run.check_finished()
 
-    # Save
-    summary = ppo_run.summary(plot_run(ppo_run.folder))
-    save_adapter(args.save_file, policy.model, policy.adapter)
+    # Save, after a stop, too, which ends here
+    summary = ppo_run.leave(save_adapter, plot_run(ppo_run.folder))
     if args.fused_model:
         save_fused(loaded, args.fused_model)
         ppo_run.log.say(f"the fused model is in {args.fused_model}")

@@ -77,11 +77,9 @@ def main() -> None:
         for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward):
             if ppo_run.record(step, stop):
                 break
-    ppo_run.check_finished()
 
-    # Save
-    summary = ppo_run.summary(plot_run(ppo_run.folder))
-    save_adapter(args.save_file, policy.model, policy.adapter)
+    # Save, after a stop, too, which ends here
+    summary = ppo_run.leave(save_adapter, plot_run(ppo_run.folder))
     ppo_run.log.close(summary)
 
 

@@ -30,7 +30,7 @@ from models.adapters import AdapterConfig, save_adapter
 from models.gpu import memory_meter
 from models.loading import load, resolve, twin
 from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
-from training.checkpoint_folders import open_run_folder, restore_newest
+from training.checkpoint_folders import may_save_stopped, open_run_folder, restore_newest, stopped_words
 from training.console import DPO_COLUMNS, SFT_COLUMNS
 from training.flags import adapter_settings, describe, parse_or_resume
 from training.metrics import RunLog, provenance
@@ -149,16 +149,21 @@ def train(
                 save()
             if stopping:
                 break
-    if progress.step < settings.iters:
-        log.close()
-        done = f"{progress.step} of {settings.iters} steps are done"
-        raise Stopped(f"{done}; continue with: python sft.py --resume {folder}")
-    seconds = round(time.perf_counter() - started, 1)
-    summary = {"steps": progress.step, "seconds": seconds, **validate(trainee.module, validation, settings)}
-    summary |= {"truncated_rows": training.truncated, "truncated_valid_rows": validation.truncated}
+    finished = progress.step == settings.iters
+    summary = {"steps": progress.step, "seconds": round(time.perf_counter() - started, 1)}
+    if finished:
+        summary |= validate(trainee.module, validation, settings)
+        summary |= {"truncated_rows": training.truncated, "truncated_valid_rows": validation.truncated}
     trainee.adapter.provenance.append(provenance("sft.py", vars(args), summary))
-    save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
-    log.close({**summary, "adapter": args.save_file, "picture": str(plot_run(folder))})
+    outcome = {"adapter": args.save_file, "picture": str(plot_run(folder))}
+    if finished or may_save_stopped(args.save_file, args.resume_adapter_file):
+        save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
+    else:
+        outcome["adapter"] = ""
+    if not finished:
+        log.close()
+        raise Stopped(stopped_words("sft.py", folder, progress.step, settings.iters, **outcome))
+    log.close({**summary, **outcome})
     lock.close()
 
 

@@ -700,14 +700,34 @@ def test_a_stop_ends_the_step_saves_and_says_how_to_go_on(flags, monkeypatch, st
             signal.raise_signal(signal.SIGTERM)
         return real(*args)
 
+    monkeypatch.setattr(sft, "plot_run", plot_run)
     with monkeypatch.context() as patch:
         patch.setattr(sft_loop, "update", interrupted)
-        with pytest.raises(Stopped, match=f"{stopped_at} of 9 steps.*--resume cut"):
+        said = f"{stopped_at} of 9 steps.* in cut_adapter, its curves in cut/curves.png; .*--resume cut"
+        with pytest.raises(Stopped, match=said):
             call(sft.main, *flags("--train", run="cut", **words))
-    assert not Path("cut_adapter").exists()
+    assert Path("cut/curves.png").is_file() and not Path("cut/summary.json").exists()
+    (made,) = read_adapter("cut_adapter").config.provenance
+    assert made["figures"]["steps"] == stopped_at
     call(sft.main, "--resume", "cut")
     assert arrays_of("cut_adapter") == arrays_of("whole_adapter")
     assert rows_of("cut") == rows_of("whole")
+
+
+def test_a_stop_leaves_the_adapter_that_the_run_started_from(flags, monkeypatch):
+    call(sft.main, *flags("--train", run="first"))
+    before = arrays_of("first_adapter")
+    real = sft_loop.update
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(sft_loop, "update", interrupted)
+    words = ("--resume-adapter-file", "first_adapter", "--save-file", "./first_adapter")
+    with pytest.raises(Stopped, match=r"1 of \d steps are done; its curves are in"):
+        call(sft.main, *flags("--train", run="second"), *words)
+    assert arrays_of("first_adapter") == before
 
 
 def test_skipped_updates_are_counted_across_a_stop(flags, monkeypatch):

@@ -18,7 +18,7 @@ from typing import IO, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, sweep_all, write_json, writing
+from common.files import Kind, atomic_folder, expanded, sweep_all, write_json, writing
 from common.schemas import Schema, read_as
 from training.flags import default_output_dir
 from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
@@ -62,6 +62,20 @@ def open_run_folder(args: argparse.Namespace, script: str, blas: str | None = No
         for name in (METRICS, SAMPLES):
             (folder / name).unlink(missing_ok=True)
     return RunFolder(folder, found[-1] if found else None, lock)
+
+
+def may_save_stopped(save_file: str, started_from: str | None) -> bool:
+    """Whether a stopped run may leave its adapter as it is so far: not in place of the one that it started from.
+
+    That one is read again when the run is resumed, and is PPO's reference.
+    """
+    return not started_from or expanded(save_file).resolve() != expanded(started_from).resolve()
+
+
+def stopped_words(script: str, folder: Path, done: int, planned: int, adapter: str, picture: str) -> str:
+    """What a stopped run says at its end. adapter: where it left one, if it did."""
+    left = f"the adapter so far is in {adapter}, its curves in {picture}" if adapter else f"its curves are in {picture}"
+    return f"{done} of {planned} steps are done; {left}; continue with: python {script} --resume {folder}"
 
 
 def lock_run(folder: Path) -> IO[str]:

@@ -21,7 +21,14 @@ from data.decoding import completion_texts
 from rewards.combined import Reward, Scored, score
 from training import ppo
 from training.advantages import advantages_and_returns
-from training.checkpoint_folders import DAMAGED, CheckpointState, open_run_folder, restore_newest
+from training.checkpoint_folders import (
+    DAMAGED,
+    CheckpointState,
+    may_save_stopped,
+    open_run_folder,
+    restore_newest,
+    stopped_words,
+)
 from training.console import PPO_COLUMNS
 from training.flags import describe
 from training.metrics import RunLog, figures_at, provenance, read_metrics
@@ -252,21 +259,28 @@ class PPORun:
             return []
         return sample_rows(step.scored)
 
-    def check_finished(self) -> None:
-        """Raise Stopped if steps are left."""
-        done = self.progress.step
-        if done < self.settings.num_steps:
-            self.log.close()
-            command = f"python {self.script} --resume {self.folder}"
-            raise Stopped(f"{done} of {self.settings.num_steps} steps are done; continue with: {command}")
+    def leave(self, save_adapter: Callable[..., object], picture: object) -> dict[str, Any]:
+        """Save the adapter (by models.adapters.save_adapter or its twin), of a stopped run, too.
 
-    def summary(self, picture: object) -> dict[str, Any]:
+        picture: where the curves are. Returns the summary. Raises Stopped if steps are left.
+        """
+        done, planned, path = self.progress.step, self.settings.num_steps, self.args.save_file
+        summary = self._summary(str(picture))
+        saved = done == planned or may_save_stopped(path, self.args.resume_file)
+        if saved:
+            save_adapter(path, self.policy.model, self.policy.adapter)
+        if done < planned:
+            self.log.close()
+            raise Stopped(stopped_words(self.script, self.folder, done, planned, path if saved else "", str(picture)))
+        return summary
+
+    def _summary(self, picture: str) -> dict[str, Any]:
         """The figures of the run, which the adapter keeps as its provenance, too. picture: where the curves are."""
         summary: dict[str, Any] = {"steps": self.progress.step, "seconds": round(self.progress.seconds, 1)}
         for name in ("mean_score", "true_score", "kl", "kl_coef"):
             if name in self.figures:
                 summary[name] = self.figures[name]
-        summary |= {"adapter": self.args.save_file, "picture": str(picture)}
+        summary |= {"adapter": self.args.save_file, "picture": picture}
         self.policy.adapter.provenance.append(provenance(self.script, vars(self.args), summary))
         return summary
 
