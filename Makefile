@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: help setup setup-torch setup-dev test test-gpu demo lint clean
+.PHONY: help setup setup-optional setup-torch setup-dev test test-gpu demo lint clean
 
 help:
 	@echo "make demo       the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
@@ -15,9 +15,12 @@ help:
 	@echo "make test-gpu   what this machine is, and the tests that need a GPU; for a report"
 	@echo "make lint       ruff and mypy"
 	@echo "make setup      .venv and its requirements only"
+	@echo "make setup-optional   and what some features need: data sets of the hub, synth.tune's example"
+	@echo "make setup-torch      and PyTorch, for pytorch_ppo_training.py"
 	@echo "make clean      remove .venv and the tools' caches; runs and weights stay"
 
 setup: $(VENV)/.stamp-setup
+setup-optional: $(VENV)/.stamp-optional
 setup-torch: $(VENV)/.stamp-torch
 setup-dev: $(VENV)/.stamp-dev
 
@@ -54,6 +57,10 @@ $(VENV)/.stamp-venv:
 $(VENV)/.stamp-setup: requirements.txt $(VENV)/.stamp-venv
 	$(PIP) install -r requirements.txt
 	if $(VENV)/bin/python models/cpu/blas.py --needs-mkl; then $(PIP) install mkl; fi
+	@touch $@
+
+$(VENV)/.stamp-optional: requirements-optional.txt $(VENV)/.stamp-setup
+	$(PIP) install -r requirements-optional.txt
 	@touch $@
 
 # torch first and alone: installed together with what depends on it, pip may settle on another version.

@@ -29,12 +29,25 @@ def model_folder(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} contains no config.json, so it is not a model folder; name one that fuse.py wrote")
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.endswith("/"):
+    if folder.exists() or _is_path(name):
         raise UserError(f"{name} is not a model folder; check --model, or omit it for tiny-digits")
     downloaded = _download(name)
     if not (downloaded / "config.json").is_file():
         raise UserError(f"{name} on the Hugging Face hub contains no config.json, so it is not a model; name another")
     return downloaded
+
+
+def check_name(name: str) -> None:
+    """Raise UserError where `name` is a path without a model. A name of the hub is not asked for."""
+    path = expanded(name)
+    if path.is_file():  # a GGUF file
+        return
+    if path.exists() or _is_path(name):
+        model_folder(name)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith("/")
 
 
 def _download(name: str) -> Path:

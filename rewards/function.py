@@ -21,6 +21,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import expanded
 
+PACKAGES = {"sklearn": "scikit-learn"}  # what our examples import → the optional package that brings it
 RewardFunction = Callable[[list[str], list[str]], list[float]]
 
 
@@ -108,6 +109,10 @@ def _import(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         sys.modules.pop(name, None)
+        missing = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and missing in PACKAGES:
+            remedy = f"{sys.executable} -m pip install {PACKAGES[missing]}"
+            raise UserError(f"{path} needs {missing}, which is not installed; run: {remedy}") from error
         raise UserError(f"{path} cannot be imported: {error_summary(error)}; fix it") from error
     return module
 

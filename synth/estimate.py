@@ -27,12 +27,12 @@ def bound(stage: str, count: int, messages: list[dict], max_tokens: int, correct
 
 
 def table(bounds: Sequence[Bound], price_in: float, price_out: float) -> str:
-    """The bounds line by line, with their sum and what that would cost. Prices: per million tokens."""
+    """The bounds line by line, with their sum and what that would cost. Prices: per million tokens; both 0: unknown."""
     asked, answered = sum(one.prompt_tokens for one in bounds), sum(one.completion_tokens for one in bounds)
     total = Bound("total", sum(one.calls for one in bounds), asked, answered)
     lines = ["at most                 calls  prompt tokens  answer tokens        money"]
     for stage, calls, asked, answered in [*bounds, total]:
-        money = (asked * price_in + answered * price_out) / 1e6
-        lines.append(f"{stage:<16}{calls:>13,}{asked:>15,}{answered:>15,}{money:>13.4g}")
+        money = f"{(asked * price_in + answered * price_out) / 1e6:.4g}" if price_in or price_out else "unknown"
+        lines.append(f"{stage:<16}{calls:>13,}{asked:>15,}{answered:>15,}{money:>13}")
     priced = "" if price_in or price_out else "; for money give --price-in and --price-out"
     return "\n".join([*lines, f"nothing was sent{priced}"])

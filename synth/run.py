@@ -19,6 +19,7 @@ cpu.enable()  # before mlx is imported
 from common.cli import run
 from common.errors import UserError
 from common.files import read_json, write_json
+from models.folders import check_name
 from synth.estimate import table
 from synth.examples import Example
 from synth.pipeline.flags import RunSettings, agree, paper_line, parse_run_args, run_settings, task_from
@@ -80,6 +81,7 @@ def main() -> None:
     print("".join(f"{line}\n" for line in task.taken), end="", flush=True)
     bounds = table(sample_bounds(settings.samples, task), teacher.price_in, teacher.price_out)
     if args.dry_run:
+        check_name(base.name)
         print(bounds)
         return
     if args.by_key and not args.resume:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from synth.stages import drop, kept, load_rows, new_row, stage, summary, write_r
 from synth.task import Task, load_task
 from tests.faulty_server import FaultyServer, completion
 from tests.scripted_teacher import ScriptedTeacher, said, sample, section, stage_of
+from tests.scripts import fails
 
 NUMBER = answer_type("number")
 DEMOS = [{"input": "3 + 4 =", "output": "7"}]
@@ -143,6 +145,18 @@ def test_the_command_writes_rows_and_a_second_run_asks_nothing(tmp_path, monkeyp
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
     assert len(kept(load_rows(tmp_path / "one.jsonl"))) == 3
     assert "generate: kept 3 of 3" in capsys.readouterr().out
+
+
+def test_a_command_of_which_every_request_fails_ends_so(tmp_path, monkeypatch, capsys):
+    """A rejected request is not sent again in the same form: with a schema, once with it and once without."""
+    with FaultyServer(lambda body, seen: "400") as server:
+        words = ["--task", "synth/tasks/arithmetic.yaml", "--count", 2, "--teacher-url", server.url, "--teacher-model"]
+        words += ["m", "--cache", tmp_path / "cache", "--no-library", "--out", tmp_path / "out.jsonl"]
+        line = fails(capsys, module.main, *words)
+        asked = Counter(json.dumps(body, sort_keys=True) for body in server.bodies)
+    assert line.startswith("no sample came of 2 requests (HTTP 400: context too long)")
+    assert [row["dropped"] for row in load_rows(tmp_path / "out.jsonl")] == ["no sample: failed"] * 2
+    assert max(asked.values()) <= 2  # two samples of one prompt are two requests
 
 
 def test_a_command_without_a_teacher_says_so(tmp_path, monkeypatch):

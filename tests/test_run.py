@@ -367,6 +367,7 @@ def test_the_published_programs_task_by_flags(tmp_path, evaluation):
         (["--train-by", "sft", "--training-flags=--num-steps 3"], "see sft.py --help"),
         (["--train-by", "sft", "--training-flags=--data elsewhere"], "--training-flags sets --data"),
         (["--training-flags=--output_dir elsewhere"], "--training-flags sets --output-dir"),
+        (["--base-model", "./no/such", "--dry-run"], "./no/such is not a model folder"),
         (["--teacher-model", "gpt"], "--teacher-url"), (["--answer", "{type: regex}"], "lacks 'pattern'"),
     ],
 )  # fmt: skip
@@ -378,6 +379,23 @@ def test_a_mistake_is_one_line_before_anything_is_made(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     assert message in fails(capsys, module.main, *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_needs_no_teacher_and_calls_an_unknown_cost_unknown(monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    call(module.main, "--task", ROOT / "synth/tasks/gsm8k.yaml", "--dry-run")
+    out = capsys.readouterr().out
+    total = next(line for line in out.splitlines() if line.startswith("total"))
+    assert total.endswith(" unknown") and "for money give --price-in and --price-out" in out
+
+
+def test_model_is_the_base_model_unless_that_is_named_too():
+    task = load_task(ROOT / "synth/tasks/arithmetic.yaml")
+    words = ["--task", "x.yaml", "--model", "mine"]
+    args = with_words(lambda: run_flags.parse_run_args(None), *words)
+    assert base_model_settings(args, task).name == "mine" and args.model is None
+    args = with_words(lambda: run_flags.parse_run_args(None), *words, "--base-model", "base")
+    assert base_model_settings(args, task).name == "base" and args.model == "mine"
 
 
 SOURCE = ["--experiment_name", "exp1", "--target_model_path", "./checkpoints/exp1", "--model", "LLaMa-3.1-8B-Instruct",
@@ -406,7 +424,9 @@ def test_with_openais_key_the_published_command_asks_openai_after_a_question(tmp
     monkeypatch.setattr("builtins.input", lambda question: "Y")
     with pytest.raises(SystemExit, match="openai"):
         call(module.main, *SOURCE)
-    call(module.main, *SOURCE, "--dry-run")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "check_name", lambda name: None)  # as if the model were there
+        call(module.main, *SOURCE, "--dry-run")
     # A task that the offline teacher knows stays offline, and a teacher that is named is not asked about.
     words = ["--task", ROOT / "synth/tasks/arithmetic.yaml"]
     settings, args = settings_of()

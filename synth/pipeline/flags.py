@@ -103,7 +103,7 @@ def run_parser(description: str | None) -> Parser:
     group.add_argument(
         "--yes", action="store_true", help=f"agree to the cost of the teacher that {KEY_NAME} stands for"
     )
-    group.add_argument("--model", help="how reports call the base model")
+    group.add_argument("--model", help="the base model, as --base-model; beside that flag, how reports call it")
     group.add_argument("--seed", type=int, default=0, help="of everything random but the teacher")
     return parser
 
@@ -115,6 +115,8 @@ def parse_run_args(description: str | None) -> argparse.Namespace:
     if args.paper:
         parser.set_defaults(**{name: PAPER[name] for name in paper_flags(args)})
         args = parser.parse_args()
+    if args.model and not args.base_model:
+        args.base_model, args.model = args.model, None
     args.by_key = False  # whether the teacher is OpenAI's because its key is set
     args.endpoint = None  # the cache's name of a teacher whose URL has changed since
     return resumed_args(args, parser, FREE_FLAGS, {"endpoint": "teacher_url"}) if args.resume else args
@@ -172,6 +174,8 @@ def task_from(args: argparse.Namespace) -> Task:
     if not args.teacher_url and os.environ.get(KEY_NAME) and (strange or args.teacher_model):
         args.teacher_url, args.teacher_model = OPENAI_URL, args.teacher_model or OPENAI_MODEL
         args.by_key = True
+    if args.dry_run:  # the bounds are of any teacher
+        return task
     if args.teacher_model and not args.teacher_url:
         raise UserError(f"--teacher-model {args.teacher_model} has no URL; give --teacher-url, up to and including /v1")
     if not args.teacher_url and strange:

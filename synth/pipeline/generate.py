@@ -10,6 +10,7 @@ there. Whether outputs are right is for synth/pipeline/verify.py.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from rewards.answers import AnswerType
 from synth import prompts
 from synth.pipeline.retrieval import Index, Passage, build_index
 from synth.pipeline.tasks import open_task
-from synth.stages import StageRow, drop, new_row, summary, write_rows
+from synth.stages import StageRow, drop, kept, new_row, summary, write_rows
 from synth.task import Task
 from synth.teacher.asking import DEFAULT, Asker, Asking, ask_all
 from synth.teacher.completions import Ask, Reply
@@ -163,6 +164,9 @@ def main() -> None:
     rows = asyncio.run(made())
     write_rows(args.out, rows)
     print(f"{summary('passages' if args.only_passages else 'generate', rows)}\n{args.out}")
+    if rows and not kept(rows):
+        reason = Counter(row["detail"] for row in rows).most_common(1)[0][0]
+        raise UserError(f"no sample came of {len(rows)} requests ({reason}); {args.out} says why for each")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,11 @@ async def open_teacher(settings: TeacherSettings) -> AsyncIterator[Teacher]:
                 yield teacher
             finally:
                 total = teacher.ledger.total
+                priced = settings.price_in or settings.price_out
+                cost = f"{total.money:.4g} in money" if priced else "cost unknown, as no prices were given"
                 print(
                     f"teacher: {total.calls} calls ({total.retries} retries), {total.cached} from the cache, "
-                    f"{total.tokens} tokens, {total.money:.4g} in money"
+                    f"{total.tokens} tokens, {cost}"
                 )
 
 
