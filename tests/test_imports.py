@@ -181,9 +181,10 @@ def reached_from(path):
     return found
 
 
-def test_the_pytorch_script_reaches_no_mlx():
+def test_what_is_for_pytorch_reaches_no_mlx():
     script = ROOT / "pytorch_ppo_training.py"
-    assert not [module for module in reached_from(script) if is_mlx(module)]
+    for path in (script, ROOT / "training/torch_trainer.py"):
+        assert not [module for module in reached_from(path) if is_mlx(module)]
     assert "torch" in reached_from(script) and "mlx.core" in reached_from(ROOT / "ppo_training.py")
 
 

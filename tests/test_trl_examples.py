@@ -20,7 +20,7 @@ pytest.importorskip("datasets")
 
 EXAMPLES = Path(__file__).parent / "trl_examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-SIDES = {"mlx": "training"}
+SIDES = {"mlx": "training", "torch": "training.torch_trainer"}
 
 
 def ported(name, package):

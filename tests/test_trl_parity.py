@@ -11,9 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
-from models import adapters, peft_format
+from models import adapters, peft_format, torch_adapters
 from tests.torch_models import TOKENIZER
 from tests.trl_cases import (
     BATCH,
@@ -29,6 +30,7 @@ from tests.trl_cases import (
     orders,
     run_trl,
 )
+from training import torch_trainer
 from training import trainer as mlx_trainer
 from training.trl_config import PPOConfig
 
@@ -54,7 +56,26 @@ class MLX:
         return {name: np.array(weight) for name, weight in found.items()}
 
 
-SIDES = [MLX]
+class Torch:
+    """The same of the PyTorch side."""
+
+    trainer = torch_trainer
+
+    @staticmethod
+    def set_weights(model, adapter, head):
+        model.v_head.load_state_dict({name: torch.from_numpy(weight) for name, weight in head.items()})
+        if model.is_peft_model:
+            given = {name: torch.from_numpy(weight) for name, weight in adapter.items()}
+            torch_adapters.set_adapter_weights(model.pretrained_model, given)
+
+    @staticmethod
+    def weights(model):
+        head = {f"head/{name}": weight for name, weight in model.v_head.state_dict().items()}
+        found = {**torch_adapters.adapter_weights(model.pretrained_model), **head}
+        return {name: weight.numpy(force=True) for name, weight in found.items()}
+
+
+SIDES = [MLX, Torch]
 
 
 def side_id(side):

@@ -23,13 +23,13 @@ from models import adapters, loading
 from models.torch_value_head import ValueHead as TorchValueHead
 from models.value_head import ValueHead
 from tests.torch_models import TOKENIZER, random_llama
+from training import torch_trainer, trl_trainer
 from training import trainer as mlx_trainer
-from training import trl_trainer
 from training.trl_config import REFUSED, LengthSampler, PPOConfig, Sampling, lora_adapter, sampling
 from training.trl_trainer import Batches, like, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
-SIDES = {"mlx": mlx_trainer}
+SIDES = {"mlx": mlx_trainer, "torch": torch_trainer}
 LORA = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
 QUERIES = [[1, 30, 31], [1, 40], [1, 50, 51, 52], [1, 60]]
 RESPONSES = [[20, 21], [22, 23, 24], [25], [26, 27, 28, 29]]
@@ -402,6 +402,21 @@ def test_what_is_saved_is_opened_again(make, side, peft_config, tmp_path):
     assert abs(theirs["ppo/val/mean"]) > 1e-4
 
 
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+def test_the_other_side_opens_what_one_saved(make, side, base, peft_config, tmp_path):
+    trainer = make(peft_config)
+    trainer.step(QUERIES, RESPONSES, SCORES)
+    trainer.save_pretrained(tmp_path / "saved")
+    other = next(module for module in SIDES.values() if module is not side)
+    models = other.AutoModelForCausalLMWithValueHead
+    reference = None if peft_config else models.from_pretrained(base)
+    opened = other.PPOTrainer(trainer.config, models.from_pretrained(str(tmp_path / "saved")), reference, TOKENIZER)
+    mine, theirs = (t.step(QUERIES, RESPONSES, SCORES) for t in (trainer, opened))
+    for name in ("objective/kl", "ppo/val/mean", "objective/entropy", "ppo/policy/entropy"):
+        assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-4), name
+    assert abs(mine["objective/kl"]) > 1e-3 and abs(mine["ppo/val/mean"]) > 1e-4
+
+
 def test_a_saved_lora_is_an_adapter_folder(make, side, base, tmp_path):
     trainer = make(LORA)
     trainer.step(QUERIES, RESPONSES, SCORES)
@@ -484,8 +499,9 @@ def test_a_head_with_a_bias_adds_it_and_one_without_has_none():
     [
         ("import training", {"mlx", "torch", "numpy"}),
         ("from training import PPOConfig, LengthSampler", {"mlx", "torch"}),
+        ("import training.torch_trainer", {"mlx", "mlx_lm"}),
     ],
-    ids=["training", "config"],
+    ids=["training", "config", "torch"],
 )
 def test_what_is_imported_brings_no_more_than_it_needs(program, absent):
     code = f"{program}\nimport sys\nprint(*sorted({absent!r} & set(sys.modules)))"
