@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from common.errors import UserError
 from models import adapters, loading
@@ -427,6 +428,19 @@ def test_a_saved_lora_is_an_adapter_folder(make, side, base, tmp_path):
     assert saved.config.lora_parameters["rank"] == 4 and saved.config.model == base
     with pytest.raises(UserError, match="is an adapter already"):
         side.AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path / "saved"), peft_config=LORA)
+
+
+def test_a_damaged_head_is_refused(make, side, tmp_path):
+    folder = tmp_path / "saved"
+    make().save_pretrained(folder)
+    head = folder / trl_trainer.HEAD_FILE
+    models = side.AutoModelForCausalLMWithValueHead
+    save_file({"weight": np.zeros((1, 5), np.float32), "bias": np.zeros(1, np.float32)}, head)
+    with pytest.raises(UserError, match=r"v_head.safetensors does not fit .* weight is \(1, 5\), the model has"):
+        models.from_pretrained(str(folder))
+    head.write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match=r"v_head.safetensors .*save the model again"):
+        models.from_pretrained(str(folder))
 
 
 class Recorder:

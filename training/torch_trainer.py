@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_file, expanded, writing
-from models.adapter_config import check_head_width
+from models.adapter_config import check_fit
 from models.torch_adapters import save_adapter
+from models.torch_arrays import read_arrays
 from models.torch_generation import sample
 from models.torch_loading import choose_device, load, twin
 from models.torch_value_head import new_value_head
@@ -60,8 +61,8 @@ class AutoModelForCausalLMWithValueHead(ValueHeadModel):
         model.trainee = trainee
         model.base = None if trainee.adapter.fine_tune_type == "full" else base
         if head.is_file():
-            weights = load_file(head)
-            check_head_width(head, weights["weight"].shape[-1], trainee.value_head.weight.shape[-1])
+            weights = read_arrays(head, "save the model again")
+            check_fit(trainee.value_head.state_dict(), weights, head)
             trainee.value_head.load_state_dict(weights)
         return model
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_file, expanded
-from models.adapter_config import check_head_width
+from models.adapter_config import check_fit
 from models.adapters import save_adapter
+from models.arrays import read_arrays
 from models.export.fused import save_fused
 from models.generation import sample
 from models.loading import load, twin
@@ -50,8 +51,8 @@ class AutoModelForCausalLMWithValueHead(ValueHeadModel):
         model.trainee = trainee
         model.base = None if trainee.adapter.fine_tune_type == "full" else base
         if head.is_file():
-            weights = mx.load(str(head))
-            check_head_width(head, weights["weight"].shape[-1], trainee.value_head.weight.shape[-1])
+            weights = read_arrays(head, "save the model again")
+            check_fit(trainee.value_head.parameters(), weights, head)
             trainee.value_head.update(weights)
         return model
 
