@@ -108,6 +108,14 @@ def test_numbers_that_do_not_fit_are_refused(options, message):
         PPOConfig(**options)
 
 
+def test_transformers_parser_of_arguments_takes_the_options():
+    from transformers import HfArgumentParser
+
+    words = ["--batch_size", "8", "--mini_batch_size", "4", "--early_stopping", "--log_with", "wandb"]
+    (config,) = HfArgumentParser(PPOConfig).parse_args_into_dataclasses(words)
+    assert config == PPOConfig(batch_size=8, mini_batch_size=4, early_stopping=True, log_with="wandb")
+
+
 def test_an_option_that_trl_does_not_have_either():
     with pytest.raises(TypeError, match="cliprage"):
         PPOConfig(cliprage=0.1)  # type: ignore[call-arg]
@@ -316,6 +324,8 @@ def test_other_arguments_of_the_trainer_are_refused(make, side, name):
     model = make().model
     with pytest.raises(UserError, match=f"PPOTrainer: {name} is .*not supported"):
         side.PPOTrainer(PPOConfig(), model, None, TOKENIZER, **{name: object()})
+    with pytest.raises(UserError, match="ref_model is the model itself"):
+        side.PPOTrainer(PPOConfig(), model, model, TOKENIZER)
     with pytest.raises(UserError, match="is a reference"):
         side.PPOTrainer(PPOConfig(), side.create_reference_model(model), None, TOKENIZER)
 

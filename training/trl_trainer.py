@@ -220,6 +220,8 @@ class Trainer(ABC):
         refuse("PPOTrainer", others, TRAINER_REMEDIES, (None,))
         if model.trainee is None:
             raise UserError("PPOTrainer: model is a reference, which is frozen; give one of from_pretrained")
+        if ref_model is model:
+            raise UserError("PPOTrainer: ref_model is the model itself; give create_reference_model(model), or None")
         check_tracker(config.log_with)
         self.set_seed(config.seed)
         self.config, self.model, self.tokenizer, self.dataset = config, model, tokenizer, dataset
