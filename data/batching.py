@@ -10,6 +10,8 @@ import numpy as np
 
 from common.errors import UserError
 
+TOKENS_A_PASS = 2**13  # of all rows together, where a forward pass may be split: what it needs grows with them
+
 
 class Example(NamedTuple):
     """One text: its token ids and the position of the first trained token. Tokens within the gaps are not trained."""
@@ -130,6 +132,11 @@ def in_order(count: int, batch_size: int) -> Iterator[range]:
     """Consecutive index ranges that cover 0..count-1, for evaluation."""
     for start in range(0, count, batch_size):
         yield range(start, min(start + batch_size, count))
+
+
+def in_passes(count: int, length: int) -> Iterator[range]:
+    """Consecutive ranges of `count` rows of `length` tokens each, for passes of TOKENS_A_PASS or of a single row."""
+    return in_order(count, max(1, TOKENS_A_PASS // length))
 
 
 def draw_pairs(rewards: Sequence[float], rng: np.random.Generator) -> list[tuple[int, int]]:

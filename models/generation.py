@@ -24,7 +24,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import UserError
-from data.batching import encode_prompt
+from data.batching import TOKENS_A_PASS, encode_prompt
 from data.chat import render
 from models.gpu import release_memory
 from models.soft_prompt import check_ids, soft_prompt_ids
@@ -39,7 +39,6 @@ PADS_HIDDEN = ("mamba2", "qwen3_5", "qwen3_next", "falcon_h1", "granitemoehybrid
 
 CACHE_STEP = 256  # positions by which a cache grows; fewer if fewer suffice
 PREFILL = 2048  # tokens of a prompt processed per forward pass
-PREFILL_TOKENS = 2**13  # of all prompts of a batch together: what a pass needs grows with them
 
 
 def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
@@ -144,7 +143,7 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
     """
     if not prompts:
         return []
-    caches = _read_prompts(model, prompts, max_tokens)
+    caches, padding = _read_prompts(model, prompts, max_tokens)
 
     def draw(tokens: mx.array) -> mx.array:
         drawn = sampler(model(tokens[:, None], cache=caches)[:, -1])
@@ -158,69 +157,85 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
     drawn = draw(mx.array([prompt[-1] for prompt in prompts]))
     for count in range(max_tokens):
         following = draw(drawn) if count + 1 < max_tokens else drawn
-        completions[rows, count] = drawn
+        completions[rows, count] = np.asarray(drawn)  # the next pass has been given to the device
         lengths[rows[going]] = count + 1
         if on_token:
             on_token(int(going.sum()))
         going &= ~np.isin(completions[rows, count], ends)
         if not going.any():
             break
-        if 8 * (~going).sum() >= len(rows) and _can_drop_rows(caches):
+        if 8 * (~going).sum() >= len(rows) and _have_rows(caches):
             kept = np.flatnonzero(going)
-            _keep_rows(caches, kept)
+            padding = _keep_rows(caches, kept, padding)
             following, rows, going = following[mx.array(kept)], rows[kept], going[kept]
+            mx.async_eval(following)  # by itself, or it would be known only when the next pass is
         drawn = following
     return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
 
 
-def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> list:
-    """Caches of all prompts without their last tokens; shorter prompts are padded on the left."""
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    padding = [max(lengths) - length for length in lengths]
-    ragged = any(padding)
+def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> tuple[list, np.ndarray]:
+    """Caches of all prompts without their last tokens, and the padding on the left of each, which makes them equal.
+
+    A prompt that several rows have is read once, if its cache can be copied.
+    """
     caches: list = make_prompt_cache(model)
+    distinct = _distinct(prompts) if _have_rows(caches) else [tuple(prompt) for prompt in prompts]
+    lengths = np.array([len(prompt) - 1 for prompt in distinct])
+    longest, padding = int(lengths.max()), lengths.max() - lengths
+    ragged = bool(padding.any())
     if ragged:
-        caches = [BatchKVCache([0] * len(prompts)) for _ in caches]
+        caches = [BatchKVCache([0] * len(distinct)) for _ in caches]
     for cache in caches:
         if isinstance(cache, KVCache | BatchKVCache):
-            cache.step = min(max(lengths) + max_tokens, CACHE_STEP)
+            cache.step = min(longest + max_tokens, CACHE_STEP)
         if ragged:
-            cache.prepare(right_padding=padding)
-    tokens = mx.array([prompt[:-1] + [0] * pads for prompt, pads in zip(prompts, padding, strict=True)], mx.int32)
-    step = prefill_length(len(prompts))
-    for start in range(0, max(lengths), step):
+            cache.prepare(right_padding=padding.tolist())
+    tokens = mx.array(
+        [prompt[:-1] + (0,) * pads for prompt, pads in zip(distinct, padding.tolist(), strict=True)], mx.int32
+    )
+    step = prefill_length(len(distinct))
+    for start in range(0, longest, step):
         model(tokens[:, start : start + step], cache=caches)
         mx.eval([cache.state for cache in caches])
     if ragged:
         for cache in caches:
             cache.finalize()
-    return caches
+    if len(distinct) == len(prompts):
+        return caches, padding
+    number = {prompt: index for index, prompt in enumerate(distinct)}
+    rows = np.array([number[tuple(prompt)] for prompt in prompts])
+    return caches, _keep_rows(caches, rows, padding) if longest else padding[rows]
+
+
+def _distinct(prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    return list(dict.fromkeys(map(tuple, prompts)))
 
 
 def prefill_length(rows: int) -> int:
-    """Tokens of each of `rows` prompts that a forward pass reads, so that it reads no more than PREFILL_TOKENS."""
-    return max(1, min(PREFILL, PREFILL_TOKENS // rows))
+    """Tokens of each of `rows` prompts that a forward pass reads, so that it reads no more than TOKENS_A_PASS."""
+    return max(1, min(PREFILL, TOKENS_A_PASS // rows))
 
 
-def _can_drop_rows(caches: list) -> bool:
+def _have_rows(caches: list) -> bool:
+    """Whether rows of these caches can be taken."""
     return all(type(cache) in (KVCache, BatchKVCache) for cache in caches)
 
 
-def _keep_rows(caches: list, rows: np.ndarray) -> None:
-    """Drop all other rows from the caches, and the padding that all rows still have in common.
+def _keep_rows(caches: list, rows: np.ndarray, padding: np.ndarray) -> np.ndarray:
+    """Let the caches hold the given rows of them, without the padding that all of these have in common.
 
-    `BatchKVCache.filter` does the same, but waits for a number in every layer.
+    rows: indices, of which any may be left out or repeated. padding: of each row of the caches, on the left. Returns
+    that of the rows kept. `BatchKVCache.filter` drops rows, too, but waits for a number in every layer.
     """
-    index = mx.array(rows)
-    ragged = [cache for cache in caches if isinstance(cache, BatchKVCache)]
-    common = ragged[0].left_padding[index].min().item() if ragged else 0
+    index, common = mx.array(rows), int(padding[rows].min())
     for cache in caches:
         if isinstance(cache, BatchKVCache):
-            keys, values, offset, padding, filled = cache.state
+            keys, values, offset, left, filled = cache.state
             kept = keys[index, :, common:], values[index, :, common:]
-            cache.state = *kept, offset[index], padding[index] - common, filled - common
+            cache.state = *kept, offset[index], left[index] - common, filled - common
         else:
             cache.keys, cache.values = cache.keys[index], cache.values[index]
+    return padding[rows] - common
 
 
 class ChatSession:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from common.errors import UserError
 from common.files import expanded
-from data.batching import collate, encode_text, in_order
+from data.batching import collate, encode_text, in_order, in_passes
 from models.adapters import CONFIG_FILE, SINGLE_FILE_SUFFIXES, load_adapter, read_adapter
 from models.export.classifier import load_classifier
 from models.folders import is_classifier
@@ -36,7 +36,9 @@ class RewardModel:
         scores: list[float] = []
         for indices in in_order(len(examples), self.batch_size):
             batch = collate([examples[i] for i in indices], self.tokenizer.pad_token_id or 0)
-            scores += self.scoring(mx.array(batch.tokens), mx.array(batch.lengths)).tolist()
+            for rows in in_passes(*batch.tokens.shape):
+                piece = slice(rows.start, rows.stop)
+                scores += self.scoring(mx.array(batch.tokens[piece]), mx.array(batch.lengths[piece])).tolist()
         return scores
 
 

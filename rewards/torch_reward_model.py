@@ -11,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from common.files import expanded
-from data.batching import collate, encode_text, in_order
+from data.batching import collate, encode_text, in_order, in_passes
 from models.adapter_config import CONFIG_FILE, SINGLE_FILE_SUFFIXES, check_head_width
 from models.folders import is_classifier
 from models.torch_adapters import load_adapter, read_adapter
@@ -39,7 +39,9 @@ class RewardModel:
         for indices in in_order(len(examples), self.batch_size):
             batch = collate([examples[i] for i in indices], self.tokenizer.pad_token_id or 0)
             tokens, lengths = (torch.tensor(array, device=device).long() for array in (batch.tokens, batch.lengths))
-            scores += self.scoring(tokens, lengths).tolist()
+            for rows in in_passes(*batch.tokens.shape):
+                piece = slice(rows.start, rows.stop)
+                scores += self.scoring(tokens[piece], lengths[piece]).tolist()
         return scores
 
 

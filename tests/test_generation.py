@@ -263,8 +263,8 @@ def test_caches_grow_with_what_they_hold(model, prompts, monkeypatch):
     assert sample(model, prompts, [], 40, temperature=0) == expected
 
 
-def rows_read(model, prompts, decode, monkeypatch):
-    """The shapes (rows, tokens) of the passes that read `prompts`, by one of both ways, and the completions."""
+def noted_shapes(model, monkeypatch):
+    """The shapes (rows, tokens) of the model's passes from now on."""
     shapes, forward = [], type(model).__call__
 
     def noted(net, tokens, **kwargs):
@@ -272,6 +272,12 @@ def rows_read(model, prompts, decode, monkeypatch):
         return forward(net, tokens, **kwargs)
 
     monkeypatch.setattr(type(model), "__call__", noted)
+    return shapes
+
+
+def rows_read(model, prompts, decode, monkeypatch):
+    """The shapes (rows, tokens) of the passes that read `prompts`, by one of both ways, and the completions."""
+    shapes = noted_shapes(model, monkeypatch)
     completions = decode(model, prompts, set(), 3, temperature_sampler(0), len(prompts), None)
     return [shape for shape in shapes if shape[1] > 1], completions
 
@@ -284,7 +290,7 @@ def test_a_pass_reads_no_more_tokens_than_memory_is_counted_for(model, decode, l
     expected = sample(model, prompts, [], 3, temperature=0)
     shapes, completions = rows_read(model, prompts, decode, monkeypatch)
     assert completions == expected and (6, 11) in shapes
-    monkeypatch.setattr(models.generation, "PREFILL_TOKENS", 24)
+    monkeypatch.setattr(models.generation, "TOKENS_A_PASS", 24)
     shapes, completions = rows_read(model, prompts, decode, monkeypatch)
     assert completions == expected
     assert shapes[0] == (6, 4) and all(rows * tokens <= 24 for rows, tokens in shapes)
@@ -295,14 +301,34 @@ def test_the_tokens_of_a_pass():
     assert lengths == [2048, 2048, 1638, 64, 1]
 
 
+@pytest.mark.parametrize("prompts", [[[5, 6, 7], [8, 9, 10], [11]], [[5, 6, 7], [8, 9, 10]], [[5], [6]]])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_prompt_of_several_rows_is_read_once(model, prompts, temperature, monkeypatch):
+    """The completions are those of rows that are read each for itself."""
+    repeated = [prompt for prompt in prompts for _ in range(4)]
+
+    def completions():
+        mx.random.seed(0)
+        return sample(model, repeated, [7], 12, temperature)
+
+    shapes = noted_shapes(model, monkeypatch)
+    shared = completions()
+    assert [shape for shape in shapes if shape[1] > 1] == ([(len(prompts), 2)] if len(prompts[0]) > 1 else [])
+    assert shapes[-1][1] == 1 and (len(repeated), 1) in shapes
+    monkeypatch.setattr(models.generation, "_distinct", lambda prompts: [tuple(prompt) for prompt in prompts])
+    assert completions() == shared
+
+
 @pytest.mark.parametrize("kept", [[0], [1, 3], [2], [0, 1, 2, 3]])
 def test_rows_are_dropped_as_mlx_lm_drops_them(model, kept):
     """The padding that remains is 0 for row 1, 2 for row 0, and so on."""
     prompts = [[1, 2], [1, 2, 3, 4], [5], [6, 7, 8]]
-    ours, theirs = (models.generation._read_prompts(model, prompts, 4) for _ in range(2))
-    models.generation._keep_rows(ours, np.array(kept))
+    (ours, padding), (theirs, _) = (models.generation._read_prompts(model, prompts, 4) for _ in range(2))
+    assert padding.tolist() == [2, 0, 3, 1]
+    padding = models.generation._keep_rows(ours, np.array(kept), padding)
     for cache, other in zip(ours, theirs, strict=True):
         other.filter(mx.array(kept))
+        assert padding.tolist() == other.left_padding.tolist()
         for state, expected in zip(cache.state, other.state, strict=True):
             np.testing.assert_array_equal(np.array(state), np.array(expected))
 

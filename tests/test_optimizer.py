@@ -1,5 +1,6 @@
 """The update: schedules, Adam as PyTorch has it, clipping, the guard against NaN, saving and restoring."""
 
+import io
 import math
 from unittest.mock import Mock
 
@@ -168,6 +169,40 @@ def test_several_steps_equal_pytorch_s(weight_decay, way):
         theirs.step()
         for name, value in weights(net).items():
             np.testing.assert_allclose(value, twin[name].detach().numpy(), rtol=0, atol=1e-5)
+
+
+def operations(*arrays):
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return graph.getvalue().count("shape=rectangle")
+
+
+def adam_steps(count):
+    """The weights of `count` equal matrices and their moments after three steps, and the operations of a fourth."""
+    optimizer = make_optimizer(1e-2, 10, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    parameters = {f"w{i}": mx.array(rng.normal(size=(4, 3 + i)), mx.float32) for i in range(count)}
+    gradients = {name: 0.1 * array for name, array in parameters.items()}
+    optimizer.init(parameters)
+    for _ in range(3):
+        parameters = optimizer.apply_gradients(gradients, parameters)
+        mx.eval(parameters, optimizer.state)
+    arrays = [array for _, array in tree_flatten([parameters, optimizer.state])]
+    after = tree_flatten([optimizer.apply_gradients(gradients, parameters), optimizer.state])
+    return [np.array(array) for array in arrays], operations(*(array for _, array in after))
+
+
+def test_on_a_gpu_a_step_is_two_operations_an_array(monkeypatch, compiling):
+    """And not eighteen, each of which is launched for itself; one trace serves all matrices."""
+    monkeypatch.setattr(adam, "serves", lambda *arrays: False)
+    compiled, number = adam_steps(5)
+    assert number - adam_steps(2)[1] == 3 * 2
+    mx.disable_compile()
+    plain, number = adam_steps(5)
+    assert number - adam_steps(2)[1] == 3 * 18
+    mx.enable_compile()
+    for array, expected in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
 
 
 class Square(nn.Module):

@@ -95,9 +95,13 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 def test_an_epoch_is_shuffled_once(monkeypatch):
     """Not once for every prompt, which took 2 s a step of 200 000 prompts."""
-    made = []
-    real = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
+    made, real = [], np.random.default_rng
+
+    def noted(seed):
+        made.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
     plan = PromptPlan([str(i) for i in range(6)], seed=7)
     stream = [prompt for step in range(3) for prompt in plan.batch(step, 4)]
     assert made == [(7, 0, 2), (7, 1, 2)]

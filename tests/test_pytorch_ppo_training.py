@@ -113,15 +113,15 @@ def stop_by_signal(monkeypatch):
 
 def kill(monkeypatch):
     """As if killed in the third update, long after the last checkpoint."""
-    calls, update = [], torch_ppo_learner.update
+    calls, take_step = [], torch_ppo_learner.take_step
 
-    def update_and_die(*args):
+    def step_and_die(*args):
         calls.append(1)
         if len(calls) == 11:
             raise KeyboardInterrupt
-        return update(*args)
+        return take_step(*args)
 
-    monkeypatch.setattr(torch_ppo_learner, "update", update_and_die)
+    monkeypatch.setattr(torch_ppo_learner, "take_step", step_and_die)
 
 
 @pytest.mark.parametrize("stop", [stop_by_signal, kill])

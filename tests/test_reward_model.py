@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
+import data.batching
 import rewards.reward_model
 from common.errors import UserError
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
@@ -73,6 +74,23 @@ def test_where_the_prompt_ends_is_nothing_to_it(reward_model):
     scores = reward_model.reward(*zip(*splits, strict=True))
     assert scores == pytest.approx([scores[0]] * 4, abs=1e-5)
     assert reward_model.reward(["3 4 6"], [" 8"])[0] != pytest.approx(scores[0], abs=1e-3)
+
+
+def test_a_pass_reads_no_more_tokens_than_memory_is_counted_for(reward_model, monkeypatch):
+    """Texts of up to 24 places in passes of 50 tokens: two at a time; a longer one goes alone."""
+    expected, shapes = reward_model.reward(PROMPTS, COMPLETIONS), []
+    scoring = reward_model.scoring
+
+    def noted(tokens, lengths):
+        shapes.append(tokens.shape)
+        return scoring(tokens, lengths)
+
+    for limit, rows in ((50, [2, 2, 1]), (8, [1] * 5), (data.batching.TOKENS_A_PASS, [5])):
+        monkeypatch.setattr(data.batching, "TOKENS_A_PASS", limit)
+        monkeypatch.setattr(reward_model, "scoring", noted)
+        assert reward_model.reward(PROMPTS, COMPLETIONS) == pytest.approx(expected, abs=1e-5)
+        assert [count for count, _ in shapes] == rows
+        shapes.clear()
 
 
 def test_an_empty_completion_has_a_score_of_its_own(reward_model):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -77,11 +78,20 @@ class Adam(optim.Adam):
             parameter = parameter * (1 - self.learning_rate * self.weight_decay).astype(parameter.dtype)
         if adam.serves(gradient, parameter):
             return adam.step(gradient, parameter, state, self.betas, self._rate.item(), self._eps.item())
-        b1, b2 = self.betas
-        m = state["m"] = b1 * state["m"] + (1 - b1) * gradient
-        v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(gradient)
-        rate, eps = self._rate.astype(gradient.dtype), self._eps.astype(gradient.dtype)
-        return parameter - rate * m / (mx.sqrt(v) + eps)
+        arrays = (gradient, parameter, state["m"], state["v"], self._rate, self._eps)
+        moved, state["m"], state["v"] = _adam_step(*arrays, *self.betas)
+        return moved
+
+
+@partial(mx.compile, shapeless=True)
+def _adam_step(
+    gradient: mx.array, parameter: mx.array, m: mx.array, v: mx.array, rate: mx.array, eps: mx.array, b1: float,
+    b2: float,
+) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
+    """The parameter after one step, and the new moments m and v: on a GPU one kernel for each array."""
+    m = b1 * m + (1 - b1) * gradient
+    v = b2 * v + (1 - b2) * mx.square(gradient)
+    return parameter - rate.astype(gradient.dtype) * m / (mx.sqrt(v) + eps.astype(gradient.dtype)), m, v
 
 
 class Muon(optim.Muon):
@@ -144,10 +154,22 @@ def update(
     made. factor: of the schedule's rate. Returns the gradients' norm before clipping. If the loss or the norm is not
     finite, nothing is touched, and the norm returned is NaN: the caller counts and reports it.
     """
-    mx.async_eval(loss, gradients)
-    norm = finite_norm(loss, gradients)
-    if math.isnan(norm):
-        return norm
+    norm = read(loss, gradients)["grad_norm"]
+    if not math.isnan(norm):
+        take_step(module, optimizer, gradients, norm, max_grad_norm, planned, factor)
+    return norm
+
+
+def take_step(
+    module: nn.Module,
+    optimizer: Optimizer,
+    gradients: dict,
+    norm: float,
+    max_grad_norm: float | None,
+    planned: int | None = None,
+    factor: float = 1.0,
+) -> None:
+    """`update` where the gradients' norm is known and finite."""
     if max_grad_norm and norm > max_grad_norm:
         gradients = scaled(gradients, max_grad_norm / (norm + 1e-6))
         mx.async_eval(gradients)  # while the optimizer takes its first arrays
@@ -156,7 +178,6 @@ def update(
             part.schedule.planned, part.schedule.factor = planned, factor
     optimizer.update(module, gradients)
     mx.async_eval(module.trainable_parameters(), optimizer.state)  # runs while the caller prepares its next pass
-    return norm
 
 
 def scaled(gradients: dict, factor: float) -> dict:
@@ -164,13 +185,20 @@ def scaled(gradients: dict, factor: float) -> dict:
     return tree_map(lambda gradient: factor * gradient, gradients)
 
 
-def finite_norm(loss: mx.array, gradients: dict) -> float:
-    """The gradients' norm, or NaN if it or the loss is not finite."""
+def read(loss: mx.array, gradients: dict, stats: dict[str, mx.array] | None = None) -> dict[str, float]:
+    """A mini batch's stats, scalars, as numbers, and "grad_norm": NaN if it or the loss is not finite.
+
+    Everything is read at once, since each wait leaves a GPU without work.
+    """
+    stats = stats or {}
+    mx.async_eval(loss, gradients, stats)
     norm = gradient_norm(gradients)
-    if isinstance(norm, float):
-        return norm if math.isfinite(loss.item()) and math.isfinite(norm) else math.nan
-    # Decided on the device, so that there is one number to wait for.
-    return mx.where(mx.isfinite(loss) & mx.isfinite(norm), norm, math.nan).item()
+    by_numpy = isinstance(norm, float)
+    checked = loss if by_numpy else mx.where(mx.isfinite(loss) & mx.isfinite(norm), norm, math.nan)
+    *numbers, last = mx.stack([value.astype(mx.float32) for value in (*stats.values(), checked)]).tolist()
+    if by_numpy:
+        last = norm if math.isfinite(last) and math.isfinite(norm) else math.nan
+    return {**dict(zip(stats, numbers, strict=True)), "grad_norm": last}
 
 
 def gradient_norm(gradients: dict) -> float | mx.array:

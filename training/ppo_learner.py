@@ -32,7 +32,7 @@ from training import ppo_step
 from training.advantages import estimator
 from training.checkpoint import Trainee
 from training.flags import step_seed
-from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
+from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.ppo_loop import Progress, ppo_steps
 from training.rollout import Rollout, pack
@@ -169,18 +169,17 @@ class PPOLearner:
         skipped = 0
         for planned, pieces in ppo_step.mini_batches(self.settings, step):
             estimates = (rollout, advantages, returns)
-            loss, stats, gradients = accumulate(self.gradients_of, *estimates, pieces, mx.array(kl_coef))
+            _, stats, gradients = accumulate(self.gradients_of, *estimates, pieces, mx.array(kl_coef))
             verdict = ppo_step.rejected(self.settings, stats)
             if verdict == "stop":
                 break
-            norm = math.nan
-            if not verdict:
-                limit = self.settings.max_grad_norm
-                norm = update(self.policy, self.optimizer, loss, gradients, limit, planned, lr_factor)
-            if math.isnan(norm):
+            norm = stats["grad_norm"]
+            if verdict or math.isnan(norm):
                 skipped += 1
             else:
-                history.append({**stats, "grad_norm": norm})
+                limit = self.settings.max_grad_norm
+                take_step(self.policy, self.optimizer, gradients, norm, limit, planned, lr_factor)
+                history.append(stats)
         mx.synchronize()  # the last update is this step's time, too
         return ppo_step.mean_stats(history, skipped)
 
@@ -217,7 +216,10 @@ def accumulate(
     gradients_of: Callable, rollout: Rollout, advantages: mx.array, returns: mx.array, pieces: Sequence[np.ndarray],
     kl_coef: mx.array,
 ) -> tuple[mx.array, dict[str, float], dict]:  # fmt: skip
-    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole.
+
+    Each piece is computed before the next begins. Stats have the "grad_norm" of `training.optimizer.read`.
+    """
     indices = [mx.array(rows) for rows in pieces]
     denominator = sum(rollout.mask[rows].sum() for rows in indices)
     whole: Any = None
@@ -228,9 +230,10 @@ def accumulate(
             piece = tree_map(mx.add, whole, piece)
             piece[0][1]["ratio_max"] = largest
         whole = piece
-        mx.eval(whole)
+        if rows is not indices[-1]:
+            mx.eval(whole)
     (loss, stats), gradients = whole
-    return loss, {name: float(value) for name, value in stats.items()}, gradients
+    return loss, read(loss, gradients, stats), gradients
 
 
 def train_ppo(

@@ -170,7 +170,7 @@ def sft_steps(
             progress.skipped += 1
         else:
             progress.window = progress.window + stacked(sums)
-            mx.eval(progress.window)
+            mx.async_eval(progress.window)
 
         reports: list[dict[str, float]] = []
         at_end = progress.step == settings.iters

@@ -148,13 +148,35 @@ def update(
     made. factor: of the schedule's rate. Returns the gradients' norm before clipping. If the loss or the norm is not
     finite, nothing is touched, and the norm returned is NaN: the caller counts and reports it.
     """
-    norm = gradient_norm(gradients).item()
-    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        return math.nan
+    norm = read(loss, gradients)["grad_norm"]
+    if not math.isnan(norm):
+        take_step(optimizer, gradients, norm, max_grad_norm, planned, factor)
+    return norm
+
+
+def take_step(
+    optimizer: ScheduledOptimizer,
+    gradients: Sequence[Tensor],
+    norm: float,
+    max_grad_norm: float | None,
+    planned: int | None = None,
+    factor: float = 1.0,
+) -> None:
+    """`update` where the gradients' norm is known and finite."""
     if max_grad_norm and norm > max_grad_norm:
         gradients = [gradient * (max_grad_norm / (norm + 1e-6)) for gradient in gradients]
     optimizer.step(gradients, planned, factor)
-    return norm
+
+
+def read(loss: Tensor, gradients: Sequence[Tensor], stats: dict[str, Tensor] | None = None) -> dict[str, float]:
+    """A mini batch's stats, scalars, as numbers, and "grad_norm": NaN if it or the loss is not finite.
+
+    Everything is read at once, since each wait leaves a GPU without work.
+    """
+    stats, norm = stats or {}, gradient_norm(gradients)
+    checked = torch.where(loss.isfinite() & norm.isfinite(), norm, math.nan)
+    numbers = torch.stack([value.float() for value in (*stats.values(), checked)]).tolist()
+    return dict(zip([*stats, "grad_norm"], numbers, strict=True))
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.rollout import Rollout, pack
 from training.settings import PPOSettings
 from training.torch_checkpoint import Trainee
-from training.torch_optimizer import ScheduledOptimizer, loss_and_gradients, make_optimizer, update
+from training.torch_optimizer import ScheduledOptimizer, loss_and_gradients, make_optimizer, read, take_step
 
 
 def build_policies(
@@ -134,18 +134,16 @@ class PPOLearner:
         history: list[dict[str, float]] = []
         skipped = 0
         for planned, pieces in ppo_step.mini_batches(self.settings, step):
-            loss, stats, gradients = accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)
+            _, stats, gradients = accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)
             verdict = ppo_step.rejected(self.settings, stats)
             if verdict == "stop":
                 break
-            norm = math.nan
-            if not verdict:
-                limit = self.settings.max_grad_norm
-                norm = update(self.optimizer, loss, gradients, limit, planned, lr_factor)
-            if math.isnan(norm):
+            norm = stats["grad_norm"]
+            if verdict or math.isnan(norm):
                 skipped += 1
             else:
-                history.append({**stats, "grad_norm": norm})
+                take_step(self.optimizer, gradients, norm, self.settings.max_grad_norm, planned, lr_factor)
+                history.append(stats)
         return ppo_step.mean_stats(history, skipped)
 
 
@@ -180,7 +178,10 @@ def accumulate(
     gradients_of: Callable, rollout: Rollout, advantages: Tensor, returns: Tensor, pieces: Sequence[np.ndarray],
     kl_coef: float,
 ) -> tuple[Tensor, dict[str, float], list[Tensor]]:  # fmt: skip
-    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole."""
+    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole.
+
+    Stats have the "grad_norm" of `training.torch_optimizer.read`.
+    """
     indices = [torch.from_numpy(rows).to(rollout.mask.device) for rows in pieces]
     denominator = sum(rollout.mask[rows].sum() for rows in indices)
     loss = torch.zeros((), device=rollout.mask.device)
@@ -195,4 +196,4 @@ def accumulate(
             so_far = stats.get(name, torch.zeros_like(value))
             stats[name] = torch.maximum(so_far, value) if name == "ratio_max" else so_far + value
         gradients = list(map(torch.add, gradients, piece_gradients)) if gradients else list(piece_gradients)
-    return loss, {name: float(value) for name, value in stats.items()}, gradients
+    return loss, read(loss, gradients, stats), gradients
