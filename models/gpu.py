@@ -5,11 +5,14 @@ Not here: what is for mlx on Linux CPU only (see models.cpu).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from models import cpu
+
+MEMORY_SHARE = 0.8  # of Metal's recommended working set, for this process; the rest is for the other windows
 
 
 def on_gpu() -> bool:
@@ -20,10 +23,15 @@ def on_gpu() -> bool:
 def wire_memory() -> None:
     """Let Metal keep the recommended share of memory resident, as mlx-lm's trainer does; CUDA has no such limit.
 
-    Otherwise macOS may take pages of the weights back between two passes.
+    Otherwise macOS may take pages of the weights back between two passes. Where the recommended size is known, mlx runs
+    no further ahead of the GPU than MEMORY_SHARE of it allows (by default, 1.5 times that size).
     """
-    if on_gpu():
-        maybe_set_recommended_wired_limit()
+    if not on_gpu():
+        return
+    maybe_set_recommended_wired_limit()
+    information: dict[str, Any] = mx.device_info()
+    if size := information.get("max_recommended_working_set_size"):
+        mx.set_memory_limit(int(MEMORY_SHARE * size))
 
 
 def release_memory() -> None:

@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from common.errors import UserError
-from data.batching import in_order
+from data.batching import TOKENS_A_PASS, in_order
 from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_token_stats import hidden_states
 from models.torch_value_head import forward
+
+TOKENS_BETWEEN_WAITS = 8  # on a GPU, which has nothing to do while Python looks whether all rows have ended
 
 
 def sample(
@@ -59,8 +62,10 @@ def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_token
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
     cache = DynamicCache(config=model.config)
+    tokens, positions = _read_prompts(model, cache, tokens, mask, positions)
     drawn, lengths = [], torch.zeros_like(alive, dtype=torch.long)
-    for _ in range(max_tokens):
+    counts: list[Tensor] = []  # rows going on, at each token since the last wait
+    for number in range(1, max_tokens + 1):
         last = torch.full_like(positions[:, :1], tokens.shape[1] - 1)
         logits, _ = forward(
             model,
@@ -74,15 +79,47 @@ def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_token
         tokens = draw(logits[:, 0], temperature)[:, None]
         drawn.append(tokens)
         lengths += alive
-        if on_token:
-            on_token(int(alive.sum()))
+        counts.append(alive.sum())
         alive = alive & ~torch.isin(tokens[:, 0], eos)
-        if not alive.any():
-            break
+        if number % _tokens_between_waits(device) == 0 or number == max_tokens:
+            *begun, left = torch.stack([*counts, alive.sum()]).tolist()
+            counts.clear()
+            for count in filter(None, begun if on_token else ()):
+                on_token(count)
+            if not left:
+                break
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         positions = positions[:, -1:] + 1
     rows = torch.cat(drawn, dim=1).tolist()
     return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
+
+
+def _tokens_between_waits(device: torch.device) -> int:
+    """How many tokens are drawn before it is known which rows have ended; a CPU would compute what is not needed."""
+    return 1 if device.type == "cpu" else TOKENS_BETWEEN_WAITS
+
+
+def _read_prompts(
+    model: Any, cache: DynamicCache, tokens: Tensor, mask: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill the cache with all but the last of `tokens` (B, P), in passes of TOKENS_A_PASS at most where P is long.
+
+    Returns the tokens that are left for the pass that draws, and their positions.
+    """
+    step, start = max(1, TOKENS_A_PASS // len(tokens)), 0
+    while tokens.shape[1] - start > step:
+        part = slice(start, start + step)
+        hidden_states(
+            model,
+            tokens[:, part],
+            torch.zeros_like(tokens[:, :1]),
+            attention_mask=mask[:, : part.stop],
+            position_ids=positions[:, part],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        start = part.stop
+    return tokens[:, start:], positions[:, start:]
 
 
 def draw(logits: Tensor, temperature: float) -> Tensor:

@@ -84,7 +84,7 @@ def resolve(name: str) -> Path:
     """
     if name.startswith("tiny-") and not Path(name).exists():
         return locate(name)
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    dtype = "bfloat16" if torch.cuda.is_available() or torch.backends.mps.is_available() else "float32"
     if name == FOUR_BIT:
         raise UserError(f"{FOUR_BIT} is for MLX, whose 4 bits PyTorch cannot read; use {NAME}")
     if name in SMOLLM2_NAMES:
@@ -97,13 +97,13 @@ def resolve(name: str) -> Path:
 def load(name: str, device: torch.device, tokenizer: str | None = None, classifier: bool = False) -> LoadedModel:
     """Open the model `name` (see `resolve`) on `device`, and the tokenizer of the same or another name.
 
-    classifier: open a model with one score instead of a vocabulary. Weights are float32; on CUDA they keep their saved
+    classifier: open a model with one score instead of a vocabulary. Weights are float32; on a GPU they keep their saved
     precision. Raises UserError if the model is missing or cannot be opened.
     """
     path = resolve(name)
     tokenizer_path = resolve(tokenizer) if tokenizer else path
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    dtype = "auto" if device.type == "cuda" else torch.float32
+    dtype = torch.float32 if device.type == "cpu" else "auto"
     with opening(name):
         model, report = auto.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False

@@ -18,6 +18,7 @@ from common.errors import UserError
 
 LOGITS_BYTES = 256 * 10**6
 ALIVE = 8  # arrays (n, V) in float32 at once, in the backward pass of a piece
+LARGEST = 2**32 - 1  # bytes of one array: MPS has no larger ones
 LOWEST = -1e38  # for a log probability of −inf, which times a probability of 0 would be NaN
 
 
@@ -109,7 +110,7 @@ def token_stats(
     Gradients reach `hidden` and whatever is trainable in the output layer.
     """
     vocabulary = logits_of(model, hidden.detach().flatten(0, -2)[:1]).shape[-1]
-    size = max(1, logits_bytes // (4 * ALIVE * vocabulary))
+    size = max(1, min(logits_bytes // ALIVE, LARGEST) // (4 * vocabulary))
     ids = targets.flatten().long()
     rows = [hidden.flatten(0, -2).split(size), ids.split(size)]
     if reference is not None:
@@ -149,4 +150,6 @@ def _figures(
 
 
 def _log_softmax(logits: Tensor, temperature: float | Tensor) -> Tensor:
-    return (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    tempered = logits if isinstance(temperature, float) and temperature == 1 else logits / temperature
+    return tempered.log_softmax(dim=-1)

@@ -56,6 +56,7 @@ def calls(monkeypatch):
     calls = Mock()
     monkeypatch.setattr(gpu, "maybe_set_recommended_wired_limit", calls.wire)
     monkeypatch.setattr(mx, "clear_cache", calls.clear)
+    monkeypatch.setattr(mx, "set_memory_limit", calls.limit)
     return lambda: [name for name, _, _ in calls.mock_calls]
 
 
@@ -71,8 +72,22 @@ def test_memory_is_wired_on_loading_and_given_back_after_sampling_on_a_gpu_only(
     assert calls() == ["wire", "clear"] * there
 
 
+def test_where_metal_recommends_a_size_mlx_stays_within_a_share_of_it(calls, monkeypatch):
+    monkeypatch.setenv("TUNER_SIMULATE_GPU", "1")
+    limits = []
+    monkeypatch.setattr(mx, "set_memory_limit", limits.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 17_179_869_184})
+    gpu.wire_memory()
+    monkeypatch.setattr(mx, "device_info", lambda: {"device_name": "of CUDA, which recommends none"})
+    gpu.wire_memory()
+    assert limits == [13_743_895_347]
+
+
 def test_what_mlx_is_asked_for_is_there():
     """The names that the simulation replaces; on Linux CPU there is no recommended size, so no limit is set."""
+    assert "max_recommended_working_set_size" not in mx.device_info() or gpu.on_gpu()
+    before = mx.set_memory_limit(10**9)
+    assert mx.set_memory_limit(before) == 10**9
     assert gpu.maybe_set_recommended_wired_limit() is None or gpu.on_gpu()
     mx.clear_cache()
 

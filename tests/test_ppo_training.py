@@ -840,6 +840,25 @@ def test_scores_loss_and_gradients_are_those_of_whole_logits(setting, monkeypatc
     assert largest(flat(expected)) > 1e-3
 
 
+def test_few_shapes_change_no_score_and_no_gradient(setting, monkeypatch):
+    """A GPU's rollouts have more pads."""
+    run = setting("--entropy-coef", 0.01)
+    run.displace()
+    found = []
+    for few in (False, True):
+        monkeypatch.setattr(ppo_learner, "compiling_pays", lambda few=few: few)
+        rollout = run.roll_out()
+        width = rollout.mask.shape[1]
+        assert (width % 16 == 0 and rollout.tokens.shape[1] % 16 == 0) == few
+        real = np.array(rollout.mask) > 0
+        scores = [np.array(getattr(rollout, name))[real] for name in ("old_logprobs", "ref_logprobs", "kl")]
+        found.append((scores, *run.gradient(rollout, kl_coef=0.1)))
+    (scores, loss, stats, gradients), (other_scores, other_loss, other_stats, others) = found
+    np.testing.assert_allclose(other_scores, scores, atol=1e-5)
+    assert other_loss == pytest.approx(loss, abs=1e-6) and other_stats == pytest.approx(stats, abs=1e-5)
+    assert_close(others, gradients)
+
+
 # --- layers below the first trained one ---
 
 

@@ -62,6 +62,38 @@ def test_widths_are_rounded_up_so_that_few_shapes_occur(longest, width):
     assert packed.tokens.shape == (2, 1 + width)
 
 
+@pytest.mark.parametrize(
+    ("longest", "width"), [(127, 128), (129, 144), (144, 144), (257, 288), (511, 512), (1000, 1024), (1025, 1152)]
+)
+def test_of_long_ones_by_an_eighth_at_most(longest, width):
+    assert pack([[5]], [[9] * longest], {EOS}, PAD).completions.shape == (1, width)
+
+
+@pytest.mark.parametrize(("prompt", "longest"), [(1, 16), (2, 32), (17, 32), (18, 48), (130, 160)])
+def test_lengths_are_rounded_too_where_few_shapes_are_wanted(prompt, longest):
+    prompts, completions = [[5] * prompt, [6]], [[9, 8], []]
+    plain, rounded = (pack(prompts, completions, {EOS}, PAD, few_shapes=few) for few in (False, True))
+    assert plain.tokens.shape == (2, prompt + 7) and plain.completions.shape == (2, 8)
+    assert rounded.tokens.shape == (2, longest) and rounded.completions.shape == (2, 16)
+    assert (rounded.tokens[:, : prompt + 7] == plain.tokens).all() and (rounded.tokens[:, prompt + 7 :] == PAD).all()
+    for field, other in zip(rounded[1:], plain[1:], strict=True):
+        assert (field[:, :8] == other).all()
+    assert rounded.mask[:, 8:].sum() == 0
+
+
+def test_fifty_steps_have_few_shapes():
+    """Prompts of 20 to 60 tokens, completions of up to 40: as many shapes would be traced as there are."""
+    rng = np.random.default_rng(0)
+    shapes: dict[bool, set] = {False: set(), True: set()}
+    for _ in range(50):
+        prompts = [[5] * n for n in rng.integers(20, rng.integers(30, 60), size=8)]
+        completions = [[9] * n for n in rng.geometric(0.08, size=8).clip(max=40)]
+        for few, found in shapes.items():
+            packed = pack(prompts, completions, {EOS}, PAD, few_shapes=few)
+            found.add((packed.tokens.shape, packed.completions.shape))
+    assert len(shapes[False]) > 40 and len(shapes[True]) <= 8
+
+
 def test_dtypes_serve_both_frameworks():
     packed = pack([[5]], [[9]], {EOS}, PAD)
     assert [field.dtype.kind for field in packed] == ["i", "i", "i", "f"]

@@ -32,7 +32,7 @@ from training import ppo_step
 from training.advantages import estimator
 from training.checkpoint import Trainee
 from training.flags import step_seed
-from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, read, take_step
+from training.optimizer import Optimizer, compiling_pays, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.ppo_loop import Progress, ppo_steps
 from training.rollout import Rollout, pack
@@ -116,7 +116,7 @@ class PPOLearner:
         """
         prefix = soft_prompt_ids(self.policy.model)
         rows = [prefix + list(prompt) for prompt in prompts]
-        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id)
+        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=compiling_pays())
         tokens, positions, ids, mask = (mx.array(field) for field in packed)
         pieces = []
         for rows_of in in_order(len(prompts), ppo_step.rows_to_score(self.settings)):

@@ -52,15 +52,21 @@ def pack(
     eos_token_ids: Sequence[int] | set[int],
     pad_token_id: int,
     multiple: int = 8,
+    few_shapes: bool = False,
 ) -> Packed:
     """Put prompts and completions into right-padded arrays; a completion is cut after its first EOS.
 
-    prompts: at least one id each; completions: may be empty. C is the longest completion, rounded up to `multiple` so
-    that few shapes occur. An empty completion becomes a row whose mask is all 0.
+    prompts: at least one id each; completions: may be empty. C is the longest completion, rounded up to `multiple`,
+    long ones by an eighth at most. few_shapes: for a GPU, which compiles its kernels for every shape: C and L - 1 are
+    both rounded up to 16 at least; on CPU the pads would take time. An empty completion becomes a row whose mask is all
+    0.
     """
     completions = [through_eos(completion, eos_token_ids) for completion in completions]
-    width = -(-max([1, *map(len, completions)]) // multiple) * multiple
+    multiple = max(multiple, 16) if few_shapes else multiple
+    width = _rounded(max([1, *map(len, completions)]), multiple)
     longest = max(len(prompt) for prompt in prompts) + width
+    if few_shapes:
+        longest = 1 + _rounded(longest - 1, multiple)
     tokens = np.full((len(prompts), longest), pad_token_id, dtype=np.int32)
     completion_ids = np.full((len(prompts), width), pad_token_id, dtype=np.int32)
     mask = np.zeros((len(prompts), width), dtype=np.float32)
@@ -73,6 +79,11 @@ def pack(
         mask[row, : len(completion)] = 1
         positions[row] = len(prompt) - 1 + np.arange(width)
     return Packed(tokens[:, :-1], positions, completion_ids, mask)
+
+
+def _rounded(length: int, multiple: int) -> int:
+    step = max(multiple, 2 ** (length.bit_length() - 4))
+    return -(-length // step) * step
 
 
 def through_eos(completion: Sequence[int], eos_token_ids: Sequence[int] | set[int]) -> list[int]:

@@ -97,7 +97,8 @@ class PPOLearner:
         """
         settings, prefix = self.settings, soft_prompt_ids(self.policy.model)
         rows = [prefix + list(prompt) for prompt in prompts]
-        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id)
+        few_shapes = self.device.type != "cpu"  # torch keeps memory for every shape that occurs
+        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=few_shapes)
         tokens, positions, ids, mask = (torch.from_numpy(field).to(self.device) for field in packed)
         tokens, positions = tokens.long(), positions.long()
         pieces = []

@@ -28,6 +28,7 @@ from synth.teacher import structured
 from synth.teacher.cache import Cache, Stored, cache_key
 from synth.teacher.completions import Ask, Reply, read_completion
 from synth.teacher.limits import Cost, Ledger, Limits
+from synth.teacher.open_files import allow_connections
 from synth.teacher.pace import Fault, Gate, backoff, fault_of
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -89,6 +90,7 @@ class Teacher:
         self.ledger = Ledger(limits)
 
     async def __aenter__(self) -> "Teacher":
+        allow_connections(self.concurrency)
         size = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         local = urlsplit(self.url).hostname in LOOPBACK  # a proxy from the environment could not reach it
         self._http = DefaultAsyncHttpxClient(limits=size, timeout=self.timeout, trust_env=not local)
