@@ -94,6 +94,14 @@ def resolve(name: str) -> Path:
     return model_folder(name)
 
 
+def weight_dtype(device: torch.device) -> Any:
+    """What frozen weights are held in: on a GPU as they were saved, on CPU, which is slow at less, float32.
+
+    Adapters, value heads and log probabilities are float32 everywhere.
+    """
+    return torch.float32 if device.type == "cpu" else "auto"
+
+
 def load(name: str, device: torch.device, tokenizer: str | None = None, classifier: bool = False) -> LoadedModel:
     """Open the model `name` (see `resolve`) on `device`, and the tokenizer of the same or another name.
 
@@ -103,7 +111,7 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
     path = resolve(name)
     tokenizer_path = resolve(tokenizer) if tokenizer else path
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    dtype = weight_dtype(device)
     with opening(name):
         model, report = auto.from_pretrained(
             path, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=False

@@ -3,17 +3,19 @@
 from collections import Counter
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from mlx_lm.models.cache import ChunkedKVCache
+from mlx_lm.models.cache import ChunkedKVCache, make_prompt_cache
 
 from common.errors import UserError
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.generation import sample
-from synth.pipeline.base_model import BaseModel, fingerprint, own_sampler, sample_shared
+from synth.pipeline.base_model import BaseModel, Keys, fingerprint, own_key, sample_shared
 from synth.pipeline.rollouts import Draw, draw
 from synth.teacher.cache import Cache
 from tests.architectures import build
 
+NO_KEYS = np.zeros((12, 2), dtype=np.uint32)  # for temperature 0
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
 
 
@@ -32,17 +34,13 @@ class Counting:
             done(index, f"{self.identity} {rollout.prompt} {rollout.number}")
 
 
-def greedy(logprobs):
-    return mx.argmax(logprobs, axis=-1)
-
-
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gemma3", "gpt_neox", "mamba", "qwen3_next"])
 def test_a_shared_cache_gives_what_each_prompt_gives_alone(name):
     model = build(name)
     model.eval()
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     found: dict = {}
-    sample_shared(model, prompts, [greedy] * len(prompts), [], 20, 5, found.__setitem__)
+    sample_shared(model, prompts, NO_KEYS[: len(prompts)], 0, [], 20, 5, found.__setitem__)
     alone = [sample(model, [prompt], [], 20, temperature=0)[0] for prompt in PROMPTS]
     assert [found[n] for n in range(len(prompts))] == [tokens for tokens in alone for _ in range(3)]
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
@@ -52,7 +50,7 @@ def test_a_cache_that_cannot_be_copied_is_refused():
     model = build("llama-tied")
     model.make_cache = lambda: [ChunkedKVCache(64) for _ in model.layers]  # llama4's
     with pytest.raises(UserError, match="cannot copy"):
-        sample_shared(model, [[1, 2]], [greedy], [], 5, 5, lambda index, tokens: None)
+        sample_shared(model, [[1, 2]], NO_KEYS[:1], 0, [], 5, 5, lambda index, tokens: None)
     # By itself such a model is sampled all the same: prompts of one length at a time.
     assert sample(model, PROMPTS, [], 5, temperature=0) == sample(build("llama-tied"), PROMPTS, [], 5, temperature=0)
 
@@ -62,15 +60,15 @@ def test_an_eos_ends_a_rollout_and_is_kept():
     model.eval()
     whole: dict = {}
     ended: dict = {}
-    sample_shared(model, PROMPTS, [greedy] * 4, [], 12, 4, whole.__setitem__)
+    sample_shared(model, PROMPTS, NO_KEYS[:4], 0, [], 12, 4, whole.__setitem__)
     eos = whole[1][4]
-    sample_shared(model, PROMPTS, [greedy] * 4, [eos], 12, 4, ended.__setitem__)
+    sample_shared(model, PROMPTS, NO_KEYS[:4], 0, [eos], 12, 4, ended.__setitem__)
     assert ended[1] == whole[1][: whole[1].index(eos) + 1]
 
 
 def test_an_empty_prompt_is_a_users_error():
     with pytest.raises(UserError, match="prompt is empty"):
-        sample_shared(build("llama-tied"), [[1], []], [greedy] * 2, [], 4, 4, lambda *_: None)
+        sample_shared(build("llama-tied"), [[1], []], NO_KEYS[:2], 0, [], 4, 4, lambda *_: None)
 
 
 def completions(model, wanted):
@@ -91,13 +89,44 @@ def test_a_rollout_depends_on_seed_prompt_and_number_only(tiny_folder):
     assert not set(completions(other, wanted)) & set(found)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_each_token_is_drawn_by_its_row_s_own_key(temperature):
+    """As if each rollout were drawn alone, by mx.random.categorical; the counter of a key wraps round."""
+    model = build("llama-tied")
+    model.eval()
+    prompts = [prompt for prompt in PROMPTS[1:] for _ in range(2)]
+    keys = np.array([[n, 2**32 - 3 if n == 2 else 7 * n] for n in range(6)], dtype=np.uint32)
+    found: dict = {}
+    sample_shared(model, prompts, keys, temperature, [3, 8], 8, 4, found.__setitem__)
+    assert len({len(tokens) for tokens in found.values()}) > 1  # rows leave at different times
+    for index, tokens in found.items():
+        cache, ids = make_prompt_cache(model), prompts[index]
+        for place, token in enumerate(tokens, 1):
+            logits = model(mx.array([ids]), cache=cache)[:, -1]
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            high, low = keys[index].tolist()
+            key = mx.array([high, (low + place) % 2**32], dtype=mx.uint32)
+            assert mx.random.categorical(logprobs / temperature, key=key).item() == token
+            ids = [token]
+
+
+def test_keys_go_where_their_rows_go():
+    keys = Keys(np.array([[1, 10]], np.uint32)).merge([Keys(np.array([[n, 10 * n]], np.uint32)) for n in (1, 2, 3)])
+    assert keys.next().tolist() == [[1, 11], [2, 21], [3, 31]]
+    keys.filter([0, 2])
+    keys.extend(Keys(np.array([[9, 2**32 - 1]], np.uint32)))
+    assert keys.next().tolist() == [[1, 12], [3, 32], [9, 0]]
+    assert keys.extract(1).next().tolist() == [[3, 33]]
+    assert keys.next().dtype == mx.uint32
+
+
 def test_rollouts_are_drawn_from_the_models_own_distribution(tiny_folder):
     """Own keys must not be alike: 400 first tokens spread as softmax(logits) says, within 5 standard errors."""
     model = BaseModel(str(tiny_folder), max_tokens=1, batch_size=128, temperature=0.7)
     tokens = []
     prompt = model.tokenizer.encode("3 5")
-    samplers = [own_sampler(0.7, 0, Draw("3 5", n)) for n in range(400)]
-    sample_shared(model.model, [prompt] * 400, samplers, [], 1, 128, lambda _, ids: tokens.extend(ids))
+    keys = np.array([own_key(0, Draw("3 5", n)) for n in range(400)], dtype=np.uint32)
+    sample_shared(model.model, [prompt] * 400, keys, 0.7, [], 1, 128, lambda _, ids: tokens.extend(ids))
     expected = mx.softmax(model.model(mx.array([prompt]))[0, -1] / 0.7).tolist()
     counts = Counter(tokens)
     assert len(counts) > 3

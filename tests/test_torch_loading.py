@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForSequenceClassification
 
 from common.errors import UserError
-from models.torch_loading import load
+from models.torch_loading import load, weight_dtype
 from tests.torch_models import random_llama
 
 CPU = torch.device("cpu")
@@ -26,6 +26,12 @@ def test_a_whole_folder_is_opened(tmp_path, tied):
     assert ("lm_head.weight" in weights) != tied
     opened = dict(load(folder, CPU).model.named_parameters())
     assert all(torch.equal(opened[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", "auto"), ("mps", "auto")])
+def test_a_gpu_holds_the_weights_as_they_were_saved(device, dtype):
+    """In float32 a model of 7 B takes 30 GB, more than most Macs have."""
+    assert weight_dtype(torch.device(device)) == dtype
 
 
 def test_a_folder_that_lacks_weights_is_one_line(tmp_path):

@@ -9,6 +9,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from models import torch_token_stats
 from models.torch_token_stats import ALIVE, TokenStats, hidden_states, logits_of, token_stats
 from models.torch_value_head import forward
 from training import ppo
@@ -154,3 +155,19 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass():
         stats = token_stats(model, hidden, targets, entropy=True, logits_bytes=TWO_ROWS)
     assert not any(VOCABULARY in shape for shape in kept)
     torch.autograd.grad(stats.logprobs.sum() + stats.entropy.sum(), hidden)
+
+
+def test_no_piece_is_larger_than_the_largest_array_of_mps(monkeypatch):
+    """However much memory --logits-memory gives."""
+    model, shapes = build("llama"), []
+    hidden = hidden_states(model, TOKENS, POSITIONS).detach()
+    expected = token_stats(model, hidden, TARGETS, logits_bytes=10**12)
+
+    def noted(model, states):
+        shapes.append(len(states))
+        return logits_of(model, states)
+
+    monkeypatch.setattr(torch_token_stats, "logits_of", noted)
+    monkeypatch.setattr(torch_token_stats, "LARGEST", 4 * 4 * VOCABULARY + 3)
+    close(token_stats(model, hidden, TARGETS, logits_bytes=10**12).logprobs, expected.logprobs)
+    assert shapes == [1, 4, 2]  # the first for the vocabulary's size
