@@ -48,7 +48,7 @@ $(VENV)/.stamp-venv:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $(PYTHON) is $$("$(PYTHON)" --version 2>&1), but 3.11 or newer is needed; name one: make PYTHON=python3.12" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import platform, sys; sys.exit(platform.system() == "Darwin" and platform.machine() != "arm64")' || \
-	  { echo "error: $(PYTHON) is an Intel build, for which there is no mlx on a Mac; name one for Apple silicon: make PYTHON=/opt/homebrew/bin/python3" >&2; exit 1; }
+	  { echo "error: $(PYTHON) is an Intel build or runs under Rosetta, and mlx needs one for Apple silicon; name it: make PYTHON=/opt/homebrew/bin/python3" >&2; exit 1; }
 	@rm -rf $(VENV)
 	@"$(PYTHON)" -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
