@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from mlx_lm.models import llama
 
 import ppo_training
 from common.cli import Stopped
+from common.cli import run as run_script
 from common.errors import UserError
 from data.digits import DigitRule, digit_prompts
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, read_adapter, save_adapter
@@ -1246,6 +1248,38 @@ def test_skipped_updates_are_said(flags, monkeypatch, capsys):
     assert steps[0] == steps[1] != steps[2]
     assert "step 2: 4 updates skipped (not finite" in capsys.readouterr().out
     assert [row["skipped_updates"] for row in read_metrics("run")] == [0, 4, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ("[METAL] Command buffer execution failed: Insufficient Memory (00000008:kIOGPU...)", "is out of memory"),
+        ("[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:...)", "stopped a computation"),
+    ],
+)
+def test_a_failure_of_the_device_is_one_line_and_the_last_checkpoint_stands(flags, monkeypatch, capsys, message, says):
+    """Raised amid the third step's update; the run is whole again when it has been resumed."""
+    call(ppo_training.main, *flags(run="whole"))
+    real, calls = ppo_learner.take_step, itertools.count()
+
+    def failing(*args):
+        if next(calls) == 10:
+            raise RuntimeError(message)
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_learner, "take_step", failing)
+        patch.setattr(sys, "argv", ["ppo_training.py", *map(str, flags())])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_script(ppo_training.main)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and last.startswith("error: the device ") and says in last and "--resume" in last
+    assert last_checkpoint("run").name == "000002"
+    call(ppo_training.main, "--resume", "run")
+    assert read_adapter("run_adapter").weights.keys() == read_adapter("whole_adapter").weights.keys()
+    for name, array in read_adapter("whole_adapter").weights.items():
+        assert mx.array_equal(read_adapter("run_adapter").weights[name], array)
 
 
 REWARD = """
