@@ -26,6 +26,7 @@ from models.export.fused import check_free, save_fused
 from models.gpu import memory_meter
 from models.loading import load, resolve
 from rewards.build import build_reward
+from rewards.combined import try_once
 from rewards.digits import digit_reward
 from training import checkpoint, ppo_flags
 from training.flags import adapter_settings, parse_or_resume
@@ -63,6 +64,8 @@ def main() -> None:
     loaded = load(args.model)
     prompts = Prompts(ppo_flags.choose_prompts(args, loaded.tokenizer), settings)
     reward = build_reward(args, loaded)
+    if not args.resume:
+        try_once(reward, prompts.batch(0))
     adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
     policy, reference = build_policies(loaded, settings, adapter, args.grad_checkpoint)
     check_fused_model(args, policy.adapter)

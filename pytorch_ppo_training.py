@@ -16,7 +16,7 @@ from models.adapter_base import base_of
 from models.adapter_config import AdapterConfig, check_adapter_path
 from models.torch_adapters import save_adapter
 from models.torch_loading import DEVICES, LoadedModel, choose_device, describe_device, load, memory_meter, resolve
-from rewards.combined import Reward, rewards_from_flags
+from rewards.combined import Reward, rewards_from_flags, try_once
 from rewards.digits import digit_reward
 from rewards.torch_reward_model import load_reward_model
 from training import ppo_flags, torch_checkpoint
@@ -54,6 +54,8 @@ def main() -> None:
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
     prompts = Prompts(ppo_flags.choose_prompts(args, loaded.tokenizer), settings)
     reward = build_reward(args, loaded)
+    if not args.resume:
+        try_once(reward, prompts.batch(0))
     adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
     policy, reference = build_policies(loaded, settings, adapter, args.grad_checkpoint)
     optimizer = make_ppo_optimizer(policy, settings)

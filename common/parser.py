@@ -6,6 +6,7 @@ unknown YAML keys are errors.
 
 import argparse
 import itertools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -137,6 +138,14 @@ def _config_file(words: list[str]) -> str | None:
         elif word.startswith("-c"):
             path = word.removeprefix("-c").removeprefix("=")
     return path
+
+
+def split_words(flag: str, text: str) -> list[str]:
+    """The words of a flag that holds further flags as one string. Raises UserError for a quote without its end."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--{flag} {text!r:.200} cannot be split into words ({error}); fix it") from None
 
 
 def positive(name: str, value: float, zero: bool = False) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from common.errors import UserError
-from data.sources import Source, contents
+from data.sources import Source, contents, parse_json
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -138,7 +138,8 @@ def _messages(value: list[Any], key: str, place: str) -> list[Message]:
         # Arrow fills keys that only some messages have with null.
         given = {name: part for name, part in message.items() if part is not None}
         if "from" in given and "role" not in given:
-            given = {"role": ROLES.get(given["from"], given["from"]), "content": given.get("value")}
+            role = given["from"] if isinstance(given["from"], str) else None
+            given = {"role": ROLES.get(role, role) if role else None, "content": given.get("value")}
         if not isinstance(given.get("role"), str):
             raise UserError(f'{where}one without a "role"; write {{"role": "user", "content": "..."}}')
         if not isinstance(given.get("content", ""), str | list) or not ({"content", "tool_calls"} & given.keys()):
@@ -149,7 +150,7 @@ def _messages(value: list[Any], key: str, place: str) -> list[Message]:
 
 def _tools(value: Any, place: str) -> list[Any]:
     try:
-        tools = json.loads(value) if isinstance(value, str) else value
+        tools = parse_json(value) if isinstance(value, str) else value
     except ValueError:
         tools = None
     if not isinstance(tools, list):

@@ -23,6 +23,9 @@ INSTALL_ARROW = "pip install pyarrow"
 INSTALL_HUB = "pip install datasets"
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 HELD_OUT = 0.1  # share of the training rows used for validation if there is no validation split
+DEEPEST = 64  # levels of lists and objects in a row
+TOO_DEEP = f"nested more than {DEEPEST} levels deep"
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as an escape
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, optionally with :CONFIGURATION
 
 
@@ -158,9 +161,34 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str, place: str) -> Any:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         return UserError(f"{place} is not valid JSON ({error}); write one object a line")
+
+
+def parse_json(text: str) -> Any:
+    """The content of JSON that may be anyone's.
+
+    Raises ValueError if it is malformed, nested more than DEEPEST levels deep, which templates cannot render, or holds
+    half of a surrogate pair, which no file and no tokenizer can.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    # Most rows have too few brackets to be too deep.
+    level = [found] if text.count("[") + text.count("{") > DEEPEST else []
+    for _ in range(DEEPEST):
+        inner = [item for item in level if isinstance(item, list | dict)]
+        level = [part for item in inner for part in (item.values() if isinstance(item, dict) else item)]
+    if any(isinstance(item, list | dict) for item in level):
+        raise ValueError(TOO_DEEP)
+    try:
+        if SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, {error.object[error.start]!a}") from None
+    return found
 
 
 def arrow_rows(folder: Path) -> list[dict[str, Any]]:

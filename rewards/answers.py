@@ -29,6 +29,7 @@ from rewards.expressions import MAX_CHARACTERS as MAX_EXPRESSION
 from rewards.expressions import canonical, rational, tidy, value
 from rewards.function import load_function
 from rewards.markers import bare, collapsed, hash_spans, inline_maths, last_boxed, last_tag, phrase_spans
+from rewards.user_code import TIMEOUT, user_code
 
 AMBIGUOUS = ""  # several answers in one place, or a marker without any: the search ends, unreadable
 MAX_CHARACTERS = 50_000  # only the end of longer completions is read
@@ -475,13 +476,8 @@ class Constrained(AnswerType):
 
 
 def _called(role: str, function: Callable[..., Any], *texts: str) -> Any:
-    try:
+    with user_code(f"the answer's {role}, given {collapsed(texts[0])!r:.80},", TIMEOUT):
         return function(*texts)
-    except UserError:
-        raise
-    except Exception as error:
-        reason = collapsed(f"{type(error).__name__}: {error}")
-        raise UserError(f"the answer's {role} failed on {collapsed(texts[0])!r:.80}: {reason}; fix it") from error
 
 
 def answer_type(name: str, /, **options: Any) -> AnswerType:

@@ -74,6 +74,11 @@ def score(reward: Reward, prompts: Sequence[str], texts: tuple[list[str], list[s
     return Scored(*texts, [float(value) for value in reward(list(prompts), texts[1])], {})
 
 
+def try_once(reward: Reward, prompts: Sequence[str]) -> None:
+    """Score two empty completions, as training may have some: a reward that fails does so before a run has a folder."""
+    score(reward, prompts[:2], (list(prompts[:2]), [""] * len(prompts[:2])))
+
+
 class Sources(NamedTuple):
     """What opening a reward may need besides the value of its flag."""
 
@@ -123,7 +128,7 @@ KINDS = (
         "--reward-function",
         {"metavar": "FILE.py:NAME", **SEVERAL, "help": "score by your own f(prompts, completions), or by several"},
         lambda args: [(spec.rpartition(":")[2], spec) for spec in args.reward_function or ()],
-        lambda spec, sources: load_reward_function(spec),
+        lambda spec, sources: load_reward_function(spec, sources.args.reward_timeout),
     ),
     Kind(
         "--answer",

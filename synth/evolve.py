@@ -18,7 +18,6 @@ The stages' own work is in synth/evolution.
 """
 
 import asyncio
-import shlex
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ import numpy as np
 from common.cli import run
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.parser import split_words
 from synth.estimate import table
 from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
 from synth.evolution.control import Verdict, evenly, verdict
@@ -46,6 +46,7 @@ from synth.evolution.policy import OperatorPolicy
 from synth.evolution.responses import respond, write_data
 from synth.evolution.training import train_policy
 from synth.pipeline.script import run_script
+from synth.pipeline.train import check_sft
 from synth.stages import StageRow, alone, kept, stage
 from synth.teacher.client import Teacher
 from synth.teacher.connect import teacher_of
@@ -180,7 +181,7 @@ def train(settings: EvolveSettings, folder: Path, lock: int) -> None:
         return
     words: list[Any] = ["sft.py", "--train", "--model", settings.base_model, "--data", folder / "sft"]
     words += ["--data-base", "", "--output-dir", run_folder, "--save-file", folder / "adapter"]
-    words += ["--seed", settings.seed, *shlex.split(settings.sft_flags)]
+    words += ["--seed", settings.seed, *split_words("sft-flags", settings.sft_flags)]
     if (run_folder / "config.json").is_file():
         words = ["sft.py", "--resume", run_folder]
     run_script([*map(str, words)], f"python -m synth.evolve --resume {folder}", [lock])
@@ -193,6 +194,8 @@ def main() -> None:
     if args.dry_run:
         print(estimate(settings, instructions))
         return
+    if settings.sft and not args.resume:
+        check_sft(settings.base_model, settings.sft_flags)
     folder = Path(args.resume or start_run_folder(args.output_dir or default_output_dir("evolve"), vars(args)))
     with alone(folder) as lock:
         summary = asyncio.run(make_data(settings, instructions, folder))

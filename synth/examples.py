@@ -13,7 +13,7 @@ from typing import Any
 from common.errors import UserError
 from data.records import located_rows
 from data.sources import Split, contents, find_split, is_hub_name, saved_splits
-from rewards.function import error_summary
+from rewards.user_code import TIMEOUT, user_code
 from synth.columns import Columns
 
 Example = dict[str, str]
@@ -78,12 +78,8 @@ def _made(rows: Iterator[tuple[str, Any]], function: RowsFunction | None, place:
     if function is None:
         return rows
     label = f"{place}: the rows function {getattr(function, '__name__', 'of the task')}"
-    try:
+    with user_code(label, TIMEOUT):
         found = list(function([dict(row) for _, row in rows]))
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{label} failed: {error_summary(error)}; fix it") from error
     return ((f"{label}, row {n}", row) for n, row in enumerate(found, 1))
 
 

@@ -86,6 +86,8 @@ def main() -> None:
         return
     if args.by_key and not args.resume:
         agree(args, bounds)
+    if not args.resume:
+        base.open()  # what is wrong with it is said before the first file is written
     args.base_model = base.name
     name = f"runs/{args.experiment_name}" if args.experiment_name else default_output_dir("synth")
     folder = Path(args.resume or start_run_folder(args.output_dir or name, vars(args)))

@@ -22,6 +22,7 @@ from common.parser import Parser
 from data.records import read_rows
 from synth.examples import read_examples
 from synth.pipeline.tasks import open_task
+from synth.pipeline.train import check_sft
 from synth.stages import alone
 from synth.tuning.config import Config, config_from, load_config
 from synth.tuning.targets import SftTarget, TargetModel, instruction_task, load_target, takes_validation
@@ -114,6 +115,8 @@ def main() -> None:
     config = configuration(args)
     folder = Path(str(config.output_dir))
     target, validation = target_of(config)
+    if isinstance(target, SftTarget) and not args.resume:
+        check_sft(target.model, target.flags)
     with RLTuner(config, target, validation) as tuner:
         if not args.resume:
             start_run_folder(folder, config.as_dict())

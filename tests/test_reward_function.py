@@ -1,8 +1,10 @@
 """A user's reward function: loading it, and checking its result."""
 
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +28,9 @@ def write(tmp_path):
     return write_file
 
 
-def one_line_error(function, *args):
+def one_line_error(function, *args, **named):
     with pytest.raises(UserError) as caught:
-        function(*args)
+        function(*args, **named)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -159,7 +161,7 @@ def test_a_missing_or_uncallable_name_is_refused(write):
 )
 def test_a_file_that_does_not_import_is_one_line(write, code, named):
     message = one_line_error(load_reward_function, write(code))
-    assert "cannot be imported" in message and named in message and "function.py" not in message
+    assert "mine.py cannot be imported: " in message and named in message and "function.py" not in message
     assert "reward_function_mine" not in sys.modules
 
 
@@ -173,3 +175,57 @@ def test_mlx_and_torch_stay_unloaded():
     code = "import sys, rewards.function, rewards.digits, data.generate_digit_data as g; "
     code += "assert not {'mlx', 'torch', 'training'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("sys.exit(0)", "failed: SystemExit: 0 (rewards_of_a_user.py, line 5); fix it"),
+        ("raise SystemExit", "failed: SystemExit (rewards_of_a_user.py, line 5)"),
+        ("raise BaseException('any')", "failed: BaseException: any (rewards_of_a_user.py, line 5)"),
+        ("raise GeneratorExit", "failed: GeneratorExit"),
+        ("raise BaseExceptionGroup('two', [KeyError('a')])", "failed: ExceptionGroup: two"),
+        ("return (1 / 0 for _ in c)", "failed: ZeroDivisionError: division by zero (rewards_of_a_user.py, line 5)"),
+        ("return Score()", "failed: SystemExit"),
+        ("return [Score()] * len(c)", "failed: SystemExit"),
+        ("return itertools.repeat(1.0)", "returned 1002 scores for 2 completions"),
+        ("return [1e39] * 2", "returned 1e+39 at index 0, which is too large; return numbers within ±1e+18"),
+        ("return [0, -2e18]", "returned -2e+18 at index 1, which is too large"),
+        ("return [10 ** 400] * 2", "at index 0, which is not a number"),
+    ],
+)
+def test_whatever_a_function_raises_or_returns_is_a_line(tmp_path, code, named):
+    path = tmp_path / "rewards_of_a_user.py"
+    path.write_text(
+        "import itertools, sys, time\n"
+        "class Score:\n    __float__ = __iter__ = lambda self: sys.exit(0)\n"
+        f"def score(p, c):\n    {code}\n"
+    )
+    assert named in one_line_error(load_reward_function(f"{path}:score"), ["a", "b"], ["c", "d"])
+
+
+def test_an_exit_while_it_is_imported_is_a_line(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    message = one_line_error(load_reward_function, f"{tmp_path / 'mine.py'}:score")
+    assert "mine.py cannot be imported: SystemExit: 0 (mine.py, line 2); fix it" in message
+
+
+@pytest.mark.parametrize("code", ["while True: pass", "time.sleep(60)", "re.match('(a*)*b', 'a' * 60)"])
+def test_what_does_not_return_is_ended(tmp_path, code):
+    swallowing = f"    try:\n        {code}\n    except Exception: pass\n    return [1.0]\n"
+    (tmp_path / "mine.py").write_text(f"import re, time\ndef score(p, c):\n{swallowing}")
+    before = signal.getsignal(signal.SIGALRM)
+    started = time.perf_counter()
+    message = one_line_error(load_reward_function(f"{tmp_path / 'mine.py'}:score", 0.2), ["a"], ["b"])
+    assert time.perf_counter() - started < 5
+    assert "has not returned after 0.2 s (" in message and "; fix it, or give a longer --reward-timeout" in message
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    (tmp_path / "hangs.py").write_text(f"import re, time\n{code}\n")
+    message = one_line_error(load_reward_function, f"{tmp_path / 'hangs.py'}:f", timeout=0.2)
+    assert "hangs.py has not returned" in message
+
+
+def test_a_quick_call_is_not_hurried(tmp_path):
+    slow = checked(lambda p, c: [time.sleep(0.05) or 1.0], timeout=0.5)
+    assert [slow(["a"], ["b"]) for _ in range(12)] == [[1.0]] * 12  # longer than the limit together
+    assert checked(lambda p, c: [1.0], timeout=0)(["a"], ["b"]) == [1.0]

@@ -409,6 +409,7 @@ def test_with_openais_key_the_published_command_asks_openai_after_a_question(tmp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setattr(module, "start_run_folder", lambda name, given: sys.exit(given["teacher_url"]))
+    monkeypatch.setattr(BaseModelSettings, "open", lambda self: None)
     said = fails(capsys, module.main, *SOURCE)
     assert said == "gpt-4o at https://api.openai.com/v1 costs money; give --yes, or limits and --yes"
     with pytest.raises(SystemExit, match=r"https://api\.openai\.com/v1"):

@@ -1,6 +1,7 @@
 """Sources of rows: folders written by datasets, the hub (mocked), and their error messages."""
 
 import json
+import re
 import sys
 import urllib.request
 from pathlib import Path
@@ -12,7 +13,7 @@ import data.sources
 from common.errors import UserError
 from data.prompts import read_answers, read_prompts
 from data.records import located_rows, read_rows
-from data.sources import Split, base_in, contents, find_split, is_hub_name, saved_splits, whole
+from data.sources import Split, base_in, contents, find_split, is_hub_name, parse_json, saved_splits, whole
 
 ROWS = [{"Input": f"question {n}", "Output": f"answer {n}"} for n in range(20)]
 PAIR = [("prompt", "completion")]
@@ -175,3 +176,38 @@ def test_names_of_the_hub_and_others(tmp_path, monkeypatch):
     (tmp_path / "owner/name").mkdir(parents=True)
     assert "nor for any other base" in error_of(find_split, "owner/name", "", "train")  # a folder is a folder
     assert whole("owner/rows.jsonl") == Path("owner/rows.jsonl") and isinstance(whole("owner/other"), Split)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"text": "a\\ud800b"}', "half of a surrogate pair, '\\ud800'"),
+        ('{"\\udc00": 1}', "half of a surrogate pair, '\\udc00'"),
+        ("[" * 65 + "]" * 65, "nested more than 64 levels deep"),
+        ('{"a": ' * 65 + "1" + "}" * 65, "nested more than 64 levels deep"),
+        ("[" * 100_000, "nested more than 64 levels deep"),
+        ("9" * 5000, "4300 digits"),
+    ],
+)
+def test_json_that_no_template_or_tokenizer_takes_is_a_line(tmp_path, text, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_json(text)
+    (tmp_path / "x.jsonl").write_text('{"text": "good"}\n' + text)
+    with pytest.raises(UserError) as caught:
+        read_rows(tmp_path / "x.jsonl", [["text"]])
+    assert f"x.jsonl:2 is not valid JSON ({said}" in str(caught.value) or "4300" in said
+
+
+def test_json_at_the_limits_is_read():
+    assert parse_json("[" * 64 + "]" * 64) and parse_json('"' + "[" * 100 + '"') == "[" * 100
+    assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "😀"}
+
+
+def test_a_role_may_be_anything_and_tools_as_deep(tmp_path):
+    deep = "[" * 70 + "]" * 70
+    rows = ['{"messages": [{"from": ["human"], "value": "a"}]}', '{"messages": [{"role": {}, "content": "a"}]}']
+    rows += [json.dumps({"messages": [{"role": "user", "content": "a"}], "tools": deep})]
+    for row, said in zip(rows, ['without a "role"', 'without a "role"', "they must be a list of JSON"], strict=True):
+        (tmp_path / "x.jsonl").write_text(row)
+        with pytest.raises(UserError, match=said):
+            read_rows(tmp_path / "x.jsonl", [["messages"]], chat=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import random
 import signal
@@ -17,9 +18,11 @@ from pydantic import BaseModel, Field, field_validator
 from common.errors import UserError
 from synth.chat_api import SAMPLE_HEADER, count_tokens
 from synth.teacher import structured
+from synth.teacher.address import OPENAI_URL
 from synth.teacher.cache import Cache
-from synth.teacher.client import OPENAI_URL, EndpointDown, Teacher
+from synth.teacher.client import EndpointDown, Teacher
 from synth.teacher.completions import Ask, read_completion
+from synth.teacher.flags import TeacherSettings
 from synth.teacher.limits import Cost, LimitReached, Limits
 from synth.teacher.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
 from tests.faulty_server import FaultyServer, completion, error
@@ -282,6 +285,50 @@ def test_half_a_surrogate_pair_becomes_a_question_mark():
 def test_other_json_is_malformed_with_a_reason(text):
     parsed, reason = structured.read_json_answer(text, Item)
     assert parsed is None and reason and "\n" not in reason
+
+
+@pytest.mark.parametrize("given", [math.nan, math.inf, -(10**10), 10**400, 10**10, True, "12", None, [1], {}])
+def test_usage_that_is_no_number_of_tokens_is_guessed(given):
+    """Limits bind by it: NaN or a negative number would lift them."""
+    response = {"choices": [{"message": {"content": "four words of answer"}}]}
+    guessed = read_completion(response, Ask([{"content": "q"}], None), str)
+    usage = {"prompt_tokens": given, "completion_tokens": given}
+    assert read_completion({**response, "usage": usage}, Ask([{"content": "q"}], None), str) == guessed
+    assert guessed.prompt_tokens > 0 and guessed.completion_tokens > 0
+
+
+@pytest.mark.parametrize("code", [{"a": 1}, [1], 5, None])
+def test_an_error_code_may_be_anything(tmp_path, code):
+    _, replies, _ = items(lambda body, seen: error(400, "no", code), [say("0")], tmp_path / "c")
+    assert replies[0].status == "failed" and "HTTP 400: no" in replies[0].reason
+
+
+@pytest.mark.parametrize("url", [
+    "http://127.0.0.1:99999/v1", "http://127.0.0.1:abc/v1", "http://127.0.0.1:0/v1", "http://[::1/v1", "http://a b/v1",
+    "http://a..b/v1", f"http://{'a' * 64}/v1", "http://a\u2100b/v1", "http://\ud800/v1", "http://:80/v1", "http://x/v1\0",
+    "ftp://x/v1", "x", "",
+])  # fmt: skip
+def test_an_address_that_is_none_is_refused(tmp_path, url):
+    with Cache(tmp_path / "c") as cache, pytest.raises(UserError, match="is not of the form http://HOST:PORT/v1"):
+        Teacher(url, "m", cache)
+    with pytest.raises(UserError, match="is not of the form"):
+        TeacherSettings(teacher_url=url or "x").check()
+
+
+def test_what_a_run_cannot_begin_with_is_found_before_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a\nb")
+    (tmp_path / "text").write_text("no cache")
+    wrong: dict[str, dict] = {
+        "characters that no header can": {"teacher_url": "http://x/v1"},
+        "unable to open database": {"cache": str(tmp_path)},
+        "cannot be used": {"cache": str(tmp_path / "text")}, "--concurrency is 0": {"concurrency": 0},
+        "limit or price tokens": {"max_tokens": -1}, "--timeout is nan": {"timeout": math.nan},
+    }  # fmt: skip
+    for said, settings in wrong.items():
+        with pytest.raises(UserError, match=said):
+            TeacherSettings(**settings).check()
+    TeacherSettings(cache=str(tmp_path / "new" / "c")).check()
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 NOW = 1_000_000_000.0

@@ -16,6 +16,7 @@ from data.records import feature_names
 from data.sources import is_hub_name
 from models.adapter_base import MODEL_HELP
 from rewards.combined import KINDS, reward_weights
+from rewards.user_code import TIMEOUT
 from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import HEAD_RATE, PPO_OPTIMIZERS
@@ -72,6 +73,9 @@ def add_reward_flags(parser: Parser) -> None:
         nargs="+",
         action=Collect,
         help="score by the weighted sum of the rewards given: digit_rule, answer, a function's or folder's name",
+    )
+    group.add_argument(
+        "--reward-timeout", type=float, default=TIMEOUT, help="seconds a call of your own function may take; 0: any"
     )
     group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
     group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
@@ -146,6 +150,7 @@ def _add_kl_flags(parser: Parser) -> None:
 def check_reward(args: argparse.Namespace) -> None:
     """Raise UserError unless one reward is named, or several and the weight of each."""
     positive("multiple-of", args.multiple_of)
+    positive("reward-timeout", args.reward_timeout, zero=True)
     reward_weights(args)
     if args.answer and not args.prompts:
         raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')

@@ -16,8 +16,8 @@ from synth.evolution.policy import OperatorPolicy, PolicySettings, fixed
 from synth.evolution.responses import FORMATS
 from synth.evolution.training import Training
 from synth.offline.instructions import read_sum, starting
-from synth.pipeline.flags import FREE_FLAGS, resumed_args
-from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags, teacher_settings
+from synth.pipeline.flags import FREE_FLAGS, checked_teacher, resumed_args
+from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags
 
 LEARNERS = tuple(kind for kind, policy in KINDS.items() if policy.learns)
 POLICIES = (*LEARNERS, "uniform", *OPERATORS)
@@ -183,8 +183,7 @@ def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
         url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
         if bool(url) != bool(model):
             raise UserError(f"--{role}-url is {url} and --{role}-model {model}; give both or neither")
-    teacher = teacher_settings(args)
-    _ = teacher.limits  # checks the limits
+    teacher = checked_teacher(args)
     settings = EvolveSettings(
         teacher,
         role_settings(args, teacher, "instructor"),
@@ -222,7 +221,9 @@ def role_settings(args: argparse.Namespace, teacher: TeacherSettings, role: str)
         return None
     own = replace(teacher, cache=None, max_money=None, price_in=0.0, price_out=0.0)
     model, endpoint = getattr(args, f"{role}_model"), getattr(args, f"{role}_endpoint")
-    return replace(own, teacher_url=url, teacher_model=model, endpoint=endpoint)
+    own = replace(own, teacher_url=url, teacher_model=model, endpoint=endpoint)
+    own.check()
+    return own
 
 
 def difficulty_settings(args: argparse.Namespace) -> Difficulty:

@@ -5,12 +5,12 @@
 Any other file has one instruction per line. Repeated instructions are read once.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from data.sources import parse_json
 from synth.near_duplicates import normalise
 
 WANTED = 'write {"instruction": "..."} or {"messages": [{"role": "user", "content": "..."}]}'
@@ -51,7 +51,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: str, place: str) -> Any:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise UserError(f"{place} is not valid JSON ({error}); {WANTED}") from None
     return {} if isinstance(found, str) else found

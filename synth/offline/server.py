@@ -11,7 +11,6 @@ and template see sampling.py. It does not stream.
 
 import json
 import re
-import shlex
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ from socketserver import ThreadingTCPServer
 from typing import Any, NamedTuple
 
 from common.errors import UserError
-from common.parser import Parser
+from common.parser import Parser, split_words
 from synth.chat_api import OFFLINE_MODEL, SAMPLE_HEADER, count_tokens
 from synth.offline.instructions import read_question
 from synth.offline.reviews import Reviews
@@ -296,7 +295,7 @@ def _error(status: int, message: str) -> tuple[int, dict[str, Any]]:
 
 def teacher_from(flags: str) -> OfflineTeacher:
     """An offline teacher by its flags as one string. Raises UserError as OfflineTeacher does."""
-    settings = vars(parse_args(shlex.split(flags)))
+    settings = vars(parse_args(split_words("offline-teacher", flags)))
     settings.pop("until_stdin_closes")
     return OfflineTeacher(**settings)
 

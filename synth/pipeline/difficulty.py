@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from common.cli import run
 from common.errors import UserError
+from common.files import check_file
 from common.parser import Parser
 from synth import prompts
 from synth.pipeline.generate import open_library, passage_texts, read_sample
@@ -251,6 +252,8 @@ def main() -> None:
     args = parser.parse_args()
     task, settings = with_threshold(open_task(args.task), args.duplicate_threshold), teacher_settings(args)
     spread, tries = spread_settings(args), tries_settings(args)
+    settings.check()
+    check_file(args.out)
     rewriting = Rewriting(settings.asking, voting_settings(args, settings.asking))
     rows = kept(load_rows(getattr(args, "in")))
     model = base_model_settings(args, task).open()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
-from synth.offline.server import TASKS
+from synth.offline.server import TASKS, teacher_from
 from synth.pipeline.pass_rates import add_base_model_flags
 from synth.pipeline.samples import SampleSettings, add_sample_flags, sample_settings
 from synth.pipeline.selection import RULES, Selection, band_of
@@ -16,7 +16,7 @@ from synth.pipeline.tasks import open_task
 from synth.pipeline.train import TrainingSettings, add_training_flags, training_settings, words_of
 from synth.pipeline.verify import with_threshold
 from synth.task import SHIPPED, Task, load_task, task_from_flags
-from synth.teacher.client import KEY_NAME, OPENAI_URL
+from synth.teacher.address import KEY_NAME, OPENAI_URL
 from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags, teacher_settings
 from training.flags import resumed
 from training.metrics import resumed_config
@@ -201,11 +201,19 @@ def agree(args: argparse.Namespace, bounds: str) -> None:
         raise UserError("not agreed; nothing was sent")
 
 
+def checked_teacher(args: argparse.Namespace) -> TeacherSettings:
+    """The teacher's settings. Raises UserError for what its first request would end with, before there is a run."""
+    settings = teacher_settings(args)
+    settings.check()
+    if not settings.teacher_url:
+        teacher_from(settings.offline_teacher)  # reads its flags, and starts nothing
+    return settings
+
+
 def run_settings(args: argparse.Namespace, task: Task) -> RunSettings:
     """The settings of the flags. Raises UserError for invalid values, before anything is started."""
     positive("select", args.select)
-    teacher = teacher_settings(args)
-    _ = teacher.limits  # checks the limits
+    teacher = checked_teacher(args)
     return RunSettings(
         sample_settings(args, teacher.asking),
         Selection(args.select, args.rule, band_of(args.band), not args.no_never_solved, args.seed),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.errors import UserError
+from common.files import check_file
 from common.parser import Parser, positive
 from rewards.answers import AnswerType
 from synth import prompts
@@ -148,6 +149,8 @@ def main() -> None:
     args = parser.parse_args()
     positive("count", args.count)
     task, settings = open_task(args.task), teacher_settings(args)
+    settings.check()
+    check_file(args.out)
 
     async def made() -> list[StageRow]:
         if task.source is not None:

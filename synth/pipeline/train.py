@@ -10,7 +10,6 @@ run's. Rows need id, input and output only.
 import argparse
 import math
 import random
-import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ if __name__ == "__main__":
 from common.cli import run
 from common.errors import UserError
 from common.files import check_replaceable, read_json
-from common.parser import Parser, positive
+from common.parser import Parser, positive, split_words
 from models.adapter_config import WEIGHT_TYPES
 from models.export.model_card import FUSED
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
@@ -172,7 +171,7 @@ def command(settings: TrainingSettings, task: Task, folder: Path) -> list[str]:
         flags["iters"] = steps
         flags |= {"resume_adapter_file": base.adapter} if base.adapter else {}
         switches = ["--train"]
-    return [WAYS[way], *words_of(flags), *switches, *shlex.split(settings.script_flags)]
+    return [WAYS[way], *words_of(flags), *switches, *split_words("training-flags", settings.script_flags)]
 
 
 def words_of(flags: Mapping[str, Any]) -> list[str]:
@@ -205,6 +204,15 @@ def check_training(settings: TrainingSettings, task: Task, resuming: bool) -> No
         if read.reward_model:
             raise UserError("--training-flags sets --reward-model, which trains no policy; leave it out")
         sft_flags.check(read)
+
+
+def check_sft(model: str, flags: str) -> None:
+    """Raise UserError for a model that cannot be opened, and for flags that sft.py would refuse on its own rows."""
+    parser = sft_flags.sft_parser(None)
+    parser.prog = "sft.py"
+    read = parser.parse_args(["--train", *split_words("sft-flags", flags)])
+    sft_flags.check(read)
+    BaseModelSettings(model).open()
 
 
 def prompt_row(task: Task, row: StageRow) -> dict[str, str]:
@@ -338,6 +346,8 @@ def main() -> None:
     if not rows:
         raise UserError(f"{getattr(args, 'in')} leaves no sample to train on; give rows that were not dropped")
     args.base_model = settings.base.name
+    if not args.resume:
+        settings.base.open()  # what is wrong with it is said before the first file is written
     name = args.output_dir or default_output_dir("train")
     folder = Path(args.resume or start_run_folder(name, vars(args)))
     with alone(folder) as lock, Cache(folder / "rollouts.sqlite") as store:

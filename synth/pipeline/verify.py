@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common.cli import run
 from common.errors import UserError
+from common.files import check_file
 from common.parser import Parser
 from rewards.answers import AnswerType
 from synth import prompts
@@ -223,6 +224,8 @@ def main() -> None:
     args = parser.parse_args()
     task, settings = with_threshold(open_task(args.task), args.duplicate_threshold), teacher_settings(args)
     voting = voting_settings(args, settings.asking)
+    settings.check()
+    check_file(args.out)
     rows = kept(load_rows(getattr(args, "in")))
     index = None
     if any(row["passage"] is not None for row in rows):

@@ -11,7 +11,6 @@ Streaming and tools are not supported.
 
 import asyncio
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,14 +24,13 @@ from pydantic import BaseModel
 from common.errors import UserError
 from synth.chat_api import SAMPLE_HEADER, count_tokens
 from synth.teacher import structured
+from synth.teacher.address import KEY_NAME, checked_url, key_for
 from synth.teacher.cache import Cache, Stored, cache_key
 from synth.teacher.completions import Ask, Reply, read_completion
 from synth.teacher.limits import Cost, Ledger, Limits
 from synth.teacher.open_files import allow_connections
 from synth.teacher.pace import Fault, Gate, backoff, fault_of
 
-OPENAI_URL = "https://api.openai.com/v1"
-KEY_NAME = "OPENAI_API_KEY"
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 PROBE_TOKENS = 1024  # some teachers think before they answer
 
@@ -75,7 +73,7 @@ class Teacher:
         key_name: str = KEY_NAME,
         endpoint: str | None = None,
     ):
-        self.url, self.model, self.cache = _checked_url(url), model, cache
+        self.url, self.model, self.cache = checked_url(url), model, cache
         self.endpoint = endpoint or self.url
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
         self.breaker, self.base_wait = breaker, base_wait
@@ -84,9 +82,7 @@ class Teacher:
                 f"concurrency {concurrency}, retries {retries}, timeout {timeout} and breaker {breaker}: "
                 "they must be at least 1, at least 0, above 0 and at least 1"
             )
-        self._key = os.environ.get(key_name, "")
-        if not self._key and self.url == OPENAI_URL:
-            raise UserError(f"{self.url} needs a key, and {key_name} is not set in the environment; export it")
+        self._key = key_for(self.url, key_name)
         self.ledger = Ledger(limits)
 
     async def __aenter__(self) -> "Teacher":
@@ -343,14 +339,3 @@ class Teacher:
         """Without the API key, if a server sends it back, and without lone surrogates, which UTF-8 cannot hold."""
         text = text.encode("utf-8", "replace").decode()
         return text.replace(self._key, "[key]") if self._key else text
-
-
-def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"the teacher's URL {url} is not of the form http://HOST:PORT/v1; fix it")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError(
-            f"the teacher's URL at {parts.hostname} holds more than an address; API keys go in the environment"
-        )
-    return url.rstrip("/")

@@ -15,6 +15,8 @@ from synth.teacher.cache import Stored
 from synth.teacher.limits import Cost
 from synth.teacher.pace import Fault
 
+MOST_TOKENS = 10**9  # of one call
+
 
 class Reply(NamedTuple):
     """One answer. parsed: set if a schema was given and status is "ok".
@@ -67,10 +69,16 @@ def read_completion(response: dict, ask: Ask, safe: Callable[[str], str]) -> Sto
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise Fault("again", f"the response is no completion ({type(error).__name__}: {error})") from None
     guessed = (count_tokens(ask.messages), count_tokens([{"content": text}]))
-    tokens = [int(c) if isinstance(c, int | float) else g for c, g in zip(counted, guessed, strict=True)]
+    tokens = [_number(c, guess) for c, guess in zip(counted, guessed, strict=True)]
     if refused or finish == "content_filter":
         return Stored(text, "refusal", safe(str(refused or "content filter")), *tokens)
     return Stored(text, *_status(text, finish, ask), *tokens)
+
+
+def _number(given: Any, guess: int) -> int:
+    """A number of tokens as an endpoint reports it, or the guess where that is none: limits are to bind by it."""
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    return int(given) if number and 0 <= given <= MOST_TOKENS else guess
 
 
 def _status(text: str, finish: str | None, ask: Ask) -> tuple[str, str]:

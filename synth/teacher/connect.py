@@ -1,7 +1,6 @@
 """A teacher, opened by its settings: an endpoint, or an offline teacher started as a process of its own."""
 
 import asyncio
-import shlex
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.parser import split_words
 from synth.chat_api import OFFLINE_MODEL
 from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
@@ -25,7 +25,7 @@ def offline_teacher(flags: str = "") -> Iterator[str]:
 
     Raises UserError where it does not start; its own message is then on stderr.
     """
-    command = [sys.executable, "-m", "synth.offline", "--until-stdin-closes", *shlex.split(flags)]
+    command = [sys.executable, "-m", "synth.offline", "--until-stdin-closes", *split_words("offline-teacher", flags)]
     pipe = subprocess.PIPE
     # From the project's folder, so that -m finds it wherever the user is.
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:

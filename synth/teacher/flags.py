@@ -6,12 +6,17 @@ The API key is no flag: it is read from the environment.
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from common.errors import UserError
+from common.files import check_file
+from common.parser import positive
+from synth.teacher.address import checked_url, key_for
 from synth.teacher.asking import Asking
+from synth.teacher.cache import Cache
 from synth.teacher.limits import Limits
 
 
@@ -39,6 +44,19 @@ class TeacherSettings:
     price_out: float = 0.0
     offline_teacher: str = ""
     endpoint: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for what no run could begin with: an address, a key, a limit, or a cache that is none."""
+        if self.teacher_url:
+            key_for(checked_url(self.teacher_url))
+        _ = self.limits
+        positive("concurrency", self.concurrency)
+        positive("timeout", self.timeout)
+        positive("answer-tokens", self.answer_tokens)
+        if self.cache and Path(self.cache).exists():
+            Cache(self.cache).close()
+        elif self.cache:
+            check_file(self.cache)
 
     @property
     def limits(self) -> Limits:

@@ -68,7 +68,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault("again", f"unreadable response ({type(error).__name__}: {_line(error)})")
     status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
     reason = f"HTTP {status}: {_line(body.get('message') or error.message)}"
-    codes = {error.code, error.type, body.get("code"), body.get("type")}
+    found = (error.code, error.type, body.get("code"), body.get("type"))
+    codes = {code for code in found if isinstance(code, str)}
     if status == 402 or codes & QUOTA_CODES:
         return Fault("fatal", f"{reason}; the quota is used up: add credit or choose another teacher")
     if status == 401:

@@ -8,8 +8,9 @@ import json
 import re
 from typing import Any
 
-import json_repair
 from pydantic import BaseModel, ValidationError
+
+from synth.teacher.lenient_json import objects_in
 
 PROBE_MESSAGES = [{"role": "user", "content": "Write one short sentence about the sea."}]
 LONGEST_REFUSAL = 300  # characters
@@ -80,7 +81,7 @@ def correction(text: str, reason: str) -> list[dict]:
 def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | None, str]:
     """The answer as an object of `schema`, or None and the reason in one line.
 
-    Tried in turn: the text itself; without leading thoughts and a code fence; repaired by json-repair.
+    Tried in turn: the text itself; without leading thoughts and a code fence; the objects in it, read leniently.
     """
     inner = _unfenced(THOUGHT.sub("", text).strip())
     for candidate in (text, inner):
@@ -88,19 +89,20 @@ def read_json_answer(text: str, schema: type[BaseModel]) -> tuple[BaseModel | No
             return schema.model_validate_json(candidate), ""
         except ValidationError:
             continue
+    reason = "no JSON in the answer"
     try:
-        found = json_repair.loads(inner)
-        if found == "":
-            return None, "no JSON in the answer"
-        # A lone surrogate, which no file could hold, becomes a question mark.
-        whole = json.dumps(found, ensure_ascii=False).encode(errors="replace")
-        return schema.model_validate_json(whole), ""
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the answer"
-        return None, f"{where}: {first['msg']}"
-    except (ValueError, RecursionError) as error:
-        return None, f"no readable JSON ({type(error).__name__})"
+        for found in objects_in(inner):
+            # A lone surrogate, which no file could hold, becomes a question mark.
+            whole = json.dumps(found, ensure_ascii=False).encode(errors="replace")
+            try:
+                return schema.model_validate_json(whole), ""
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(map(str, first["loc"])) or "the answer"
+                reason = f"{where}: {first['msg']}"
+    except ValueError as error:
+        reason = f"no readable JSON ({error})"
+    return None, " ".join(reason.split())
 
 
 def _unfenced(text: str) -> str:

@@ -11,16 +11,16 @@ import hashlib
 import inspect
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import Stopped
 from common.errors import UserError
 from common.files import expanded, read_json
+from common.parser import split_words
 from rewards.answer_reward import answer_from_flag
-from rewards.function import error_summary, load_function
+from rewards.function import load_function
+from rewards.user_code import user_code
 from synth.pipeline.evaluation import completions_of, scores_of
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.script import run_script
@@ -78,12 +78,8 @@ def call_target(function: TargetModel, rows: Sequence[DataRow], validation: Sequ
     label = str(getattr(function, "__name__", type(function).__name__))
     # Copies, so that the function cannot change our rows.
     given = [[dict(row) for row in some] for some in (rows, validation)]
-    try:
+    with user_code(f"{WHAT} {label}"):  # it may train for hours
         found = function(*given) if takes_validation(function) else function(given[0])
-    except (UserError, Stopped):
-        raise
-    except Exception as error:
-        raise UserError(f"{WHAT} {label} failed: {error_summary(error)}; fix it") from error
     if not isinstance(found, Mapping):
         raise UserError(f"{WHAT} {label} returned {found!r:.60}; return a dict of metrics such as {{{metric!r}: 0.8}}")
     metrics = {str(name): _number(value) for name, value in found.items()}
@@ -173,7 +169,7 @@ class SftTarget:
     def _train(self, folder: Path, training: Path, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> None:
         words = ["sft.py", "--train", "--model", self.model, "--iters", self.iters, "--seed", self.seed]
         words += ["--data", folder, "--data-base", "", "--output-dir", training, "--save-file", folder / "adapter"]
-        words += shlex.split(self.flags)
+        words += split_words("sft-flags", self.flags)
         if (training / "config.json").is_file():
             words = ["sft.py", "--resume", training]
         else:

@@ -282,6 +282,7 @@ def make_agent(config: Config) -> Agent:
 def default_generator(config: Config) -> Iterator[Generator]:
     """The generator of config.kind, which asks config.teacher; its cache is in config.output_dir, or else temporary."""
     sampler, teacher = Sampler(config.space, config.settings, config.templates), teacher_from_mapping(config.teacher)
+    teacher.check()
     with ExitStack() as stack:
         folder = config.output_dir or stack.enter_context(tempfile.TemporaryDirectory())
         if config.kind != "task":
