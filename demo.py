@@ -19,7 +19,7 @@ from models import cpu
 
 cpu.enable()  # before mlx is imported
 
-from common.cli import run
+from common.cli import python_command, run
 from common.errors import UserError
 from common.files import write_json
 from common.parser import Parser
@@ -220,7 +220,7 @@ def main() -> None:
     show(results, seconds, folder)
     print("\npictures:", *draw(folder), sep="\n  ")
     print(f"\n{time.perf_counter() - started:.0f} s in total ({built:.0f} s of it to build the embedded model)")
-    print(f"chat with it: python talk_to_model.py --model {folder / 'ppo_fine_tune'}")
+    print(f"chat with it: {python_command()} talk_to_model.py --model {folder / 'ppo_fine_tune'}")
 
 
 if __name__ == "__main__":

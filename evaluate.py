@@ -11,6 +11,7 @@ of prompts, not the seed of training.
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,11 @@ from common.parser import Parser, positive
 from data.digits import held_out_starts
 from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
+from models.gpu import memory_meter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
 from training import ppo_flags
+from training.console import speed
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.flags import add_logits_memory
 from training.samples import text_table
@@ -70,6 +73,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
     add_logits_memory(parser, Settings.logits_memory)
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.show_first(
+        *("--model", "--resume-file", "--against", "--ground-truth-reward", "--reward-model", "--reward-function"),
+        *("--prompts", "--held-out", "--num-samples", "--temperature", "--save-samples"),
+    )
     return parser.parse_args()
 
 
@@ -186,7 +193,7 @@ def main() -> None:
         if adapter:
             load_adapter(candidate.model, adapter)
     prompts = choose_prompts(args, loaded.tokenizer)
-    results = {}
+    results, memory, started = {}, memory_meter(), time.perf_counter()
     for title, candidate in candidates.items():
         results[title] = evaluate_model(
             candidate.model,
@@ -206,6 +213,8 @@ def main() -> None:
     distinct = len(set(prompts))
     over = f"{distinct} prompts" if distinct > 1 else f"{len(prompts)} completions of one prompt"
     print(f"intervals: 95 %, over {over}")
+    tokens = sum(row["tokens"] for result in results.values() for row in result.rows)
+    print(speed({"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9}))
     if args.save_samples:
         save_samples(args.save_samples, results)
 

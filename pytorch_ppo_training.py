@@ -11,21 +11,32 @@ differ in the last bit; on CPU it does not.
 import argparse
 
 from common.cli import StopSignal, run
+from common.errors import UserError
 from common.files import say_replaced
 from models.adapter_base import base_of
 from models.adapter_config import AdapterConfig, check_adapter_path
-from models.torch_adapters import save_adapter
-from models.torch_loading import DEVICES, LoadedModel, choose_device, describe_device, load, memory_meter, resolve
 from rewards.combined import Reward, rewards_from_flags, try_once
 from rewards.digits import digit_reward
-from rewards.torch_reward_model import load_reward_model
-from training import ppo_flags, torch_checkpoint
+from training import ppo_flags
 from training.flags import adapter_settings, parse_or_resume
 from training.optimizer_groups import ppo_optimizer
 from training.plots import plot_run
 from training.ppo_loop import PPORun, ppo_steps
 from training.ppo_step import Prompts
-from training.torch_ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
+
+ABSENT = ""  # the package that is missing, without which --help works all the same
+try:
+    from models.torch_adapters import save_adapter
+    from models.torch_loading import LoadedModel, choose_device, describe_device, load, memory_meter, resolve
+    from rewards.torch_reward_model import load_reward_model
+    from training import torch_checkpoint
+    from training.torch_ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
+except ModuleNotFoundError as error:
+    if error.name not in ("torch", "transformers", "peft"):
+        raise
+    ABSENT = error.name
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     return parse_or_resume(parser, "num_steps")
 
 
-def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
+def build_reward(args: argparse.Namespace, base: "LoadedModel") -> Reward:
     """f(prompts, completions) -> scores, by the reward flags. base: the open model, without an adapter as yet."""
     device = base.model.device
     return rewards_from_flags(args, base.tokenizer, lambda path: load_reward_model(path, device, base).reward)
@@ -45,6 +56,8 @@ def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
 def main() -> None:
     # Flags
     args = parse_args()
+    if ABSENT:
+        raise UserError(f"{ABSENT} is not installed; run: pip install -r requirements-torch.txt, or make setup-torch")
     settings = ppo_flags.ppo_settings(args)
     check_adapter_path(args.save_file)
     say_replaced(args.save_file)

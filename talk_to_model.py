@@ -3,8 +3,8 @@
     python talk_to_model.py --model ./sft_fine_tune/ --max-tokens 50 --temp 0.7
     python talk_to_model.py --resume-file adapters --compare tiny-digits
 
-Replies are streamed and the conversation is kept; /help lists the commands. Ctrl-C ends a reply or, at the prompt, the
-chat; Ctrl-D ends the chat. To serve a model, use mlx_lm.server, which opens the same folders.
+Replies are streamed and the conversation is kept; /help lists the commands. Ctrl-C ends a reply; /quit or Ctrl-D ends
+the chat. To serve a model, use mlx_lm.server, which opens the same folders.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from common.files import atomic_file, expanded, user_cache
 from common.parser import Parser, positive
 from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
-from models.generation import ChatSession
+from models.generation import ChatSession, TooLong
 from models.loading import LoadedModel, load, resolve, twin
 
 HELP = """/reset      forget the conversation
 /save FILE  append the conversation to FILE.jsonl, as a row for sft.py
 /help       show this
-Ctrl-C      end a reply, or the chat; Ctrl-D ends the chat"""
+/quit       end the chat, as Ctrl-D does; Ctrl-C ends a reply"""
 COMMAND = re.compile(r"/[a-z]+")  # the first word of a command, but not "/usr/bin"
 HISTORY_LINES = 1000
 
@@ -79,14 +79,21 @@ def _open_beside(loaded: LoadedModel, adapter: str | None, compare: str) -> Load
 
 
 def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
-    """Read lines and stream replies until Ctrl-C or Ctrl-D at the prompt, or the end of the input."""
+    """Read lines and stream replies until /quit, Ctrl-D, or the end of the input."""
     interactive = sys.stdin.isatty()
     while True:
         try:
             text = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             if interactive:
                 print()  # so that the shell's prompt starts on a new line
+            return
+        except KeyboardInterrupt:
+            if not interactive:
+                return
+            print("\n/quit or Ctrl-D ends the chat", file=sys.stderr)
+            continue
+        if text == "/quit":
             return
         if not text:
             continue
@@ -99,18 +106,29 @@ def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
         for name, session in sessions.items():
             if len(sessions) > 1:
                 print(f"[{name}]", flush=True)
-            say(session, text, max_tokens, temperature)
+            try:
+                say(session, text, max_tokens, temperature, explain=interactive)
+            except TooLong as error:
+                print(f"error: {error}", file=sys.stderr)
 
 
-def say(session: ChatSession, text: str, max_tokens: int, temperature: float) -> None:
-    """Stream the reply to `text`. Ctrl-C ends it; what was said is kept."""
+def say(session: ChatSession, text: str, max_tokens: int, temperature: float, explain: bool) -> None:
+    """Stream the reply to `text`. Ctrl-C ends it; what was said is kept. explain: why it is empty or was cut."""
     reply = session.reply(text, max_tokens, temperature)
+    empty = True
     try:
         for piece in reply:
+            empty = empty and not piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         reply.close()
+        print(flush=True)
+        return
     print(flush=True)
+    if explain and session.finish == "length":
+        print("(cut at its longest: --max-tokens allows more, and /reset makes room)", file=sys.stderr)
+    elif explain and empty:
+        print("(empty: the model ended its reply at once; say more, or try --temp 0.7)", file=sys.stderr)
 
 
 def obey(line: str, sessions: Sessions) -> None:
@@ -173,7 +191,7 @@ def greeting(sessions: Sessions) -> str:
     names = " and ".join(sessions)
     plain = [name for name, session in sessions.items() if not session.tokenizer.has_chat_template]
     note = f" ({' and '.join(plain)}: no chat template, so your text is continued)" if plain else ""
-    return f"{names}{note}: type a message, or /help; Ctrl-D or Ctrl-C leaves."
+    return f"{names}{note}: type a message, or /help; /quit leaves."
 
 
 def main() -> None:

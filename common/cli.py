@@ -4,12 +4,14 @@ import io
 import os
 import re
 import select
+import shutil
 import signal
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -144,6 +146,15 @@ def run(main: Callable[[], None]) -> None:
         if not (advice := device_advice(error)):
             raise
         _fail(advice)
+
+
+def python_command() -> str:
+    """What to type in front of a script's name, here and now, to run it by this Python."""
+    found = shutil.which("python")
+    if found and os.path.samefile(found, sys.executable) and Path(found).parent == Path(sys.executable).parent:
+        return "python"
+    place = Path(sys.executable)
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(place)
 
 
 def _prepare_streams() -> None:

@@ -36,7 +36,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults only where they are informative: not for switches, nor for flags that default to nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+        nothing = action.default is None or action.default is False or action.default == ""  # 0 is something
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class _HelpAll(argparse.Action):
+    """Prints every flag, and exits."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_all()
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,17 +53,41 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, yaml_file: bool = True):
         super().__init__(
+            prog=_program(),
             description=(description or "").strip().split("\n\n")[0],
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
         self.yaml_file = yaml_file
+        self.main_flags: tuple[str, ...] = ()
         if yaml_file:
             self.add_argument("-c", "--config", metavar="FILE", help="YAML file of defaults for these flags")
 
+    def show_first(self, *flags: str) -> None:
+        """Let --help show these flags only, in this order; --help-all then shows all. Call it once."""
+        self.main_flags = flags
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="show all flags")
+
+    def format_help(self) -> str:
+        """What --help prints."""
+        if not self.main_flags:
+            return super().format_help()
+        formatter = self._get_formatter()
+        formatter.add_text(f"usage: {self.prog} [flags]")
+        formatter.add_text(self.description)
+        formatter.start_section("flags that are set most")
+        formatter.add_arguments([self._option_string_actions[flag] for flag in self.main_flags])
+        formatter.end_section()
+        formatter.add_text(f"{self.prog} --help-all shows all {len(self._actions)} flags")
+        return formatter.format_help()
+
+    def print_all(self) -> None:
+        """What --help-all prints."""
+        self._print_message(super().format_help(), sys.stdout)
+
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage; exit code 2."""
-        self.exit(2, f"error: {one_line(message)}; see {Path(self.prog).name} --help\n")
+        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: the command line), with flags over the YAML file over defaults."""
@@ -69,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             # --no-mask-prompt spells false; it is not a key.
             words = [word for word in action.option_strings if not word.startswith("--no-") or action.nargs != 0]
-            if action.dest not in ("help", "config"):
+            if action.dest not in ("help", "help_all", "config"):
                 actions |= dict.fromkeys(map(_key, [action.dest, *words]), action)
         content = read_yaml(path)
         # mlx-lm's files nest the LoRA settings; here each is a flag of its own.
@@ -87,6 +120,14 @@ class Parser(argparse.ArgumentParser):
             seen[action.dest] = str(key)
             action.default = _from_yaml(action, value, f"{path} sets {key} to {value!r:.60}")
             action.required = False
+
+
+def _program() -> str:
+    """How the running script or module is started: python sft.py, python -m synth.run."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.name != "__main__":
+        return f"python -m {spec.name.removesuffix('.__main__')}"
+    return f"python {Path(sys.argv[0]).name}"
 
 
 def _key(word: str) -> str:

@@ -238,6 +238,10 @@ def _keep_rows(caches: list, rows: np.ndarray, padding: np.ndarray) -> np.ndarra
     return padding[rows] - common
 
 
+class TooLong(UserError):
+    """A conversation that is longer than what the model reads."""
+
+
 class ChatSession:
     """A conversation with one model: keeps the turns and the key-value cache, and streams replies.
 
@@ -251,6 +255,8 @@ class ChatSession:
         self.messages = list(self.opening)
         self.cache = make_prompt_cache(model)
         self.cached: list[int] = []
+        self.finish: str | None = None  # why the last reply ended: stop, or length
+        self.context = getattr(getattr(model, "args", None), "max_position_embeddings", None)  # tokens, if known
         model.eval()
 
     def reset(self) -> None:
@@ -276,9 +282,21 @@ class ChatSession:
         self, text: str, max_tokens: int, temperature: float = 0.0, top_p: float = 0.0
     ) -> Generator[str, None, None]:
         """Add the user's turn and stream the reply piece by piece. The reply is added to the conversation even if the
-        stream is closed early."""
+        stream is closed early.
+
+        Raises TooLong, and leaves the turn out, if the conversation is longer than the model's context.
+        """
         self.messages.append({"role": "user", "content": text})
         tokens = self.prompt_ids()
+        self.finish = None
+        if self.context:
+            if len(tokens) >= self.context:
+                self.messages.pop()
+                raise TooLong(
+                    f"the conversation would have {len(tokens):,} tokens, and the model reads {self.context:,}; type "
+                    "less, or /reset"
+                )
+            max_tokens = min(max_tokens, self.context - len(tokens))
         check_ids(self.model, [tokens])
         common = self._reuse_cache(tokens)
         pieces: list[str] = []
@@ -293,6 +311,7 @@ class ChatSession:
             ):
                 tokens.append(response.token)
                 pieces.append(response.text)
+                self.finish = response.finish_reason
                 yield response.text
         finally:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})

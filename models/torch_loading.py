@@ -25,7 +25,6 @@ from models.gguf_folder import gguf_folder, is_gguf
 from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder
 from models.torch_arrays import check_finite
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
 logging.set_verbosity_error()  # what it warns of, such as missing weights, is checked here
 logging.disable_progress_bar()
 

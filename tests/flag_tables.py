@@ -30,7 +30,7 @@ from tests import mac_memory, opens
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = re.compile(r"<!-- table: (.+?) -->\n.*?<!-- end -->", flags=re.DOTALL)
-COMMON = {"help", "config"}
+COMMON = {"help", "help_all", "config"}
 # Script → the one whose flags its table leaves out where it has the same.
 SHARED = {"pytorch_ppo_training.py": "ppo_training.py"}
 STAGES = ("generate", "verify", "difficulty", "selection", "train")
@@ -126,7 +126,8 @@ def table(script: str) -> str:
         if action.dest in COMMON or _said(action) in shared:
             continue
         flags = ", ".join(f"`{flag}`" for flag in action.option_strings or [action.dest])
-        default = "" if action.default in (None, False, "", []) else f"`{_portable(action.default)}`"
+        nothing = action.default is None or action.default is False or action.default in ("", [])
+        default = "" if nothing else f"`{_portable(action.default)}`"
         choices = f" ({', '.join(map(str, action.choices))})" if action.choices else ""
         cells = [flags, default, f"{action.help or ''}{choices}".replace("|", "\\|")]
         if differences:

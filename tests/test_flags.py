@@ -2,6 +2,8 @@
 
 import argparse
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from common.parser import Parser, boolean
 from data import check, generate_digit_data
 from data.sources import base_in
 from synth.pipeline.flags import run_parser
-from tests.scripts import fails, with_words
+from tests.scripts import ROOT, fails, with_words
 from training import ppo_flags
 from training.flags import adapter_settings, add_adapter_flags, default_output_dir, resumed
 from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate
@@ -507,6 +509,50 @@ def test_help_shows_every_flag_with_its_default(capsys):
         with pytest.raises(SystemExit):
             with_words(parse, "--help")
         assert "--model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["sft", "ppo"])
+def test_help_shows_the_main_flags_and_help_all_every_one(script, capsys):
+    parse = {"sft": sft.parse_args, "ppo": SEED_FLAGS["ppo"][0]}[script]
+    said = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as stopped:
+            with_words(parse, flag)
+        assert stopped.value.code == 0
+        said[flag] = capsys.readouterr().out
+    shown = [line.split()[0].rstrip(",") for line in said["--help"].splitlines() if line.startswith("  -")]
+    assert 10 <= len(shown) <= 12 and shown[0] == "--model" and "--max-grad-norm" not in said["--help"]
+    assert "--help-all shows all" in said["--help"] and "usage: python " in said["--help"]
+    assert "--max-grad-norm" in said["--help-all"] and "(default: 0.0)" in said["--help-all"]
+    assert max(map(len, said["--help"].splitlines())) <= 100
+
+
+def test_a_module_says_how_it_is_started():
+    words = [sys.executable, "-m", "data.check", "--no-such-flag"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.endswith("see python -m data.check --help\n")
+
+
+def test_pytorch_s_help_needs_no_torch():
+    code = (
+        "import sys\nsys.modules['torch'] = None\nsys.argv = ['pytorch_ppo_training.py', *sys.argv[1:]]\n"
+        "import runpy\nrunpy.run_path('pytorch_ppo_training.py', run_name='__main__')"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        for words in (["--help"], ["--ground-truth-reward"])
+    ]
+    assert (done[0].returncode, done[0].stderr) == (0, "") and "--device" not in done[0].stdout
+    assert done[1].returncode == 2 and done[1].stderr.startswith("error: torch is not installed; run: pip install")
+
+
+def test_ctrl_c_while_a_script_imports_leaves_no_traceback():
+    code = "import common\nraise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and done.stderr == "\nstopped.\n"
+    code = "import common\nraise ValueError('a fault')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr and "a fault" in done.stderr
 
 
 def test_boolean_is_strict():

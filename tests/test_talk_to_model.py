@@ -21,7 +21,7 @@ from common.errors import UserError
 from data.examples import LANGUAGE_ROWS, language_examples
 from data.records import read_rows
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter, save_adapter
-from models.generation import ChatSession, sample
+from models.generation import ChatSession, TooLong, sample
 from models.loading import load
 from models.value_head import new_value_head
 from tests.architectures import build
@@ -262,7 +262,7 @@ def talk(monkeypatch, capsys):
         call(talk_to_model.main, *words)
         printed = capsys.readouterr()
         greeting, rest = printed.err.split("\n", 1)
-        assert greeting.endswith(": type a message, or /help; Ctrl-D or Ctrl-C leaves.") and rest == notices
+        assert greeting.endswith(": type a message, or /help; /quit leaves.") and rest == notices
         return printed.out
 
     return run_script
@@ -407,6 +407,22 @@ def test_a_path_is_no_command(folder, talk):
     assert talk("/2/4 8\n", "--model", folder, "--max-tokens", 3).strip()
 
 
+def test_what_is_longer_than_the_context_is_refused_and_left_out(loaded):
+    session = ChatSession(loaded.model, loaded.tokenizer)
+    session.context = 8
+    with pytest.raises(TooLong, match=r"would have [0-9]+ tokens, and the model reads 8; type less, or /reset"):
+        list(session.reply("2 4 6 8 10 12 14 16 18 20", 5))
+    assert session.messages == []
+    session.messages = [{"role": "user", "content": "2"}]
+    session.context = len(session.prompt_ids()) + 3
+    session.messages = []
+    assert "".join(session.reply("2", 50)) == "".join(ChatSession(loaded.model, loaded.tokenizer).reply("2", 3))
+
+
+def test_quit_ends_the_chat(folder, talk):
+    assert talk("/quit\n2 4\n", "--model", folder) == ""
+
+
 def test_a_template_that_refuses_a_system_prompt_is_one_line(folder, tmp_path, capsys, monkeypatch):
     path = shutil.copytree(folder, tmp_path / "strict")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}hi"
@@ -475,7 +491,7 @@ class Terminal:
         return code
 
 
-def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder, tmp_path):
+def test_on_a_terminal_ctrl_c_ends_the_reply_and_not_the_chat(folder, tmp_path):
     """The reply would take minutes, so visible parts were streamed."""
     terminal = Terminal(tmp_path, "--model", folder, "--max-tokens", 1_000_000)
     at = terminal.wait_for(PROMPT)
@@ -488,6 +504,10 @@ def test_on_a_terminal_ctrl_c_ends_the_reply_and_then_the_chat(folder, tmp_path)
     assert terminal.process.poll() is None
     time.sleep(0.2)  # the prompt is printed just before the script begins to read
     terminal.process.send_signal(signal.SIGINT)
+    at = terminal.wait_for("/quit or Ctrl-D ends the chat", at)
+    at = terminal.wait_for(PROMPT, at)
+    assert terminal.process.poll() is None
+    terminal.type("/quit\n")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.seen and "Interrupt" not in terminal.seen
 

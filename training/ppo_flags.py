@@ -27,6 +27,12 @@ from training.settings import PPOSettings
 ADVANTAGES = tuple(ESTIMATORS)
 
 
+MAIN_FLAGS = (
+    *("--model", "--ground-truth-reward", "--reward-model", "--reward-function", "--prompts", "--num-steps"),
+    *("--batch-size", "--max-completion-length", "--learning-rate", "--init-kl-coef", "--save-file", "--resume"),
+)
+
+
 def ppo_parser(description: str | None) -> Parser:
     """The parser of both PPO scripts. docs/ppo_training.md says where a default is not the walkthrough's."""
     parser = Parser(description)
@@ -59,6 +65,7 @@ def ppo_parser(description: str | None) -> Parser:
     )
     add_run_flags(parser)
     set_defaults(parser, PPOSettings)
+    parser.show_first(*MAIN_FLAGS)
     return parser
 
 

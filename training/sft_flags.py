@@ -13,6 +13,11 @@ from training.losses import PREFERENCE_LOSSES as LOSSES
 from training.optimizer_groups import SFT_OPTIMIZERS
 from training.settings import SFTSettings
 
+MAIN_FLAGS = (
+    *("--model", "--train", "--test", "--data", "--reward-model", "--dpo", "--iters", "--batch-size"),
+    *("--learning-rate", "--lora-layers", "--save-file", "--resume"),
+)
+
 
 def sft_parser(description: str | None) -> Parser:
     """The parser of sft.py. Its page in docs/ says where a default is not the walkthrough's."""
@@ -45,6 +50,7 @@ def sft_parser(description: str | None) -> Parser:
     add_optimizer_flags(parser, SFT_OPTIMIZERS)
     add_run_flags(parser)
     set_defaults(parser, SFTSettings)
+    parser.show_first(*MAIN_FLAGS)
     return parser
 
 
