@@ -4,6 +4,7 @@ import math
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
@@ -13,6 +14,7 @@ from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
 from benchmarks.ppo_step import measure as measure_sides
 from benchmarks.ppo_step import table as comparison_table
+from benchmarks.soak import slope
 from common.errors import UserError
 
 
@@ -115,3 +117,11 @@ def test_the_ablations_figures_are_counted_by_hand(tmp_path):
     assert "| no vote | 3 |" in synth_ablation.table(cells)
     synth_ablation.draw(tmp_path / "picture.png", cells)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_soak_tells_a_leak_from_noise():
+    noise = np.random.default_rng(0).normal(0, 1, 1800)
+    found, low, high = slope(400 + noise)
+    assert low <= 0 <= high and abs(found) < 0.5
+    found, low, high = slope(400 + noise + 20 * np.arange(1800) / 1000)
+    assert found == pytest.approx(20, abs=0.5) and low < 20 < high and low > 19
