@@ -62,7 +62,8 @@ def main() -> None:
 
     # Model, prompts, reward, policy and reference
     loaded = load(args.model)
-    prompts = Prompts(ppo_flags.choose_prompts(args, loaded.tokenizer), settings)
+    trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
+    prompts = Prompts(trained_on, settings)
     reward = build_reward(args, loaded)
     if not args.resume:
         try_once(reward, prompts.batch(0))
@@ -79,7 +80,7 @@ def main() -> None:
     known = args.ground_truth_reward or args.prompts
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:
-        for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward):
+        for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, ppo_run.progress, true_reward, held_out):
             stopping = ppo_run.record(step, stop)
             if stopping:
                 break

@@ -29,13 +29,19 @@ from models.adapter_base import base_of
 from models.adapters import AdapterConfig, save_adapter
 from models.gpu import memory_meter
 from models.loading import load, resolve, twin
-from training.checkpoint import Trainee, restore_checkpoint, save_checkpoint
-from training.checkpoint_folders import may_save_stopped, open_run_folder, restore_newest, stopped_words
+from training.checkpoint import Trainee, restore_best, restore_checkpoint, save_best, save_checkpoint
+from training.checkpoint_folders import (
+    drop_other_bests,
+    may_save_stopped,
+    open_run_folder,
+    restore_newest,
+    stopped_words,
+)
 from training.console import DPO_COLUMNS, SFT_COLUMNS
 from training.flags import adapter_settings, describe, parse_or_resume
 from training.metrics import RunLog, provenance
 from training.objectives import Objective
-from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
+from training.optimizer_groups import sft_optimizer
 from training.plots import LivePicture, plot_run
 from training.preference_tuning import Reference, refer_in, start_reference
 from training.settings import SFTSettings
@@ -44,6 +50,7 @@ from training.sft_loop import (
     SFTProgress,
     build_trainee,
     evaluate,
+    finished,
     make_objective,
     make_sft_optimizer,
     planned,
@@ -124,17 +131,23 @@ def train(
         memory_meter(),
     )
     kind = trainee.adapter.fine_tune_type
-    used = optimizer_and_rate(settings, SFT_OPTIMIZERS, kind)
+    used = sft_optimizer(settings, kind)
     log.say(describe(trainee.sizes(), kind, used, cpu.describe_device(mx.default_device())))
     started = time.perf_counter()
 
     def save() -> None:
         save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
+        drop_other_bests(folder, progress.best.step)
 
-    valid: dict[str, float] = {}
+    def keep_best() -> None:
+        if args.save_best:
+            save_best(folder, progress.step, trainee)
+
     if not checkpoint:
         valid = validate(trainee.module, validation, settings)
         log.report(0, valid)
+        if progress.best.see(0, valid["valid_loss"]):
+            keep_best()
         save()
     with StopSignal() as stop:
         for step in sft_steps(trainee.module, optimizer, training, validation, settings, progress):
@@ -144,23 +157,34 @@ def train(
             if step.reports:
                 log.report(step.number, *step.reports)
             picture.draw_if_due()
+            if step.note:
+                log.say(step.note)
+            if step.improved:
+                keep_best()
             stopping = stop.requested
-            if step.number % args.save_every == 0 or step.number == settings.iters or stopping:
+            if step.number % args.save_every == 0 or step.last or stopping:
                 save()
             if stopping:
                 break
-    finished = progress.step == settings.iters
+    whole, best = finished(settings, progress), progress.best
     summary = {"steps": progress.step, "seconds": round(time.perf_counter() - started, 1)}
-    if finished:
+    if whole and progress.step < settings.iters:
+        log.say(f"stopped early: none of the last {best.stale} validations was better than that of step {best.step}")
+    if whole and args.save_best and best.value is not None:
+        restore_best(folder, best.step, trainee)
+        log.say(f"the adapter saved is that of step {best.step}, whose validation loss is the lowest")
+    if whole:
         summary |= validate(trainee.module, validation, settings)
         summary |= {"truncated_rows": training.truncated, "truncated_valid_rows": validation.truncated}
+    if whole and best.value is not None:
+        summary |= {"best_step": best.step, "best_valid_loss": best.value}
     trainee.adapter.provenance.append(provenance("sft.py", vars(args), summary))
     outcome = {"adapter": args.save_file, "picture": str(plot_run(folder))}
-    if finished or may_save_stopped(args.save_file, args.resume_adapter_file):
+    if whole or may_save_stopped(args.save_file, args.resume_adapter_file):
         save_adapter(args.save_file, trainee.model, trainee.adapter, trainee.reward_head)
     else:
         outcome["adapter"] = ""
-    if not finished:
+    if not whole:
         log.close()
         raise Stopped(stopped_words("sft.py", folder, progress.step, settings.iters, **outcome))
     log.close({**summary, **outcome})

@@ -75,8 +75,9 @@ def test_losses_are_those_of_trl(framework, case):
     lengths = np.array([len(text) for text in case["logprobs"]])
     ratios, beta = sums - np.array(case["reference"]), case["beta"]
 
-    def halves(values):
-        return [framework.array(half) for half in np.split(values, 2)]
+    def halves(values) -> tuple[Any, Any]:
+        chosen, rejected = np.split(values, 2)
+        return framework.array(chosen), framework.array(rejected)
 
     framework.close(dpo_losses(*halves(ratios), beta).mean(), case["sigmoid"])
     framework.close(dpo_losses(*halves(ratios), beta, case["label_smoothing"]).mean(), case["smoothed"])
@@ -407,6 +408,14 @@ def test_a_compiled_step_is_the_plain_one(flags, monkeypatch):
     call(sft.main, *flags("--train", run="compiled"))
     for name in ("train_loss", "train_reward_margin", "valid_loss"):
         assert curve("compiled", name) == pytest.approx(curve("plain", name), abs=1e-4)
+
+
+def test_the_default_rate_is_a_fifth_of_sft_s(flags):
+    call(sft.main, *flags("--train", run="dpo", iters=1))
+    call(sft.main, *flags("--train", "--loss", "orpo", run="orpo", iters=1))
+    assert (curve("dpo", "learning_rate"), curve("orpo", "learning_rate")) == (
+        [pytest.approx(1e-4)], [pytest.approx(5e-4)],
+    )  # fmt: skip
 
 
 # --- mistakes ---

@@ -810,6 +810,86 @@ def test_resuming_a_finished_run_changes_nothing(flags):
     assert arrays_of("run_adapter") == weights and rows_of("run") == rows
 
 
+def validations(monkeypatch, losses):
+    """Let the validations of a run say these losses, one after another; the last for all that follow."""
+    real, told = sft_loop.evaluate, []
+
+    def scripted(module, objective, num_batches=-1, split="valid"):
+        figures = real(module, objective, num_batches, split)
+        told.append(losses[min(len(told), len(losses) - 1)])
+        return {**figures, f"{split}_loss": told[-1]}
+
+    monkeypatch.setattr(sft_loop, "evaluate", scripted)
+
+
+@pytest.mark.parametrize("kind", ["lora", "soft_prompt", "full", "reward model"])
+def test_the_best_adapter_by_validation_is_saved(flags, monkeypatch, kind, capsys):
+    """Validations are at 0, 2, 4 and 6; the lowest is at 4: the adapter of a run of 4 steps."""
+    more = RESUMABLE.get(kind) or KINDS[kind]
+    words = {"steps-per-eval": 2, "lr-schedule": "constant"}
+    call(sft.main, *flags("--train", *more, run="four", iters=4, **words))
+    validations(monkeypatch, [2.0, 1.5, 1.0, 1.2])
+    call(sft.main, *flags("--train", *more, "--save-best", run="best", **words))
+    assert arrays_of("best_adapter") == arrays_of("four_adapter")
+    assert "the adapter saved is that of step 4" in capsys.readouterr().out
+    summary = json.loads(Path("best/summary.json").read_text(encoding="utf-8"))
+    assert (summary["steps"], summary["best_step"], summary["best_valid_loss"]) == (6, 4, 1.0)
+    assert [path.name for path in Path("best/best").iterdir()] == ["000004"]
+    call(sft.main, *flags("--train", *more, run="last", **words))
+    assert arrays_of("last_adapter") != arrays_of("best_adapter") and not Path("last/best").exists()
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_the_best_is_the_same_after_a_kill(flags, monkeypatch, killed_after):
+    """Killed with a best that no checkpoint knows of as yet (checkpoints are at 0, 3, 6)."""
+    words = {"steps-per-eval": 2, "lr-schedule": "constant"}
+    call(sft.main, *flags("--train", "--save-best", run="whole", iters=8, **words))
+    with monkeypatch.context() as patch:
+        kill_after(patch, killed_after)
+        with pytest.raises(Killed):
+            call(sft.main, *flags("--train", "--save-best", run="cut", iters=8, **words))
+    call(sft.main, "--resume", "cut")
+    assert arrays_of("cut_adapter") == arrays_of("whole_adapter") and rows_of("cut") == rows_of("whole")
+
+
+def test_a_run_ends_where_validation_gets_no_better(flags, monkeypatch, capsys):
+    words = {"steps-per-eval": 2, "steps-per-report": 3, "iters": 20, "early-stopping": 2}
+    validations(monkeypatch, [2.0, 1.5, 1.0, 1.2, 1.0])
+    call(sft.main, *flags("--train", **words))
+    assert [row["step"] for row in rows_of("run") if "valid_loss" in row] == [0, 2, 4, 6, 8]
+    assert [row["step"] for row in rows_of("run") if "train_loss" in row] == [3, 6, 8]
+    said = capsys.readouterr().out
+    assert "stopped early: none of the last 2 validations was better than that of step 4" in said
+    assert json.loads(Path("run/summary.json").read_text(encoding="utf-8"))["steps"] == 8
+    # It is over: to resume it changes nothing.
+    weights, rows = arrays_of("run_adapter"), rows_of("run")
+    call(sft.main, "--resume", "run")
+    assert arrays_of("run_adapter") == weights and rows_of("run") == rows
+
+
+@pytest.mark.parametrize(
+    ("valid", "said"),
+    [([2.0, 1.0, 1.1, 1.3], 1), ([2.0, 1.0, 1.005, 0.9], 0), ([2.0, 1.9, 1.8, 1.7], 0)],
+    ids=["rising", "noise", "falling"],
+)
+def test_a_line_says_when_validation_rises_while_training_falls(flags, monkeypatch, capsys, valid, said):
+    validations(monkeypatch, valid)
+    words = {"steps-per-eval": 10, "iters": 30, "batch-size": 10, "learning-rate": 3e-3, "lora-layers": -1}
+    call(sft.main, *flags("--train", **words))
+    losses = curve("run", "train_loss")
+    assert np.mean(losses[10:]) < np.mean(losses[5:10]) < np.mean(losses[:5])
+    out = capsys.readouterr().out
+    assert out.count("validation loss rises") == said
+    if said:
+        assert "validation loss rises (1 at step 10, now 1." in out and "while training loss falls (" in out
+
+
+def test_no_line_where_training_does_not_fall(flags, monkeypatch, capsys):
+    validations(monkeypatch, [2.0, 1.0, 1.1, 1.3])
+    call(sft.main, *flags("--train", **{"steps-per-eval": 5, "iters": 20, "batch-size": 20, "learning-rate": 1e-12}))
+    assert "validation loss rises" not in capsys.readouterr().out
+
+
 def test_epochs_are_passes_over_the_rows(flags, capsys, tmp_path):
     """20 rows in batches of 8 are three steps a pass."""
     words = {"batch-size": 8, "lr-schedule": "linear"}
@@ -888,6 +968,7 @@ def bad_files(tmp_path):
         (["--train", "--lora-rank", 0], "rank"),
         (["--train", "--iters", 0], "--iters is 0"),
         (["--train", "--batch-size", 0], "--batch-size is 0"),
+        (["--train", "--early-stopping", -1], "--early-stopping is -1"),
         (["--train", "--val-batches", 0], "--val-batches is 0"),
         (["--train", "--learning-rate", "nan"], "--learning-rate is nan"),
         (["--train", "--optimizer", "muon"], "--optimizer muon has no default rate"),

@@ -20,7 +20,15 @@ from common.errors import UserError
 from models.adapters import AdapterConfig, read_adapter, save_adapter, set_adapter_weights
 from models.arrays import read_arrays
 from models.value_head import ScoringModel, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import DAMAGED, KEPT, OPTIMIZER_FILE, last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import (
+    DAMAGED,
+    KEPT,
+    OPTIMIZER_FILE,
+    best_folder,
+    last_checkpoint,
+    new_checkpoint,
+    read_state,
+)
 from training.optimizer import optimizer_arrays, restore_optimizer
 
 
@@ -73,3 +81,17 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: optim.Optimize
         trainee.value_head.update(head.parameters())
     restore_optimizer(optimizer, trainee.module, read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)
+
+
+def save_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:
+    """Keep the adapter as it is after `step` steps, whose evaluation is the best so far."""
+    save_adapter(best_folder(run_folder, step), trainee.model, trainee.adapter, trainee.reward_head)
+
+
+def restore_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:
+    """Restore the adapter that `save_best` kept after `step` steps."""
+    folder = best_folder(run_folder, step)
+    saved = read_adapter(folder)
+    set_adapter_weights(trainee.model, saved.weights, folder)
+    if trainee.reward_head is not None and saved.value_head is not None:
+        trainee.reward_head.update(saved.value_head.parameters())

@@ -2,6 +2,7 @@
 
     RUN/lock                              held by the process that trains
     RUN/checkpoints/000200/state.json     the step, and what the run adds to it
+    RUN/best/000150/                      with --save-best: the adapter of the best evaluation so far
 
 What a checkpoint holds: training.checkpoint, training.torch_checkpoint. Each is written under a temporary name and
 renamed, so a folder with a number is complete.
@@ -109,6 +110,19 @@ def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], 
     for old in all_checkpoints(run_folder)[:-keep] if keep else []:
         (old / STATE_FILE).unlink()  # half deleted, it is no checkpoint
         shutil.rmtree(old, ignore_errors=True)
+
+
+def best_folder(run_folder: str | Path, step: int) -> Path:
+    """Where the adapter of the best evaluation is kept, if that was after `step` steps."""
+    return Path(run_folder) / "best" / f"{step:06d}"
+
+
+def drop_other_bests(run_folder: str | Path, step: int) -> None:
+    """Delete the adapters of earlier bests. To be called once a checkpoint knows of the one at `step`: a run resumed
+    from an older checkpoint would look for the older best."""
+    for folder in (Path(run_folder) / "best").glob("[0-9]*"):
+        if folder != best_folder(run_folder, step):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_checkpoint(run_folder: str | Path) -> Path:

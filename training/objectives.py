@@ -16,6 +16,7 @@ from data.batching import BatchPlan, Example, collate, draw_pairs, in_order, num
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
 from data.records import located, located_rows
 from data.sources import Source
+from models.packing import Layout, packed
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
 from training.losses import pairwise_reward_loss, sft_loss
@@ -31,6 +32,7 @@ class Figures(NamedTuple):
 
 
 Arrays = tuple[mx.array, ...]
+PACKED_MULTIPLE = 64  # tokens to which a packed batch is rounded up, so that few shapes occur
 
 
 class Objective(Protocol):
@@ -46,6 +48,7 @@ class Objective(Protocol):
     def read(self, source: Source) -> int: ...
     def batch(self, step: int) -> Arrays: ...
     def num_tokens(self, step: int) -> int: ...  # of the batch at `step`, pads not counted
+    def pieces(self, step: int, count: int) -> list[Arrays]: ...
     def batches(self, count: int = -1) -> Iterator[Arrays]: ...
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]: ...
 
@@ -129,6 +132,12 @@ class LanguageModelling:
         """Tokens of the batch at `step`, prompts included, pads not."""
         return sum(len(self.examples[row].tokens) for row in self.plan.rows(step))
 
+    def pieces(self, step: int, count: int) -> list[Arrays]:
+        """The batch at `step` in up to `count` pieces, each with the number of targets of all of them."""
+        rows = self.plan.rows(step)
+        total = mx.array(float(sum(num_targets(self.examples[row]) for row in rows)))
+        return [(*self._arrays(piece), total) for piece in np.array_split(rows, min(count, len(rows)))]
+
     def batches(self, count: int = -1) -> Iterator[Arrays]:
         """For evaluation: `count` batches of rows of all lengths, always the same; -1: all rows."""
         rows = drawn(len(self.examples), count * self.batch_size)
@@ -142,19 +151,59 @@ class LanguageModelling:
         return mx.array(batch.tokens), mx.array(positions), mx.array(mask)
 
     def loss(
-        self, module: nn.Module, tokens: mx.array, positions: mx.array, mask: mx.array
+        self, module: nn.Module, tokens: mx.array, positions: mx.array, mask: mx.array, total: mx.array | None = None
     ) -> tuple[mx.array, Figures]:
         """Mean cross-entropy in nats per target token; `correct` counts targets that are the most likely token.
 
-        No logits of what is not a target are computed.
+        No logits of what is not a target are computed. total: targets of the whole batch, where this is a piece of it.
         """
         _, hidden = forward(module, tokens[:, :-1])  # (B, L - 1, H)
+        return self._of_targets(module, hidden, tokens[:, 1:], positions, mask, total)
+
+    def _of_targets(
+        self, module: nn.Module, hidden: mx.array, following: mx.array, positions: mx.array, mask: mx.array,
+        total: mx.array | None,
+    ) -> tuple[mx.array, Figures]:  # fmt: skip
+        """The loss by hidden states (B, L, H) and the ids (B, L) that follow them, at the targets' positions."""
         rows = hidden.reshape(-1, hidden.shape[-1])[positions]
-        ids = mx.where(mask > 0, tokens[:, 1:].reshape(-1)[positions], 0)  # what is at pads may be no id of the logits
+        ids = mx.where(mask > 0, following.reshape(-1)[positions], 0)  # what is at pads may be no id of the logits
         training, limit = module.training, self.logits_bytes
         stats = token_stats(module, rows, ids, correct=True, training=training, logits_bytes=limit)
-        loss, count = sft_loss(stats.logprobs, mask)
-        return loss, Figures(loss * count, (stats.correct * mask).sum(), count)
+        loss, count = sft_loss(stats.logprobs, mask, None if total is None else mx.maximum(total, 1))
+        return loss, Figures(loss * (count if total is None else total), (stats.correct * mask).sum(), count)
+
+
+class PackedLanguageModelling(LanguageModelling):
+    """`LanguageModelling` with the rows of a batch end to end (models.packing): the same loss, without pads."""
+
+    def _arrays(self, rows: np.ndarray) -> Arrays:
+        """tokens (1, T) and the ids that follow, positions and mask (n,) of the targets in T, and the layout's arrays.
+
+        A row's last token predicts nothing, so it is left out.
+        """
+        examples = [self.examples[row] for row in rows]
+        lengths = [max(len(example.tokens) - 1, 1) for example in examples]
+        width = -(-sum(lengths) // PACKED_MULTIPLE) * PACKED_MULTIPLE
+        tokens, following, targets = (np.zeros(width, dtype=np.int32) for _ in range(3))
+        start = 0
+        for example, length in zip(examples, lengths, strict=True):
+            row = collate([example], 0, multiple=1)
+            end = start + length
+            tokens[start:end] = row.tokens[0, :length]
+            following[start : start + row.targets.shape[1]] = row.tokens[0, 1:]
+            targets[start : start + row.targets.shape[1]] = row.targets[0]
+            start = end
+        positions, mask = padded_positions(targets[None])
+        packed_rows = (mx.array(array) for array in (tokens[None], following[None], positions, mask))
+        return *packed_rows, *Layout.of(lengths, width)
+
+    def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]:
+        """As `LanguageModelling.loss`. arrays: of `_arrays`, and the total where this is a piece of a batch."""
+        tokens, following, positions, mask, *rest = arrays
+        fields = len(Layout._fields)
+        with packed(module, Layout(*rest[:fields])):
+            _, hidden = forward(module, tokens)
+        return self._of_targets(module, hidden, following, positions, mask, *(rest[fields:] or [None]))
 
 
 class PreferencePairs:
@@ -207,6 +256,13 @@ class PreferencePairs:
         """The arrays of the batch at `step`."""
         return self._arrays(self._batch(step), self.rewards)
 
+    def pieces(self, step: int, count: int) -> list[Arrays]:
+        """The batch at `step` in up to `count` pieces, each with what `_total` says of all of them."""
+        pairs = self._batch(step)
+        total = self._total(pairs)
+        parts = np.array_split(np.arange(len(pairs)), min(count, len(pairs)))
+        return [(*self._arrays([pairs[i] for i in part], self.rewards), total) for part in parts]
+
     def num_tokens(self, step: int) -> int:
         """Tokens of both texts of every pair of the batch at `step`, pads not counted."""
         return sum(len(self.examples[i].tokens) for pair in self._batch(step) for i in pair)
@@ -216,6 +272,10 @@ class PreferencePairs:
         # Every epoch has the same number of pairs, so the plan of any of them tells the epoch.
         self._draw(step // self._plan.steps_per_epoch)
         return [self._pairs[i] for i in self._plan.rows(step)]
+
+    def _total(self, pairs: list[tuple[int, int]]) -> mx.array:
+        """What a batch's loss is divided by: its number of pairs."""
+        return mx.array(float(len(pairs)))
 
     def _draw(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -269,11 +329,12 @@ class RewardModelling(PreferencePairs):
         return mx.array(batch.tokens), mx.array(batch.lengths), mx.array(preferred)
 
     def loss(
-        self, module: nn.Module, tokens: mx.array, lengths: mx.array, preferred: mx.array
+        self, module: nn.Module, tokens: mx.array, lengths: mx.array, preferred: mx.array, total: mx.array | None = None
     ) -> tuple[mx.array, Figures]:
         """Mean pairwise loss in nats per pair; `correct` counts pairs ranked right (a tie is half).
 
-        preferred: (2B, 2B), 1 where the text of the row is to score above that of the column.
+        preferred: (2B, 2B), 1 where the text of the row is to score above that of the column. total: pairs of the whole
+        batch, where this is a piece of it.
         """
         scores = module(tokens, lengths)
         chosen, rejected = mx.broadcast_arrays(scores[:, None], scores)
@@ -281,4 +342,4 @@ class RewardModelling(PreferencePairs):
         # Over the count, so that the sum of the weights is not computed twice: mx.compile (0.32) fails to merge the
         # two where one of them is returned.
         loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred / count)
-        return loss, Figures(loss * count, accuracy * count, count)
+        return loss if total is None else loss * (count / total), Figures(loss * count, accuracy * count, count)

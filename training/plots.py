@@ -51,6 +51,7 @@ METRICS = (
     Metric("nats × beta", {"train_chosen_reward": "chosen", "train_rejected_reward": "rejected"}),
     Metric(REWARD, _alone("mean_score")),
     Metric("digit rule, 0 to 1", _alone("true_score")),
+    Metric(REWARD, _alone("held_out_score")),
     Metric("nats per completion", _alone("kl")),
     Metric("tokens", _alone("completion_length")),
     Metric("% of completions", _alone("eos_share")),

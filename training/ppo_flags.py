@@ -4,12 +4,15 @@ Not here: the defaults (training.settings), and which settings fit together (tra
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import UserError
 from common.parser import Collect, Parser, boolean, positive
-from data.digits import DigitRule, digit_prompts
+from data.digits import DigitRule, digit_prompts, held_out_starts
 from data.flags import add_feature_flags
 from data.prompts import read_prompts
 from data.records import feature_names
@@ -52,6 +55,7 @@ def ppo_parser(description: str | None) -> Parser:
     )
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
+    group.add_argument("--save-best", action="store_true", help="save the adapter of the best held-out score")
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS)
     optimizer.add_argument(
@@ -117,6 +121,8 @@ def _add_rollout_flags(parser: Parser) -> None:
     group.add_argument("--max-completion-length", "--max-new-tokens", type=int, help="tokens")
     group.add_argument("--temperature", type=float, help="of sampling and of every logprob")
     group.add_argument("--num-steps", type=int, help="rollouts, each with its update; with --resume: extends the run")
+    group.add_argument("--steps-per-eval", type=int, help="steps between scores of held-out prompts; 0: none held out")
+    group.add_argument("--early-stopping", type=int, help="end after so many held-out scores without a better one")
     group.add_argument(
         "--steps-per-samples", type=int, default=10, help="steps between tables of sampled completions; 0: none"
     )
@@ -171,6 +177,9 @@ def check(args: argparse.Namespace) -> None:
     check_settings(PPOSettings.from_flags(args))
     positive("save-every", args.save_every)
     positive("steps-per-samples", args.steps_per_samples, zero=True)
+    for name in ("save_best", "early_stopping"):
+        if getattr(args, name) and not args.steps_per_eval:
+            raise UserError(f"--{_dashed(name)} goes by held-out scores; add --steps-per-eval, or leave it out")
     if args.lora_dropout:
         raise UserError(f"--lora-dropout is {args.lora_dropout}; PPO needs 0, or the first ratio is not 1")
 
@@ -181,9 +190,32 @@ def ppo_settings(args: argparse.Namespace) -> PPOSettings:
     return PPOSettings.from_flags(args)
 
 
+def _dashed(field: str) -> str:
+    return field.replace("_", "-")
+
+
 def digit_rule(args: argparse.Namespace) -> DigitRule:
     """The rule that --decreasing and --multiple-of name."""
     return DigitRule(not args.decreasing, args.multiple_of)
+
+
+def hold_out(args: argparse.Namespace, prompts: list[str]) -> tuple[list[str], list[str]]:
+    """The prompts to train on, and those that are held out where --steps-per-eval asks for their scores.
+
+    Of the digit rule: its held-out starts, which are never trained on. Of --prompts: a tenth of the distinct ones, the
+    same for every seed. Raises UserError where there is none to spare.
+    """
+    if not args.steps_per_eval:
+        return prompts, []
+    distinct = sorted(set(prompts))
+    if not args.prompts:
+        held_out = {str(start) for start in held_out_starts(digit_rule(args))}
+    else:
+        drawn = np.random.default_rng(0).permutation(len(distinct))[: math.ceil(len(distinct) / 10)]
+        held_out = {distinct[i] for i in drawn} if len(distinct) > 1 else set()
+    if not held_out:
+        raise UserError("--steps-per-eval has no prompt to hold out; give more --prompts, or leave it out")
+    return [prompt for prompt in prompts if prompt not in held_out], sorted(held_out)
 
 
 def choose_prompts(args: argparse.Namespace, tokenizer: Any) -> list[str]:

@@ -21,9 +21,11 @@ from data.decoding import completion_texts
 from rewards.combined import Reward, Scored, score
 from training import ppo
 from training.advantages import advantages_and_returns
+from training.best import Best, SavedBest
 from training.checkpoint_folders import (
     DAMAGED,
     CheckpointState,
+    drop_other_bests,
     may_save_stopped,
     open_run_folder,
     restore_newest,
@@ -49,6 +51,7 @@ from training.settings import PPOSettings
 from training.signs import Signs
 
 Array = Any  # mlx.core.array or torch.Tensor
+EVALUATION = 1_000_002  # the seed of a step that no run reaches
 SAMPLES_SHOWN = 8  # completions in a table of samples
 
 
@@ -91,6 +94,7 @@ class PPOState(CheckpointState):
     lr_factor: Annotated[float, Field(gt=0)]
     moments: SavedMoments
     seconds: Annotated[float, Field(ge=0)]
+    best: SavedBest = SavedBest(higher=True)
 
 
 @dataclass
@@ -102,11 +106,13 @@ class Progress:
     moments: ppo.RunningMoments = field(default_factory=ppo.RunningMoments)
     step: int = 0
     seconds: float = 0.0
+    best: Best = field(default_factory=lambda: Best(higher=True))  # held-out score
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which adds the step."""
         controllers = {"kl_coef": self.controller.value, "lr_factor": self.step_size.value}
-        return {**controllers, "moments": vars(self.moments), "seconds": self.seconds}
+        seen = {"moments": vars(self.moments), "best": vars(self.best)}
+        return {**controllers, **seen, "seconds": self.seconds}
 
     def restore(self, state: dict[str, Any], source: object) -> None:
         """Continue from the state of the checkpoint `source`. Raises UserError for one that is damaged."""
@@ -114,6 +120,7 @@ class Progress:
         self.step, self.seconds = saved.step, saved.seconds
         self.controller.value, self.step_size.value = saved.kl_coef, saved.lr_factor
         self.moments = ppo.RunningMoments(saved.moments.count, saved.moments.mean, saved.moments.squares)
+        self.best = Best(**vars(saved.best))
 
 
 class Step(NamedTuple):
@@ -127,14 +134,15 @@ class Step(NamedTuple):
 
 def ppo_steps(
     learner: Learner, tokenizer: Any, prompts: Prompts, reward: Reward, progress: Progress,
-    true_reward: Reward | None = None,
+    true_reward: Reward | None = None, held_out: Sequence[str] = (),
 ) -> Iterator[Step]:  # fmt: skip
     """PPO: takes the steps that are left, one each time it is asked for the next, and updates `progress`.
 
-    true_reward: a second reward, reported as true_score and not trained on.
+    true_reward: a second reward, reported as true_score and not trained on. held_out: prompts whose scores are reported
+    as held_out_score where they are due, which decide on the best step and an early end.
     """
     settings = learner.settings
-    while progress.step < settings.num_steps:
+    while not finished(settings, progress):
         started, kl_coef, lr_factor = time.perf_counter(), progress.controller.value, progress.step_size.value
         learner.seed(progress.step)
         rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
@@ -153,7 +161,30 @@ def ppo_steps(
         figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
         tokens = figures["completion_length"] * settings.batch_size
         figures["tokens_per_second"] = tokens / (ended - started)  # sampled, scored and trained on
+        if held_out and evaluation_is_due(settings, progress.step):
+            figures["held_out_score"] = held_out_score(learner, tokenizer, held_out, reward)
+            progress.best.see(progress.step, figures["held_out_score"])
         yield Step(progress.step, {**figures, "seconds": progress.seconds}, scored, rollout)
+
+
+def finished(settings: PPOSettings, progress: Progress) -> bool:
+    """Whether all steps are done, or enough held-out scores were no better than the best."""
+    return progress.step >= settings.num_steps or progress.best.exhausted(settings.early_stopping)
+
+
+def evaluation_is_due(settings: PPOSettings, step: int) -> bool:
+    """Whether the held-out prompts are scored after `step` steps: every steps_per_eval, and at the end."""
+    every = settings.steps_per_eval
+    return every > 0 and (step % every == 0 or step == settings.num_steps)
+
+
+def held_out_score(learner: Learner, tokenizer: Any, prompts: Sequence[str], reward: Reward) -> float:
+    """Mean score of batch_size completions of `prompts`, drawn alike every time; nothing else is changed by it."""
+    learner.seed(EVALUATION)
+    asked = [prompts[i % len(prompts)] for i in range(learner.settings.batch_size)]
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
+    texts = completion_texts(tokenizer, prompt_ids, learner.sample(prompt_ids))
+    return float(np.mean(score(reward, asked, texts).scores))
 
 
 def roll_out(
@@ -234,10 +265,11 @@ class PPORun:
         self.checkpoint.save_checkpoint(
             self.folder, progress.step, self.policy, self.optimizer, progress.state(), keep
         )  # fmt: skip
+        drop_other_bests(self.folder, progress.best.step)
 
     def record(self, step: Step, stop: StopSignal) -> bool:
         """Report a step, and write a checkpoint where one is due or the run is to stop; returns whether it is."""
-        self.figures, last = step.figures, step.number == self.settings.num_steps
+        self.figures, last = step.figures, finished(self.settings, self.progress)
         self.log.report(step.number, step.figures)
         self.log.samples(step.number, self._samples(step))
         self.log.advance()
@@ -247,6 +279,8 @@ class PPORun:
             self.log.say(f"{skipped} (not finite, or ratio past its limit)")
         for line in self.signs.see(step.figures):
             self.log.say(f"step {step.number}: {line}")
+        if self.args.save_best and self.progress.best.step == step.number:
+            self.checkpoint.save_best(self.folder, step.number, self.policy)
         stopping = stop.requested
         if step.number % self.args.save_every == 0 or last or stopping:
             self.save()
@@ -265,14 +299,27 @@ class PPORun:
         picture: where the curves are. Returns the summary. Raises Stopped if steps are left.
         """
         done, planned, path = self.progress.step, self.settings.num_steps, self.args.save_file
+        whole = finished(self.settings, self.progress)
+        if whole:
+            self._take_best()
         summary = self._summary(str(picture))
-        saved = done == planned or may_save_stopped(path, self.args.resume_file)
+        saved = whole or may_save_stopped(path, self.args.resume_file)
         if saved:
             save_adapter(path, self.policy.model, self.policy.adapter)
-        if done < planned:
+        if not whole:
             self.log.close()
             raise Stopped(stopped_words(self.script, self.folder, done, planned, path if saved else "", str(picture)))
         return summary
+
+    def _take_best(self) -> None:
+        """With --save-best, give the policy the weights of the best held-out score; an early end is said, too."""
+        best = self.progress.best
+        if self.progress.step < self.settings.num_steps:
+            behind = f"none of the last {best.stale} held-out scores was better than that of step {best.step}"
+            self.log.say(f"stopped early: {behind}")
+        if self.args.save_best and best.value is not None:
+            self.checkpoint.restore_best(self.folder, best.step, self.policy)
+            self.log.say(f"the adapter saved is that of step {best.step}, whose held-out score is the best")
 
     def _summary(self, picture: str) -> dict[str, Any]:
         """The figures of the run, which the adapter keeps as its provenance, too. picture: where the curves are."""
@@ -280,6 +327,8 @@ class PPORun:
         for name in ("mean_score", "true_score", "kl", "kl_coef"):
             if name in self.figures:
                 summary[name] = self.figures[name]
+        if self.progress.best.value is not None:
+            summary |= {"best_step": self.progress.best.step, "best_held_out_score": self.progress.best.value}
         summary |= {"adapter": self.args.save_file, "picture": picture}
         self.policy.adapter.provenance.append(provenance(self.script, vars(self.args), summary))
         return summary

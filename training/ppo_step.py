@@ -30,7 +30,7 @@ def check_settings(settings: PPOSettings) -> None:
                  "max_completion_length", "temperature", "horizon", "target", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
     for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
-                 "step_kl"):  # fmt: skip
+                 "step_kl", "steps_per_eval", "early_stopping"):  # fmt: skip
         positive(_flag(name), getattr(settings, name), zero=True)
     for name in ("learning_rate", "value_head_learning_rate"):
         if getattr(settings, name) is not None:

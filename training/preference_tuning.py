@@ -134,23 +134,30 @@ class PreferenceTuning(PreferencePairs):
         mask: mx.array,
         owners: mx.array,
         reference: mx.array,
+        total: mx.array | None = None,
     ) -> tuple[mx.array, Figures]:
         """Mean loss per pair; `correct` counts pairs whose chosen text has the higher implicit reward (a tie is half).
 
-        owners: (n,) which of the 2B texts a target is of; reference: (2B,) nats.
+        owners: (n,) which of the 2B texts a target is of; reference: (2B,) nats. total: `_total` of the whole batch,
+        where this is a piece of it.
         """
         sums, lengths, logprobs = self._sums(module, tokens, positions, mask, owners)
         lengths, texts = mx.maximum(lengths, 1), len(tokens)
         ratios = sums / lengths if self.kind == "orpo" else sums - reference
         chosen, rejected = mx.split(ratios, 2)
         count = mx.array(float(texts // 2))
-        loss = self._losses(ratios, lengths).sum() / count
+        pairs, tokens_chosen = (count, None) if total is None else (total[0], mx.maximum(total[1], 1))
+        loss = self._losses(ratios, lengths).sum() / pairs
         if self.kind == "orpo":
             of_chosen = mx.where(owners < texts // 2, mask, 0.0)
-            loss = loss + sft_loss(logprobs, of_chosen)[0]
+            loss = loss + sft_loss(logprobs, of_chosen, tokens_chosen)[0]
         correct = 0.5 * ((chosen > rejected).astype(mx.float32) + (chosen >= rejected).astype(mx.float32)).sum()
         rewards = [self.beta * chosen.sum(), self.beta * rejected.sum(), self.beta * (chosen - rejected).sum()]
-        return loss, Figures(loss * count, correct, count, tuple(map(mx.stop_gradient, rewards)))
+        return loss, Figures(loss * pairs, correct, count, tuple(map(mx.stop_gradient, rewards)))
+
+    def _total(self, pairs: list[tuple[int, int]]) -> mx.array:
+        """The number of pairs, and of their chosen completions' tokens."""
+        return mx.array([float(len(pairs)), float(sum(num_targets(self.examples[chosen]) for chosen, _ in pairs))])
 
     def _losses(self, ratios: mx.array, lengths: mx.array) -> mx.array:
         """The loss of each pair (B,) by log ratios and numbers of tokens (2B,)."""

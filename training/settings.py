@@ -63,6 +63,11 @@ class PPOSettings(Settings):
     max_completion_length: int = 48
     temperature: float = 1.0
 
+    # Every so many steps (0: never) batch_size completions of prompts that are not trained on are scored, too;
+    # early_stopping ends a run after so many such scores without a better one (0: never).
+    steps_per_eval: int = 0
+    early_stopping: int = 0
+
     # Scores (B,), before training sees them: a penalty for those without an EOS, then division by the running standard
     # deviation (normalize_scores: after subtracting the running mean), then clipping to ±score_clip (0: none).
     missing_eos_penalty: float = 0.0
@@ -111,6 +116,8 @@ class SFTSettings(Settings):
     iters: int = 1000  # optimizer steps
     epochs: float = 0.0  # passes over the rows, which then set iters; 0: as iters says
     batch_size: int = 4  # rows (of a reward model: pairs) a step
+    gradient_accumulation_steps: int = 1  # pieces a batch is cut into, one after another: the same step in less memory
+    pack: bool = False  # SFT: rows of a batch end to end, without pads (models.packing)
     max_length: int = 2048  # tokens a row is truncated to
     mask_prompt: bool = True  # train on completions and the assistant's turns only
     center_coef: float = 0.01  # keeps a reward model's scores about 0 (arXiv:2312.09244)
@@ -125,3 +132,4 @@ class SFTSettings(Settings):
     steps_per_report: int = 10
     steps_per_eval: int = 200
     val_batches: int = 25
+    early_stopping: int = 0  # ends a run after so many validations without a lower loss; 0: never

@@ -29,6 +29,10 @@ def sft_parser(description: str | None) -> Parser:
     parser.add_argument("--dpo", action="store_true", help="learn from preference pairs, without a reward model")
     add_data_flags(parser)
     parser.add_argument("--batch-size", type=int, help="rows (with --reward-model and --dpo: pairs) a step")
+    parser.add_argument(
+        "--gradient-accumulation-steps", "--grad-accumulation-steps", type=int, help="pieces a batch is cut into"
+    )
+    parser.add_argument("--pack", action="store_true", help="SFT: rows of a batch end to end, without pads")
     parser.add_argument("--iters", type=int, help="training steps; with --resume: extends the run")
     parser.add_argument("--epochs", type=float, help="passes over the rows, in place of --iters")
     parser.add_argument("--val-batches", type=int, help="batches of a validation, the same each time; -1: all")
@@ -38,6 +42,8 @@ def sft_parser(description: str | None) -> Parser:
     add_dpo_flags(parser)
     parser.add_argument("--steps-per-report", type=int, help="steps between report lines")
     parser.add_argument("--steps-per-eval", type=int, help="steps between validations")
+    parser.add_argument("--early-stopping", type=int, help="end after so many validations without a lower loss")
+    parser.add_argument("--save-best", action="store_true", help="save the adapter of the lowest validation loss")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument(
         "--save-file",
@@ -70,19 +76,29 @@ def check(args: argparse.Namespace) -> None:
     positive("save-every", args.save_every)
     if args.dpo and args.reward_model:
         raise UserError("--dpo and --reward-model are both given; DPO needs no reward model: leave one out")
+    if args.pack and (args.reward_model or args.grad_checkpoint):
+        other = "--reward-model" if args.reward_model else "--grad-checkpoint"
+        raise UserError(f"--pack does not work with {other}; leave one out")
     if args.train:
         check_adapter_path(args.save_file)
 
 
 def check_settings(settings: SFTSettings) -> None:
     """Raise UserError for settings that cannot work."""
-    for name in ("iters", "batch_size", "steps_per_report", "steps_per_eval", "max_length", "logits_memory"):
+    for name in ("iters", "batch_size", "gradient_accumulation_steps", "steps_per_report", "steps_per_eval",
+                 "max_length", "logits_memory"):  # fmt: skip
         positive(name.replace("_", "-"), getattr(settings, name))
-    positive("epochs", settings.epochs, zero=True)
+    for name in ("epochs", "early_stopping"):
+        positive(name.replace("_", "-"), getattr(settings, name), zero=True)
     if settings.val_batches == 0 or settings.val_batches < -1:
         raise UserError(f"--val-batches is {settings.val_batches}; give a number of batches, or -1 for all")
     if settings.learning_rate is not None:
         positive("learning-rate", settings.learning_rate)
+    pieces = settings.gradient_accumulation_steps
+    if pieces > settings.batch_size:
+        raise UserError(f"--gradient-accumulation-steps {pieces} is more than --batch-size {settings.batch_size}")
+    if settings.pack and settings.dpo:
+        raise UserError("--pack is for SFT; leave it out, or --dpo")
     _check_dpo(settings)
 
 

@@ -9,13 +9,14 @@ Not here: the losses and batches (training.objectives, training.preference_tunin
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from pydantic import Field
 
 from common.errors import UserError
@@ -24,17 +25,21 @@ from data.sources import Source
 from models.adapters import AdapterConfig, attach_adapter, load_adapter
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel
+from models.packing import check_packing
 from models.soft_prompt import check_ids, soft_prompt_ids
 from models.value_head import ScoringModel, hidden_size, load_value_head, new_value_head
+from training.best import Best, SavedBest
 from training.checkpoint import Trainee
 from training.checkpoint_folders import DAMAGED, CheckpointState
 from training.flags import step_seed
-from training.objectives import LanguageModelling, Objective, RewardModelling, stacked
+from training.objectives import LanguageModelling, Objective, PackedLanguageModelling, RewardModelling, stacked
 from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
-from training.optimizer_groups import SFT_OPTIMIZERS, optimizer_and_rate
+from training.optimizer_groups import sft_optimizer
 from training.preference_tuning import PreferenceTuning, refer, start_reference
 from training.settings import SFTSettings
 from training.sft_flags import check_settings
+
+MOVED = 1.01  # ratio of two losses that is worth a word
 
 
 def build_trainee(
@@ -86,7 +91,10 @@ def make_objective(
     if settings.dpo:
         loss = (settings.loss, settings.beta, settings.label_smoothing)
         return PreferenceTuning(*shared, features, *loss, logits_bytes)
-    return LanguageModelling(*shared, features, settings.mask_prompt, logits_bytes)
+    if settings.pack:
+        check_packing(trainee.model)
+    kind = PackedLanguageModelling if settings.pack else LanguageModelling
+    return kind(*shared, features, settings.mask_prompt, logits_bytes)
 
 
 def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:
@@ -98,6 +106,12 @@ def read_rows(objective: Objective, source: Source, model: nn.Module) -> int:
 
 def planned(settings: SFTSettings, training: Objective) -> SFTSettings:
     """The settings with `epochs` as the number of steps that they take on the rows read."""
+    ranked = isinstance(training, RewardModelling) and training.rewards is not None
+    if ranked and settings.gradient_accumulation_steps > 1:
+        raise UserError(
+            "--gradient-accumulation-steps does not serve rows with rewards, of which every two texts of a batch are "
+            "ranked; leave it out, or write pairs of chosen and rejected"
+        )
     if not settings.epochs:
         return settings
     return replace(settings, iters=math.ceil(settings.epochs * training.steps_per_epoch), epochs=0.0)
@@ -105,7 +119,7 @@ def planned(settings: SFTSettings, training: Objective) -> SFTSettings:
 
 def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
     """The optimizer of a trainee with its schedule over the planned updates, ready to step."""
-    name, rate = optimizer_and_rate(settings, SFT_OPTIMIZERS, trainee.adapter.fine_tune_type)
+    name, rate = sft_optimizer(settings, trainee.adapter.fine_tune_type)
     optimizer = make_optimizer(
         rate, settings.iters, settings.lr_schedule, settings.warmup_steps, settings.weight_decay, name
     )
@@ -118,6 +132,10 @@ class SFTState(CheckpointState):
 
     window: Annotated[list[float], Field(min_length=1)]
     skipped: Annotated[int, Field(ge=0)]
+    interval: Annotated[list[float], Field(min_length=1, default_factory=lambda: [0.0])]
+    train_loss: float | None = None
+    best: SavedBest = SavedBest()
+    warned: bool = False
 
 
 @dataclass
@@ -128,15 +146,40 @@ class SFTProgress:
     skipped: int = 0  # updates whose loss or gradient was not finite
     window: mx.array = field(default_factory=lambda: mx.zeros(1))  # sums of the figures since a report, or 0
     tokens: int = 0  # of the batches since then, pads not counted; not in a checkpoint, as the time is not, either
+    interval: mx.array = field(default_factory=lambda: mx.zeros(1))  # and since a validation
+    train_loss: float | None = None  # mean of the interval before the last validation
+    best: Best = field(default_factory=Best)  # validation
+    warned: bool = False  # that validation rises while training falls
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, which adds the step."""
-        return {"window": self.window.tolist(), "skipped": self.skipped}
+        sums = {"window": self.window.tolist(), "interval": self.interval.tolist()}
+        seen = {"train_loss": self.train_loss, "best": vars(self.best), "warned": self.warned}
+        return {**sums, **seen, "skipped": self.skipped}
 
     def restore(self, state: dict[str, Any], source: object) -> None:
         """Continue from the state of the checkpoint `source`. Raises UserError for one that is damaged."""
         saved = conforming(SFTState, state, source, DAMAGED)
         self.step, self.skipped, self.window = saved.step, saved.skipped, mx.array(saved.window)
+        self.interval, self.train_loss, self.warned = mx.array(saved.interval), saved.train_loss, saved.warned
+        self.best = Best(**vars(saved.best))
+
+    def overfits(self, valid_loss: float) -> str:
+        """Take in a validation; returns a line on it, once a run, where it rises while the training loss falls."""
+        loss, _, count, *_ = self.interval.tolist() if self.interval.size > 1 else (0.0, 0.0, 0.0)
+        before, self.interval = self.train_loss, mx.zeros(1)
+        if count:
+            self.train_loss = loss / count
+        falls = before is not None and self.train_loss is not None and self.train_loss * MOVED < before
+        lowest = self.best.value
+        if self.warned or not falls or lowest is None or valid_loss <= MOVED * lowest:
+            return ""
+        self.warned = True
+        return (
+            f"validation loss rises ({lowest:.4g} at step {self.best.step}, now {valid_loss:.4g}) while training loss "
+            f"falls ({before:.4g}, now {self.train_loss:.4g}): the model learns the rows by heart; --save-best keeps "
+            "the best adapter, --early-stopping N ends such a run"
+        )
 
 
 class SFTStep(NamedTuple):
@@ -145,6 +188,9 @@ class SFTStep(NamedTuple):
     number: int  # from 1
     skipped: bool  # its loss or gradient was not finite
     reports: list[dict[str, float]]  # figures where they are due: of training, of validation
+    improved: bool = False  # its validation is the best so far
+    last: bool = False  # no step comes after it
+    note: str = ""  # what its validation shows, if it is worth a line
 
 
 def sft_steps(
@@ -158,10 +204,10 @@ def sft_steps(
     """SFT: takes the steps that are left, one each time it is asked for the next, and updates `progress`."""
     gradients_of = loss_and_gradients(module, training.loss)
     reported, last_report = time.perf_counter(), progress.step
-    while progress.step < settings.iters:
+    while not finished(settings, progress):
         mx.random.seed(step_seed(settings.seed, progress.step))
         module.train()
-        (loss, sums), gradients = gradients_of(*training.batch(progress.step))
+        loss, figures, gradients = accumulated(gradients_of, training, progress.step, settings)
         progress.tokens += training.num_tokens(progress.step)
         norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
         progress.step += 1
@@ -169,13 +215,18 @@ def sft_steps(
         if skipped:
             progress.skipped += 1
         else:
-            progress.window = progress.window + stacked(sums)
-            mx.async_eval(progress.window)
+            progress.window, progress.interval = progress.window + figures, progress.interval + figures
+            mx.async_eval(progress.window, progress.interval)
 
         reports: list[dict[str, float]] = []
-        at_end = progress.step == settings.iters
-        if progress.step % settings.steps_per_report == 0 or at_end:
-            now = time.perf_counter()
+        now, validating, valid, improved, note = time.perf_counter(), 0.0, [], False, ""
+        if progress.step % settings.steps_per_eval == 0 or progress.step == settings.iters:
+            valid = [validate(module, validation, settings)]
+            note = progress.overfits(valid[0]["valid_loss"])
+            improved = progress.best.see(progress.step, valid[0]["valid_loss"])
+            validating = time.perf_counter() - now
+        last = finished(settings, progress)
+        if progress.step % settings.steps_per_report == 0 or last:
             reports.append(
                 {
                     **means(training, progress.window, "train"),
@@ -187,11 +238,29 @@ def sft_steps(
                 }
             )
             progress.window, progress.tokens, reported, last_report = mx.zeros(1), 0, now, progress.step
-        if progress.step % settings.steps_per_eval == 0 or at_end:
-            before = time.perf_counter()
-            reports.append(validate(module, validation, settings))
-            reported += time.perf_counter() - before  # no time of training's
-        yield SFTStep(progress.step, skipped, reports)
+        reported += validating  # no time of training's
+        yield SFTStep(progress.step, skipped, reports + valid, improved, last, note)
+
+
+def accumulated(
+    gradients_of: Callable, training: Objective, step: int, settings: SFTSettings
+) -> tuple[mx.array, mx.array, dict]:
+    """Loss, sums of figures and gradients of a step, added up over the pieces of its batch: those of the whole."""
+    count = settings.gradient_accumulation_steps
+    batches = training.pieces(step, count) if count > 1 else [training.batch(step)]
+    whole: Any = None
+    for arrays in batches:
+        (loss, figures), gradients = gradients_of(*arrays)
+        piece = (loss, stacked(figures), gradients)
+        whole = piece if whole is None else tree_map(mx.add, whole, piece)
+        if count > 1:
+            mx.eval(whole)  # so that the activations of one piece are gone before those of the next
+    return whole
+
+
+def finished(settings: SFTSettings, progress: SFTProgress) -> bool:
+    """Whether all steps are done, or enough validations were no better than the best."""
+    return progress.step >= settings.iters or progress.best.exhausted(settings.early_stopping)
 
 
 def means(objective: Objective, sums: mx.array, split: str) -> dict[str, float]:
@@ -233,7 +302,9 @@ def train_sft(
     settings = planned(settings, rows)
     refer({"train": rows, "valid": valid_rows}, start_reference(trainee))
     optimizer = make_sft_optimizer(trainee, settings)
-    history = [{"step": 0, **validate(trainee.module, valid_rows, settings)}]
-    for step in sft_steps(trainee.module, optimizer, rows, valid_rows, settings, SFTProgress()):
+    progress, first = SFTProgress(), validate(trainee.module, valid_rows, settings)
+    progress.best.see(0, first["valid_loss"])
+    history = [{"step": 0, **first}]
+    for step in sft_steps(trainee.module, optimizer, rows, valid_rows, settings, progress):
         history += [{"step": step.number, **report} for report in step.reports]
     return history

@@ -15,7 +15,15 @@ from models.adapter_config import AdapterConfig
 from models.torch_adapters import read_adapter, save_adapter, set_adapter_weights
 from models.torch_arrays import read_arrays
 from models.torch_value_head import Policy, ValueHead, load_value_head, save_value_head
-from training.checkpoint_folders import DAMAGED, KEPT, OPTIMIZER_FILE, last_checkpoint, new_checkpoint, read_state
+from training.checkpoint_folders import (
+    DAMAGED,
+    KEPT,
+    OPTIMIZER_FILE,
+    best_folder,
+    last_checkpoint,
+    new_checkpoint,
+    read_state,
+)
 from training.torch_optimizer import ScheduledOptimizer
 
 
@@ -62,3 +70,15 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledOptim
         trainee.value_head.load_state_dict(head.state_dict())
     optimizer.restore(read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)
+
+
+def save_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:
+    """Keep the adapter as it is after `step` steps, whose evaluation is the best so far."""
+    save_adapter(best_folder(run_folder, step), trainee.model, trainee.adapter)
+
+
+def restore_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:
+    """Restore the adapter that `save_best` kept after `step` steps."""
+    folder = best_folder(run_folder, step)
+    saved = read_adapter(folder)
+    set_adapter_weights(trainee.model, saved.weights, folder)
