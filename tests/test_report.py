@@ -11,7 +11,16 @@ import pytest
 import synth.pipeline.report
 from common.errors import UserError
 from synth.pipeline.charts import curve, intervals, ticks
-from synth.pipeline.report import as_script, margin_counts, rate_bins, rate_counts, read_run, samples, write_report
+from synth.pipeline.report import (
+    as_script,
+    margin_counts,
+    rate_bins,
+    rate_counts,
+    read_run,
+    samples,
+    verdict,
+    write_report,
+)
 from synth.stages import drop, kept, new_row, write_rows
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!-- \u2028\u2029 {{rows}} {{end}} \"'& \ud800"
@@ -335,3 +344,19 @@ def test_the_command_writes_the_report_and_names_it(folder, tmp_path, monkeypatc
     for wrong, said in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "holds no run")):
         with pytest.raises(UserError, match=said):
             write_report(wrong)
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        ((0.125, 0.05, 0.2), "Training helped: the mean score went from 0.500 to 0.625 (+0.125); "),
+        ((0.125, -0.05, 0.3), "It is not certain that training changed anything: the mean score went from 0.500"),
+        ((-0.25, -0.4, -0.1), "Training did harm: the mean score went from 0.500 to 0.250 (-0.250); "),
+    ],
+)
+def test_the_verdict_says_whether_it_helped_by_how_much_and_whether_that_is_certain(difference, said):
+    after = 0.5 + difference[0]
+    line = verdict({"base": (0.5, 0.4, 0.6), "trained": (after, 0.0, 1.0), "difference": difference}, 200)
+    assert line.startswith(said) and "on 200 questions" in line
+    assert ("includes 0" in line) == (difference[1] <= 0 <= difference[2])
+    assert verdict({"base": (0.5, 0.4, 0.6)}, 200).startswith("No verdict")

@@ -175,7 +175,7 @@ def render(found: Run) -> str:
     parts = {
         "policy": f"default-src 'none'; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'",
         "title": escape(f"Synthetic data: {found.name}"),
-        "body": "\n".join([_summary(found), _result(found), _stages(found), _spread(found)]),
+        "body": "\n".join([_verdict(found), _summary(found), _result(found), _stages(found), _spread(found)]),
         "rows": as_script(samples(found.stages, found.held_out)),
         "end": "\n".join([_ledger(found), _config(found)]),
     }
@@ -233,6 +233,25 @@ def table(
 def _absent(*told: str) -> str:
     """What a section cannot show."""
     return f'<p class="quiet">{escape(" ".join(told))}</p>' if told else ""
+
+
+def verdict(evaluated: Mapping[str, tuple[float, float, float]], questions: Any) -> str:
+    """Whether training helped, by how much, and whether that is certain. evaluated: as `_evaluated` returns it."""
+    if not {"base", "trained", "difference"} <= evaluated.keys():
+        return "No verdict: no evaluation set was read before and after training."
+    before, after = evaluated["base"][0], evaluated["trained"][0]
+    change, low, high = evaluated["difference"]
+    kind = "helped" if low > 0 else "did harm" if high < 0 else ""
+    moved = f"the mean score went from {before:.3f} to {after:.3f} ({change:+.3f})"
+    interval = f"the 95 % interval of the change, {low:+.3f} to {high:+.3f} on {amount(questions)} questions,"
+    if kind:
+        return f"Training {kind}: {moved}; {interval} leaves out 0, so chance alone does not explain it."
+    return f"It is not certain that training changed anything: {moved}; {interval} includes 0."
+
+
+def _verdict(found: Run) -> str:
+    questions = found.records.get("evaluation", {}).get("questions")
+    return f"<p><strong>{escape(verdict(_evaluated(found), questions))}</strong></p>"
 
 
 def _summary(found: Run) -> str:
