@@ -15,10 +15,10 @@ folder; existing ones are not run again. Ends with a table, also written to a fi
 
 import argparse
 import hashlib
-import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -31,6 +31,7 @@ from models import cpu
 
 cpu.enable()  # before mlx is imported
 
+import numpy as np
 from tqdm import tqdm
 
 from common.cli import run
@@ -54,6 +55,11 @@ from training.intervals import difference
 
 Rows = list[dict[str, Any]]
 FAST: dict[str, Any] = {"step_size": 0.2, "learning_rate": 0.03}  # than the defaults, 0.05 and 0.001
+# Ways to learn from few and noisy measurements, which the library does not have as none was better than uniform draws.
+LEARNERS = (
+    *("uniform draws, GP chooses", "GP", "GP, earlier run", "linear bandit", "sequential halving"),
+    "earlier run's best",
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {"rl_algorithm": "defaults"},
     "uniform draws": {"rl_algorithm": "defaults"},  # takes the place of the agent
@@ -64,6 +70,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "REINFORCE, fast": {"rl_algorithm": "reinforce", **FAST},
     "PPO, fast": {"rl_algorithm": "ppo", **FAST},
     "TPE": {"rl_algorithm": "tpe"},
+    **{name: {"rl_algorithm": "defaults"} for name in LEARNERS},  # which take the place of the agent
 }
 # What an agent must beat to have learned anything: the same without learning.
 CONTROLS = {
@@ -72,12 +79,15 @@ CONTROLS = {
     "REINFORCE, fast": "policy, never updated, fast",
     "PPO, fast": "policy, never updated, fast",
     "TPE": "uniform draws",
+    **dict.fromkeys(LEARNERS[:-1], "uniform draws"),
+    "GP, earlier run": "earlier run's best",
 }
 ENVIRONMENTS = ("simulated", "simulated, null", "reviews", "reviews, null")
 NOISE = 0.02  # of the simulated metric, one standard deviation
 BATCH = 100  # rows
 VALIDATION, TEST, CLEAN = 200, 1000, 80  # rows of reviews; CLEAN: that the null twin trains on
 LEVEL = 0.05
+EARLIER = 1000  # added to the seed of an earlier run
 
 
 class UniformDraws(Defaults):
@@ -89,6 +99,99 @@ class UniformDraws(Defaults):
     def propose(self, last: Outcome) -> Settings:
         temperature, top_p = (self.rng.uniform(*limits) for limits in (self.space.temperature, self.space.top_p))
         return Settings(temperature, top_p, self.rng.choice(self.space.templates), self.rng.choice(self.space.methods))
+
+
+class Surrogate(UniformDraws):
+    """Uniform draws at first, then the candidate of the highest upper bound by a model of the metric.
+
+    A model gives means and standard deviations: "gp", a Gaussian process with an RBF kernel; "linear", Bayesian
+    regression on the settings, their squares and products, a bandit. explores: False: draws stay uniform, and the model
+    only says at the end which of them is best. earlier: outcomes of an earlier run.
+    """
+
+    FIRST, CANDIDATES, BONUS = 6, 256, 1.0
+
+    def __init__(self, space: Space, seed: int, model: str, explores: bool = True, earlier: Sequence[Outcome] = ()):
+        super().__init__(space, seed)
+        self.model, self.explores, self.seen = {"gp": gaussian_process, "linear": linear}[model], explores, [*earlier]
+
+    def propose(self, last: Outcome) -> Settings:
+        if last not in self.seen:
+            self.seen.append(last)  # the baseline
+        if not self.explores or len(self.seen) < self.FIRST:
+            return super().propose(last)
+        candidates = [super(Surrogate, self).propose(last) for _ in range(self.CANDIDATES)]
+        means, deviations = self._posterior(candidates)
+        return candidates[int((means + self.BONUS * deviations).argmax())]
+
+    def learn(self, outcome: Outcome) -> None:
+        self.seen.append(outcome)
+
+    def recommended(self) -> Settings:
+        """Of the settings that were tried, those of the highest mean."""
+        tried = [one.settings for one in self.seen]
+        return tried[int(self._posterior(tried)[0].argmax())]
+
+    def _posterior(self, settings: Sequence[Settings]) -> tuple[np.ndarray, np.ndarray]:
+        known, new = (np.array([self.space.as_vector(one) for one in some]) for some in (
+            [one.settings for one in self.seen], settings
+        ))  # fmt: skip
+        metrics = np.array([one.metric for one in self.seen])
+        scale = metrics.std() or 1.0
+        means, deviations = self.model(known, (metrics - metrics.mean()) / scale, new)
+        return means * scale + metrics.mean(), deviations * scale
+
+
+def gaussian_process(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations at (N, D) points; length scale 0.5, half of the variance is noise."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return 0.5 * np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * 0.5**2))
+
+    inverse = np.linalg.inv(kernel(known, known) + 0.5 * np.eye(len(known)))
+    across = kernel(new, known)
+    variances = 0.5 - np.einsum("nk,kl,nl->n", across, inverse, across)
+    return across @ inverse @ values, np.sqrt(np.maximum(variances, 0))
+
+
+def linear(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same by Bayesian regression on the columns, their squares and products; unit prior, noise of variance 0.5."""
+
+    def terms(x: np.ndarray) -> np.ndarray:
+        pairs = [x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1])]
+        return np.column_stack([np.ones(len(x)), x, *pairs])
+
+    x, z = terms(known), terms(new)
+    covariance = np.linalg.inv(x.T @ x / 0.5 + np.eye(x.shape[1]))
+    return z @ covariance @ x.T @ values / 0.5, np.sqrt(np.einsum("nk,kl,nl->n", z, covariance, z))
+
+
+class Halving(UniformDraws):
+    """Sequential halving: uniform draws in the first half of the budget, the better half of those left measured again.
+
+    Each round measures as often as it has places; the best mean of the last round is recommended.
+    """
+
+    def __init__(self, space: Space, seed: int, iterations: int):
+        super().__init__(space, seed)
+        self.left = [super(Halving, self).propose(Outcome(Settings(), 0.0)) for _ in range(max(2, iterations * 2 // 5))]
+        self.measured: dict[Settings, list[float]] = {one: [] for one in self.left}
+        self.queue = [*self.left]
+
+    def propose(self, last: Outcome) -> Settings:
+        if not self.queue:
+            self.left = sorted(self.left, key=self._mean, reverse=True)[: max(2, len(self.left) // 2)]
+            self.queue = [*self.left]
+        return self.queue.pop(0)
+
+    def learn(self, outcome: Outcome) -> None:
+        self.measured[outcome.settings].append(outcome.metric)
+
+    def recommended(self) -> Settings:
+        return max(self.left, key=self._mean)
+
+    def _mean(self, settings: Settings) -> float:
+        return mean(self.measured[settings]) if self.measured[settings] else float("-inf")
 
 
 class Simulated:
@@ -159,18 +262,55 @@ def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RL
     return RLTuner(config, reviews_target(null), reviews(f"validation {seed}", VALIDATION), generator, agent)
 
 
+def agent_of(environment: str, variant: str, config: Config) -> Agent | None:
+    """The agent of a variant that the library does not have; None for the others."""
+    space, seed, iterations = config.space, config.seed, config.rl_tuning.num_iterations
+    if variant == "sequential halving":
+        return Halving(space, seed, iterations)
+    if variant in ("GP", "linear bandit"):
+        return Surrogate(space, seed, "gp" if variant == "GP" else "linear")
+    if variant.startswith("uniform draws"):
+        return Surrogate(space, seed, "gp", explores=False) if "GP" in variant else UniformDraws(space, seed)
+    if "earlier" not in variant:
+        return None
+    # The user's run before this one: uniform draws with another teacher, other validation rows and other noise.
+    before = replace(config, seed=EARLIER + seed)
+    earlier = tuner_of(environment, before, UniformDraws(space, EARLIER + seed))
+    outcomes = [one.outcome for one in earlier.train()]
+    if variant == "GP, earlier run":
+        return Surrogate(space, seed, "gp", earlier=outcomes)
+    return Repeated(max(outcomes, key=lambda one: one.metric).settings)
+
+
+class Repeated(Defaults):
+    """The same settings in every iteration."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def propose(self, last: Outcome) -> Settings:
+        return self.settings
+
+    def recommended(self) -> Settings:
+        return self.settings
+
+
 def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:
     """Search, then evaluate initial and best settings on `fresh` batches each, on rows that the search has not seen."""
     tuning = {"enable_rl_tuning": True, "num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
     config = config_from({"templates": list(TEMPLATES), "seed": seed, "rl_tuning": tuning}, variant)
-    agent = UniformDraws(config.space, seed) if variant == "uniform draws" else None
+    agent = agent_of(environment, variant, config)
     tuner = tuner_of(environment, config, agent)
     tuner.train()
+    if recommended := getattr(agent, "recommended", None):
+        # `best` is the highest metric; an agent that averages says itself which settings it found best.
+        tuner.history.append(replace(tuner.best, settings=recommended(), metric=float("inf")))
     tuner.validation_dataset = reviews(f"test {seed}", TEST)
     found = {name: sum(some) / len(some) for name, some in tuner.confirm(fresh).items()}
-    promised = tuner.best.metric - tuner.history[0].metric
-    late = [one.metric for one in tuner.history[-max(1, iterations // 4) :]]
-    more = {"settings": str(tuner.best.settings), "calls": len(tuner.history)}
+    measured = [one.metric for one in tuner.history if one.metric < float("inf")]
+    promised = max(measured) - measured[0]
+    late = measured[-max(1, iterations // 4) :]
+    more = {"settings": str(tuner.best.settings), "calls": len(measured)}
     return {**found, "promised": promised, "late": sum(late) / len(late), **more}
 
 
@@ -180,12 +320,10 @@ def cell_path(folder: Path, environment: str, variant: str, seed: int) -> Path:
 
 def sign_flip(deltas: Sequence[float]) -> float:
     """Exact two-sided p-value of paired differences: the share of sign patterns with a mean at least as far from 0."""
-    seen = abs(sum(deltas))
-    sums = (
-        abs(sum(s * d for s, d in zip(signs, deltas, strict=True)))
-        for signs in itertools.product((1, -1), repeat=len(deltas))
-    )
-    return sum(value >= seen - 1e-12 for value in sums) / 2 ** len(deltas)
+    sums = np.zeros(1)
+    for delta in deltas:
+        sums = np.concatenate([sums + delta, sums - delta])
+    return float((np.abs(sums) >= abs(sum(deltas)) - 1e-12).mean())
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
