@@ -36,9 +36,10 @@ from common.parser import split_words
 from synth.estimate import table
 from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
 from synth.evolution.control import Verdict, evenly, verdict
-from synth.evolution.estimate import upper_bounds
+from synth.evolution.estimate import self_instruct_bounds, upper_bounds
 from synth.evolution.files import SETTINGS, load_policy, save_policy
 from synth.evolution.flags import EvolveSettings, evolve_settings, instructions_from, parse_evolve_args
+from synth.evolution.generators import SelfInstructGenerator
 from synth.evolution.judge import Judge, Pool
 from synth.evolution.off_policy import episode_values, value_interval
 from synth.evolution.operators import ACTIONS
@@ -47,8 +48,10 @@ from synth.evolution.responses import respond, write_data
 from synth.evolution.training import train_policy
 from synth.pipeline.script import run_script
 from synth.pipeline.train import check_sft
-from synth.stages import StageRow, alone, kept, stage
+from synth.stages import StageRow, alone, kept, new_row, stage
+from synth.teacher.asking import ask_all
 from synth.teacher.client import Teacher
+from synth.teacher.completions import Ask, Reply
 from synth.teacher.connect import teacher_of
 from synth.teacher.flags import TeacherSettings
 from training.flags import default_output_dir
@@ -121,8 +124,36 @@ async def evolved(
     return [*roots, *await evolution.run([Chain(n, root, pool) for n, root in enumerate(starts)], policy)]
 
 
+def rows_wanted(settings: EvolveSettings, instructions: Sequence[str]) -> int:
+    """Without a policy: as many as the chains of one would have choices."""
+    return len(instructions) * settings.chains * settings.rounds
+
+
+async def without_policy(settings: EvolveSettings, instructions: Sequence[str], expert: Teacher) -> list[StageRow]:
+    """Rows by Self-Instruct (arXiv:2212.10560), dropped ones included: as many as the chains would have choices."""
+    loop = asyncio.get_running_loop()
+
+    def ask(asks: Sequence[Ask]) -> list[Reply]:
+        # The generator has an event loop of its own, in a thread; the teacher belongs to this one.
+        return asyncio.run_coroutine_threadsafe(ask_all(expert, asks, "self-instruct"), loop).result()
+
+    generator = SelfInstructGenerator(ask, settings.teacher.asking, settings.seed)
+    seeds, count = [{"instruction": text} for text in instructions], rows_wanted(settings, instructions)
+    found = await asyncio.to_thread(generator.generate_from_seed, seeds, count)
+    rows = [new_row(f"n{n}", row["instruction"], row["output"], "self-instruct") for n, row in enumerate(found, 1)]
+    return [{**row, "root": row["id"]} for row in [*rows, *generator.dropped]]
+
+
 async def make_data(settings: EvolveSettings, instructions: Sequence[str], folder: Path) -> dict[str, Any]:
     """All stages that ask; returns the figures of the summary."""
+    if settings.without_policy == "self":
+        async with teacher_of(settings.teacher, folder) as expert:
+            rows = await stage(folder, "responses", lambda: without_policy(settings, instructions, expert))
+            calls = expert.ledger.total.calls
+        if not kept(rows):
+            raise UserError(f"no row is left of {len(rows)}; {folder}/responses.jsonl says why")
+        write_data(kept(rows), settings.format, folder, settings.held_out, settings.seed)
+        return {"rows": len(kept(rows)), "expert_calls": calls}
     async with roles_of(settings, folder) as roles:
         policy = await trained_policy(settings, instructions, roles, folder)
         evolution = evolution_of(settings, roles, roles.expert, "evolve")
@@ -162,6 +193,10 @@ def judged(choices: Sequence[StageRow], rounds: int) -> dict[str, Any]:
 
 def estimate(settings: EvolveSettings, instructions: Sequence[str]) -> str:
     """What the run may ask at most, instructor and reviewer included, as a table."""
+    teacher = settings.teacher
+    if settings.without_policy == "self":
+        count = rows_wanted(settings, instructions)
+        return table(self_instruct_bounds(count, teacher.answer_tokens), teacher.price_in, teacher.price_out)
     training, learns = settings.training, settings.initial_policy().learns and not settings.policy_path
     trained = training.iterations * min(training.starts, len(instructions)) * training.group * learns
     chains = {"train": trained, "evolve": len(instructions) * settings.chains}
@@ -207,9 +242,12 @@ def main() -> None:
 
 def summary_text(summary: dict[str, Any], folder: Path, actions: Sequence[str] = ACTIONS) -> str:
     """The run's last lines."""
+    lines = [f"rows: {summary['rows']}; expert calls per row: {summary['expert_calls'] / summary['rows']:.2f}"]
+    ends = [f"data: {folder / 'dataset.jsonl'}", f"run folder: {folder}"]
+    if "reward_of_a_chain" not in summary:
+        return "\n".join([*lines, *ends])
     shares = ", ".join(f"{name} {summary[name]:.2f}" for name in actions)
-    lines = [
-        f"rows: {summary['rows']}; expert calls per row: {summary['expert_calls'] / summary['rows']:.2f}",
+    lines += [
         f"operators: {shares}; kept {summary['kept_share']:.2f}",
         f"reward of a chain, 95 % interval: {summary['reward_of_a_chain']}",
     ]
@@ -218,7 +256,7 @@ def summary_text(summary: dict[str, Any], folder: Path, actions: Sequence[str] =
         lines += Verdict(found["kept"], found["calls"], found["reward"], Interval(*found["gain"])).lines()
     elif "evenly_from_these_logs" in summary:
         lines.append(f"choosing evenly, judged from these logs: {summary['evenly_from_these_logs']}")
-    return "\n".join([*lines, f"data: {folder / 'dataset.jsonl'}", f"run folder: {folder}"])
+    return "\n".join([*lines, *ends])
 
 
 if __name__ == "__main__":

@@ -154,6 +154,32 @@ def test_a_policy_of_operators_of_ones_own(tmp_path, teacher, instructions, caps
     assert "--policy is 'breadth'; use one of" in fails(capsys, module.main, *words, "--policy", "breadth")
 
 
+@pytest.mark.parametrize("kind", ["self", "evol"])
+def test_without_a_policy_the_generators_make_the_data(tmp_path, teacher, instructions, kind, capsys):
+    words = [
+        *words_of(teacher, instructions, tmp_path / "run"),
+        "--without-policy",
+        kind,
+        "--answers",
+        0,
+        "--answer",
+        "",
+    ]
+    call(module.main, *words)
+    rows = kept(load_rows(tmp_path / "run" / "responses.jsonl"))
+    assert rows_of(tmp_path / "run" / "dataset.jsonl") == [data_row(row, "messages") for row in rows] and len(rows) > 2
+    ledger = read_json(tmp_path / "run" / "ledger.json")
+    assert ("self-instruct" in ledger) == (kind == "self") and ("evolve: rewrite" in ledger) == (kind == "evol")
+    assert not [name for name in ledger if name.startswith("train")]
+    out = capsys.readouterr().out
+    assert f"rows: {len(rows)}; expert calls per row:" in out and ("stop 0.00" in out) == (kind == "evol")
+    calls = teacher.calls
+    call(module.main, "--resume", tmp_path / "run")
+    assert teacher.calls == calls
+    call(module.main, *words, "--dry-run", "--output-dir", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 KILLABLE = "from synth import evolve\nfrom common.cli import run\nrun(evolve.main)"
 
 

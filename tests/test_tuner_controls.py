@@ -1,11 +1,13 @@
 """The arithmetic of the tuner's benchmark, and a cell of each kind."""
 
+import numpy as np
 import pytest
 
 from benchmarks import tuner_controls as module
 from benchmarks.tuner_controls import cell_path, compared, holm, quality, run_cell, sign_flip, table
 from common.files import read_json, write_json
-from synth.sampler import Settings
+from synth.sampler import Settings, Space
+from synth.tuning.agents import Outcome
 from tests.scripts import call, fails
 from training import intervals
 
@@ -50,6 +52,44 @@ def test_a_cell_of_reviews():
     assert 0.7 < run_cell("reviews, null", "random search", 0, 1, 1)["best"] < 0.95
 
 
+def test_surrogates_find_the_best_point_of_a_metric_without_noise():
+    x = np.linspace(0, 1, 65)[:, None]
+    values = -((x[:, 0] - 0.3) ** 2)
+    values = (values - values.mean()) / values.std()
+    for model in (module.gaussian_process, module.linear):
+        means, deviations = model(x, values, x)
+        assert abs(x[means.argmax(), 0] - 0.3) < 0.1 and (deviations > 0).all()
+        near, far = model(x[:9], values[:9], np.array([[0.1], [5.0]]))[1]
+        assert near < far
+
+
+def test_a_surrogate_sees_each_outcome_once_and_recommends_what_was_tried():
+    agent = module.Surrogate(Space(), 0, "gp")
+    last = Outcome(Settings(), 0.5)
+    for n in range(9):
+        settings = agent.propose(last)
+        last = Outcome(settings, quality(settings) + n / 1000)
+        agent.learn(last)
+    assert len(agent.seen) == 10 and agent.recommended() in [one.settings for one in agent.seen]
+
+
+def test_halving_measures_the_better_half_again():
+    agent, told = module.Halving(Space(), 0, 20), []
+    for _ in range(14):
+        settings = agent.propose(Outcome(Settings(), 0.0))
+        told.append(settings)
+        agent.learn(Outcome(settings, quality(settings)))
+    best = sorted(told[:8], key=quality, reverse=True)
+    assert len(set(told[:8])) == 8 and set(told[8:12]) == set(best[:4]) and told[12:] == best[:2]
+    assert agent.recommended() == best[0]
+
+
+@pytest.mark.parametrize("variant", module.LEARNERS)
+def test_each_way_to_learn_makes_the_same_number_of_target_calls(variant):
+    cell = run_cell("simulated", variant, 0, 8, 2)
+    assert cell["calls"] == 9 and 0 < cell["best"] < 1 and cell["promised"] >= 0
+
+
 def test_cells_are_kept_and_tabled(tmp_path, monkeypatch, capsys):
     made = []
 
@@ -63,11 +103,11 @@ def test_cells_are_kept_and_tabled(tmp_path, monkeypatch, capsys):
     words = ["--environments", "simulated", "--seeds", 8, "--output-dir", tmp_path]
     write_json(cell_path(tmp_path, "simulated", "TPE", 0), cell("simulated", "TPE", 0, 20, 10))
     call(module.main, *words)
-    assert len(made) == len(set(made)) == 8 * len(module.VARIANTS)
+    assert len(made) == len(set(made)) == 8 * len(module.AGENTS)
     call(module.main, *words)
-    assert len(made) == 8 * len(module.VARIANTS)
+    assert len(made) == 8 * len(module.AGENTS)
     text = (tmp_path / "table.md").read_text()
-    assert text.strip() == table(tmp_path, ["simulated"], list(module.VARIANTS), 8) and text.strip() in (
+    assert text.strip() == table(tmp_path, ["simulated"], list(module.AGENTS), 8) and text.strip() in (
         capsys.readouterr().out
     )
     (line,) = (line for line in text.splitlines() if line.startswith("| TPE"))

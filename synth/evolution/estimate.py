@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from synth import prompts
 from synth.chat_api import CHARACTERS_PER_TOKEN
 from synth.estimate import Bound, bound
+from synth.evolution.generators import OWN_EXAMPLES, SEED_EXAMPLES, TRIES
 from synth.evolution.judge import REVIEW_TOKENS
 from synth.evolution.operators import OWN, Operators
 from synth.teacher.client import PROBE_TOKENS
@@ -44,3 +45,14 @@ def upper_bounds(
         ]
     bounds.append(bound("respond", chains["evolve"] * rounds, responding, max_tokens, False))
     return [one for one in bounds if one.calls]
+
+
+def self_instruct_bounds(count: int, max_tokens: int) -> list[Bound]:
+    """The stages of synth.evolve --without-policy self, for `count` rows."""
+    longest = "x" * min(max_tokens * CHARACTERS_PER_TOKEN, prompts.MOST_INSTRUCTION)
+    asking = prompts.self_instruct([longest] * (SEED_EXAMPLES + OWN_EXAMPLES), TRIES * count)
+    return [
+        bound("probe", 1, PROBE_MESSAGES, PROBE_TOKENS, False),
+        bound("self-instruct", TRIES * count, asking, max_tokens, True),
+        bound("respond", count, prompts.respond(longest), max_tokens, False),
+    ]

@@ -10,9 +10,9 @@ from rewards.function import load_reward_function
 from synth.evolution.features import size_of
 from synth.evolution.files import KINDS, load_policy, make_policy
 from synth.evolution.instructions import read_instructions
-from synth.evolution.judge import Difficulty, Gates, Weights
+from synth.evolution.judge import EVOL_GATES, Difficulty, Gates, Weights
 from synth.evolution.operators import OPERATORS, OWN, Operators, load_operators
-from synth.evolution.policy import OperatorPolicy, PolicySettings, fixed
+from synth.evolution.policy import OperatorPolicy, PolicySettings, fixed, without_stop
 from synth.evolution.responses import FORMATS
 from synth.evolution.training import Training
 from synth.offline.instructions import read_sum, starting
@@ -20,6 +20,7 @@ from synth.pipeline.flags import FREE_FLAGS, checked_teacher, resumed_args
 from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags
 
 LEARNERS = tuple(kind for kind, policy in KINDS.items() if policy.learns)
+WITHOUT_POLICY = ("self", "evol")
 POLICIES = (*LEARNERS, "uniform", *OPERATORS)
 OFFLINE_ANSWERS = 4
 FREE = [*FREE_FLAGS, "instructor_url", "reviewer_url"]
@@ -58,6 +59,7 @@ class EvolveSettings:
     seed: int = 0
     operators: Operators = OWN
     reviewer_score: bool = False
+    without_policy: str | None = None
 
     def __post_init__(self):
         for name in ("rounds", "chains"):
@@ -69,6 +71,8 @@ class EvolveSettings:
     def initial_policy(self) -> OperatorPolicy:
         """The policy before its training, or the trained one of policy_path."""
         actions = self.operators.actions
+        if self.without_policy:
+            return without_stop(actions)
         if self.policy_path:
             return load_policy(self.policy_path, actions)
         if self.policy not in actions[:-1]:
@@ -94,6 +98,11 @@ def evolve_parser(description: str | None) -> Parser:
         metavar="NAME",
         default="ppo",
         help=f"what chooses operators: {', '.join(POLICIES)} (or one of --operators)",
+    )
+    group.add_argument(
+        "--without-policy",
+        choices=WITHOUT_POLICY,
+        help="self: Self-Instruct; evol: Evol-Instruct, operators drawn evenly; each with its published filters",
     )
     group.add_argument("--policy-path", metavar="DIR", help="a trained policy (RUN/policy), used as it is")
     group.add_argument("--iterations", type=int, default=Training.iterations, help="of the policy's training")
@@ -188,7 +197,7 @@ def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
         teacher,
         role_settings(args, teacher, "instructor"),
         role_settings(args, teacher, "reviewer"),
-        Gates(args.near_duplicates, args.shortest, args.longest),
+        EVOL_GATES if args.without_policy == "evol" else Gates(args.near_duplicates, args.shortest, args.longest),
         Weights(args.novelty_weight, args.difficulty_weight, args.growth_weight),
         difficulty_settings(args),
         Training(args.iterations, args.starts, args.group, args.seed, args.chains),
@@ -206,6 +215,7 @@ def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
         args.seed,
         load_operators(args.operators) if args.operators else OWN,
         args.reviewer_score,
+        args.without_policy,
     )
     known = (*LEARNERS, "uniform", *settings.operators.actions[:-1])
     if args.policy not in known:

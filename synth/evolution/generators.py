@@ -23,9 +23,9 @@ from typing import Any
 from common.errors import UserError
 from synth import prompts
 from synth.evolution.chains import Chain, Evolution, root_row
-from synth.evolution.judge import Gates, Judge, Pool
-from synth.evolution.operators import OPERATORS, read_rewriting
-from synth.evolution.policy import Constant
+from synth.evolution.judge import EVOL_GATES, Judge, Pool
+from synth.evolution.operators import read_rewriting
+from synth.evolution.policy import without_stop
 from synth.evolution.responses import respond
 from synth.near_duplicates import THRESHOLD, normalise
 from synth.sampler import DataRow, Results, Sampler, in_turn
@@ -152,7 +152,7 @@ class EvolInstructGenerator(_Generator):
             evolution = self._evolution(-(-TRIES * count // size))
             for number in range(1, evolution.rounds + 1):
                 missing = count - len(kept(rows))
-                rows += await evolution.step(chains[:missing], even_operators(), number)
+                rows += await evolution.step(chains[:missing], without_stop(), number)
             return await self._finished(rows)
 
         return asyncio.run(made())
@@ -162,7 +162,7 @@ class EvolInstructGenerator(_Generator):
         chains = self._chains(instructions_of(rows))
 
         async def made() -> list[DataRow]:
-            return await self._finished(await self._evolution(1).run(chains, even_operators()))
+            return await self._finished(await self._evolution(1).run(chains, without_stop()))
 
         return asyncio.run(made())
 
@@ -171,8 +171,7 @@ class EvolInstructGenerator(_Generator):
         return [Chain(number, root_row(number, text, 1.0, None), pool) for number, text in enumerate(texts)]
 
     def _evolution(self, rounds: int) -> Evolution:
-        # Evol-Instruct has no near-duplicate filter: only equal words are dropped.
-        judge = Judge(self.teacher, self.teacher, Gates(near_duplicates=1.0, shortest=1))
+        judge = Judge(self.teacher, self.teacher, EVOL_GATES)
         return Evolution(self.teacher, judge, rounds, self.asking, self.seed, "evol-instruct")
 
 
@@ -219,11 +218,6 @@ class SampledGenerator:
     @staticmethod
     def _results(generator: _Generator, rows: list[DataRow]) -> Results:
         return Results(rows, dict(Counter(row["dropped"] for row in generator.dropped)))
-
-
-def even_operators() -> Constant:
-    """All operators with equal probability, and no stop."""
-    return Constant(shares=[1 / len(OPERATORS)] * len(OPERATORS) + [0.0])
 
 
 def self_instruct_fault(text: str) -> str:

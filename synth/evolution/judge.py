@@ -58,6 +58,10 @@ class Gates:
             raise UserError(f"--shortest is {self.shortest} and --longest {self.longest}; 1 <= shortest <= longest")
 
 
+# Evol-Instruct has no near-duplicate filter: only equal words are dropped.
+EVOL_GATES = Gates(near_duplicates=1.0, shortest=1)
+
+
 @dataclass(frozen=True)
 class Weights:
     """Of the reward's parts."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.errors import UserError
-from synth.evolution.features import SIZE
+from synth.evolution.features import SIZE, size_of
 from synth.evolution.operators import ACTIONS
 
 
@@ -116,6 +116,14 @@ class Constant(OperatorPolicy):
 def fixed(action: int, actions: int = len(ACTIONS), size: int = SIZE, names: tuple[str, ...] = ACTIONS) -> Constant:
     """A policy that always chooses one action."""
     made = Constant(actions=actions, size=size, shares=np.eye(actions)[action])
+    made.names = names
+    return made
+
+
+def without_stop(names: tuple[str, ...] = ACTIONS) -> Constant:
+    """All operators with equal probability, and no stop."""
+    count = len(names) - 1
+    made = Constant(actions=len(names), size=size_of(names[:-1]), shares=[1 / count] * count + [0.0])
     made.names = names
     return made
 
