@@ -52,13 +52,13 @@ def test_a_cell_of_reviews():
     assert 0.7 < run_cell("reviews, null", "random search", 0, 1, 1)["best"] < 0.95
 
 
-def test_surrogates_find_the_best_point_of_a_metric_without_noise():
+def test_surrogates_model_a_metric_and_know_where_they_have_seen_nothing():
     x = np.linspace(0, 1, 65)[:, None]
     values = -((x[:, 0] - 0.3) ** 2)
     values = (values - values.mean()) / values.std()
     for model in (module.gaussian_process, module.linear):
         means, deviations = model(x, values, x)
-        assert abs(x[means.argmax(), 0] - 0.3) < 0.1 and (deviations > 0).all()
+        assert np.corrcoef(means, values)[0, 1] > 0.9 and (deviations > 0).all()
         near, far = model(x[:9], values[:9], np.array([[0.1], [5.0]]))[1]
         assert near < far
 
