@@ -55,7 +55,7 @@ from training.intervals import difference
 
 Rows = list[dict[str, Any]]
 FAST: dict[str, Any] = {"step_size": 0.2, "learning_rate": 0.03}  # than the defaults, 0.05 and 0.001
-# Ways to learn from few and noisy measurements, which the library does not have as none was better than uniform draws.
+# Ways to learn from few and noisy measurements that the library does not have; docs/tuner.md says what they are worth.
 LEARNERS = (
     *("uniform draws, GP chooses", "GP", "GP, earlier run", "linear bandit", "sequential halving"),
     "earlier run's best",
@@ -144,27 +144,33 @@ class Surrogate(UniformDraws):
 
 
 def gaussian_process(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations at (N, D) points; length scale 0.5, half of the variance is noise."""
+    """Means and standard deviations at (N, D) points; length scale and share of noise by the marginal likelihood."""
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return 0.5 * np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * 0.5**2))
+    def kernel(a: np.ndarray, b: np.ndarray, length: float, noise: float) -> np.ndarray:
+        return (1 - noise) * np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * length**2))
 
-    inverse = np.linalg.inv(kernel(known, known) + 0.5 * np.eye(len(known)))
-    across = kernel(new, known)
-    variances = 0.5 - np.einsum("nk,kl,nl->n", across, inverse, across)
+    def likelihood(length: float, noise: float) -> float:
+        covariance = kernel(known, known, length, noise) + noise * np.eye(len(known))
+        return -float(values @ np.linalg.solve(covariance, values) + np.linalg.slogdet(covariance)[1])
+
+    grid = [(length, noise) for length in (0.2, 0.4, 0.8, 1.6) for noise in (0.03, 0.1, 0.3, 0.6)]
+    length, noise = max(grid, key=lambda one: likelihood(*one))
+    inverse = np.linalg.inv(kernel(known, known, length, noise) + noise * np.eye(len(known)))
+    across = kernel(new, known, length, noise)
+    variances = 1 - noise - np.einsum("nk,kl,nl->n", across, inverse, across)
     return across @ inverse @ values, np.sqrt(np.maximum(variances, 0))
 
 
 def linear(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same by Bayesian regression on the columns, their squares and products; unit prior, noise of variance 0.5."""
+    """The same by Bayesian regression on the columns, their squares and products; wide prior, noise of variance 0.3."""
 
     def terms(x: np.ndarray) -> np.ndarray:
         pairs = [x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1])]
         return np.column_stack([np.ones(len(x)), x, *pairs])
 
     x, z = terms(known), terms(new)
-    covariance = np.linalg.inv(x.T @ x / 0.5 + np.eye(x.shape[1]))
-    return z @ covariance @ x.T @ values / 0.5, np.sqrt(np.einsum("nk,kl,nl->n", z, covariance, z))
+    covariance = np.linalg.inv(x.T @ x / 0.3 + np.eye(x.shape[1]) / 25)
+    return z @ covariance @ x.T @ values / 0.3, np.sqrt(np.einsum("nk,kl,nl->n", z, covariance, z))
 
 
 class Halving(UniformDraws):
