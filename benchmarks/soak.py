@@ -27,7 +27,7 @@ import numpy as np
 import ppo_training
 from common.cli import run
 from common.parser import Parser, positive
-from training.plots import plot_panels
+from training.plots import Panel, plot_panels
 from training.ppo_loop import PPORun
 
 BLOCK = 50  # steps that are drawn together
@@ -114,7 +114,8 @@ def main() -> None:
         rows = soak(args.steps, args.seed, Path(folder))
     if args.picture:
         numbered = list(enumerate(rows, 1))
-        plot_panels(Path(args.picture), {name: {name: [(n, row[name]) for n, row in numbered]} for name in rows[0]})
+        panels = [Panel(name, "", {name: [(n, row[name]) for n, row in numbered]}) for name in rows[0]]
+        plot_panels(Path(args.picture), panels)
     print(table(rows, args.warm_up))
 
 

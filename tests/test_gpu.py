@@ -74,7 +74,7 @@ def test_memory_is_wired_on_loading_and_given_back_after_sampling_on_a_gpu_only(
 
 def test_where_metal_recommends_a_size_mlx_stays_within_a_share_of_it(calls, monkeypatch):
     monkeypatch.setenv("TUNER_SIMULATE_GPU", "1")
-    limits = []
+    limits: list[int] = []
     monkeypatch.setattr(mx, "set_memory_limit", limits.append)
     monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 17_179_869_184})
     gpu.wire_memory()

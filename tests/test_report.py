@@ -23,7 +23,7 @@ from synth.pipeline.report import (
 )
 from synth.stages import drop, kept, new_row, write_rows
 
-EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!-- \u2028\u2029 {{rows}} {{end}} \"'& \ud800"
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script><!-- \u2028\u2029 {{rows}} {{end}} \"'&"
 
 
 class Page(HTMLParser):
@@ -219,7 +219,7 @@ def test_a_teachers_text_stays_text(folder):
     rows[0] |= {"id": EVIL, "input": EVIL, "output": EVIL, "passage": EVIL, "parent": EVIL, "votes": {EVIL: 3}}
     rows[0] |= {"origin": EVIL, "cast": 3, "margin": 1.0, "outvoted": EVIL}
     rows[1] = drop(rows[1], EVIL, EVIL)
-    with (folder / "generate.jsonl").open("w") as stream:  # as \u escapes: a lone surrogate is no UTF-8
+    with (folder / "generate.jsonl").open("w") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)
     for name in ("verify", "difficulty", "selection"):
         (folder / f"{name}.jsonl").unlink()
@@ -233,8 +233,7 @@ def test_a_teachers_text_stays_text(folder):
     assert all(page.rows[0][name] == EVIL for name in ("id", "input", "output", "passage", "parent", "origin"))
     assert page.rows[1]["outcome"] == f"generate: {EVIL}"
     assert page.rows[0]["votes"] == [[EVIL, 3]] and page.rows[1]["detail"] == EVIL
-    shown = EVIL.replace("\ud800", "\ufffd")
-    assert page.text.count(shown) == 6  # task (twice), origin, reason, ledger, flag; one value is JSON
+    assert page.text.count(EVIL) == 6  # task (twice), origin, reason, ledger, flag; one value is JSON
     assert page.text.count("<img src=x") == 7
 
 

@@ -226,6 +226,10 @@ def test_what_does_not_return_is_ended(tmp_path, code):
 
 
 def test_a_quick_call_is_not_hurried(tmp_path):
-    slow = checked(lambda p, c: [time.sleep(0.05) or 1.0], timeout=0.5)
+    def takes_its_time(prompts, completions):
+        time.sleep(0.05)
+        return [1.0]
+
+    slow = checked(takes_its_time, timeout=0.5)
     assert [slow(["a"], ["b"]) for _ in range(12)] == [[1.0]] * 12  # longer than the limit together
     assert checked(lambda p, c: [1.0], timeout=0)(["a"], ["b"]) == [1.0]

@@ -812,7 +812,8 @@ def test_resuming_a_finished_run_changes_nothing(flags):
 
 def validations(monkeypatch, losses):
     """Let the validations of a run say these losses, one after another; the last for all that follow."""
-    real, told = sft_loop.evaluate, []
+    real = sft_loop.evaluate
+    told: list[float] = []
 
     def scripted(module, objective, num_batches=-1, split="valid"):
         figures = real(module, objective, num_batches, split)
