@@ -161,7 +161,7 @@ def show(results: dict[str, Evaluation], seconds: dict[str, float], folder: Path
     for name, result in results.items():
         spent = f"{seconds[took[name]]:.0f}" if name in took else ""
         score = f"{result.mean_score:.3f} ± {result.standard_error:.3f}"
-        print(f"{name:<22}{score:>16}{result.perfect_share:>10.0%}{result.kl:>14.2f}{spent:>10}")
+        print(f"{name:<22}{score:>16}{result.perfect_share or 0:>10.0%}{result.kl:>14.2f}{spent:>10}")
     few = {name: {"texts": result.texts[:10], "rows": result.rows[:10]} for name, result in results.items()}
     table = {name: {**result._asdict(), **few[name]} for name, result in results.items()}
     write_json(folder / MARKER, {"seconds": seconds, "results": table})

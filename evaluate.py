@@ -144,7 +144,7 @@ def show(title: str, prompts: Sequence[str], result: Evaluation, num_rows: int, 
     figures = {
         "mean_score": str(score_interval(prompts, result.scores)),
         **{name: f"{mean:.3f}" for name, mean in result.part_scores.items()},
-        "perfect_share": f"{result.perfect_share:.3f}",
+        **({} if result.perfect_share is None else {"perfect_share": f"{result.perfect_share:.3f}"}),
         "completion_length": f"{result.completion_length:.1f}",
         **({"kl": f"{result.kl:.3f}"} if with_kl else {}),
     }

@@ -32,6 +32,8 @@ class AnswerReward:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
 
+    reward.top = 1.0  # type: ignore[attr-defined]
+
 
 def answer_from_flag(spec: str) -> AnswerType:
     """The answer type of `--answer`. Raises UserError as `answer_options` and `answer_type` do."""

@@ -28,6 +28,14 @@ from rewards.function import load_reward_function
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 
 
+def top_of(reward: Reward) -> float | None:
+    """The highest score that a reward can give, where it declares one (`reward.top`); only then can one be perfect.
+
+    A user's own function may: score.top = 5.0.
+    """
+    return getattr(reward, "top", None)
+
+
 class Scored(NamedTuple):
     """Completions and their scores."""
 

@@ -11,4 +11,5 @@ def digit_reward(rule: DigitRule) -> Callable[[Sequence[str], Sequence[str]], li
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         return [rule.score(prompt + completion) for prompt, completion in zip(prompts, completions, strict=True)]
 
+    reward.top = 1.0  # type: ignore[attr-defined]
     return reward

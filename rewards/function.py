@@ -96,6 +96,8 @@ def checked(
                 raise UserError(f"{what} returned {len(values)} scores for {count} completions; return one for each")
             return [_finite(value, index, what) for index, value in enumerate(values)]
 
+    if (top := getattr(function, "top", None)) is not None:  # its highest score, which it may declare
+        reward.top = float(top)  # type: ignore[attr-defined]
     return reward
 
 

@@ -14,7 +14,11 @@ from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS
 from data.records import read_rows
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.loading import load, twin
-from rewards.combined import WeightedSum
+from rewards.answer_reward import AnswerReward
+from rewards.answers import answer_type
+from rewards.combined import WeightedSum, top_of
+from rewards.digits import digit_reward
+from rewards.function import checked
 from tests.scripts import call, fails
 from training.evaluation import completion_logprobs, evaluate_model, per_prompt, score_difference, score_interval
 from training.intervals import wilson
@@ -35,9 +39,20 @@ def test_the_figures_are_those_of_the_scores(loaded):
     scores = [1.0, 0.5, 0.0] * 4
     result = evaluated(loaded, reward=lambda prompts, completions: scores)
     assert result.scores == scores and result.mean_score == pytest.approx(0.5)
-    assert result.perfect_share == pytest.approx(1 / 3)
+    assert result.perfect_share is None  # this reward declares no top
     assert result.standard_error == pytest.approx(np.std(scores, ddof=1) / 12**0.5)
     assert all(text.startswith(prompt) for text, prompt in zip(result.texts, PROMPTS, strict=True))
+
+
+@pytest.mark.parametrize(("top", "share"), [(1.0, 1 / 3), (2.0, 0.0)])
+def test_only_a_declared_top_makes_a_score_perfect(loaded, top, share):
+    def reward(prompts, completions):
+        return [1.0, 0.5, 0.0] * 4
+
+    reward.top = top  # type: ignore[attr-defined]
+    assert evaluated(loaded, reward=checked(reward)).perfect_share == pytest.approx(share)
+    assert top_of(digit_reward(DigitRule())) == top_of(AnswerReward(answer_type("number"), {}).reward) == 1.0
+    assert top_of(WeightedSum({"one": checked(reward)}, {"one": 2.0})) is None
 
 
 def test_the_kl_is_zero_to_itself_and_positive_to_another(loaded):

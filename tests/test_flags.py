@@ -1,6 +1,7 @@
 """Flags: their spelling, YAML behind them, every flag of the walkthrough, and what is refused before loading."""
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from data.sources import base_in
 from synth.pipeline.flags import run_parser
 from tests.scripts import ROOT, fails, with_words
 from training import ppo_flags
-from training.flags import adapter_settings, add_adapter_flags, default_output_dir, resumed
+from training.flags import adapter_settings, add_adapter_flags, default_output_dir, parse_or_resume, resumed
 from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate
 from training.ppo_step import check_settings, kl_kind, make_controller
 from training.settings import PPOSettings, SFTSettings
@@ -487,6 +488,41 @@ def test_a_resumed_run_has_its_own_flags_and_its_own_folder():
     args = resumed(args, {**vars(ppo("--ground_truth_reward", "--seed", 7)), "output_dir": "elsewhere"})
     assert (args.seed, args.ground_truth_reward) == (7, True)
     assert args.resume == args.output_dir == "runs/old"
+
+
+@pytest.fixture
+def stopped(tmp_path):
+    """f() -> the flags that a run has, which was begun with a few of its own; as the script would parse them."""
+    own = ["--ground-truth-reward", "--num-steps", "60", "--target", "4", "--output-dir", str(tmp_path / "run")]
+    parser = ppo_flags.ppo_parser("PPO")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(vars(parser.parse_args(own))))
+
+    def resume(*words):
+        return with_words(lambda: parse_or_resume(ppo_flags.ppo_parser("PPO"), "num_steps"),
+                          "--resume", tmp_path / "run", *words)  # fmt: skip
+
+    return resume
+
+
+def test_a_resumed_run_says_what_it_takes_anew_and_keeps_it(stopped, tmp_path, capsys):
+    args = stopped("--save-every", 5, "--target", 4, "--log-with", "tensorboard", "--num-steps", 60)
+    assert (args.save_every, args.target, args.log_with, args.num_steps) == (5, 4.0, "tensorboard", 60)
+    assert capsys.readouterr().out.splitlines() == [
+        "--save-every is now 5; the run had 20", "--log-with is now tensorboard; the run had none",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["save_every"] == 5
+    assert stopped().save_every == 5 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("words", [["--learning-rate", "0.1"], ["--target", "6"], ["--reward-model", "a", "b"],
+                                   ["--seed", "1"], ["--no-center-values"],
+                                   ["--save-every", "5", "--gamma", "0.9"]])  # fmt: skip
+def test_a_resumed_run_refuses_what_would_change_its_training(stopped, tmp_path, words):
+    before = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match=r"was begun with other flags: --.* \(the run: .*change only --num-steps"):
+        stopped(*words)
+    assert (tmp_path / "run" / "config.json").read_text() == before
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from models.generation import sample
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
-from rewards.combined import Reward, score
+from rewards.combined import Reward, score, top_of
 from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
 from training.rollout import pack
@@ -26,7 +26,7 @@ class Evaluation(NamedTuple):
 
     mean_score: float
     standard_error: float  # of mean_score, over completions as if each had its own prompt
-    perfect_share: float  # of completions with a score of 1
+    perfect_share: float | None  # of completions with the reward's highest score; None where it declares none
     kl: float  # nats per completion to the reference; 0 without one
     completion_length: float  # tokens
     scores: list[float]
@@ -58,7 +58,7 @@ def evaluate_model(
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     completions = sample(model, prompt_ids, tokenizer.eos_token_ids, max_tokens, temperature, batch_size)
     scored = score(reward, known_prompts or prompts, completion_texts(tokenizer, prompt_ids, completions))
-    scores = np.asarray(scored.scores, dtype=np.float64)
+    scores, top = np.asarray(scored.scores, dtype=np.float64), top_of(reward)
     kl = 0.0
     if reference is not None:
         rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes)
@@ -68,7 +68,7 @@ def evaluate_model(
     return Evaluation(
         mean_score=float(scores.mean()),
         standard_error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0,
-        perfect_share=float(np.mean(scores >= 1)),
+        perfect_share=None if top is None else float(np.mean(scores >= top)),
         kl=kl,
         completion_length=float(np.mean(lengths)),
         scores=scored.scores,

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ KINDS = {
     "soft_prompt": "a soft prompt",
     "none": "the value head alone",
 }
+
+
+# What a resumed run takes anew, besides its length: where things go, what is reported, and how memory is saved. Any
+# other flag would change what is trained, so another value than the run's own is refused.
+TAKEN_ANEW = (
+    *("save_file", "fused_model", "save_every", "keep_checkpoints", "log_with", "verbose"),
+    *("steps_per_report", "steps_per_eval", "steps_per_samples", "logits_memory", "grad_checkpoint", "device"),
+)
 
 
 def default_output_dir(script: str) -> str:
@@ -112,7 +120,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Where a run's files go, how it is resumed, and who is told of it."""
     group = parser.add_argument_group("run")
     group.add_argument("--output-dir", default=None, help="run folder (default: runs/SCRIPT-TIME)")
-    group.add_argument("--resume", metavar="RUN_FOLDER", help="continue a stopped run, with its own flags")
+    group.add_argument(
+        "--resume", metavar="RUN_FOLDER", help="continue a stopped run with its own flags; others are refused or named"
+    )
     group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
     group.add_argument(
         "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
@@ -124,20 +134,49 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def parse_or_resume(parser: argparse.ArgumentParser, length: str) -> argparse.Namespace:
     """The flags of this call, or with --resume those of the run it names.
 
-    length: the attribute of how many steps a run has. Given together with --resume, it extends the run; a --save-file
-    takes the place of the run's own.
+    length: the attribute of how many steps a run has. Given together with --resume, it extends the run; flags of
+    TAKEN_ANEW take the place of the run's own, which is said. Raises UserError for any other that differs.
     """
     args = parser.parse_args()
     if not args.resume:
         return args
     run = resumed(args, resumed_config(args.resume))
-    # Parsed anew without those defaults, so that 200 steps asked for differ from 200 by default.
-    given = parser.parse_args(namespace=argparse.Namespace(**{length: None, "save_file": None}))
-    if given.save_file is not None:
-        _change(run, "save_file", given.save_file)
-    if (steps := getattr(given, length)) is not None:
+    changed = {name: value for name, value in given_flags(parser).items() if value != getattr(run, name)}
+    steps = changed.pop(length, None)
+    refuse_others(parser, run, changed, (length, *TAKEN_ANEW))
+    if steps is not None:
         extend(run, length, steps)
+    for name, value in changed.items():
+        print(f"{flag_of(parser, name)} is now {value}; the run had {getattr(run, name)}")
+        _change(run, name, value)
     return run
+
+
+def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The flags on the command line, but for --resume: those alone, so that 200 steps asked for differ from 200 by
+    default.
+    """
+    unset: tuple = ()  # which no flag reads to, and to which a flag that collects values can add
+    names = {action.dest for action in parser._actions}
+    found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name: value for name, value in found.items() if value != unset and name not in ("help", "resume")}
+
+
+def refuse_others(
+    parser: argparse.ArgumentParser, run: argparse.Namespace, changed: Mapping[str, Any], free: Iterable[str]
+) -> None:
+    """Raise UserError if a resumed run was given other flags than its own. free: those that it may be given anew."""
+    free = list(free)
+    others = [name for name in changed if name not in free]
+    if others:
+        flags = ", ".join(f"{flag_of(parser, name)} {changed[name]} (the run: {getattr(run, name)})" for name in others)
+        allowed = ", ".join(flag_of(parser, name) for name in free if hasattr(run, name))
+        raise UserError(f"{run.resume} was begun with other flags: {flags}; leave them out, or change only {allowed}")
+
+
+def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """The flag of an attribute, as help shows it."""
+    return next(action.option_strings[0] for action in parser._actions if action.dest == name and action.option_strings)
 
 
 def extend(run: argparse.Namespace, length: str, steps: int) -> None:
