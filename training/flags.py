@@ -157,7 +157,7 @@ def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
     default.
     """
     unset: tuple = ()  # which no flag reads to, and to which a flag that collects values can add
-    names = {action.dest for action in parser._actions}
+    names = [action.dest for action in parser._actions]
     found = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(names, unset))))
     return {name: value for name, value in found.items() if value != unset and name not in ("help", "resume")}
 
