@@ -23,6 +23,7 @@ from common.cli import python_command, run
 from common.errors import UserError
 from common.files import write_json
 from common.parser import Parser
+from common.ranges import SEED
 from data.digits import DigitRule, held_out_starts
 from models.adapters import load_adapter
 from models.loading import load, resolve
@@ -53,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a few steps of each stage")
     parser.add_argument("--stages", choices=("all", "models"), default="all", help="models: without PPO")
     parser.add_argument("--output-dir", default="demo", help="folder for all files of the demo; emptied first")
-    parser.add_argument("--seed", type=int, default=0, help="seed of all randomness")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of all randomness")
     return parser.parse_args()
 
 

@@ -27,6 +27,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, check_file, say_replaced
 from common.parser import Parser, positive
+from common.ranges import COUNT, NATURAL, NOT_NEGATIVE, SEED
 from data.digits import held_out_starts
 from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
@@ -63,16 +64,18 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--num-samples",
-        type=int,
+        type=COUNT,
         default=250,
         help="completions, spread evenly over the prompts, or over a sample of them",
     )
-    parser.add_argument("--max-completion-length", "--max-new-tokens", type=int, default=64, help="tokens")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of sampling; 0: always the most likely token")
-    parser.add_argument("--show-samples", type=int, default=5, help="completions of each model to print")
+    parser.add_argument("--max-completion-length", "--max-new-tokens", type=COUNT, default=64, help="tokens")
+    parser.add_argument(
+        "--temperature", type=NOT_NEGATIVE, default=1.0, help="of sampling; 0: always the most likely token"
+    )
+    parser.add_argument("--show-samples", type=NATURAL, default=5, help="completions of each model to print")
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
     add_logits_memory(parser, Settings.logits_memory)
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling")
     parser.show_first(
         *("--model", "--resume-file", "--against", "--ground-truth-reward", "--reward-model", "--reward-function"),
         *("--prompts", "--held-out", "--num-samples", "--temperature", "--save-samples"),

@@ -13,6 +13,7 @@ above --max-fuse-kl (models.export.fusing).
 """
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from common.cli import Stopped, run
 from common.errors import UserError
 from common.files import atomic_folder, check_replaceable, expanded, say_replaced
 from common.parser import Parser
+from common.ranges import Numbers
 from models.adapter_base import base_of
 from models.adapters import SavedAdapter, load_adapter, read_adapter, write_adapter, write_peft
 from models.export.classifier import save_classifier
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--max-fuse-kl",
         metavar="NATS",
-        type=float,
+        type=Numbers(least=0, most=math.inf),
         default=MAX_KL,
         help="KL to the adapter, in nats a token, above which layers of a quantized model get more bits; inf: any",
     )

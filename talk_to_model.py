@@ -25,7 +25,8 @@ import mlx.core as mx
 from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, expanded, user_cache
-from common.parser import Parser, positive
+from common.parser import Parser
+from common.ranges import COUNT, NOT_NEGATIVE, SEED
 from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.generation import ChatSession, TooLong
@@ -48,10 +49,12 @@ def parse_args() -> argparse.Namespace:
         "--resume-file", "--adapter-path", help="adapter or soft prompt: a folder, or an .npz or .safetensors file"
     )
     parser.add_argument("--compare", metavar="MODEL", help="also show the replies of this model, such as the base")
-    parser.add_argument("--max-tokens", type=int, default=100, help="maximum length of a reply, tokens")
-    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature; 0: always the most likely token")
+    parser.add_argument("--max-tokens", type=COUNT, default=100, help="maximum length of a reply, tokens")
+    parser.add_argument(
+        "--temp", type=NOT_NEGATIVE, default=0.0, help="sampling temperature; 0: always the most likely token"
+    )
     parser.add_argument("--system-prompt", help="system prompt that precedes the conversation")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling")
     return parser.parse_args()
 
 
@@ -196,8 +199,6 @@ def greeting(sessions: Sessions) -> str:
 
 def main() -> None:
     args = parse_args()
-    positive("max-tokens", args.max_tokens)
-    positive("temp", args.temp, zero=True)
     mx.random.seed(args.seed)
     model = base_of(args.model, args.resume_file, resolve, lambda line: print(line, file=sys.stderr))
     sessions = open_sessions(model, args.resume_file, args.compare, args.system_prompt)

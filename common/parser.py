@@ -8,10 +8,12 @@ import argparse
 import itertools
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import UserError, one_line
+from common.ranges import Numbers
 from common.yaml_files import read_yaml
 
 
@@ -97,6 +99,28 @@ class Parser(argparse.ArgumentParser):
             self._set_defaults_from(path)
         return super().parse_args(words, namespace)
 
+    def _get_value(self, action, arg_string):
+        """Refuse a number out of its flag's range as every other mistake of a user is refused."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if isinstance(action.type, Numbers):
+                raise UserError(f"{action.option_strings[0]} is {arg_string}; it has to be {action.type}") from None
+            raise
+
+    def check_values(self, values: Mapping[str, Any], place: object) -> None:
+        """Raise UserError, which begins with `place`, where a value by its flag's name is none that the flag gives."""
+        actions = {action.dest: action for action in self._actions}
+        for name, value in values.items():
+            action = actions.get(name)
+            if action is None or value is None or value == action.default:
+                continue
+            several = action.nargs == "+"
+            for one in value if several and isinstance(value, list) else [value]:
+                if several != isinstance(value, list) or not _gives(action, one):
+                    what = f"it has to be {action.type}" if isinstance(action.type, Numbers) else "its flag never does"
+                    raise UserError(f"{place} sets {name} to {one!r:.60}; {what}")
+
     def _set_defaults_from(self, path: str) -> None:
         actions: dict[str, argparse.Action] = {}
         for action in self._actions:
@@ -154,10 +178,20 @@ def _from_word(action: argparse.Action, value: Any, fact: str) -> Any:
     try:
         word = read(str(value))
     except (ValueError, argparse.ArgumentTypeError):
-        raise UserError(f"{fact}, which it cannot take; see --help") from None
+        why = f"; it has to be {read}" if isinstance(read, Numbers) else ", which it cannot take; see --help"
+        raise UserError(f"{fact}{why}") from None
     if action.choices and word not in action.choices:
         raise UserError(f"{fact}; use one of {', '.join(map(str, action.choices))}")
     return word
+
+
+def _gives(action: argparse.Action, value: Any) -> bool:
+    """Whether `value` is of the kind that the flag of `action` gives."""
+    if isinstance(action.type, Numbers):
+        return value in action.type
+    if action.nargs == 0 or action.type is boolean:
+        return isinstance(value, bool)
+    return isinstance(value, str) and (not action.choices or value in action.choices)
 
 
 def _hyphenate(word: str) -> str:

@@ -33,6 +33,14 @@ def read_as(kind: type[T], path: str | Path, remedy: str = "restore it or recrea
     return conforming(kind, read_json(path), path, remedy)
 
 
+def read_key(kind: type[T], path: str | Path, key: str, remedy: str = "restore it or recreate it") -> T:
+    """The value of one key of the object in a JSON file, as `kind`. Raises UserError as `read_as` does."""
+    content = read_as(dict[str, Any], path, remedy)
+    if key not in content:
+        raise UserError(f"{path} lacks {key}; {remedy}")
+    return conforming(kind, content[key], f"{path} ({key})", remedy)
+
+
 def conforming(kind: type[T], content: Any, path: object, remedy: str = "restore it or recreate it") -> T:
     """The content of the JSON file `path` as `kind`. Raises UserError as `read_as` does."""
     try:

@@ -8,8 +8,12 @@ context that the model would see at inference.
     python -m pytest tests/test_chat.py
 """
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 from common.errors import UserError
@@ -17,6 +21,7 @@ from data.batching import Example, Rendered, encode_prompt
 
 Message = dict[str, Any]
 Tools = list[Any] | None
+LONGEST_RENDERING = 10.0  # seconds; a conversation takes milliseconds
 
 
 def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, reply: bool = False) -> Rendered:
@@ -24,20 +29,38 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, rep
 
     Raises UserError if the tokenizer has no chat template or the template rejects the messages.
     """
-    from jinja2 import TemplateError
-
     if not getattr(tokenizer, "has_chat_template", None) and not getattr(tokenizer, "chat_template", None):
         raise UserError(
             "the model's tokenizer has no chat template, so messages cannot be rendered; use a chat model, or rows of "
             '"prompt" and "completion" as text'
         )
     try:
-        return Rendered(
-            tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=reply, tokenize=False)
-        )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        cause = " ".join(str(error).split())[:120]
+        with _time_limit():
+            return Rendered(
+                tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=reply, tokenize=False)
+            )
+    except Exception as error:  # noqa: BLE001  (a template is a program of the model's, and fails as programs do)
+        cause = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"the model's chat template cannot render the messages ({cause}); fix them") from None
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Raise TimeoutError in the block after LONGEST_RENDERING; only in the main thread, which alone gets signals."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took longer than {LONGEST_RENDERING:g} s")
+
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_RENDERING)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def encode_messages(

@@ -23,7 +23,8 @@ import numpy as np
 
 from common.cli import run
 from common.errors import UserError
-from common.parser import Parser, positive
+from common.parser import Parser
+from common.ranges import COUNT, NATURAL
 from data.batching import Example, collate, encode_prompt, num_targets, truncate
 from data.examples import (
     LANGUAGE_ROWS,
@@ -106,15 +107,13 @@ def parse_args() -> argparse.Namespace:
         "--model", default="tiny-digits", help="model whose tokenizer is used: a folder or Hugging Face name"
     )
     parser.add_argument(
-        "--max-length", "--max-seq-length", type=int, default=2048, help="tokens to which rows are truncated"
+        "--max-length", "--max-seq-length", type=COUNT, default=2048, help="tokens to which rows are truncated"
     )
-    parser.add_argument("--rows", type=int, default=3, help="number of first rows of each split to show")
+    parser.add_argument("--rows", type=NATURAL, default=3, help="number of first rows of each split to show")
     parser.add_argument(
         "--for", dest="reader", choices=READERS, help="what reads the rows (default: what takes most of a split's)"
     )
     args = parser.parse_args()
-    positive("max-length", args.max_length)
-    positive("rows", args.rows, zero=True)
     return args
 
 

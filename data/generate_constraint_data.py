@@ -22,9 +22,10 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from common import ranges
 from common.cli import run
 from common.files import atomic_file
-from common.parser import Parser, positive
+from common.parser import Parser
 from data.constraints import Constraints
 from data.subjects import SUBJECTS, Subject
 
@@ -226,11 +227,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--num-samples", type=int, default=600, help="rows of train; valid and test have a sixth")
+    parser.add_argument(
+        "--num-samples", type=ranges.COUNT, default=600, help="rows of train; valid and test have a sixth"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("data/constraints"), help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=ranges.SEED, default=0, help="random seed")
     args = parser.parse_args()
-    positive("num-samples", args.num_samples)
     return args
 
 

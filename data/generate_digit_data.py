@@ -23,6 +23,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file
 from common.parser import Parser
+from common.ranges import COUNT, SEED, SHARE
 from data.digits import DECREASING_STARTS, INCREASING_STARTS, MAX_STEP, DigitRule
 
 NOISE_RANGE = (-100, 100)
@@ -78,19 +79,19 @@ def write_rows(path: Path, rows: list[DigitRow]) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--num-samples", type=int, default=100, help="rows in each of the three files")
+    parser.add_argument("--num-samples", type=COUNT, default=100, help="rows in each of the three files")
     parser.add_argument(
-        "--min-length", type=int, default=5, help="fewest numbers in a row (rows of fewer than 5 cannot score 1)"
+        "--min-length", type=COUNT, default=5, help="fewest numbers in a row (rows of fewer than 5 cannot score 1)"
     )
-    parser.add_argument("--max-length", type=int, default=15, help="most numbers in a row")
-    parser.add_argument("--noise", type=float, default=0.2, help="probability that a number is replaced, 0..1")
+    parser.add_argument("--max-length", type=COUNT, default=15, help="most numbers in a row")
+    parser.add_argument("--noise", type=SHARE, default=0.2, help="probability that a number is replaced, 0..1")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--increasing", action="store_true", help="increasing numbers (the default)")
     direction.add_argument("--decreasing", action="store_true", help="decreasing numbers")
-    parser.add_argument("--multiple-of", type=int, default=1, help="every number is a multiple of this, 1..50")
+    parser.add_argument("--multiple-of", type=COUNT, default=1, help="every number is a multiple of this, 1..50")
     parser.add_argument("--output-dir", type=Path, default=Path(__file__).resolve().parent, help="folder to write to")
     parser.add_argument("--prefix", default="", help="prefix of the file names, such as reward_function_")
-    parser.add_argument("--seed", type=int, default=0, help="random seed")
+    parser.add_argument("--seed", type=SEED, default=0, help="random seed")
     args = parser.parse_args()
     check(args)
     return args

@@ -6,10 +6,10 @@ python -m pytest tests/test_tokenizer.py
 from pathlib import Path
 from typing import Any
 
-from common.errors import opening
-from common.files import read_json
+from common.errors import UserError, opening
 from common.locate import locate
 from common.open_files import accept_few_files
+from common.schemas import read_as
 
 
 def open_tokenizer(name: str) -> Any:
@@ -21,7 +21,15 @@ def open_tokenizer(name: str) -> Any:
     """
     folder = locate(name)
     with opening(f"the tokenizer of {name}"):
-        return _open(folder, _configured_eos(folder))
+        tokenizer = _open(folder, _configured_eos(folder))
+    check_eos(tokenizer, name)
+    return tokenizer
+
+
+def check_eos(tokenizer: Any, name: str) -> None:
+    """Raise UserError for a tokenizer without an EOS token, which ends every text in training and in sampling."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} names no EOS token; set eos_token in its tokenizer_config.json")
 
 
 def mlx_tokenizer(folder: Path, eos: int | list[int] | None) -> Any:
@@ -41,8 +49,8 @@ def transformers_tokenizer(folder: Path) -> Any:
 def _configured_eos(folder: Path) -> int | list[int] | None:
     """generation_config.json takes precedence over config.json, as in mlx-lm."""
     generation = folder / "generation_config.json"
-    named = read_json(generation).get("eos_token_id") if generation.is_file() else None
-    return named or read_json(folder / "config.json").get("eos_token_id")
+    named = read_as(dict[str, Any], generation).get("eos_token_id") if generation.is_file() else None
+    return named or read_as(dict[str, Any], folder / "config.json").get("eos_token_id")
 
 
 def _open(folder: Path, eos: int | list[int] | None) -> Any:

@@ -1,13 +1,15 @@
 """From a model's name to its folder, for MLX and PyTorch alike: a local folder, or a download from the hub."""
 
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from common.errors import UserError, reason
-from common.files import expanded, read_json, restore_old
+from common.files import expanded, restore_old
+from common.schemas import read_as
 from models.adapter_config import HEAD_FILE
 
 # The files that mlx-lm downloads, so that one download serves both, plus the head of a reward model, and but for *.py:
@@ -71,5 +73,5 @@ def _download(name: str) -> Path:
 
 def is_classifier(folder: Path) -> bool:
     """Whether a model folder's configuration is that of a transformers AutoModelForSequenceClassification."""
-    architectures = read_json(folder / "config.json").get("architectures") or []
-    return any(name.endswith("ForSequenceClassification") for name in architectures)
+    architectures = read_as(dict[str, Any], folder / "config.json").get("architectures") or []
+    return any(isinstance(name, str) and name.endswith("ForSequenceClassification") for name in architectures)

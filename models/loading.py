@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import opening
-from data.tokenizer import mlx_tokenizer
+from data.tokenizer import check_eos, mlx_tokenizer
 from models.arrays import check_finite, check_whole
 from models.folders import model_folder
 from models.four_bit import four_bit_folder
@@ -85,6 +85,7 @@ def load(name: str) -> LoadedModel:
         with kept_random_state():  # mlx's layers draw initial weights
             model, config = mlx_lm.utils.load_model(path, trust_remote_code=False)
         tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
+    check_eos(tokenizer, name)
     check_finite(name, dict(tree_flatten(model.parameters())), "check that it is complete")
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)

@@ -55,6 +55,7 @@ from common.files import (
     write_json,
 )
 from common.progress import progress
+from common.ranges import SEED
 from data.batching import Batch, Example, collate
 from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
@@ -350,7 +351,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Build an embedded model and measure it on held-out prompts.")
     parser.add_argument("--name", default="tiny-digits", choices=TINY_NAMES, help="which embedded model")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    parser.add_argument("--seed", type=SEED, default=0, help="seed of weights and data")
     args = parser.parse_args()
     started = time.perf_counter()
     folder = tiny_model_path(args.name, args.seed)

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from common.errors import UserError, opening
 from common.locate import locate
+from data.tokenizer import check_eos
 from models.folders import model_folder
 from models.gguf_folder import gguf_folder, is_gguf
 from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder
@@ -117,6 +118,7 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
         )
     with opening(f"the tokenizer of {tokenizer or name}"):
         opened = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
+    check_eos(opened, tokenizer or name)
     _check_whole(name, report)
     check_finite(name, dict(model.named_parameters()), "check that it is complete")
     rows = model.get_input_embeddings().weight.shape[0]

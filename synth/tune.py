@@ -19,6 +19,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import write_json
 from common.parser import Parser
+from common.ranges import NATURAL
 from data.records import read_rows
 from synth.examples import read_examples
 from synth.pipeline.tasks import open_task
@@ -40,7 +41,10 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", help="run folder (default: the file's, or runs/tune-TIME)")
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own configuration")
     parser.add_argument(
-        "--confirm", type=int, default=0, help="then compare with the start's settings, on this many fresh batches each"
+        "--confirm",
+        type=NATURAL,
+        default=0,
+        help="then compare with the start's settings, on this many fresh batches each",
     )
     return parser.parse_args(args)
 

@@ -1,14 +1,16 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
 import math
+import random
 import sys
+from dataclasses import asdict, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import synth_ablation
+from benchmarks import crash, synth_ablation
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -125,3 +127,54 @@ def test_a_soak_tells_a_leak_from_noise():
     assert low <= 0 <= high and abs(found) < 0.5
     found, low, high = slope(400 + noise + 20 * np.arange(1800) / 1000)
     assert found == pytest.approx(20, abs=0.5) and low < 20 < high and low > 19
+
+
+# Ten numbers, one at a time, into a file that is replaced whole; FAULT is put in before the last.
+SLOW = """
+import json, os, sys, time
+from pathlib import Path
+run = Path("run"); run.mkdir(exist_ok=True)
+starts = Path("starts"); starts.write_text(starts.read_text() + "s" if starts.exists() else "s")
+path = run / "config.json"
+found = json.loads(path.read_text()) if path.exists() else []
+while len(found) < 10:
+    found.append({"n": len(found), "seconds": time.time()})
+    time.sleep(0.05)
+    Path("next").write_text(json.dumps(found)); os.replace("next", path)
+FAULT
+starts.unlink()
+"""
+FAULTS = {
+    "none": "",
+    "forgets": "path.write_text(json.dumps(starts.read_text()))",
+    "leaves": "Path('run/.a.1.tmp').mkdir(exist_ok=True)",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kills_find_what_is_not_the_same_in_the_end(tmp_path, fault):
+    (tmp_path / "slow.py").write_text(SLOW.replace("FAULT", FAULTS[fault]))
+    kind = crash.Kind([tmp_path / "slow.py"], [tmp_path / "slow.py", "--resume"])
+    result = crash.measure(kind, 3, random.Random(0), tmp_path / "runs")
+    assert result.kills == 3 and result.runs >= 1 and result.compared == result.runs
+    different = ["run/config.json"] if fault == "forgets" else []
+    last = f"cut{result.runs}"  # which was killed; an earlier one may have ended by itself
+    assert [name for name in result.different if name.startswith(last)] == [f"{last}/{name}" for name in different]
+    assert bool(result.left_over) == (fault == "leaves") and result.whole == (fault == "none")
+
+
+def test_the_table_of_kills_has_a_line_a_kind():
+    found = crash.Result(9.0, kills=25, runs=3, of_children=12, compared=60, asked_again=7, lost=100)
+    lines = crash.table({"sft": asdict(found), "synth.run": asdict(found)}).splitlines()
+    assert lines[2:] == ["| sft | 25 |  | 3 | 60 | 0 | 0 |  |", "| synth.run | 25 | 12 | 3 | 60 | 0 | 0 | 7 (100) |"]
+    assert found.whole and not replace(found, asked_again=101).whole and not replace(found, different=["a"]).whole
+
+
+def test_files_are_compared_without_their_times(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2, "rollout_seconds": 3}\n{"step": 2')
+    (tmp_path / "summary.json").write_text('{"loss": 1, "of": [{"seconds": 4}], "at": "http://a/v1"}')
+    (tmp_path / "lock").touch()
+    assert crash.left_by(tmp_path, "http://a/v1") == {
+        "metrics.jsonl": [{"step": 1}, '{"step": 2'],
+        "summary.json": [{"loss": 1, "of": [{}], "at": "URL"}],
+    }

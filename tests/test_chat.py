@@ -1,11 +1,13 @@
 """From conversations to tokens: what is trained, for various kinds of chat templates."""
 
 import copy
+import signal
 from typing import Any
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+import data.chat
 from common.errors import UserError
 from data.batching import Example, Rendered, collate, encode_prompt, encode_text
 from data.chat import encode_messages, render
@@ -141,3 +143,27 @@ def test_a_rendered_text_is_encoded_without_a_second_bos():
         assert isinstance(same, Rendered) and encode_prompt(tokenizer, same).count(tokenizer.bos_token_id) == 1
     (example,) = encode_messages(tokenizer, TALK[1:3])
     assert encode_text(tokenizer, prompt + " 4").tokens == example.tokens  # what a reward model reads in PPO
+
+
+RANGE = "{% for i in range(99999) %}"
+TEMPLATES = {
+    "a range too big": "{% for i in range(10 ** 9) %}{% endfor %}",
+    "loops in loops": RANGE * 4 + "{% endfor %}" * 4,
+    "no end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a division": "{{ 1 / 0 }}",
+    "an overflow": "{{ 1e308 ** 9 }}",
+    "no such thing": "{{ messages[7].a.b }}",
+    "an escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a syntax error": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_that_fails_as_programs_do_is_one_line(template, monkeypatch):
+    monkeypatch.setattr(data.chat, "LONGEST_RENDERING", 0.3)
+    tokenizer = byte_tokenizer(TEMPLATES[template])
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(UserError, match="the model's chat template cannot render the messages") as caught:
+        render(tokenizer, [{"role": "user", "content": "hi"}])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0

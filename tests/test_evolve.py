@@ -6,13 +6,14 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
 import sft
-from benchmarks.synth_kills import repeated, send_kill
+from benchmarks.crash import repeated
 from common.errors import UserError
 from common.files import read_json
 from data.records import read_rows
@@ -32,6 +33,16 @@ from tests.scripted_teacher import ScriptedTeacher, said
 from tests.scripts import ROOT, call, fails, with_words
 from training import intervals
 from training.metrics import read_metrics
+
+
+def send_kill(process, server, calls):
+    """Kill the process once it has made `calls` calls; returns its exit status, 0 if it ended before."""
+    before = server.calls
+    while process.poll() is None and server.calls < before + calls:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    return process.wait()
+
 
 SMALL = ["--rounds", 2, "--iterations", 2, "--starts", 2, "--group", 2, "--answers", 2, "--answer", "number"]
 

@@ -131,10 +131,21 @@ DAMAGES = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "cut weights": lambda folder: cut(folder / "model.safetensors"),
     "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "no heads": lambda folder: change_config(folder, num_attention_heads=0),
+    "no EOS": lambda folder: without_eos(folder),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "malformed tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "another tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
 }
+
+
+def without_eos(folder):
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "eos_token"}))
+    change_config(folder, eos_token_id=None)
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def cut(path):

@@ -13,7 +13,7 @@ import pytest
 import fuse
 import ppo_training
 import sft
-from benchmarks.synth_kills import repeated
+from benchmarks.crash import repeated
 from common.errors import UserError
 from common.files import read_json
 from synth import run as module

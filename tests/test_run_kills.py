@@ -23,7 +23,7 @@ import pytest
 from tqdm import tqdm
 
 import ppo_training
-from benchmarks.synth_kills import repeated, tables
+from benchmarks.crash import repeated, tables
 from common.files import read_json
 from synth import run as module
 from synth.offline.server import OfflineTeacher
@@ -137,7 +137,7 @@ def left_by(folder):
 
 
 def test_killed_as_it_asks_it_asks_nothing_again(start, tmp_path):
-    """Kills between any two calls; benchmarks/synth_kills.py has more of them."""
+    """Kills between any two calls; benchmarks/crash.py has more of them."""
     words, rng, codes = [*WORDS, "--count", 20, "--votes", 4], random.Random(0), []
     with OfflineTeacher() as server:
         assert end_of(start(asking_life, [*words, "--teacher-url", server.url], tmp_path / "whole")) == 0

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
+from common.parser import Parser
+from common.ranges import COUNT, COUNT_OR_ALL, FINITE, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_1
+from common.schemas import read_as
 from models.adapter_config import WEIGHT_TYPES
 from training.metrics import resumed_config
 from training.optimizer_groups import OPTIMIZERS
@@ -44,14 +47,16 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
     """Which weights are trained, and how an adapter is made. dropout: PPO needs 0, so that the ratio starts at 1."""
     group = parser.add_argument_group("adapter")
     group.add_argument("--prompt-tuning", action="store_true", help="train a soft prompt instead of LoRA")
-    group.add_argument("--num-prompt-tokens", type=int, default=32, help="length of the soft prompt, tokens")
+    group.add_argument("--num-prompt-tokens", type=COUNT, default=32, help="length of the soft prompt, tokens")
+    group.add_argument("--fine-tune-type", choices=WEIGHT_TYPES, default="lora", help="which weights to train")
     group.add_argument(
-        "--fine-tune-type", choices=WEIGHT_TYPES, default="lora", help="which weights to train"
+        "--lora-layers", "--num-layers", type=COUNT_OR_ALL, default=16, help="last layers to adapt; -1: all"
     )
-    group.add_argument("--lora-layers", "--num-layers", type=int, default=16, help="last layers to adapt; -1: all")
-    group.add_argument("--lora-rank", type=int, default=8, help="LoRA rank")
-    group.add_argument("--lora-scale", type=float, default=10.0, help="multiplier of the LoRA update")
-    group.add_argument("--lora-dropout", type=float, default=dropout, help="dropout before the LoRA, probability")
+    group.add_argument("--lora-rank", type=COUNT, default=8, help="LoRA rank")
+    group.add_argument("--lora-scale", type=FINITE, default=10.0, help="multiplier of the LoRA update")
+    group.add_argument(
+        "--lora-dropout", type=SHARE_BELOW_1, default=dropout, help="dropout before the LoRA, probability"
+    )
     group.add_argument(
         "--lora-keys",
         nargs="+",
@@ -63,10 +68,6 @@ def add_adapter_flags(parser: argparse.ArgumentParser, dropout: float) -> None:
 
 def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_adapter_flags` as the fields of `models.adapters.AdapterConfig`."""
-    if not 0 <= args.lora_dropout < 1:
-        raise UserError(f"--lora-dropout is {args.lora_dropout}; it has to be at least 0 and below 1")
-    if args.num_prompt_tokens < 1:
-        raise UserError(f"--num-prompt-tokens is {args.num_prompt_tokens}; it has to be at least 1")
     lora = {"rank": args.lora_rank, "scale": args.lora_scale, "dropout": args.lora_dropout}
     if args.lora_keys:
         lora["keys"] = list(args.lora_keys)
@@ -92,20 +93,20 @@ def add_optimizer_flags(
     names = ", ".join(["adam", *others])
     group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"optimizer (default: {names})")
     rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
-    group.add_argument("--learning-rate", type=float, help=f"step size (default: {rates})")
+    group.add_argument("--learning-rate", type=POSITIVE, help=f"step size (default: {rates})")
     group.add_argument(
         "--lr-schedule", choices=SCHEDULES, help="linear and cosine decay to 0 over the run, wsd over its last fifth"
     )
-    group.add_argument("--warmup-steps", type=int, help="updates over which the rate rises from 0")
-    group.add_argument("--weight-decay", type=float, help="decoupled weight decay; 0: none")
-    group.add_argument("--max-grad-norm", type=float, help="clip the gradient to this norm; 0: no clipping")
+    group.add_argument("--warmup-steps", type=NATURAL, help="updates over which the rate rises from 0")
+    group.add_argument("--weight-decay", type=NOT_NEGATIVE, help="decoupled weight decay; 0: none")
+    group.add_argument("--max-grad-norm", type=NOT_NEGATIVE, help="clip the gradient to this norm; 0: no clipping")
     return group
 
 
 def add_logits_memory(parser: argparse._ActionsContainer, default: int | None = None) -> None:
     """How much of the logits is computed at a time. default: where no settings have one."""
     parser.add_argument(
-        "--logits-memory", type=int, default=default, help="MB for logits, which are computed a few tokens at a time"
+        "--logits-memory", type=COUNT, default=default, help="MB for logits, which are computed a few tokens at a time"
     )
 
 
@@ -123,15 +124,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume", metavar="RUN_FOLDER", help="continue a stopped run with its own flags; others are refused or named"
     )
-    group.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep; 0: all")
+    group.add_argument("--keep-checkpoints", type=NATURAL, default=2, help="newest checkpoints to keep; 0: all")
     group.add_argument(
         "--log-with", "--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="tracker"
     )
     group.add_argument("--verbose", action="store_true", help="print all figures of a report, not only the main ones")
-    group.add_argument("--seed", type=int, help="seed of everything random")
+    group.add_argument("--seed", type=SEED, help="seed of everything random")
 
 
-def parse_or_resume(parser: argparse.ArgumentParser, length: str) -> argparse.Namespace:
+def parse_or_resume(parser: Parser, length: str) -> argparse.Namespace:
     """The flags of this call, or with --resume those of the run it names.
 
     length: the attribute of how many steps a run has. Given together with --resume, it extends the run; flags of
@@ -195,14 +196,18 @@ def _change(run: argparse.Namespace, name: str, value: Any) -> None:
     """Change a flag of a resumed run, in `run` and in its config.json."""
     setattr(run, name, value)
     config = Path(run.resume) / "config.json"
-    write_json(config, {**read_json(config), name: value})
+    write_json(config, {**read_as(dict[str, Any], config), name: value})
 
 
-def resumed(args: argparse.Namespace, config: dict[str, Any]) -> argparse.Namespace:
-    """The flags of the run that `--resume` names, in place of those of this call."""
+def resumed(parser: Parser, args: argparse.Namespace, config: dict[str, Any]) -> argparse.Namespace:
+    """The flags of the run that `--resume` names, in place of those of this call. parser: which read `args`.
+
+    Raises UserError for flags that it does not know, and for values that they never have.
+    """
     unknown = sorted(config.keys() - vars(args).keys())
     if unknown:
         raise UserError(f"{args.resume} was written by another version or script (flags {', '.join(unknown)})")
+    parser.check_values(config, Path(args.resume) / "config.json")
     return argparse.Namespace(**{**vars(args), **config, "resume": args.resume, "output_dir": args.resume})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.parser import Collect, Parser, boolean, positive
+from common.ranges import COUNT, FINITE, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE
 from data.digits import DigitRule, digit_prompts, held_out_starts
 from data.flags import add_feature_flags
 from data.prompts import read_prompts
@@ -56,15 +57,17 @@ def ppo_parser(description: str | None) -> Parser:
     group.add_argument("--resume-file", help="start from this adapter, which is then the reference too")
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
     group.add_argument("--save-best", action="store_true", help="save the adapter of the best held-out score")
-    group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
+    group.add_argument("--save-every", type=COUNT, default=20, help="steps between checkpoints")
     optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS)
     optimizer.add_argument(
-        "--step-kl", type=float, help="nats per completion that a step moves the policy; the rate adapts; 0: it doesn't"
+        "--step-kl",
+        type=NOT_NEGATIVE,
+        help="nats per completion that a step moves the policy; the rate adapts; 0: it doesn't",
     )
     optimizer.add_argument(
         "--value-head-learning-rate",
         "--critic-learning-rate",
-        type=float,
+        type=POSITIVE,
         help=f"of the value head (default: --learning-rate, but at most {HEAD_RATE:g})",
     )
     add_run_flags(parser)
@@ -86,16 +89,19 @@ def add_reward_flags(parser: Parser) -> None:
         help="score by the weighted sum of the rewards given: digit_rule, answer, a function's or folder's name",
     )
     group.add_argument(
-        "--reward-timeout", type=float, default=TIMEOUT, help="seconds a call of your own function may take; 0: any"
+        "--reward-timeout",
+        type=NOT_NEGATIVE,
+        default=TIMEOUT,
+        help="seconds a call of your own function may take; 0: any",
     )
     group.add_argument("--decreasing", action="store_true", help="digit rule: strictly decreasing, not increasing")
-    group.add_argument("--multiple-of", type=int, default=2, help="digit rule: every number is a multiple of this")
+    group.add_argument("--multiple-of", type=COUNT, default=2, help="digit rule: every number is a multiple of this")
 
 
 def _add_score_flags(parser: Parser) -> None:
     group = parser.add_argument_group("score")
-    group.add_argument("--missing-eos-penalty", type=float, help="subtracted from a score without an EOS")
-    group.add_argument("--score-clip", type=float, help="clip scores to ± this; 0: no clipping")
+    group.add_argument("--missing-eos-penalty", type=FINITE, help="subtracted from a score without an EOS")
+    group.add_argument("--score-clip", type=NOT_NEGATIVE, help="clip scores to ± this; 0: no clipping")
     group.add_argument(
         "--scale-scores", "--use-score-scaling", action="store_true", help="divide scores by their running std"
     )
@@ -117,46 +123,52 @@ def add_prompt_source(group: argparse._ActionsContainer) -> None:
 def _add_rollout_flags(parser: Parser) -> None:
     group = parser.add_argument_group("rollout")
     add_prompt_source(group)
-    group.add_argument("--batch-size", type=int, help="completions a step")
-    group.add_argument("--max-completion-length", "--max-new-tokens", type=int, help="tokens")
-    group.add_argument("--temperature", type=float, help="of sampling and of every logprob")
-    group.add_argument("--num-steps", type=int, help="rollouts, each with its update; with --resume: extends the run")
-    group.add_argument("--steps-per-eval", type=int, help="steps between scores of held-out prompts; 0: none held out")
+    group.add_argument("--batch-size", type=COUNT, help="completions a step")
+    group.add_argument("--max-completion-length", "--max-new-tokens", type=COUNT, help="tokens")
+    group.add_argument("--temperature", type=POSITIVE, help="of sampling and of every logprob")
+    group.add_argument("--num-steps", type=COUNT, help="rollouts, each with its update; with --resume: extends the run")
+    group.add_argument(
+        "--steps-per-eval", type=COUNT, help="steps between scores of held-out prompts; 0: none held out"
+    )
     group.add_argument("--early-stopping", type=int, help="end after so many held-out scores without a better one")
     group.add_argument(
-        "--steps-per-samples", type=int, default=10, help="steps between tables of sampled completions; 0: none"
+        "--steps-per-samples", type=NATURAL, default=10, help="steps between tables of sampled completions; 0: none"
     )
 
 
 def _add_ppo_flags(parser: Parser) -> None:
     group = parser.add_argument_group("PPO")
     group.add_argument("--advantage", choices=ADVANTAGES, help="advantage estimator; see training/advantages.py")
-    group.add_argument("--num-generations", type=int, help="completions per prompt, for group and rloo")
+    group.add_argument("--num-generations", type=COUNT, help="completions per prompt, for group and rloo")
     group.add_argument("--no-group-scale", action="store_true", help="group: don't divide by the group's std")
-    group.add_argument("--mini-batch-size", type=int, help="completions an optimizer step")
-    group.add_argument("--gradient-accumulation-steps", type=int, help="pieces a mini batch is cut into")
+    group.add_argument("--mini-batch-size", type=COUNT, help="completions an optimizer step")
+    group.add_argument("--gradient-accumulation-steps", type=COUNT, help="pieces a mini batch is cut into")
     add_logits_memory(group)
-    group.add_argument("--ppo-epochs", "--ppo-epoch", "--num-ppo-epochs", type=int, help="passes over a rollout")
-    group.add_argument("--gamma", type=float, help="discount per token")
-    group.add_argument("--gae-lambda", "--lam", type=float, help="GAE's λ")
+    group.add_argument("--ppo-epochs", "--ppo-epoch", "--num-ppo-epochs", type=COUNT, help="passes over a rollout")
+    group.add_argument("--gamma", type=SHARE, help="discount per token")
+    group.add_argument("--gae-lambda", "--lam", type=SHARE, help="GAE's λ")
     group.add_argument("--center-values", action=argparse.BooleanOptionalAction,
                        help="gae: add the batch's mean return to every value")  # fmt: skip
-    group.add_argument("--clip-range", "--cliprange", type=float, help="of the ratio")
-    group.add_argument("--value-clip-range", "--cliprange-value", type=float, help="of the value, in score units")
-    group.add_argument("--vf-coef", type=float, help="weight of the value loss")
-    group.add_argument("--entropy-coef", type=float, help="weight of the entropy bonus")
+    group.add_argument("--clip-range", "--cliprange", type=NOT_NEGATIVE, help="of the ratio")
+    group.add_argument(
+        "--value-clip-range", "--cliprange-value", type=NOT_NEGATIVE, help="of the value, in score units"
+    )
+    group.add_argument("--vf-coef", type=NOT_NEGATIVE, help="weight of the value loss")
+    group.add_argument("--entropy-coef", type=FINITE, help="weight of the entropy bonus")
     group.add_argument("--whiten-rewards", action="store_true", help="scale per-token rewards to unit variance")
-    group.add_argument("--target-kl", type=float, help="end a step's updates past 1.5 × this approx_kl; 0: never")
-    group.add_argument("--ratio-threshold", type=float, help="skip a mini batch with a higher mean ratio")
+    group.add_argument(
+        "--target-kl", type=NOT_NEGATIVE, help="end a step's updates past 1.5 × this approx_kl; 0: never"
+    )
+    group.add_argument("--ratio-threshold", type=POSITIVE, help="skip a mini batch with a higher mean ratio")
 
 
 def _add_kl_flags(parser: Parser) -> None:
     group = parser.add_argument_group("KL to the reference policy")
-    group.add_argument("--init-kl-coef", type=float, help="penalty per nat, in score units")
+    group.add_argument("--init-kl-coef", type=NOT_NEGATIVE, help="penalty per nat, in score units")
     group.add_argument("--adap-kl-ctrl", type=boolean, nargs="?", const=True,
                        help="adapt the coefficient to --target (True or False)")  # fmt: skip
-    group.add_argument("--target", type=float, help="target KL, nats per completion")
-    group.add_argument("--horizon", type=float, help="completions over which the coefficient adapts")
+    group.add_argument("--target", type=POSITIVE, help="target KL, nats per completion")
+    group.add_argument("--horizon", type=POSITIVE, help="completions over which the coefficient adapts")
     group.add_argument("--kl-penalty", choices=KL_KINDS, help="KL per token (default: k1; k3 with group and rloo)")
 
 

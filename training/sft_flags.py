@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
+from common.ranges import COUNT, COUNT_OR_ALL, FINITE, NOT_NEGATIVE, POSITIVE
 from data.flags import add_data_flags
 from models.adapter_base import MODEL_HELP
 from models.adapter_config import check_adapter_path
@@ -28,23 +29,23 @@ def sft_parser(description: str | None) -> Parser:
     parser.add_argument("--reward-model", action="store_true", help="train a value head by the pairwise loss")
     parser.add_argument("--dpo", action="store_true", help="learn from preference pairs, without a reward model")
     add_data_flags(parser)
-    parser.add_argument("--batch-size", type=int, help="rows (with --reward-model and --dpo: pairs) a step")
+    parser.add_argument("--batch-size", type=COUNT, help="rows (with --reward-model and --dpo: pairs) a step")
     parser.add_argument(
-        "--gradient-accumulation-steps", "--grad-accumulation-steps", type=int, help="pieces a batch is cut into"
+        "--gradient-accumulation-steps", "--grad-accumulation-steps", type=COUNT, help="pieces a batch is cut into"
     )
     parser.add_argument("--pack", action="store_true", help="SFT: rows of a batch end to end, without pads")
-    parser.add_argument("--iters", type=int, help="training steps; with --resume: extends the run")
-    parser.add_argument("--epochs", type=float, help="passes over the rows, in place of --iters")
-    parser.add_argument("--val-batches", type=int, help="batches of a validation, the same each time; -1: all")
-    parser.add_argument("--max-length", "--max-seq-length", type=int, help="tokens a row is truncated to")
+    parser.add_argument("--iters", type=COUNT, help="training steps; with --resume: extends the run")
+    parser.add_argument("--epochs", type=NOT_NEGATIVE, help="passes over the rows, in place of --iters")
+    parser.add_argument("--val-batches", type=COUNT_OR_ALL, help="batches of a validation, the same each time; -1: all")
+    parser.add_argument("--max-length", "--max-seq-length", type=COUNT, help="tokens a row is truncated to")
     add_logits_memory(parser)
-    parser.add_argument("--center-coef", type=float, help="keeps a reward model's scores about 0")
+    parser.add_argument("--center-coef", type=NOT_NEGATIVE, help="keeps a reward model's scores about 0")
     add_dpo_flags(parser)
-    parser.add_argument("--steps-per-report", type=int, help="steps between report lines")
-    parser.add_argument("--steps-per-eval", type=int, help="steps between validations")
+    parser.add_argument("--steps-per-report", type=COUNT, help="steps between report lines")
+    parser.add_argument("--steps-per-eval", type=COUNT, help="steps between validations")
     parser.add_argument("--early-stopping", type=int, help="end after so many validations without a lower loss")
     parser.add_argument("--save-best", action="store_true", help="save the adapter of the lowest validation loss")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    parser.add_argument("--save-every", type=COUNT, default=100, help="steps between checkpoints")
     parser.add_argument(
         "--save-file",
         "--adapter-path",
@@ -64,8 +65,8 @@ def add_dpo_flags(parser: Parser) -> None:
     """How --dpo learns from a pair."""
     group = parser.add_argument_group("DPO")
     group.add_argument("--loss", choices=LOSSES, help="DPO's own, IPO's, or ORPO's, which needs no reference policy")
-    group.add_argument("--beta", type=float, help="reward units a nat of log ratio; ipo: its τ, orpo: its λ")
-    group.add_argument("--label-smoothing", type=float, help="sigmoid: share of pairs whose labels may be wrong")
+    group.add_argument("--beta", type=POSITIVE, help="reward units a nat of log ratio; ipo: its τ, orpo: its λ")
+    group.add_argument("--label-smoothing", type=FINITE, help="sigmoid: share of pairs whose labels may be wrong")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.schemas import read_key
 from training.samples import text_table
 
 TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs
@@ -69,7 +70,7 @@ class Wandb:
             dir=str(folder),
             config=read_json(folder / "config.json"),
             mode=mode,
-            id=read_json(id_file)["id"] if id_file.exists() else None,
+            id=read_key(str, id_file, "id") if id_file.exists() else None,
             resume="allow",
             settings=wandb.Settings(silent=True),
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
+from common.ranges import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, SHARE, SHARE_BELOW_1
 from rewards.answer_reward import answer_from_flag
 from rewards.function import load_reward_function
 from synth.evolution.features import size_of
@@ -85,10 +86,10 @@ def evolve_parser(description: str | None) -> Parser:
     parser = Parser(description)
     group = parser.add_argument_group("instructions")
     group.add_argument("--instructions", metavar="FILE", help="initial ones: plain lines, Alpaca rows or messages rows")
-    group.add_argument("--count", type=int, default=24, help="initial ones made by rule, without a file")
+    group.add_argument("--count", type=COUNT, default=24, help="initial ones made by rule, without a file")
     group = parser.add_argument_group("evolution")
-    group.add_argument("--rounds", type=int, default=3, help="most operators in a row")
-    group.add_argument("--chains", type=int, default=1, help="chains from each initial instruction, for the data")
+    group.add_argument("--rounds", type=COUNT, default=3, help="most operators in a row")
+    group.add_argument("--chains", type=COUNT, default=1, help="chains from each initial instruction, for the data")
     group.add_argument(
         "--operators", metavar="FILE", help="operators of your own, with limits; the published six: teams_rl.yaml"
     )
@@ -105,14 +106,16 @@ def evolve_parser(description: str | None) -> Parser:
         help="self: Self-Instruct; evol: Evol-Instruct, operators drawn evenly; each with its published filters",
     )
     group.add_argument("--policy-path", metavar="DIR", help="a trained policy (RUN/policy), used as it is")
-    group.add_argument("--iterations", type=int, default=Training.iterations, help="of the policy's training")
-    group.add_argument("--starts", type=int, default=Training.starts, help="initial instructions per iteration")
-    group.add_argument("--group", type=int, default=Training.group, help="chains per initial instruction")
-    group.add_argument("--floor", type=float, default=PolicySettings.floor, help="minimum probability of an action")
+    group.add_argument("--iterations", type=COUNT, default=Training.iterations, help="of the policy's training")
+    group.add_argument("--starts", type=COUNT, default=Training.starts, help="initial instructions per iteration")
+    group.add_argument("--group", type=COUNT, default=Training.group, help="chains per initial instruction")
+    group.add_argument("--floor", type=SHARE, default=PolicySettings.floor, help="minimum probability of an action")
     group.add_argument(
-        "--gamma", type=float, default=PolicySettings.gamma, help="discount of later rewards (not linucb)"
+        "--gamma", type=SHARE, default=PolicySettings.gamma, help="discount of later rewards (not linucb)"
     )
-    group.add_argument("--learning-rate", type=float, default=PolicySettings.learning_rate, help="of the policy's MLP")
+    group.add_argument(
+        "--learning-rate", type=POSITIVE, default=PolicySettings.learning_rate, help="of the policy's MLP"
+    )
     group.add_argument(
         "--control",
         action=argparse.BooleanOptionalAction,
@@ -120,22 +123,24 @@ def evolve_parser(description: str | None) -> Parser:
     )
     group = parser.add_argument_group("reward")
     weights, gates = Weights(), Gates()
-    group.add_argument("--novelty-weight", type=float, default=weights.novelty, help="1 - highest ROUGE-L to the pool")
-    group.add_argument("--difficulty-weight", type=float, default=weights.difficulty, help="4p(1 - p)")
     group.add_argument(
-        "--growth-weight", type=float, default=weights.growth, help="log of the length ratio, subtracted"
+        "--novelty-weight", type=NOT_NEGATIVE, default=weights.novelty, help="1 - highest ROUGE-L to the pool"
+    )
+    group.add_argument("--difficulty-weight", type=NOT_NEGATIVE, default=weights.difficulty, help="4p(1 - p)")
+    group.add_argument(
+        "--growth-weight", type=NOT_NEGATIVE, default=weights.growth, help="log of the length ratio, subtracted"
     )
     group.add_argument(
         "--reviewer-score",
         action="store_true",
         help="as published: the reward is a score by the reviewer of how much an instruction differs from its parent",
     )
-    group.add_argument("--near-duplicates", type=float, default=gates.near_duplicates, help="maximum ROUGE-L")
-    group.add_argument("--shortest", type=int, default=gates.shortest, help="minimum words of an instruction")
-    group.add_argument("--longest", type=int, default=gates.longest, help="maximum words of an instruction")
+    group.add_argument("--near-duplicates", type=SHARE, default=gates.near_duplicates, help="maximum ROUGE-L")
+    group.add_argument("--shortest", type=NATURAL, default=gates.shortest, help="minimum words of an instruction")
+    group.add_argument("--longest", type=COUNT, default=gates.longest, help="maximum words of an instruction")
     group.add_argument(
         "--answers",
-        type=int,
+        type=NATURAL,
         default=0,
         help=f"per instruction, for its pass rate (default when all is offline: {OFFLINE_ANSWERS})",
     )
@@ -155,7 +160,9 @@ def evolve_parser(description: str | None) -> Parser:
     add_teacher_flags(parser, cache=None)
     group = parser.add_argument_group("data and training")
     group.add_argument("--format", choices=FORMATS, default="messages", help="of dataset.jsonl")
-    group.add_argument("--held-out", type=float, default=0.1, help="share of initial instructions to validate SFT on")
+    group.add_argument(
+        "--held-out", type=SHARE_BELOW_1, default=0.1, help="share of initial instructions to validate SFT on"
+    )
     group.add_argument("--sft", action="store_true", help="then train with sft.py")
     group.add_argument("--base-model", default="tiny-digits", help="what --sft trains: a folder or a name")
     group.add_argument("--sft-flags", default="", metavar="TEXT", help="more flags of sft.py, as one string")
@@ -164,7 +171,7 @@ def evolve_parser(description: str | None) -> Parser:
     group.add_argument("--output-dir", help="run folder (default: runs/evolve-TIME)")
     group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
     group.add_argument("--dry-run", action="store_true", help="print upper bounds on calls and tokens; send nothing")
-    group.add_argument("--seed", type=int, default=0, help="of everything random but the teachers")
+    group.add_argument("--seed", type=SEED, default=0, help="of everything random but the teachers")
     return parser
 
 
@@ -187,7 +194,6 @@ def parse_evolve_args(description: str | None) -> argparse.Namespace:
 
 def evolve_settings(args: argparse.Namespace) -> EvolveSettings:
     """The settings of the flags. Raises UserError for invalid values, before anything is started."""
-    positive("count", args.count)
     for role in ("teacher", *ROLES):
         url, model = getattr(args, f"{role}_url"), getattr(args, f"{role}_model")
         if bool(url) != bool(model):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic_folder, read_json, write_json
+from common.files import atomic_folder, write_json
+from common.schemas import read_key
 from data.records import read_rows
 from synth.evolution.chains import Chain, Evolution, batch_from, figures, root_rows
 from synth.evolution.files import LOG, POLICY, PROGRESS, SETTINGS, load_policy, write_policy
@@ -62,7 +63,7 @@ async def train_policy(
     """
     path, log, done = folder / "policy_training", [], 0
     if (path / SETTINGS).is_file():
-        policy, done = load_policy(path, policy.names), read_json(path / PROGRESS)["iterations"]
+        policy, done = load_policy(path, policy.names), read_key(int, path / PROGRESS, "iterations")
         log = read_rows(path / LOG, [("id",)]) if (path / LOG).stat().st_size else []
     if done < training.iterations and policy.learns:
         roots = await root_rows(instructions, evolution.judge, evolution.name)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.parser import Parser, split_words
+from common.ranges import NATURAL, NOT_NEGATIVE, SEED, SHARE
 from synth.chat_api import OFFLINE_MODEL, SAMPLE_HEADER, count_tokens
 from synth.offline.instructions import read_question
 from synth.offline.reviews import Reviews
@@ -303,12 +304,12 @@ def teacher_from(flags: str) -> OfflineTeacher:
 def parse_args(args: Sequence[str] | None = None) -> Namespace:
     """The flags of the command line."""
     parser = Parser(__doc__, yaml_file=False)
-    parser.add_argument("--port", type=int, default=0, help="on loopback; 0: a free one")
-    parser.add_argument("--error-rate", type=float, default=0.2, help="share of answers that are wrong, 0..1")
-    parser.add_argument("--latency-ms", type=float, default=0.0, help="of every answer, milliseconds")
-    parser.add_argument("--malformed-rate", type=float, default=0.0, help="share of unreadable answers, 0..1")
-    parser.add_argument("--refusal-rate", type=float, default=0.0, help="share of refused answers, 0..1")
-    parser.add_argument("--seed", type=int, default=0, help="of all randomness")
+    parser.add_argument("--port", type=NATURAL, default=0, help="on loopback; 0: a free one")
+    parser.add_argument("--error-rate", type=SHARE, default=0.2, help="share of answers that are wrong, 0..1")
+    parser.add_argument("--latency-ms", type=NOT_NEGATIVE, default=0.0, help="of every answer, milliseconds")
+    parser.add_argument("--malformed-rate", type=SHARE, default=0.0, help="share of unreadable answers, 0..1")
+    parser.add_argument("--refusal-rate", type=SHARE, default=0.0, help="share of refused answers, 0..1")
+    parser.add_argument("--seed", type=SEED, default=0, help="of all randomness")
     parser.add_argument(
         "--until-stdin-closes", action="store_true", help="exit when stdin is closed, as when the parent process ends"
     )

@@ -29,6 +29,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import check_file
 from common.parser import Parser
+from common.ranges import COUNT, NATURAL, SEED, SHARE
 from synth import prompts
 from synth.pipeline.generate import open_library, passage_texts, read_sample
 from synth.pipeline.pass_rates import (
@@ -218,11 +219,11 @@ def add_difficulty_flags(parser: Parser) -> None:
     """The base model's rollouts, and the spread of pass rates."""
     group = parser.add_argument_group("difficulty")
     add_tries_flags(group)
-    group.add_argument("--wanted", type=int, default=Spread.wanted, help="samples with a pass rate within the band")
-    group.add_argument("--band", type=float, nargs="+", default=list(Spread.band), help="lowest, highest pass rate")
-    group.add_argument("--bins", type=int, default=Spread.bins, help="parts of the band to fill evenly")
+    group.add_argument("--wanted", type=NATURAL, default=Spread.wanted, help="samples with a pass rate within the band")
+    group.add_argument("--band", type=SHARE, nargs="+", default=list(Spread.band), help="lowest, highest pass rate")
+    group.add_argument("--bins", type=COUNT, default=Spread.bins, help="parts of the band to fill evenly")
     group.add_argument(
-        "--rounds", "--iterations", type=int, default=Spread.rounds, help="of harder and easier samples; 0: none"
+        "--rounds", "--iterations", type=NATURAL, default=Spread.rounds, help="of harder and easier samples; 0: none"
     )
     group.add_argument(
         "--rewrite",
@@ -244,7 +245,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="the rows, dropped ones included")
     parser.add_argument("--rollout-store", default="rollouts.sqlite", metavar="FILE", help="where rollouts are kept")
     parser.add_argument("--library", nargs="+", default=[], metavar="PATH", help="more files or folders with passages")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling")
+    parser.add_argument("--seed", type=SEED, default=0, help="of sampling")
     add_base_model_flags(parser)
     add_difficulty_flags(parser)
     add_voting_flags(parser)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import atomic_file, atomic_folder, read_json, write_json
+from common.schemas import read_key
 from models.adapter_config import ADAPTER, CONFIG_FILE
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.rollouts import Draw, draw
@@ -42,7 +43,7 @@ def choose_checkpoint(
     """
     chosen, found = folder / "adapter", folder / "checkpoints.json"
     if found.is_file() and (chosen / CONFIG_FILE).is_file():
-        print(f"checkpoint: step {read_json(found)['chosen']} (chosen before)", flush=True)
+        print(f"checkpoint: step {read_key(int, found, 'chosen')} (chosen before)", flush=True)
         return chosen
     rows = []
     for checkpoint in all_checkpoints(run_folder)[0 if held_out else -1 :]:

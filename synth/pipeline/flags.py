@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
+from common.ranges import COUNT, SEED
 from synth.offline.server import TASKS, teacher_from
 from synth.pipeline.pass_rates import add_base_model_flags
 from synth.pipeline.samples import SampleSettings, add_sample_flags, sample_settings
@@ -76,7 +77,7 @@ def run_parser(description: str | None) -> Parser:
     add_base_model_flags(parser)
     add_sample_flags(parser)
     group = parser.add_argument_group("selection")
-    group.add_argument("--select", type=int, default=Selection.count, metavar="M", help="samples to train on")
+    group.add_argument("--select", type=COUNT, default=Selection.count, metavar="M", help="samples to train on")
     group.add_argument(
         "--rule", choices=RULES, default=Selection.rule, help="see synth/pipeline/selection.py; lowest: the paper's"
     )
@@ -104,7 +105,7 @@ def run_parser(description: str | None) -> Parser:
         "--yes", action="store_true", help=f"agree to the cost of the teacher that {KEY_NAME} stands for"
     )
     group.add_argument("--model", help="the base model, as --base-model; beside that flag, how reports call it")
-    group.add_argument("--seed", type=int, default=0, help="of everything random but the teacher")
+    group.add_argument("--seed", type=SEED, default=0, help="of everything random but the teacher")
     return parser
 
 
@@ -144,7 +145,7 @@ def resumed_args(
     """
     saved = resumed_config(args.resume)
     given = {name: getattr(args, name) for name in free if getattr(args, name) != parser.get_default(name)}
-    found = resumed(args, saved)
+    found = resumed(parser, args, saved)
     for name, value in {**{name: saved.get(url) for name, url in endpoints.items()}, **given}.items():
         setattr(found, name, value)
     return found

@@ -18,6 +18,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import check_file
 from common.parser import Parser, positive
+from common.ranges import COUNT, SEED
 from rewards.answers import AnswerType
 from synth import prompts
 from synth.pipeline.retrieval import Index, Passage, build_index
@@ -140,11 +141,11 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--task", required=True, help="a task's YAML file, or reasoning_gym:NAME")
     parser.add_argument("--out", required=True, metavar="FILE", help="the rows, dropped ones included")
-    parser.add_argument("--count", type=int, default=500, help="samples to ask for")
+    parser.add_argument("--count", type=COUNT, default=500, help="samples to ask for")
     parser.add_argument("--library", nargs="+", default=[], metavar="PATH", help="more files or folders to search")
     parser.add_argument("--no-library", action="store_true", help="use no passages")
     parser.add_argument("--only-passages", action="store_true", help="write the passages, not samples")
-    parser.add_argument("--seed", type=int, default=0, help="of a task's own source")
+    parser.add_argument("--seed", type=SEED, default=0, help="of a task's own source")
     add_teacher_flags(parser)
     args = parser.parse_args()
     positive("count", args.count)

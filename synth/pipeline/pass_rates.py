@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.errors import UserError
 from common.parser import Parser, positive
+from common.ranges import COUNT, NOT_NEGATIVE
 from synth.pipeline.rollouts import Completer, Draw, draw
 from synth.stages import StageRow
 from synth.task import Task
@@ -89,16 +90,18 @@ def add_base_model_flags(parser: Parser) -> None:
         help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
     )
     group.add_argument("--base-adapter", help="an adapter for it: a folder, or an .npz or .safetensors file")
-    group.add_argument("--max-completion-length", type=int, default=default.max_tokens, help="tokens")
-    group.add_argument("--temperature", type=float, default=default.temperature, help="of the base model's sampling")
-    group.add_argument("--sampling-batch-size", type=int, default=default.batch_size, help="completions in flight")
+    group.add_argument("--max-completion-length", type=COUNT, default=default.max_tokens, help="tokens")
+    group.add_argument(
+        "--temperature", type=NOT_NEGATIVE, default=default.temperature, help="of the base model's sampling"
+    )
+    group.add_argument("--sampling-batch-size", type=COUNT, default=default.batch_size, help="completions in flight")
 
 
 def add_tries_flags(group: argparse._ActionsContainer) -> None:
     """The flags of `Tries`."""
-    group.add_argument("--rollouts", type=int, default=Tries.first, help="completions per sample")
+    group.add_argument("--rollouts", type=COUNT, default=Tries.first, help="completions per sample")
     group.add_argument(
-        "--max-rollouts", type=int, default=Tries.most, help="completions of a sample solved never or always"
+        "--max-rollouts", type=COUNT, default=Tries.most, help="completions of a sample solved never or always"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from common.errors import UserError
 from common.parser import Parser, positive
+from common.ranges import COUNT
 from synth.estimate import Bound
 from synth.pipeline.difficulty import Rewriting, Spread, adapt, add_difficulty_flags, spread_settings
 from synth.pipeline.estimate import upper_bounds
@@ -48,7 +49,7 @@ class SampleSettings:
 def add_sample_flags(parser: Parser) -> None:
     """The flags of SampleSettings."""
     group = parser.add_argument_group("samples")
-    group.add_argument("--count", type=int, default=SampleSettings.count, help="samples to ask the teacher for")
+    group.add_argument("--count", type=COUNT, default=SampleSettings.count, help="samples to ask the teacher for")
     add_difficulty_flags(parser)
     add_voting_flags(parser)
 

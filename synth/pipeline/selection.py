@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from common.cli import run
 from common.errors import UserError
 from common.parser import Parser
+from common.ranges import COUNT, SEED, SHARE
 from synth.stages import StageRow, drop, kept, load_rows, summary, write_rows
 
 RULES = ("band", "lowest", "random")
@@ -131,16 +132,16 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--in", required=True, metavar="FILE", help="rows with pass rates")
     parser.add_argument("--out", required=True, metavar="FILE", help="all rows, with the reason for those not selected")
-    parser.add_argument("--count", type=int, default=Selection.count, help="samples to select")
+    parser.add_argument("--count", type=COUNT, default=Selection.count, help="samples to select")
     parser.add_argument(
         "--rule",
         choices=RULES,
         default=Selection.rule,
         help="of selection: by a band of pass rates, the lowest ones, or at random",
     )
-    parser.add_argument("--band", type=float, nargs="+", default=list(Selection.band), help="lowest, highest pass rate")
+    parser.add_argument("--band", type=SHARE, nargs="+", default=list(Selection.band), help="lowest, highest pass rate")
     parser.add_argument("--no-never-solved", action="store_true", help="lowest: exclude samples that were never solved")
-    parser.add_argument("--seed", type=int, default=0, help="of ties and of the random rule")
+    parser.add_argument("--seed", type=SEED, default=0, help="of ties and of the random rule")
     args = parser.parse_args()
     selection = Selection(args.count, args.rule, band_of(args.band), not args.no_never_solved, args.seed)
     rows = selected_or_lowest(kept(load_rows(getattr(args, "in"))), selection)

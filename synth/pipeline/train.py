@@ -25,6 +25,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import check_replaceable, read_json
 from common.parser import Parser, positive, split_words
+from common.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_1
 from models.adapter_config import WEIGHT_TYPES
 from models.export.model_card import FUSED
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
@@ -262,27 +263,27 @@ def add_training_flags(parser: Parser) -> None:
         default=TrainingSettings.advantage,
         help="rl: group (GRPO), gae (PPO) or rloo",
     )
-    group.add_argument("--num-steps", type=int, help=f"of training (default: {_listed(STEPS)})")
-    group.add_argument("--batch-size", type=int, help=f"completions or rows a step (default: {_listed(BATCHES)})")
+    group.add_argument("--num-steps", type=COUNT, help=f"of training (default: {_listed(STEPS)})")
+    group.add_argument("--batch-size", type=COUNT, help=f"completions or rows a step (default: {_listed(BATCHES)})")
     group.add_argument(
         "--fine-tune-type",
         choices=WEIGHT_TYPES,
         default=TrainingSettings.fine_tune_type,
         help="which weights to train",
     )
-    group.add_argument("--learning-rate", type=float, help="Adam's step size (default: the training script's)")
+    group.add_argument("--learning-rate", type=POSITIVE, help="Adam's step size (default: the training script's)")
     group.add_argument(
         "--training-flags", default="", metavar="TEXT", help="more flags of the training script, as one string"
     )
     group.add_argument(
         "--held-out",
-        type=float,
+        type=SHARE_BELOW_1,
         default=TrainingSettings.held_out,
         help="share of samples that choose the checkpoint, drawn with all that was rewritten from them",
     )
     group.add_argument(
         "--eval-temperature",
-        type=float,
+        type=NOT_NEGATIVE,
         default=TrainingSettings.eval_temperature,
         help="of evaluation; 0: the most likely token",
     )
@@ -324,10 +325,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output-dir", help="the run folder (default: runs/train-TIME)")
     parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
     parser.add_argument("--model", help="how reports call the base model")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=SEED, default=0, help="of everything random")
     args = parser.parse_args()
     if args.resume:
-        return resumed(args, resumed_config(args.resume))
+        return resumed(parser, args, resumed_config(args.resume))
     if not args.task or not getattr(args, "in"):
         raise UserError("a task and samples are needed; give --task FILE and --in FILE, or --resume RUN_FOLDER")
     return args

@@ -22,6 +22,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import check_file
 from common.parser import Parser
+from common.ranges import NATURAL, SHARE
 from rewards.answers import AnswerType
 from synth import prompts
 from synth.near_duplicates import checked_threshold, find_duplicates
@@ -189,8 +190,8 @@ async def vote(
 def add_voting_flags(parser: Parser) -> None:
     """The flags of `Voting` and of near-duplicates."""
     group = parser.add_argument_group("verification")
-    group.add_argument("--votes", type=int, default=Voting.votes, help="most answers per vote; 0: no vote")
-    group.add_argument("--least-agreement", type=float, default=Voting.least, help="share of all votes needed to win")
+    group.add_argument("--votes", type=NATURAL, default=Voting.votes, help="most answers per vote; 0: no vote")
+    group.add_argument("--least-agreement", type=SHARE, default=Voting.least, help="share of all votes needed to win")
     group.add_argument("--no-own-vote", action="store_true", help="the generator's own answer is not a vote")
     group.add_argument(
         "--on-outvoted",
@@ -199,7 +200,7 @@ def add_voting_flags(parser: Parser) -> None:
         help="if the vote goes against the generator: replace its answer, or drop the sample",
     )
     group.add_argument(
-        "--duplicate-threshold", type=float, help="ROUGE-L of near-duplicates; 1: same words only (default: the task's)"
+        "--duplicate-threshold", type=SHARE, help="ROUGE-L of near-duplicates; 1: same words only (default: the task's)"
     )
 
 

@@ -13,7 +13,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from common.errors import UserError
 from common.files import check_file
-from common.parser import positive
+from common.parser import Parser, positive
+from common.ranges import COUNT, NOT_NEGATIVE, POSITIVE
 from synth.teacher.address import checked_url, key_for
 from synth.teacher.asking import Asking
 from synth.teacher.cache import Cache
@@ -75,20 +76,22 @@ def add_teacher_flags(parser: argparse.ArgumentParser, cache: str | None = "synt
     group.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, up to and including /v1")
     group.add_argument("--teacher-model", help="the model's name at that endpoint")
     group.add_argument("--cache", default=cache, metavar="FILE", help="where answers are kept")
-    group.add_argument("--concurrency", type=int, default=default.concurrency, help="maximum requests in flight")
-    group.add_argument("--timeout", type=float, default=default.timeout, help="seconds a request may take")
+    group.add_argument("--concurrency", type=COUNT, default=default.concurrency, help="maximum requests in flight")
+    group.add_argument("--timeout", type=POSITIVE, default=default.timeout, help="seconds a request may take")
     group.add_argument(
         "--teacher-temperature",
-        type=float,
+        type=NOT_NEGATIVE,
         default=default.teacher_temperature,
         help="for generation, rewriting and votes",
     )
-    group.add_argument("--answer-tokens", type=int, default=default.answer_tokens, help="maximum tokens of one answer")
-    group.add_argument("--max-calls", type=int, help="limit on calls, retries included")
-    group.add_argument("--max-tokens", type=int, help="limit on tokens, prompts and answers together")
-    group.add_argument("--max-money", type=float, help="limit on cost, in the currency of the prices")
-    group.add_argument("--price-in", type=float, default=default.price_in, help="per million prompt tokens")
-    group.add_argument("--price-out", type=float, default=default.price_out, help="per million answer tokens")
+    group.add_argument(
+        "--answer-tokens", type=COUNT, default=default.answer_tokens, help="maximum tokens of one answer"
+    )
+    group.add_argument("--max-calls", type=COUNT, help="limit on calls, retries included")
+    group.add_argument("--max-tokens", type=COUNT, help="limit on tokens, prompts and answers together")
+    group.add_argument("--max-money", type=NOT_NEGATIVE, help="limit on cost, in the currency of the prices")
+    group.add_argument("--price-in", type=NOT_NEGATIVE, default=default.price_in, help="per million prompt tokens")
+    group.add_argument("--price-out", type=NOT_NEGATIVE, default=default.price_out, help="per million answer tokens")
 
 
 def add_offline_teacher_flag(group: argparse._ActionsContainer) -> None:
@@ -119,8 +122,12 @@ def teacher_from_mapping(given: Mapping[str, Any], place: str = "teacher") -> Te
         if key not in known:
             raise UserError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}")
     try:
-        return TypeAdapter(TeacherSettings).validate_python(dict(given))
+        settings = TypeAdapter(TeacherSettings).validate_python(dict(given))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{place} sets {key} to {first['input']!r:.60}, which cannot be read: {first['msg']}") from None
+    parser = Parser(None)
+    add_teacher_flags(parser)
+    parser.check_values({key: getattr(settings, key) for key in given}, place)
+    return settings

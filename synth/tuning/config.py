@@ -25,7 +25,7 @@ GENERATORS = ("task", "self_instruct", "evol_instruct")
 ALGORITHMS = ("random_search", "reinforce", "ppo", "tpe", "defaults")
 PATHS = ("task", "seed_data")  # and, in rl_tuning:
 TUNING_PATHS = ("target_model_path", "validation_data_path")
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _named(given: Any) -> Any:
@@ -61,7 +61,7 @@ class RLTuningConfig:
     reward_metric: str = "accuracy"
     target_model_path: str | None = None
     validation_data_path: str | None = None
-    baseline: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    baseline: float | None = None
     step_size: Annotated[float, Field(gt=0)] = 0.05
     update_every: Annotated[int, Field(ge=2)] = 5
     gamma: Share = 0.9
@@ -102,7 +102,7 @@ class Config:
     sft_flags: str = ""
     eval_temperature: Annotated[float, Field(ge=0)] = 0.0
     output_dir: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     rl_tuning: RLTuningConfig = field(default_factory=RLTuningConfig)
 
     @property
