@@ -128,9 +128,9 @@ def _add_rollout_flags(parser: Parser) -> None:
     group.add_argument("--temperature", type=POSITIVE, help="of sampling and of every logprob")
     group.add_argument("--num-steps", type=COUNT, help="rollouts, each with its update; with --resume: extends the run")
     group.add_argument(
-        "--steps-per-eval", type=COUNT, help="steps between scores of held-out prompts; 0: none held out"
+        "--steps-per-eval", type=NATURAL, help="steps between scores of held-out prompts; 0: none held out"
     )
-    group.add_argument("--early-stopping", type=int, help="end after so many held-out scores without a better one")
+    group.add_argument("--early-stopping", type=NATURAL, help="end after so many held-out scores without a better one")
     group.add_argument(
         "--steps-per-samples", type=NATURAL, default=10, help="steps between tables of sampled completions; 0: none"
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from common.errors import UserError
 from common.parser import Parser, positive
-from common.ranges import COUNT, COUNT_OR_ALL, FINITE, NOT_NEGATIVE, POSITIVE
+from common.ranges import COUNT, COUNT_OR_ALL, FINITE, NATURAL, NOT_NEGATIVE, POSITIVE
 from data.flags import add_data_flags
 from models.adapter_base import MODEL_HELP
 from models.adapter_config import check_adapter_path
@@ -43,7 +43,7 @@ def sft_parser(description: str | None) -> Parser:
     add_dpo_flags(parser)
     parser.add_argument("--steps-per-report", type=COUNT, help="steps between report lines")
     parser.add_argument("--steps-per-eval", type=COUNT, help="steps between validations")
-    parser.add_argument("--early-stopping", type=int, help="end after so many validations without a lower loss")
+    parser.add_argument("--early-stopping", type=NATURAL, help="end after so many validations without a lower loss")
     parser.add_argument("--save-best", action="store_true", help="save the adapter of the lowest validation loss")
     parser.add_argument("--save-every", type=COUNT, default=100, help="steps between checkpoints")
     parser.add_argument(
