@@ -141,7 +141,7 @@ def parse_or_resume(parser: Parser, length: str) -> argparse.Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    run = resumed(args, resumed_config(args.resume))
+    run = resumed(parser, args, resumed_config(args.resume))
     changed = {name: value for name, value in given_flags(parser).items() if value != getattr(run, name)}
     steps = changed.pop(length, None)
     refuse_others(parser, run, changed, (length, *TAKEN_ANEW))
