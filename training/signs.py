@@ -8,6 +8,7 @@ Each sign is named once in a run. A run that learns, slowly too, shows none.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,17 +26,19 @@ class Window(NamedTuple):
     """The run so far, as signs see it."""
 
     settings: PPOSettings
-    rows: Sequence[Mapping[str, float]]  # figures of all steps
+    steps: int
+    first: Sequence[float]  # scores of the first `WINDOW` steps
+    best: float  # mean score of any `WINDOW` steps in a row
+    rows: Sequence[Mapping[str, float]]  # figures of the last `WINDOW` steps
 
     def recent(self, name: str) -> np.ndarray:
         """A figure in the last `WINDOW` steps; NaN where a step has none."""
-        return np.array([row.get(name) for row in self.rows[-WINDOW:]], dtype=float)
+        return np.array([row.get(name) for row in self.rows], dtype=float)
 
     @property
     def rises(self) -> bool:
         """Whether the score is higher than at the start, by more than its spread explains."""
-        first = np.array([row["mean_score"] for row in self.rows[:WINDOW]])
-        last = self.recent("mean_score")
+        first, last = np.array(self.first), self.recent("mean_score")
         return last.mean() - first.mean() > 2 * math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / WINDOW)
 
     @property
@@ -67,12 +70,11 @@ def alike_in_groups(window: Window) -> str:
 
 def fallen(window: Window) -> str:
     """The score is below half of what it was."""
-    scores = np.array([row["mean_score"] for row in window.rows])
-    means = np.convolve(scores, np.ones(WINDOW) / WINDOW, "valid")
-    if not 0 <= means[-1] < 0.5 * means.max():
+    score = window.recent("mean_score").mean()
+    if not 0 <= score < 0.5 * window.best:
         return ""
     return (
-        f"the score has fallen from {means.max():.3g} to {means[-1]:.3g}: a lower --step-kl or --learning-rate, a "
+        f"the score has fallen from {window.best:.3g} to {score:.3g}: a lower --step-kl or --learning-rate, a "
         "higher --init-kl-coef or a lower --target holds the policy; checkpoints from before may still be there"
     )
 
@@ -82,7 +84,7 @@ def unmoved(window: Window) -> str:
     if window.rises or not window.moved < MOVES:
         return ""
     return (
-        f"the score has not risen in {len(window.rows)} steps, and a step moves the policy by {window.moved:.2g} nats "
+        f"the score has not risen in {window.steps} steps, and a step moves the policy by {window.moved:.2g} nats "
         "a completion only: raise --learning-rate, or --step-kl, or --ppo-epochs"
     )
 
@@ -94,7 +96,7 @@ def held_by_kl(window: Window) -> str:
     if window.rises or not (at_target or coef * kl > window.recent("score_std").mean() > 0):
         return ""
     return (
-        f"the score has not risen in {len(window.rows)} steps, and the KL is {kl:.2g} nats a completion at a penalty "
+        f"the score has not risen in {window.steps} steps, and the KL is {kl:.2g} nats a completion at a penalty "
         f"of {coef:.2g} each: a higher --target or a lower --init-kl-coef lets the policy move on"
     )
 
@@ -105,7 +107,7 @@ def no_entropy(window: Window) -> str:
     if window.rises or not entropy < NO_ENTROPY:
         return ""
     return (
-        f"the score has not risen in {len(window.rows)} steps, and the entropy is {entropy:.2g} nats a token: sampling "
+        f"the score has not risen in {window.steps} steps, and the entropy is {entropy:.2g} nats a token: sampling "
         "tries nothing new; --entropy-coef 0.01, a higher --temperature or a lower --step-kl keeps it open"
     )
 
@@ -118,17 +120,24 @@ class Signs:
 
     def __init__(self, settings: PPOSettings, rows: Sequence[Mapping[str, float]] = ()) -> None:
         """rows: the figures of the steps that a resumed run has behind it, whose signs have been said."""
-        self.settings, self.rows = settings, list[Mapping[str, float]]()
-        self.left = list(SIGNS)
+        self.settings, self.left = settings, list(SIGNS)
+        self.steps, self.best = 0, -math.inf
+        self.first: list[float] = []
+        self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         for row in rows:
             self.see(row)
 
     def see(self, figures: Mapping[str, float]) -> list[str]:
         """The lines that one more step's figures give reason to; none in most."""
+        self.steps += 1
         self.rows.append(figures)
-        if len(self.rows) < PATIENCE:
+        if self.steps <= WINDOW:
+            self.first.append(figures["mean_score"])
+        if self.steps >= WINDOW:
+            self.best = max(self.best, float(np.mean([row["mean_score"] for row in self.rows])))
+        if self.steps < PATIENCE:
             return []
-        window = Window(self.settings, self.rows)
+        window = Window(self.settings, self.steps, self.first, self.best, list(self.rows))
         found = {sign: line for sign in self.left if (line := sign(window))}
         self.left = [sign for sign in self.left if sign not in found]
         return list(found.values())
