@@ -123,7 +123,7 @@ TUNE = {
     f"task: {TASK}\nsft_model: ./gone\nrl_tuning: {{enable_rl_tuning: true}}": "gone",
     f"task: {TASK}\nteacher: {{teacher_url: 'http://x:99999', teacher_model: m}}\nrl_tuning: {{enable_rl_tuning: true}}":
         "is not of the form",
-    f"task: {TASK}\nteacher: {{concurrency: 0}}\nrl_tuning: {{enable_rl_tuning: true}}": "--concurrency is 0",
+    f"task: {TASK}\nteacher: {{concurrency: 0}}\nrl_tuning: {{enable_rl_tuning: true}}": "concurrency",
     f"task: {TASK}\nteacher: {{what: 0}}\nrl_tuning: {{enable_rl_tuning: true}}": "unknown key 'what'",
 }  # fmt: skip
 PPO = ["--ground-truth-reward", "--num-steps", "1", "--batch-size", "2", "--mini-batch-size", "2"]
@@ -131,7 +131,7 @@ DATA = ["--data", str(ROOT / "data"), "--data-base", "increasing_mult_2_"]
 SYNTH = ["--task", "arithmetic.yaml"]
 OTHERS = [
     ("sft.py", [], "neither --train nor --test is given"), ("sft.py", ["--train", "--data", "gone"], "is not a folder"),
-    ("sft.py", ["--train", "--iters", "x"], "invalid int value: 'x'; see"), ("sft.py", ["--resume", "gone"], "no run"),
+    ("sft.py", ["--train", "--iters", "x"], "--iters is x; it has to be"), ("sft.py", ["--resume", "gone"], "no run"),
     ("sft.py", ["--train", *DATA, "--model", "./gone"], "gone"), ("sft.py", ["--train", "--save-file", "a_file"], "a file, where"),
     ("sft.py", ["--train", *DATA, "--data-base", "a\nb"], "a\\nb"), ("sft.py", ["--train", "--data", "x" * 300], "name too long"),
     ("sft.py", ["--train", "--data", "a_file"], "is not a folder; name the one"),
