@@ -2,10 +2,10 @@
 
 A command is an indented line that begins with python, make, pip, echo, cat or for. All are run, on few rows and steps
 (SHORTER), the PyTorch script's too: first the README's walkthrough, then each page's in the folder it leaves. Those of
-NOT_RUN are parsed by the script's own parser and not run: they need a network or a run to go on with (tested in
-test_upload, test_hub, test_smollm2, test_run, test_kill_resume), serve for ever, or take minutes (benchmarks; demo.py,
-which is that walkthrough; synth.run, evolve and tune in full, which have tests of their own). For make the target has
-to be there, for pip the file and the pinned version.
+NOT_RUN are parsed by the script's own parser and not run: they need a network, a server or a run to go on with (tested
+in test_upload, test_hub, test_smollm2, test_run, test_tasks_page, test_kill_resume), serve for ever, or take minutes
+(benchmarks; demo.py, which is that walkthrough; synth.run, evolve and tune in full, which have tests of their own). For
+make the target has to be there, for pip the file and the pinned version.
 """
 
 import importlib
@@ -24,11 +24,12 @@ import pytest
 from synth.offline.server import OfflineTeacher
 from tests.flag_tables import MARKED, PAGES, PARSERS, ROOT, TABLES, with_tables
 from tests.scripts import call, with_words
+from tests.test_tasks_page import printed
 
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
-    r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/mine|benchmarks/|synth/offline|demo\.py|synth/evolve|synth/tune"
-    r"|^synth/run.py --task synth/tasks/arithmetic.yaml$"
+    r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|127\.0\.0\.1|benchmarks/|synth/offline|demo\.py"
+    r"|synth/evolve|synth/tune|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
 # What is appended to a script's flags: of two equal ones the later counts.
 PPO = ("--num-steps", 1, "--batch-size", 8, "--mini-batch-size", 8, "--max-completion-length", 6)
@@ -82,6 +83,8 @@ def world(tmp_path_factory, tiny_digits):
     for name, rows in FILES.items():
         (folder / name).write_text(lines(rows))
     _, function = PAGE["docs/custom_data.md"].split("    def score", 1)
+    for name in ("support.yaml", "support_test.jsonl"):
+        (folder / name).write_text(printed(name))
     (folder / "my_reward.py").write_text("def score" + function.split("\n\n")[0].replace("\n    ", "\n"))
     return folder
 
