@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import crash, synth_ablation
+from benchmarks import crash, sft_step, synth_ablation
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -178,3 +178,19 @@ def test_files_are_compared_without_their_times(tmp_path):
         "metrics.jsonl": [{"step": 1}, '{"step": 2'],
         "summary.json": [{"loss": 1, "of": [{}], "at": "URL"}],
     }
+
+
+def test_every_side_of_the_sft_benchmark_has_every_round():
+    seconds = sft_step.measure(sft_step.make_rows(4, masked=False), batch_size=2, rounds=2)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
+        (sft_step.THEIRS, sft_step.OURS, sft_step.PACKED), 2
+    )
+    assert all(value > 0 for values in seconds.values() for value in values)
+
+
+def test_the_sft_benchmark_divides_within_a_round():
+    seconds = {sft_step.THEIRS: [2.0, 30.0, 4.0], sft_step.OURS: [1.0, 10.0, 2.0]}
+    assert sft_step.table(seconds, tokens=100).splitlines()[2:] == [
+        "| mlx_lm.lora | 25 | 1.00 (1.00 to 1.00) |",
+        "| sft.py | 50 | 2.00 (2.00 to 3.00) |",
+    ]
