@@ -31,6 +31,7 @@ NOT_RUN = re.compile(
     r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|127\.0\.0\.1|benchmarks/|synth/offline|demo\.py"
     r"|synth/evolve|synth/tune|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
+SCRIPT_S = r"# `[^`]+`.*\n(?s:.*)<!-- table: flags of "  # the page of one script
 # What is appended to a script's flags: of two equal ones the later counts.
 PPO = ("--num-steps", 1, "--batch-size", 8, "--mini-batch-size", 8, "--max-completion-length", 6)
 SHORTER = {
@@ -184,11 +185,20 @@ def test_every_table_stands_on_one_page_and_every_script_has_one():
     assert {str(path.relative_to(ROOT)) for path in scripts} == set(PARSERS)
 
 
+@pytest.mark.parametrize("page", [page for page, text in PAGE.items() if re.match(SCRIPT_S, text)])
+def test_a_script_s_page_opens_with_use_commands_and_traps_and_ends_with_flags(page):
+    title, use, commands, *rest = PAGE[page].split("\n\n")
+    assert title.startswith("# `") and not use.startswith(" ")
+    assert commands.count("\n") == 2 and len(COMMAND.findall(commands)) == 3
+    assert rest[0] == "**Traps**" and rest[1].startswith("- ")
+    assert PAGE[page].endswith("<!-- end -->\n") and "\n## Flags\n" in PAGE[page]
+
+
 @pytest.mark.parametrize("page", PAGE)
 def test_every_link_leads_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", PAGE[page]):
         file, _, anchor = target.partition("#")
-        linked = (ROOT / page).parent / file
+        linked = (ROOT / page).parent / file if file else ROOT / page
         assert linked.exists(), target
         headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE) if anchor else []
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
