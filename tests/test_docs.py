@@ -28,7 +28,7 @@ from tests.test_tasks_page import printed
 
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
-    r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|127\.0\.0\.1|benchmarks/|synth/offline|demo\.py"
+    r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|:8080/v1|benchmarks/|synth/offline|demo\.py"
     r"|synth/evolve|synth/tune|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
 SCRIPT_S = r"# `[^`]+`.*\n(?s:.*)<!-- table: flags of "  # the page of one script
