@@ -351,6 +351,19 @@ def test_it_learns_what_is_preferred_and_says_so(flags, kind):
         assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and abs(margins[0][0]) < 1e-4
 
 
+def test_reports_and_summary_have_speed_and_memory(flags, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    call(sft.main, *flags("--train"))
+    reports = [row for row in read_metrics("run") if "train_loss" in row]
+    assert len(reports) == 3 and all(row["tokens_per_second"] > 0 and row["peak_memory_gb"] > 0 for row in reports)
+    summary = json.loads(Path("run/summary.json").read_text(encoding="utf-8"))
+    assert summary["tokens_per_second"] > 0 and summary["peak_memory_gb"] == reports[-1]["peak_memory_gb"]
+    shown = capsys.readouterr().out
+    header = next(line for line in shown.splitlines() if line.startswith("  step"))
+    assert header.split("  ")[-3:] == [" margin", "tokens/s", "peak GB"]  # where no bar shows them
+    assert "  tokens/s  " in shown.partition("Summary")[2] and "  peak GB  " in shown.partition("Summary")[2]
+
+
 def test_a_test_is_against_the_base_and_after_a_training_against_its_start(flags, capsys):
     call(sft.main, *flags("--train", "--test", **{"learning-rate": 2e-3, "iters": 30}))
     after = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test_loss"))

@@ -46,6 +46,7 @@ DPO_COLUMNS = (*SFT_COLUMNS, "train_reward_margin")
 MOST = 6  # columns, where none are named
 NARROWEST = 7  # characters of a column
 HEADER_EVERY = 20  # rows, on a terminal
+NO_TERMINAL = (100, 24)  # columns and lines of a file or pipe: room for a DPO run's seven figures
 
 
 def figure(value: float) -> str:
@@ -94,7 +95,7 @@ class Table:
         """The metrics that become columns: as many as a line has room for."""
         wanted = [name for name in self.columns if name not in OPTIONAL or name in figures]
         wanted = wanted or [name for name in figures if name not in SPEED][:MOST]
-        room, names = shutil.get_terminal_size().columns - len("  step"), []
+        room, names = shutil.get_terminal_size(NO_TERMINAL).columns - len("  step"), []
         for name in wanted:
             room -= max(len(title(name)), NARROWEST) + 2
             if room >= 0:
@@ -103,7 +104,7 @@ class Table:
 
     def _others(self, figures: Mapping[str, float]) -> list[str]:
         said = [f"{name} {figure(value)}" for name, value in figures.items() if name not in self.names]
-        wide = max(shutil.get_terminal_size().columns, 40)
+        wide = max(shutil.get_terminal_size(NO_TERMINAL).columns, 40)
         indent = " " * 8
         # A figure is never parted from its name.
         text = "  ".join(one.replace(" ", "\N{NO-BREAK SPACE}") for one in said)
