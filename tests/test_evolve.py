@@ -112,6 +112,8 @@ def test_from_instructions_to_data(tmp_path, teacher, instructions, capsys):
     calls = teacher.calls
     call(module.main, "--resume", folder)
     assert teacher.calls == calls and rows_of(folder / "dataset.jsonl") == data
+    with pytest.raises(UserError, match=r"other flags: --policy uniform \(the run: ppo\); leave them out"):
+        call(module.main, "--resume", folder, "--policy", "uniform", "--concurrency", 2)
 
 
 def test_the_expert_has_no_part_in_the_training(tmp_path, instructions):

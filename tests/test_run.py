@@ -26,7 +26,7 @@ from synth.task import load_task
 from tests.scripts import ROOT, call, fails, with_words
 from tests.test_difficulty import Adder
 from tests.test_task import save
-from training.metrics import read_metrics
+from training.metrics import read_metrics, start_run_folder
 from training.ppo_loop import PPORun
 
 SUMS = ["--task", "tests/sums.yaml", "--count", 12, "--votes", 4, "--rounds", 1, "--wanted", 8]
@@ -291,6 +291,27 @@ def test_a_limit_holds_for_the_run_and_can_be_raised(tmp_path, monkeypatch):
         assert repeated(server) == 0 and read_json(folder / "ledger.json")["total"]["calls"] == server.calls
 
 
+def test_a_resumed_run_refuses_what_would_change_its_samples_and_says_what_it_takes_anew(tmp_path, capsys):
+    parser, folder = run_flags.run_parser(None), tmp_path / "run"
+    own = ["--task", "synth/tasks/arithmetic.yaml", "--model", "tiny-digits", "--votes", "5", "--max-calls", "6"]
+    args = with_words(lambda: run_flags.parse_run_args(None), *own)
+    start_run_folder(str(folder), vars(args))
+    config = (folder / "config.json").read_text()
+
+    def resume(*words):
+        return with_words(lambda: run_flags.parse_run_args(None), "--resume", folder, *words)
+
+    for words in (["--votes", 4], ["--seed", 1], ["--count", parser.get_default("count") + 1], ["--paper"],
+                  ["--model", "tiny-chat"], ["--max-calls", 9, "--learning-rate", "1e-3"]):  # fmt: skip
+        with pytest.raises(UserError, match=r"run was begun with other flags: --.* \(the run: .*or change only --dry"):
+            resume(*words)
+    assert capsys.readouterr().out == ""
+    again = resume(*own[:-1], 9, "--dry-run")
+    assert (again.max_calls, again.votes, again.base_model, again.dry_run) == (9, 5, "tiny-digits", True)
+    assert capsys.readouterr().out == "--max-calls is now 9; the run had 6\n"
+    assert (folder / "config.json").read_text() == config
+
+
 def test_a_base_model_that_is_missing_costs_no_call(tmp_path, teacher):
     words = [*SUMS, *asked_of(teacher), "--output-dir", tmp_path / "run", "--base-model", tmp_path / "none"]
     with pytest.raises(UserError, match="none"):
@@ -393,7 +414,7 @@ def test_model_is_the_base_model_unless_that_is_named_too():
     task = load_task(ROOT / "synth/tasks/arithmetic.yaml")
     words = ["--task", "x.yaml", "--model", "mine"]
     args = with_words(lambda: run_flags.parse_run_args(None), *words)
-    assert base_model_settings(args, task).name == "mine" and args.model is None
+    assert base_model_settings(args, task).name == "mine"
     args = with_words(lambda: run_flags.parse_run_args(None), *words, "--base-model", "base")
     assert base_model_settings(args, task).name == "base" and args.model == "mine"
 

@@ -94,6 +94,8 @@ def test_the_last_stage_trains_chooses_evaluates_and_goes_on(tmp_path, tiny_fold
     assert "report: " in capsys.readouterr().out and (folder / "report.html").is_file()
     call(alone.main, "--resume", folder)
     assert len(started) == 1 and "training: finished before" in capsys.readouterr().out
+    refused = fails(capsys, alone.main, "--resume", folder, "--num-steps", 3, "--batch-size", 4)
+    assert "begun with other flags: --num-steps 3 (the run: 2); leave them out, or start a new run" in refused
     assert "give --task FILE and --in FILE" in fails(capsys, alone.main, "--task", task)
     call(alone.main, *words[:-5], *words[-5:], "--held-out-in", samples, "--output-dir", tmp_path / "other")
     assert load_rows(tmp_path / "other" / "held_out.jsonl") == kept(load_rows(samples))

@@ -141,16 +141,33 @@ def parse_or_resume(parser: Parser, length: str) -> argparse.Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    run = resumed(parser, args, resumed_config(args.resume))
-    changed = {name: value for name, value in given_flags(parser).items() if value != getattr(run, name)}
+    run, changed = resumed_with(parser, args, (length, *TAKEN_ANEW))
     steps = changed.pop(length, None)
-    refuse_others(parser, run, changed, (length, *TAKEN_ANEW))
     if steps is not None:
         extend(run, length, steps)
+    say_changes(parser, run, changed)
     for name, value in changed.items():
-        print(f"{flag_of(parser, name)} is now {value}; the run had {getattr(run, name)}")
         _change(run, name, value)
     return run
+
+
+def resumed_with(
+    parser: Parser, args: argparse.Namespace, free: Iterable[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags of the run that --resume names, and those of `free` that this command line gives another value.
+
+    Raises UserError for any other flag whose value differs from the run's.
+    """
+    run = resumed(parser, args, resumed_config(args.resume))
+    changed = {name: value for name, value in given_flags(parser).items() if value != getattr(run, name)}
+    refuse_others(parser, run, changed, free)
+    return run, changed
+
+
+def say_changes(parser: argparse.ArgumentParser, run: argparse.Namespace, changed: Mapping[str, Any]) -> None:
+    """Print a line for every flag that a resumed run takes anew."""
+    for name, value in changed.items():
+        print(f"{flag_of(parser, name)} is now {value}; the run had {getattr(run, name)}", flush=True)
 
 
 def given_flags(parser: argparse.ArgumentParser) -> dict[str, Any]:
@@ -172,7 +189,8 @@ def refuse_others(
     if others:
         flags = ", ".join(f"{flag_of(parser, name)} {changed[name]} (the run: {getattr(run, name)})" for name in others)
         allowed = ", ".join(flag_of(parser, name) for name in free if hasattr(run, name))
-        raise UserError(f"{run.resume} was begun with other flags: {flags}; leave them out, or change only {allowed}")
+        remedy = f"leave them out, or change only {allowed}" if allowed else "leave them out, or start a new run"
+        raise UserError(f"{run.resume} was begun with other flags: {flags}; {remedy}")
 
 
 def flag_of(parser: argparse.ArgumentParser, name: str) -> str:

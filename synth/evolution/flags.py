@@ -169,7 +169,9 @@ def evolve_parser(description: str | None) -> Parser:
     group = parser.add_argument_group("run")
     add_offline_teacher_flag(group)
     group.add_argument("--output-dir", help="run folder (default: runs/evolve-TIME)")
-    group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
+    group.add_argument(
+        "--resume", metavar="RUN_FOLDER", help="continue a stopped run with its own flags; others are refused or named"
+    )
     group.add_argument("--dry-run", action="store_true", help="print upper bounds on calls and tokens; send nothing")
     group.add_argument("--seed", type=SEED, default=0, help="of everything random but the teachers")
     return parser

@@ -19,11 +19,10 @@ from synth.pipeline.verify import with_threshold
 from synth.task import SHIPPED, Task, load_task, task_from_flags
 from synth.teacher.address import KEY_NAME, OPENAI_URL
 from synth.teacher.flags import TeacherSettings, add_offline_teacher_flag, add_teacher_flags, teacher_settings
-from training.flags import resumed
-from training.metrics import resumed_config
+from training.flags import resumed_with, say_changes
 
 # What a resumed run may be given anew: nothing here changes a sample.
-FREE_FLAGS = ["dry_run", "teacher_url", "concurrency", "timeout"]
+FREE_FLAGS = ["dry_run", "yes", "teacher_url", "concurrency", "timeout"]
 FREE_FLAGS += ["max_calls", "max_tokens", "max_money", "price_in", "price_out"]
 
 
@@ -97,7 +96,9 @@ def run_parser(description: str | None) -> Parser:
     )
     group.add_argument("--experiment-name", help="the run folder is runs/NAME (default: runs/synth-TIME)")
     group.add_argument("--output-dir", help="the run folder, instead of runs/NAME")
-    group.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
+    group.add_argument(
+        "--resume", metavar="RUN_FOLDER", help="continue a stopped run with its own flags; others are refused or named"
+    )
     group.add_argument(
         "--dry-run", action="store_true", help="print upper bounds on calls, tokens and money; send nothing"
     )
@@ -116,8 +117,7 @@ def parse_run_args(description: str | None) -> argparse.Namespace:
     if args.paper:
         parser.set_defaults(**{name: PAPER[name] for name in paper_flags(args)})
         args = parser.parse_args()
-    if args.model and not args.base_model:
-        args.base_model, args.model = args.model, None
+    args.base_model = args.base_model or args.model
     args.by_key = False  # whether the teacher is OpenAI's because its key is set
     args.endpoint = None  # the cache's name of a teacher whose URL has changed since
     return resumed_args(args, parser, FREE_FLAGS, {"endpoint": "teacher_url"}) if args.resume else args
@@ -139,16 +139,16 @@ def paper_line(args: argparse.Namespace) -> str:
 def resumed_args(
     args: argparse.Namespace, parser: Parser, free: list[str], endpoints: dict[str, str]
 ) -> argparse.Namespace:
-    """The flags of the run that --resume names, with those of `free` that are given anew.
+    """The flags of the run that --resume names, with those of `free` that are given anew, which is said.
 
-    endpoints: flag → flag of the URL that it keeps, so that the cache knows a teacher that has moved.
+    endpoints: flag → flag of the URL that it keeps, so that the cache knows a teacher that has moved. Its config.json
+    stays as it is. Raises UserError for any other flag that differs from the run's.
     """
-    saved = resumed_config(args.resume)
-    given = {name: getattr(args, name) for name in free if getattr(args, name) != parser.get_default(name)}
-    found = resumed(parser, args, saved)
-    for name, value in {**{name: saved.get(url) for name, url in endpoints.items()}, **given}.items():
-        setattr(found, name, value)
-    return found
+    run, changed = resumed_with(parser, args, free)
+    say_changes(parser, run, {name: value for name, value in changed.items() if name not in ("dry_run", "yes")})
+    for name, value in {**{name: getattr(run, url) for name, url in endpoints.items()}, **changed}.items():
+        setattr(run, name, value)
+    return run
 
 
 def task_from(args: argparse.Namespace) -> Task:

@@ -37,8 +37,8 @@ from synth.stages import StageRow, alone, kept, load_rows, roots_of, write_rows
 from synth.task import Task
 from synth.teacher.cache import Cache
 from training import ppo_flags, sft_flags
-from training.flags import default_output_dir, resumed
-from training.metrics import resumed_config, start_run_folder
+from training.flags import default_output_dir, resumed_with
+from training.metrics import start_run_folder
 
 WAYS = {"rl": "ppo_training.py", "sft": "sft.py"}
 STEPS = {"rl": 200, "sft": 200}
@@ -323,12 +323,14 @@ def parse_args() -> argparse.Namespace:
     add_base_model_flags(parser)
     add_training_flags(parser)
     parser.add_argument("--output-dir", help="the run folder (default: runs/train-TIME)")
-    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own flags")
+    parser.add_argument(
+        "--resume", metavar="RUN_FOLDER", help="continue a stopped run with its own flags; others are refused"
+    )
     parser.add_argument("--model", help="how reports call the base model")
     parser.add_argument("--seed", type=SEED, default=0, help="of everything random")
     args = parser.parse_args()
     if args.resume:
-        return resumed(parser, args, resumed_config(args.resume))
+        return resumed_with(parser, args, ())[0]
     if not args.task or not getattr(args, "in"):
         raise UserError("a task and samples are needed; give --task FILE and --in FILE, or --resume RUN_FOLDER")
     return args
