@@ -72,7 +72,7 @@ class SavedRun(Schema):
 
     script: str
     flags: dict[str, Any]
-    figures: dict[str, float | None]
+    figures: dict[str, int | float | None]  # a count stays one
 
 
 class SavedConfig(Schema):

@@ -224,6 +224,22 @@ def _reached(module):
     return reached_from((ROOT / module.replace(".", "/")).with_suffix(".py"))
 
 
+def test_what_is_run_by_its_module_s_name_is_not_imported_by_its_package():
+    """Else runpy warns of it on every `python -m`."""
+    paths = [path for path in FILES if is_run(path) and path.parent != ROOT and path.name != "__main__.py"]
+    modules = {name_of(path).removesuffix(".py").replace("/", ".") for path in paths}
+    modules -= {"models.cpu.blas"}  # run by the file's name, since the Makefile calls it before anything is installed
+    assert {"data.check", "synth.run", "synth.pipeline.report"} <= modules
+    code = (
+        "import importlib, sys\n"
+        f"for name in {sorted({module.rpartition('.')[0] for module in modules})!r}:\n"
+        "    importlib.import_module(name)\n"
+        f"print(sorted({modules!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
 def test_no_module_calls_cpu_enable_on_being_imported():
     libraries = [path for path in FILES if path not in RUN and name_of(path) != "tests/conftest.py"]
     assert [name_of(path) for path in libraries if enables(path)] == []

@@ -1,13 +1,16 @@
 """wandb and tensorboard themselves, offline: what they were told is read back from their own files."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
 
 from common.files import read_json
-from tests.scripts import read_samples
+from tests.scripts import ROOT, read_samples
 from training.metrics import RunLog, read_metrics, start_run_folder
 
 ROWS = [
@@ -117,6 +120,33 @@ def test_tensorboard_has_the_figures_and_the_table(tracked):
     assert (step, tag) == (1, "samples/text_summary")
     assert [line[:4] for line in text.splitlines()] == ["    "] * 3  # Markdown shows it as it is
     assert "score_rule" in text and "2 + 2\\n=" in text and "<b>4</b> | *four*" in text
+
+
+def test_without_wandb_s_server_a_run_goes_on_and_says_so_in_one_line(tmp_path):
+    """In a process of its own, as wandb reads its environment once."""
+    pytest.importorskip("wandb")
+    code = f"""
+import pathlib, wandb
+from training.metrics import RunLog, start_run_folder
+folder = start_run_folder(pathlib.Path({str(tmp_path / "run")!r}), {{}})
+log = RunLog(folder, 2, log_with="wandb")
+for step in (1, 2):
+    log.report(step, {{"kl": 0.5}})
+log.close()
+assert wandb.run is None
+"""
+    key = "a1b2" * 10
+    asked = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    # Nobody listens on port 9 ("discard").
+    asked |= {"WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=asked, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr and key not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "wandb cannot be used (CommError: " in line
+    assert line.endswith("so this run goes on without it; set WANDB_MODE=offline to keep a run for `wandb sync`")
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
 
 
 def test_a_resumed_run_is_the_same_run_to_wandb(tracked, monkeypatch):

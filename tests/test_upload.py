@@ -15,8 +15,9 @@ from huggingface_hub import ModelCard, constants
 import fuse
 import sft
 from common.cli import run
+from common.errors import UserError
 from common.files import read_json, write_json
-from models.export.model_card import PROVENANCE_FILE, provenance_of, write_card
+from models.export.model_card import FUSE, PROVENANCE_FILE, provenance_of, write_card
 from rewards.function import function_label
 from tests.flag_tables import parser_of
 from tests.scripts import call, fails, with_words
@@ -217,6 +218,38 @@ def test_no_local_path_of_a_function_or_model_is_published(tmp_path):
         assert str(tmp_path) not in (tmp_path / name).read_text()
     mine.unlink()
     assert function_label(f"{mine}:long") == "long"
+
+
+HOSTILE = "a` | <script>alert(1)</script>\n\n# A heading\n```\n[a](http://b) **c** \u2028<img src=x>"
+
+
+def test_a_stranger_s_run_is_shown_as_text(tmp_path):
+    """Read by markdown-it, nothing that the run says is an element, a heading or a cell."""
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
+    flags = {"model": HOSTILE, "data": HOSTILE, "data_base": HOSTILE, HOSTILE: HOSTILE}
+    for script in (HOSTILE, FUSE):
+        run = {"script": script, "flags": flags, "figures": {HOSTILE: -1.5e-05, "plain_loss": 2.0}}
+        prompts = {**run, "flags": {"prompts": HOSTILE}}
+        write_card(tmp_path, "alice/model", "org/base", [run, prompts], is_reward_model=False)
+        card = ModelCard((tmp_path / "README.md").read_text(encoding="utf-8"))
+        assert "base_model" not in card.data.to_dict()
+        tokens = markdown.parse(card.text)
+        inner = [token for outer in tokens for token in (outer, *(outer.children or []))]
+        kinds = [token.type for token in inner]
+        assert not {"html_block", "html_inline", "link_open", "image", "strong_open", "code_block"} & set(kinds)
+        assert kinds.count("heading_open") == 3 and kinds.count("table_open") == 2
+        assert kinds.count("td_open") == 2 * 4  # two figures of each run, in two cells each
+        assert "-1.5e-05" in [token.content for token in inner] and "plain loss" in [token.content for token in inner]
+        blocks = [yaml.safe_load(token.content) for token in inner if token.info == "yaml"]
+        assert blocks == ([] if script == FUSE else [flags, {"prompts": HOSTILE}])
+
+
+@pytest.mark.parametrize("content", [{}, [1], [{"script": "sft.py"}], [{"script": "a", "flags": [], "figures": {}}],
+                                     [{"script": "a", "flags": {}, "figures": {"a": "<b>"}}]])  # fmt: skip
+def test_a_base_s_provenance_that_is_none_is_one_line(tmp_path, content):
+    write_json(tmp_path / PROVENANCE_FILE, content)
+    with pytest.raises(UserError, match=r"provenance\.json .*; restore it, or delete it"):
+        provenance_of(tmp_path, [])
 
 
 def test_a_reward_model_and_an_adapter_of_unknown_making_have_cards(tmp_path):

@@ -5,11 +5,12 @@ Each is imported only when asked for. wandb is offline without an account, unles
 
 import importlib.util
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.errors import UserError
+from common.errors import UserError, one_line, reason
 from common.files import read_json, write_json
 from common.schemas import read_key
 from training.samples import text_table
@@ -44,12 +45,25 @@ def check_tracker(log_with: str | None) -> None:
 def open_tracker(log_with: str, folder: Path, start_step: int = 0) -> Tracker | None:
     """The tracker of the run in `folder`, or None. start_step: steps done before a resume; later ones come again.
 
-    Raises UserError as `check_tracker` does.
+    Where wandb cannot be reached or refuses the key, one line on stderr says so, and the run goes on without it: its
+    figures are in its folder. Raises UserError as `check_tracker` does.
     """
     check_tracker(log_with)
     if log_with == "wandb":
-        return Wandb(folder)
+        import wandb
+
+        try:
+            return Wandb(folder)
+        except wandb.Error as error:
+            _say_left_out(error)
+            return None
     return Tensorboard(folder, start_step) if log_with == "tensorboard" else None
+
+
+def _say_left_out(error: Exception) -> None:
+    why = one_line(reason(error))
+    remedy = "set WANDB_MODE=offline to keep a run for `wandb sync`"
+    print(f"warning: wandb cannot be used ({why}), so this run goes on without it; {remedy}", file=sys.stderr)
 
 
 class Wandb:

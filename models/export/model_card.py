@@ -2,10 +2,13 @@
 
 The runs are those in the base's provenance.json, followed by those in the adapter's `provenance` (training.metrics) and
 the fusing itself, with what it kept of each layer's change.
-Absolute paths are shortened to their last part.
+Absolute paths are shortened to their last part. Runs may be a stranger's, so what they say is shown as text: none of it
+is read as markdown or HTML.
 """
 
+import html
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from common.files import Kind, read_json, write_json
+from common.schemas import conforming
+from models.adapter_config import SavedRun
 
 PROVENANCE_FILE = "provenance.json"
 FUSE = "fuse.py"
@@ -29,9 +34,14 @@ BOOKKEEPING = {"config", "output_dir", "resume", "keep_checkpoints", "log_with",
 
 
 def provenance_of(base: Path, adapter_runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs that produced a fused model, in order: those of its base, then those of its adapter."""
+    """The runs that produced a fused model, in order: those of its base, then those of its adapter.
+
+    Raises UserError if the base's provenance.json is no list of runs.
+    """
     path = base / PROVENANCE_FILE
-    return [*(read_json(path) if path.is_file() else []), *map(_shown, adapter_runs)]
+    base_runs = read_json(path) if path.is_file() else []
+    conforming(list[SavedRun], base_runs, path, "restore it, or delete it to leave those runs out of the model card")
+    return [*base_runs, *map(_shown, adapter_runs)]
 
 
 def fuse_run(flags: dict[str, Any], figures: dict[str, Any], layers: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +53,7 @@ def fuse_run(flags: dict[str, Any], figures: dict[str, Any], layers: dict[str, A
 
 def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], is_reward_model: bool) -> None:
     """Write README.md and provenance.json. name: of the model; base: name of the adapter's base."""
-    base = runs[0]["flags"].get("model", base) if runs else base
+    base = str(runs[0]["flags"].get("model", base)) if runs else base
     write_json(folder / PROVENANCE_FILE, runs)
     on_hub = base.count("/") == 1 and not base.startswith((".", "~")) and not base.endswith("/")
     data = ModelCardData(
@@ -55,7 +65,7 @@ def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], i
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
-        f"A {'reward model' if is_reward_model else 'model'} tuned from `{_last(base)}`.\n",
+        f"A {'reward model' if is_reward_model else 'model'} tuned from {_code(_last(base))}.\n",
     ]
     parts += ["## How it was made\n"] if runs else []
     for number, run in enumerate(runs, start=1):
@@ -66,15 +76,18 @@ def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], i
 
 def _run_text(number: int, run: dict[str, Any]) -> str:
     file = f"run{number}.yaml"
-    figures = [f"| {name.replace('_', ' ')} | {value} |" for name, value in run["figures"].items()]
+    figures = [f"| {_plain(name.replace('_', ' '))} | {value} |" for name, value in run["figures"].items()]
     if run["script"] == FUSE:
         return "\n".join([f"{number}. `{FUSE}`:\n", "| against the adapter | |\n|---|---|", *figures, ""])
+    flags = yaml.safe_dump(run["flags"], sort_keys=False).rstrip()
+    fence = _longer_than_any(flags, 3)
+    command = _code(f"python {run['script']} -c {file}")
     return "\n".join(
         [
-            f"{number}. `python {run['script']} -c {file}` on {_data_text(run['flags'])}, with {file}:\n",
-            "```yaml",
-            yaml.safe_dump(run["flags"], sort_keys=False).rstrip(),
-            "```\n",
+            f"{number}. {command} on {_data_text(run['flags'])}, with {file}:\n",
+            f"{fence}yaml",
+            flags,
+            f"{fence}\n",
             "| figure at its end | |\n|---|---|",
             *figures,
             "",
@@ -85,12 +98,30 @@ def _run_text(number: int, run: dict[str, Any]) -> str:
 def _data_text(flags: dict[str, Any]) -> str:
     """A description of a run's data, from its flags."""
     if "data" in flags or "data_base" in flags:
-        of = f" of `{flags['data']}`" if "data" in flags else ""
-        return f"`{flags.get('data_base', '')}train.jsonl`{of}"
-    prompts = f"the prompts of `{flags['prompts']}`" if flags.get("prompts") else "starts of the digit rule"
+        of = f" of {_code(flags['data'])}" if "data" in flags else ""
+        return f"{_code(str(flags.get('data_base', '')) + 'train.jsonl')}{of}"
+    prompts = f"the prompts of {_code(flags['prompts'])}" if flags.get("prompts") else "starts of the digit rule"
     scores = {"reward_model": "a reward model", "reward_function": "a reward function", "answer": "the rows' answers"}
     scored = next((text for name, text in scores.items() if flags.get(name)), "the digit rule")
     return f"{prompts}, scored by {scored}"
+
+
+def _code(value: object) -> str:
+    """`value` on one line as a code span, in which markdown and HTML are only text."""
+    line = " ".join(str(value).split())
+    fence = _longer_than_any(line, 1)
+    room = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{room}{line}{room}{fence}"
+
+
+def _longer_than_any(text: str, least: int) -> str:
+    """Backticks, at least `least`, that nothing in `text` closes."""
+    return "`" * max([least, *(len(ticks) + 1 for ticks in re.findall("`+", text))])
+
+
+def _plain(text: str) -> str:
+    """`text` on one line of a table, with what markdown and HTML would read escaped."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _use_text(name: str, is_reward_model: bool) -> str:
