@@ -30,7 +30,6 @@ from rewards.combined import try_once
 from rewards.digits import digit_reward
 from training import checkpoint, ppo_flags
 from training.flags import adapter_settings, parse_or_resume
-from training.optimizer_groups import ppo_optimizer
 from training.plots import plot_run
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.ppo_loop import PPORun, ppo_steps
@@ -76,7 +75,7 @@ def main() -> None:
     # Rollout, score, advantages, update: until the last step or a stop
     ppo_run = PPORun("ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, memory_meter())
     device = cpu.describe_device(mx.default_device())
-    ppo_run.describe(ppo_optimizer(settings, policy.adapter.fine_tune_type), device)
+    ppo_run.describe(device)
     known = args.ground_truth_reward or args.prompts
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:

@@ -19,7 +19,6 @@ from rewards.combined import Reward, rewards_from_flags, try_once
 from rewards.digits import digit_reward
 from training import ppo_flags
 from training.flags import adapter_settings, parse_or_resume
-from training.optimizer_groups import ppo_optimizer
 from training.plots import plot_run
 from training.ppo_loop import PPORun, ppo_steps
 from training.ppo_step import Prompts
@@ -86,7 +85,7 @@ def main() -> None:
         torch_checkpoint,
         peak_memory=memory_meter(device),
     )
-    ppo_run.describe(ppo_optimizer(settings, policy.adapter.fine_tune_type), describe_device(device))
+    ppo_run.describe(describe_device(device))
     known = args.ground_truth_reward or args.prompts
     true_reward = None if known else digit_reward(ppo_flags.digit_rule(args))
     with StopSignal() as stop:

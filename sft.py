@@ -112,6 +112,9 @@ def train(
     """
     training, validation = objectives["train"], objectives["valid"]
     optimizer, progress = make_sft_optimizer(trainee, settings), SFTProgress()
+    kind, sizes = trainee.adapter.fine_tune_type, trainee.sizes()
+    used = sft_optimizer(settings, kind, sizes[1])
+    args.learning_rate = used[1]  # config.json has it, so that a resumed run does not choose again
     folder, checkpoint, lock = open_run_folder(args, "sft", cpu.BLAS)
     if settings.dpo:
         refer_in(folder, objectives, start_reference(trainee), again=checkpoint is not None)
@@ -130,9 +133,8 @@ def train(
         args.verbose,
         memory_meter(),
     )
-    kind = trainee.adapter.fine_tune_type
-    used = sft_optimizer(settings, kind)
-    log.say(describe(trainee.sizes(), kind, used, cpu.describe_device(mx.default_device())))
+    device = cpu.describe_device(mx.default_device())
+    log.say(describe(sizes, kind, used, device, rate_given=settings.learning_rate is not None))
     started = time.perf_counter()
 
     def save() -> None:

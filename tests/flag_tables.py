@@ -51,7 +51,7 @@ DIFFERENCES = {
         "--init-kl-coef": "was 0.2, which holds the policy near its start",
         "--batch-size": "was 32; larger batches are steadier",
         "--ppo-epochs": "was 4",
-        "--learning-rate": "chosen on this task",
+        "--learning-rate": "chosen on this task; for large models, by the literature",
         "--optimizer": "was Adam; soft prompts end higher by Muon",
         "--horizon": "was 10000 completions, more than a whole run here",
         "--mini-batch-size": "was 32 in the walkthrough's commands",

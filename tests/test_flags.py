@@ -25,8 +25,8 @@ from data.sources import base_in
 from synth.pipeline.flags import run_parser
 from tests.scripts import ROOT, fails, with_words
 from training import ppo_flags
-from training.flags import adapter_settings, add_adapter_flags, default_output_dir, parse_or_resume, resumed
-from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate
+from training.flags import adapter_settings, add_adapter_flags, default_output_dir, describe, parse_or_resume, resumed
+from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate, ppo_optimizer, sft_optimizer
 from training.ppo_step import check_settings, kl_kind, make_controller
 from training.settings import PPOSettings, SFTSettings
 from training.sft_flags import sft_parser
@@ -429,6 +429,38 @@ def test_ppo_s_impossible_values_are_refused(words, named):
 )
 def test_the_optimizer_and_its_rate_by_the_kind_of_adapter(words, kind, expected):
     assert optimizer_and_rate(PPOSettings.from_flags(ppo(*words)), PPO_OPTIMIZERS, kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "small", "large"),
+    [
+        ("lora", {}, 5e-4, 1e-4), ("dora", {}, 5e-4, 1e-4), ("full", {}, 3e-4, 1e-5), ("none", {}, 1e-3, 1e-4),
+        ("soft_prompt", {}, 3e-2, 3e-2), ("lora", {"dpo": True}, 1e-4, 5e-6), ("full", {"dpo": True}, 6e-5, 5e-7),
+        ("lora", {"dpo": True, "loss": "orpo"}, 5e-4, 1e-4), ("lora", {"learning_rate": 0.25}, 0.25, 0.25),
+    ],
+)  # fmt: skip
+def test_sft_s_rate_by_the_model_s_size(kind, flags, small, large):
+    settings = SFTSettings(**flags)
+    assert sft_optimizer(settings, kind, 10_000_000) == ("adam", pytest.approx(small))
+    assert sft_optimizer(settings, kind, 10_000_001) == ("adam", pytest.approx(large))
+
+
+@pytest.mark.parametrize(
+    ("kind", "small", "large"),
+    [("lora", 5e-4, 1.4e-5), ("dora", 5e-4, 1.4e-5), ("full", 3e-4, 1e-6), ("soft_prompt", 0.4, 0.4)],
+)
+def test_ppo_s_rate_by_the_model_s_size(kind, small, large):
+    assert [ppo_optimizer(PPOSettings(), kind, weights)[1] for weights in (75_000, 135_000_000)] == [small, large]
+    assert ppo_optimizer(PPOSettings(learning_rate=0.25), kind, 135_000_000)[1] == 0.25
+
+
+def test_a_rate_that_the_size_chose_is_said_to_be():
+    said = "learning rate 0.0001 (chosen by the model's size; --learning-rate sets it)"
+    used = ("adam", 1e-4)
+    assert describe((9, 10_000_001), "lora", used, "cpu", rate_given=False).endswith(said)
+    for sizes, kind, given in (((9, 10_000_000), "lora", False), ((9, 10_000_001), "lora", True),
+                               ((9, 10_000_001), "soft_prompt", False)):  # fmt: skip
+        assert describe(sizes, kind, used, "cpu", rate_given=given).endswith("learning rate 0.0001")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("muon", "lora"), ("adam", "soft_prompt")])

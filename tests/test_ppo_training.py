@@ -34,7 +34,7 @@ from rewards.reward_model import load_reward_model
 from tests import numpy_ppo
 from tests.scripts import call, fails, read_samples
 from training import optimizer as training_optimizer
-from training import ppo, ppo_flags, ppo_learner, ppo_loop, ppo_step
+from training import optimizer_groups, ppo, ppo_flags, ppo_learner, ppo_loop, ppo_step
 from training.advantages import advantages_and_returns
 from training.checkpoint_folders import last_checkpoint
 from training.flags import adapter_settings
@@ -1482,6 +1482,18 @@ def test_a_resumed_run_is_extended_by_more_steps(flags, capsys):
     assert json.loads(Path("short/config.json").read_text(encoding="utf-8"))["num_steps"] == 4
     line = fails(capsys, ppo_training.main, "--resume", "short", "--num-steps", 3)
     assert line == "--num-steps 3 is less than the 4 of short; a resumed run can only be extended"
+
+
+def test_the_rate_that_a_model_s_size_chose_is_kept_by_a_resume(flags, monkeypatch, capsys):
+    monkeypatch.setattr(optimizer_groups, "LARGE", 1000)
+    call(ppo_training.main, *flags("--num-steps", 1))
+    assert "by Adam, learning rate 1.4e-05 (chosen by the model's size; " in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 1.4e-5
+    monkeypatch.setattr(optimizer_groups, "LARGE", 10**9)
+    rates, real = [], ppo_learner.make_optimizer
+    monkeypatch.setattr(ppo_learner, "make_optimizer", lambda rate, *more: (rates.append(rate), real(rate, *more))[1])
+    call(ppo_training.main, "--resume", "run", "--num-steps", 2)
+    assert rates == [1.4e-5] and "by Adam, learning rate 1.4e-05\n" in capsys.readouterr().out
 
 
 def test_resuming_a_finished_run_changes_nothing(flags):

@@ -22,7 +22,7 @@ from models.adapter_config import AdapterConfig
 from models.torch_value_head import ValueHead
 from tests.scripts import ROOT, call, fails, read_samples
 from tests.torch_models import random_llama
-from training import torch_ppo_learner
+from training import optimizer_groups, torch_ppo_learner
 from training.metrics import read_metrics
 
 SMALL = ("--batch-size", 8, "--mini-batch-size", 4, "--max-completion-length", 6, "--device", "cpu", "--save-every", 1)
@@ -233,6 +233,14 @@ def test_mistakes_are_one_line(base, tmp_path, capsys, monkeypatch):
     small = random_llama(tmp_path / "small", vocab_size=40)
     assert "has 98 tokens" in fails(capsys, script.main, "--model", small, "--tokenizer", base, reward)
     assert "does not exist" in fails(capsys, script.main, "--model", base, "--resume-file", adapter, reward)
+
+
+def test_a_large_model_s_rate_is_that_of_the_mlx_script_and_kept(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(optimizer_groups, "LARGE", 1000)
+    words = ("--model", base, "--ground-truth-reward", "--num-steps", 1, *SMALL)
+    call(script.main, *words, "--output-dir", tmp_path / "run", "--save-file", tmp_path / "adapter")
+    assert "by Adam, learning rate 1.4e-05 (chosen by the model's size; " in capsys.readouterr().out
+    assert json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 1.4e-5
 
 
 def test_a_run_of_one_script_is_not_resumed_by_the_other(base, tmp_path, capsys):

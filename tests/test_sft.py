@@ -26,7 +26,7 @@ from models.loading import load
 from models.soft_prompt import soft_prompt_ids
 from models.value_head import ScoringModel, new_value_head, save_value_head
 from tests.scripts import ROOT, call, fails
-from training import objectives, optimizer, sft_loop
+from training import objectives, optimizer, optimizer_groups, sft_loop
 from training.metrics import read_metrics
 from training.objectives import LanguageModelling, RewardModelling
 from training.plots import plot_run
@@ -788,6 +788,17 @@ def test_an_extended_run_s_rate_decays_to_0_at_its_new_end(flags):
     assert curve("run", "learning_rate") == pytest.approx([0.75e-3, 0.25e-3])
     call(sft.main, "--resume", "run", "--iters", 8)
     assert curve("run", "learning_rate")[2:] == pytest.approx([3 / 8 * 1e-3, 1 / 8 * 1e-3])
+
+
+def test_the_rate_that_a_model_s_size_chose_is_kept_by_a_resume(flags, monkeypatch, capsys):
+    monkeypatch.setattr(optimizer_groups, "LARGE", 1000)
+    call(sft.main, *flags("--train", iters=2))
+    assert "by Adam, learning rate 0.0001 (chosen by the model's size; " in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 1e-4
+    monkeypatch.setattr(optimizer_groups, "LARGE", 10**9)
+    call(sft.main, "--resume", "run", "--iters", 4)
+    assert "by Adam, learning rate 0.0001\n" in capsys.readouterr().out
+    assert curve("run", "learning_rate") == pytest.approx([1e-4, 1e-4])
 
 
 def test_a_skipped_update_does_not_delay_the_schedule(flags, monkeypatch):

@@ -14,7 +14,7 @@ from common.ranges import COUNT, COUNT_OR_ALL, FINITE, NATURAL, NOT_NEGATIVE, PO
 from common.schemas import read_as
 from models.adapter_config import WEIGHT_TYPES
 from training.metrics import resumed_config
-from training.optimizer_groups import OPTIMIZERS
+from training.optimizer_groups import LARGE, OPTIMIZERS, depends_on_size
 from training.schedules import SCHEDULES
 from training.settings import Settings
 
@@ -81,9 +81,9 @@ def adapter_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_optimizer_flags(
-    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]]
+    parser: argparse.ArgumentParser, defaults: Mapping[str, tuple[str, float]], large: Mapping[str, tuple[str, float]]
 ) -> argparse._ArgumentGroup:
-    """The fields of `training.settings.Settings`, but for the seed; defaults: by the kind of adapter.
+    """The fields of `training.settings.Settings`, but for the seed; defaults, large: by the kind of adapter.
 
     Returns the group, for more of a script's own.
     """
@@ -93,6 +93,8 @@ def add_optimizer_flags(
     names = ", ".join(["adam", *others])
     group.add_argument("--optimizer", choices=OPTIMIZERS, help=f"optimizer (default: {names})")
     rates = ", ".join(f"{kind} {rate:g}" for kind, (_, rate) in kinds.items())
+    others = [f"{kind} {large[kind][1]:g}" for kind in kinds if large[kind] != kinds[kind]]
+    rates += f"; of a model of more than {LARGE // 10**6} million weights: {', '.join(others)}"
     group.add_argument("--learning-rate", type=POSITIVE, help=f"step size (default: {rates})")
     group.add_argument(
         "--lr-schedule", choices=SCHEDULES, help="linear and cosine decay to 0 over the run, wsd over its last fifth"
@@ -234,8 +236,13 @@ def step_seed(seed: int, step: int) -> int:
     return seed * 1_000_003 + step
 
 
-def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object) -> str:
-    """Two lines on what is trained, and by which optimizer. sizes: number of trainable weights, and of all."""
+def describe(sizes: tuple[int, int], kind: str, optimizer: tuple[str, float], device: object, rate_given: bool) -> str:
+    """Two lines on what is trained, and by which optimizer. sizes: number of trainable weights, and of all.
+
+    rate_given: whether the rate is a flag's, or a resumed run's, and not chosen by the model's size.
+    """
     (trainable, total), (name, rate) = sizes, optimizer
+    by_size = not rate_given and depends_on_size(kind, total)
+    why = " (chosen by the model's size; --learning-rate sets it)" if by_size else ""
     what = f"training {trainable:,} of {total:,} weights ({KINDS.get(kind, kind)}) on {device}"
-    return f"{what}\nby {name.capitalize()}, learning rate {rate:g}"
+    return f"{what}\nby {name.capitalize()}, learning rate {rate:g}{why}"

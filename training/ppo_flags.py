@@ -23,7 +23,7 @@ from rewards.combined import KINDS, reward_weights
 from rewards.user_code import TIMEOUT
 from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
-from training.optimizer_groups import HEAD_RATE, PPO_OPTIMIZERS
+from training.optimizer_groups import HEAD_RATE, LARGE_PPO_OPTIMIZERS, PPO_OPTIMIZERS
 from training.ppo import KL_KINDS
 from training.ppo_step import check_settings
 from training.settings import PPOSettings
@@ -58,7 +58,7 @@ def ppo_parser(description: str | None) -> Parser:
     group.add_argument("--use-peft", action="store_true", help="the reference is the base with the adapter off")
     group.add_argument("--save-best", action="store_true", help="save the adapter of the best held-out score")
     group.add_argument("--save-every", type=COUNT, default=20, help="steps between checkpoints")
-    optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS)
+    optimizer = add_optimizer_flags(parser, PPO_OPTIMIZERS, LARGE_PPO_OPTIMIZERS)
     optimizer.add_argument(
         "--step-kl",
         type=NOT_NEGATIVE,

@@ -70,7 +70,7 @@ def build_policies(
 
 def make_ppo_optimizer(policy: Trainee, settings: PPOSettings) -> Optimizer:
     """The optimizer of a policy with its schedule over the planned updates, ready to step."""
-    name, rate = ppo_optimizer(settings, policy.adapter.fine_tune_type)
+    name, rate = ppo_optimizer(settings, policy.adapter.fine_tune_type, policy.sizes()[1])
     schedule = (ppo_step.total_updates(settings), settings.lr_schedule, settings.warmup_steps, settings.weight_decay)
     head_rate = settings.value_head_learning_rate or min(rate, HEAD_RATE)
     optimizer = make_optimizer(rate, *schedule, name, head_rate)

@@ -34,6 +34,7 @@ from training.checkpoint_folders import (
 from training.console import PPO_COLUMNS
 from training.flags import describe
 from training.metrics import RunLog, figures_at, provenance, read_metrics
+from training.optimizer_groups import ppo_optimizer
 from training.plots import LivePicture
 from training.ppo_step import (
     Prompts,
@@ -230,6 +231,7 @@ class PPORun:
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
         self.progress = Progress(make_controller(settings), make_step_size(settings))
         self.figures: dict[str, float] = {}
+        args.learning_rate = self._optimizer()[1]  # config.json has it, so that a resumed run does not choose again
         run = open_run_folder(args, "ppo", blas)
         self.folder, self.lock = run.path, run.lock
         if run.checkpoint:
@@ -255,9 +257,13 @@ class PPORun:
         state = self.checkpoint.restore_checkpoint(folder, self.policy, self.optimizer)
         self.progress.restore(state, folder)
 
-    def describe(self, optimizer: tuple[str, float], device: object) -> None:
+    def _optimizer(self) -> tuple[str, float]:
+        return ppo_optimizer(self.settings, self.policy.adapter.fine_tune_type, self.policy.sizes()[1])
+
+    def describe(self, device: object) -> None:
         """Say what is trained, by which optimizer and rate, and where."""
-        self.log.say(describe(self.policy.sizes(), self.policy.adapter.fine_tune_type, optimizer, device))
+        kind, given = self.policy.adapter.fine_tune_type, self.settings.learning_rate is not None
+        self.log.say(describe(self.policy.sizes(), kind, self._optimizer(), device, rate_given=given))
 
     def save(self) -> None:
         """Write a checkpoint."""

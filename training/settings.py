@@ -20,7 +20,7 @@ class Settings:
 
     seed: int = 0  # of everything random
 
-    # Optimizer. None: the default for what is trained (training.flags: SFT_OPTIMIZERS, PPO_OPTIMIZERS).
+    # Optimizer. None: the default for what is trained and its size (training.optimizer_groups).
     optimizer: str | None = None  # adam or muon
     learning_rate: float | None = None
     # The schedule counts planned updates: one that is skipped, or left out by target_kl, does not delay it.

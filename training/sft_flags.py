@@ -11,7 +11,7 @@ from models.adapter_base import MODEL_HELP
 from models.adapter_config import check_adapter_path
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.losses import PREFERENCE_LOSSES as LOSSES
-from training.optimizer_groups import SFT_OPTIMIZERS
+from training.optimizer_groups import LARGE_SFT_OPTIMIZERS, SFT_OPTIMIZERS
 from training.settings import SFTSettings
 
 MAIN_FLAGS = (
@@ -54,7 +54,7 @@ def sft_parser(description: str | None) -> Parser:
     )
     parser.add_argument("--resume-adapter-file", help="start from this adapter")
     add_adapter_flags(parser, dropout=0.0)
-    add_optimizer_flags(parser, SFT_OPTIMIZERS)
+    add_optimizer_flags(parser, SFT_OPTIMIZERS, LARGE_SFT_OPTIMIZERS)
     add_run_flags(parser)
     set_defaults(parser, SFTSettings)
     parser.show_first(*MAIN_FLAGS)

@@ -119,7 +119,7 @@ def planned(settings: SFTSettings, training: Objective) -> SFTSettings:
 
 def make_sft_optimizer(trainee: Trainee, settings: SFTSettings) -> Optimizer:
     """The optimizer of a trainee with its schedule over the planned updates, ready to step."""
-    name, rate = sft_optimizer(settings, trainee.adapter.fine_tune_type)
+    name, rate = sft_optimizer(settings, trainee.adapter.fine_tune_type, trainee.sizes()[1])
     optimizer = make_optimizer(
         rate, settings.iters, settings.lr_schedule, settings.warmup_steps, settings.weight_decay, name
     )
