@@ -1,6 +1,7 @@
-"""The digit task from equal data: DPO, IPO and ORPO against SFT on the better completions, and against PPO.
+"""The digit task from equal data: DPO against SFT on the better completions, and against PPO.
 
-    python benchmarks/digits_dpo.py                            5 seeds of 2 048 completions each
+    python benchmarks/digits_dpo.py                            5 seeds of 512 completions each
+    python benchmarks/digits_dpo.py --methods ipo orpo
     python benchmarks/digits_dpo.py --methods dpo --flags "--beta 0.3" --label "beta 0.3"
 
 Every method starts from the demo's SFT model and sees as many completions of it, each with the digit rule's score. PPO
@@ -50,9 +51,9 @@ METHODS = {
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["sft", "dpo", "ppo"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--completions", type=int, default=2048, help="seen by each method")
+    parser.add_argument("--completions", type=int, default=512, help="seen by each method")
     parser.add_argument("--output-dir", default="runs/digits_dpo", help="folder of all cells")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
     parser.add_argument("--label", default="", help="what the table calls the runs with those flags")

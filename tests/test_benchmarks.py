@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import crash, sft_step, synth_ablation
+from benchmarks import crash, digits_dpo, sft_step, synth_ablation
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -18,6 +18,7 @@ from benchmarks.ppo_step import measure as measure_sides
 from benchmarks.ppo_step import table as comparison_table
 from benchmarks.soak import slope
 from common.errors import UserError
+from common.files import write_json
 
 
 def rows(scores):
@@ -193,4 +194,16 @@ def test_the_sft_benchmark_divides_within_a_round():
     assert sft_step.table(seconds, tokens=100).splitlines()[2:] == [
         "| mlx_lm.lora | 25 | 1.00 (1.00 to 1.00) |",
         "| sft.py | 50 | 2.00 (2.00 to 3.00) |",
+    ]
+
+
+def test_the_methods_at_equal_data_are_shown_by_their_spread_over_seeds(tmp_path):
+    for name, score in (("dpo-0", 0.5), ("dpo-1", 0.75), ("dpo-10", 0.6), ("dpo, beta 0.3-0", 1.0)):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "result.json", {"score": score, "perfect": 0.25, "kl": 2.0})
+    (tmp_path / "dpo-3").mkdir()  # not yet measured
+    perfect, kl = "0.250 (0.250 to 0.250)", "2.000 (2.000 to 2.000)"
+    assert sorted(digits_dpo.table(tmp_path).splitlines()[2:]) == [
+        f"| dpo | 3 | 0.600 (0.500 to 0.750) | {perfect} | {kl} |",
+        f"| dpo, beta 0.3 | 1 | 1.000 (1.000 to 1.000) | {perfect} | {kl} |",
     ]
