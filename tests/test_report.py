@@ -312,7 +312,7 @@ def test_ticks_enclose_what_is_drawn_with_round_steps():
 def test_the_curve_of_a_chart_runs_through_its_points():
     drawn = curve("score", [(0, 0.0), (5, 1.0), (10, 0.5)])
     points = re.search(r'polyline points="([^"]*)"', drawn)
-    assert points and points[1] == "46.0,188.0 228.0,10.0 410.0,99.0"
+    assert points and points[1] == "58.0,188.0 227.0,10.0 396.0,99.0"
     assert "polyline" not in curve("score", [(3, 0.5)]) and "circle" in curve("score", [(3, 0.5)])
 
 

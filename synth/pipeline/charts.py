@@ -10,7 +10,7 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 42  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 10, 42  # margins around the plot, with room for half a label at the right end
 KINDS = ("open", "full")  # of the first and the second series; distinguishable without colour
 
 

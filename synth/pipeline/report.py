@@ -338,7 +338,13 @@ def _stages(found: Run) -> str:
     head = "".join(f"<th{COLUMN}>{name}</th>" for name in ("stage", "outcome"))
     head += "".join(f"<th{COLUMN}{NUMBER}>{name}</th>" for name in ("samples", "share"))
     body = f'<table class="wide"><thead><tr>{head}<td></td></tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return "<h2>Kept and dropped</h2>" + (f'<div class="scroll">{body}</div>' if lines else "") + _absent(*told)
+    words = (
+        "Each stage reads what the one before kept: generate writes samples, verify has the teacher answer them anew "
+        "and keeps those on whose answer the votes agree, difficulty measures pass rates of the base model and has "
+        "harder and easier ones written, selection takes those to learn from. Held-out ones choose the checkpoint."
+    )
+    drawn = f'{_absent(words)}<div class="scroll">{body}</div>' if lines else ""
+    return "<h2>Kept and dropped</h2>" + drawn + _absent(*told)
 
 
 def rate_bins(rows: Sequence[StageRow]) -> int:
@@ -396,7 +402,11 @@ def _spread(found: Run) -> str:
     else:
         told.append("No sample was voted on.")
     body = f'<div class="charts">{"".join(figures)}</div>' if figures else ""
-    return "<h2>Pass rates and votes</h2>" + body + _absent(*told)
+    words = (
+        "Pass rate: the share of the base model's tries at a sample that it solves. Vote margin: the share of the "
+        "teacher's answers that are the most frequent one, less that of the next."
+    )
+    return "<h2>Pass rates and votes</h2>" + _absent(words) * bool(figures) + body + _absent(*told)
 
 
 def _histogram(title: str, axis: str, labels: Sequence[str], series: Mapping[str, Sequence[int]]) -> str:
