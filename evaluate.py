@@ -29,6 +29,7 @@ from common.files import atomic_file, check_file, say_replaced
 from common.parser import Parser, positive
 from common.ranges import COUNT, NATURAL, NOT_NEGATIVE, SEED
 from data.digits import held_out_starts
+from data.prompts import say_beyond_context
 from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.gpu import memory_meter
@@ -196,6 +197,8 @@ def main() -> None:
         if adapter:
             load_adapter(candidate.model, adapter)
     prompts = choose_prompts(args, loaded.tokenizer)
+    context = loaded.config.get("max_position_embeddings")
+    say_beyond_context(loaded.tokenizer, prompts, args.max_completion_length, context)
     results, memory, started = {}, memory_meter(), time.perf_counter()
     for title, candidate in candidates.items():
         results[title] = evaluate_model(

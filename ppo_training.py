@@ -19,6 +19,7 @@ import mlx.core as mx
 from common.cli import StopSignal, run
 from common.errors import UserError
 from common.files import say_replaced
+from data.prompts import say_beyond_context
 from models.adapter_base import base_of
 from models.adapter_config import check_adapter_path
 from models.adapters import AdapterConfig, save_adapter
@@ -62,6 +63,8 @@ def main() -> None:
     # Model, prompts, reward, policy and reference
     loaded = load(args.model)
     trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
+    context = loaded.config.get("max_position_embeddings")
+    say_beyond_context(loaded.tokenizer, trained_on, settings.max_completion_length, context)
     prompts = Prompts(trained_on, settings)
     reward = build_reward(args, loaded)
     if not args.resume:

@@ -13,6 +13,7 @@ import argparse
 from common.cli import StopSignal, run
 from common.errors import UserError
 from common.files import say_replaced
+from data.prompts import say_beyond_context
 from models.adapter_base import base_of
 from models.adapter_config import AdapterConfig, check_adapter_path
 from rewards.combined import Reward, rewards_from_flags, try_once
@@ -65,6 +66,8 @@ def main() -> None:
     # Model, prompts, reward, policy and reference
     loaded = load(args.model, choose_device(args.device), args.tokenizer)
     trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    say_beyond_context(loaded.tokenizer, trained_on, settings.max_completion_length, context)
     prompts = Prompts(trained_on, settings)
     reward = build_reward(args, loaded)
     if not args.resume:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from data.batching import encode_prompt
 from data.examples import PROMPT_ROWS, row_prompt
 from data.records import Row, located, located_rows
 from data.sources import whole
@@ -36,6 +37,24 @@ def _prompt_rows(
 ) -> list[tuple[str, Row]]:
     rows = located_rows(whole(source), kinds, features, chat=True)
     return [(located(place, row_prompt, tokenizer, row), row) for place, row in rows]
+
+
+def say_beyond_context(tokenizer: Any, prompts: Sequence[str], max_tokens: int, context: int | None) -> None:
+    """Print one line if prompts with completions of `max_tokens` are longer than what the model reads.
+
+    context: tokens (max_position_embeddings); None where the model has no such limit.
+    """
+    room = (context or 0) - max_tokens
+    # A token is at least one byte, so most prompts need not be encoded; 8 for what a tokenizer adds.
+    asked = {prompt for prompt in prompts if context and len(prompt.encode(errors="replace")) + 8 > room}
+    lengths = [len(encode_prompt(tokenizer, prompt)) for prompt in asked]
+    if beyond := [length for length in lengths if length > room]:
+        print(
+            f"warning: {len(beyond):,} of {len(set(prompts)):,} prompts, of up to {max(beyond):,} tokens, and "
+            f"completions of {max_tokens:,} exceed the {context:,} tokens that the model reads "
+            "(max_position_embeddings); shorten the prompts, or --max-completion-length",
+            flush=True,
+        )
 
 
 class PromptPlan:

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from data.digits import DigitRule, digit_prompts, held_out_starts, starts
-from data.prompts import PromptPlan, read_prompts
+from data.prompts import PromptPlan, read_prompts, say_beyond_context
 from training.ppo_flags import choose_prompts, ppo_parser
 from training.ppo_step import Prompts
 from training.settings import PPOSettings
@@ -134,3 +134,22 @@ def test_the_flags_choose_the_prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "x"}\n{"prompt": "y"}\n')
     assert chosen("--prompts", path) == ["x", "y"]
+
+
+class OneTokenAByte:
+    """And one before them all."""
+
+    def encode(self, text):
+        return [0, *text.encode()]
+
+
+@pytest.mark.parametrize(
+    ("context", "max_tokens", "said"),
+    [(None, 10**6, ""), (26, 5, ""), (25, 5, "warning: 1 of 2 prompts, of up to 21 tokens, and completions of 5 exceed "
+     "the 25 tokens that the model reads"),
+     (25, 24, "warning: 2 of 2 prompts, of up to 21 tokens, and completions of 24")],
+)  # fmt: skip
+def test_prompts_beyond_the_context_are_one_line(capsys, context, max_tokens, said):
+    say_beyond_context(OneTokenAByte(), ["a", "b" * 20, "b" * 20], max_tokens, context)
+    out = capsys.readouterr().out
+    assert out.startswith(said) and out.count("\n") == bool(said)
