@@ -28,7 +28,7 @@ demo: setup
 	$(VENV)/bin/python demo.py $(DEMO_FLAGS)
 
 test: setup-torch
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 test-gpu: setup
 	-$(VENV)/bin/python -m models.doctor --quick
