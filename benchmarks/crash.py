@@ -11,6 +11,7 @@ The teacher of synth.run, synth.evolve and synth.tune is the offline one, over H
 is asked again. Models are untrained and small, so that most of a run is what can go wrong, and not arithmetic.
 """
 
+import argparse
 import json
 import os
 import random
@@ -269,13 +270,17 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--kills", type=int, default=25, help="of each kind of run")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS), help="kinds of runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--output", metavar="FILE", help="JSON of the results; those of other kinds stay in it")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     path = Path(args.output) if args.output else None
     results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,13 +4,19 @@ The order is a function of (seed, step) alone, so a resumed run sees the same ba
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 
 TOKENS_A_PASS = 2**13  # of all rows together, where a forward pass may be split: what it needs grows with them
+
+
+def check_eos(tokenizer: Any, name: str) -> None:
+    """Raise UserError for a tokenizer without an EOS token, which ends every text in training and in sampling."""
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name} names no EOS token; set eos_token in its tokenizer_config.json")
 
 
 class Example(NamedTuple):

@@ -6,10 +6,11 @@ python -m pytest tests/test_tokenizer.py
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, opening
+from common.errors import opening
 from common.locate import locate
 from common.open_files import accept_few_files
 from common.schemas import read_as
+from data.batching import check_eos
 
 
 def open_tokenizer(name: str) -> Any:
@@ -24,12 +25,6 @@ def open_tokenizer(name: str) -> Any:
         tokenizer = _open(folder, _configured_eos(folder))
     check_eos(tokenizer, name)
     return tokenizer
-
-
-def check_eos(tokenizer: Any, name: str) -> None:
-    """Raise UserError for a tokenizer without an EOS token, which ends every text in training and in sampling."""
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name} names no EOS token; set eos_token in its tokenizer_config.json")
 
 
 def mlx_tokenizer(folder: Path, eos: int | list[int] | None) -> Any:

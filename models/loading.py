@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import opening
-from data.tokenizer import check_eos, mlx_tokenizer
+from data.batching import check_eos
+from data.tokenizer import mlx_tokenizer
 from models.arrays import check_finite, check_whole
 from models.folders import model_folder
 from models.four_bit import four_bit_folder

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from common.errors import UserError, opening
 from common.locate import locate
-from data.tokenizer import check_eos
+from data.batching import check_eos
 from models.folders import model_folder
 from models.gguf_folder import gguf_folder, is_gguf
 from models.smollm2 import FOUR_BIT, NAME, SMOLLM2_NAMES, smollm2_folder

@@ -79,9 +79,8 @@ def test_what_a_name_holds_makes_no_second_line(capsys):
     assert fails(capsys, main) == "a\\nb\\r\\x1b[2Jc\\u2028 is missing; check it"
     with pytest.raises(SystemExit):
         Parser("").parse_args(["a\nb"])
-    assert capsys.readouterr().err == "error: unrecognized arguments: a\\nb; see pytest --help\n".replace(
-        "pytest", os.path.basename(sys.argv[0])
-    )
+    error = capsys.readouterr().err
+    assert error.startswith("error: unrecognized arguments: a\\nb; see ") and error.count("\n") == 1
 
 
 def test_an_endless_line_keeps_its_beginning_and_its_remedy(capsys):

@@ -26,7 +26,7 @@ from tests.flag_tables import MARKED, PAGES, PARSERS, ROOT, TABLES, with_tables
 from tests.scripts import call, with_words
 from tests.test_tasks_page import printed
 
-COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat|for) .*)$", flags=re.MULTILINE)
+COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat) .*|for .*; do .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
     r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|:8080/v1|benchmarks/|synth/offline|demo\.py"
     r"|synth/evolve|synth/tune|^synth/run.py --task synth/tasks/arithmetic.yaml$"

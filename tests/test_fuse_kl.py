@@ -221,8 +221,8 @@ def test_infinity_is_the_old_way_and_a_negative_limit_is_refused(base, tmp_path,
     loaded, config = adapted(base)
     save_adapter(tmp_path / "adapters", loaded.model, config)
     words = ("--model", base, "--adapter-file", tmp_path / "adapters", "--save-path", tmp_path / "out")
-    assert "--max-fuse-kl is -1; give" in fails(capsys, fuse.main, *words, "--max-fuse-kl", -1)
-    assert "--max-fuse-kl is nan; give" in fails(capsys, fuse.main, *words, "--max-fuse-kl", "nan")
+    assert "--max-fuse-kl is -1; it has to be" in fails(capsys, fuse.main, *words, "--max-fuse-kl", -1)
+    assert "--max-fuse-kl is nan; it" in fails(capsys, fuse.main, *words, "--max-fuse-kl", "nan")
     call(fuse.main, *words, "--max-fuse-kl", "inf")
     model, _ = mlx_lm.load(str(tmp_path / "out"))
     assert set(bits_of(model).values()) == {4}

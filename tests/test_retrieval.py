@@ -269,7 +269,7 @@ def test_the_text_is_never_held_whole(tmp_path):
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1 is not valid JSON"),
         ("a.txt", b"fine\nGr\xfc\xdfe\n", r"a\.txt:2 is not UTF-8 \(byte 2 of the line\)"),
         ("a.txt.gz", b"not packed", r"a\.txt\.gz cannot be read after line 0"),
-        ("a.txt.gz", gzip.compress(b"a\n" * 9999)[:-9], r"a\.txt\.gz cannot be read after line [0-9]"),
+        ("a.txt.gz", gzip.compress(b"a\n" * 9999, mtime=0)[:-9], r"a\.txt\.gz cannot be read after line [0-9]"),
         ("a.txt.bz2", b"not packed", r"a\.txt\.bz2 cannot be read after line 0"),
         ("a.md.xz", b"not packed", r"a\.md\.xz cannot be read after line 0"),
         ("a.txt", b" ... \n", r"a\.txt has no words"),

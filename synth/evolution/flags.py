@@ -106,7 +106,7 @@ def evolve_parser(description: str | None) -> Parser:
         help="self: Self-Instruct; evol: Evol-Instruct, operators drawn evenly; each with its published filters",
     )
     group.add_argument("--policy-path", metavar="DIR", help="a trained policy (RUN/policy), used as it is")
-    group.add_argument("--iterations", type=COUNT, default=Training.iterations, help="of the policy's training")
+    group.add_argument("--iterations", type=NATURAL, default=Training.iterations, help="of the policy's training")
     group.add_argument("--starts", type=COUNT, default=Training.starts, help="initial instructions per iteration")
     group.add_argument("--group", type=COUNT, default=Training.group, help="chains per initial instruction")
     group.add_argument("--floor", type=SHARE, default=PolicySettings.floor, help="minimum probability of an action")
