@@ -41,6 +41,7 @@ from common.parser import Parser
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.loading import load
 from models.tiny import RECIPES, build
+from synth.offline.instructions import starting
 from synth.offline.server import OfflineTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,8 @@ KINDS = {
     ),
     "evolve": Kind(
         ["-m", "synth.evolve", "--rounds", 2, "--iterations", 3, "--starts", 2, "--group", 2, "--answers", 2,
-         "--count", 6, "--teacher-model", "m", "--concurrency", CONCURRENCY, "--sft", "--base-model", "../../model",
+         "--answer", "number", "--instructions", "../../instructions.txt", "--teacher-model", "m",
+         "--concurrency", CONCURRENCY, "--sft", "--base-model", "../../model",
          "--sft-flags=--iters 12 --save-every 3 --steps-per-report 2 --batch-size 2 --val-batches 1",
          "--output-dir", "run"],
         ["-m", "synth.evolve", "--resume", "run"],
@@ -106,7 +108,9 @@ teacher: {{teacher_url: {url}, teacher_model: m, concurrency: 4}}
 sft_model: ../../model
 sft_iters: 6
 sft_flags: --save-every 2 --batch-size 2 --val-batches 1
-rl_tuning: {{enable_rl_tuning: true, num_iterations: 3, batch_size: 6, rl_algorithm: ppo, update_every: 2}}
+rl_tuning:
+  {{enable_rl_tuning: true, num_iterations: 3, batch_size: 6, rl_algorithm: ppo, update_every: 2,
+    validation_data_path: {root}/synth/tuning/examples/digits_valid.jsonl}}
 """
 
 
@@ -253,6 +257,7 @@ def prepare(folder: Path) -> None:
     config = AdapterConfig(num_layers=-1, model=str(folder / "model"))
     attach_adapter(loaded.model, config)
     save_adapter(folder / "adapter", loaded.model, config)
+    (folder / "instructions.txt").write_text("\n".join(starting(6, 0)) + "\n", encoding="utf-8")
     rows = ({"input": f"{n} + {n} =", "output": str(2 * n)} for n in range(6))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
