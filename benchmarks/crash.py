@@ -192,7 +192,7 @@ def left_by(folder: Path, url: str = "") -> dict[str, Any]:
         if path.suffix in (".json", ".jsonl", ".md"):
             text = path.read_text(encoding="utf-8").replace(url or "\0", "URL")
             found[name] = [_without_times(line) for line in (text.split("\n") if path.suffix == ".jsonl" else [text])]
-        elif path.name == "optimizer.safetensors":  # whose arrays may come in another order
+        elif path.name in ("optimizer.safetensors", "agent.safetensors"):  # whose arrays may come in another order
             found[name] = {key: array.tobytes() for key, array in load_file(path).items()}
         else:
             found[name] = path.read_bytes()

@@ -167,7 +167,7 @@ def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]
     """
     numbers = {name: _finite(value) for name, value in figures.items() if isinstance(value, int | float)}
     functions = [function_label(spec) for spec in flags.get("reward_function") or ()]
-    own = {"reward_function": functions} if functions else {}
+    own: dict[str, Any] = {"reward_function": functions} if functions else {}
     own |= {"resume": None} if "resume" in flags else {}  # whether a run was resumed is no property of its result
     return {"script": script, "flags": {**flags, **own}, "figures": numbers}
 
