@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """Fuzzing of every reader: whatever it is given, only a UserError comes out, and in less than a second.
 
-    python -m pip install hypothesis
+    make setup-optional
     python benchmarks/fuzz.py --inputs 100000 --seed 0
 
 Inputs are made by hypothesis, of pieces that mean something to the reader, with damage. Each reader gets an equal share.

@@ -115,7 +115,7 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
     # Both forms give the same tokens: one BOS, and the question.
     ids = map(open_tokenizer(str(tiny_folder)).encode, asked)
     assert {tuple(prompt) for prompt in given} == set(map(tuple, ids)) and len(given) == 8
-    assert sorted(seen) == ["4"] * 6 + ["6"] * 4  # two of the first before the run, to try the reward
+    assert sorted(seen) == ["4"] * 4 + ["6"] * 6  # two of the first before the run, to try the reward
     assert [row["mean_score"] for row in read_metrics(tmp_path / "run")] == [0.5, 0.5]
     # All checkpoints are kept where that is asked for, two otherwise.
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())

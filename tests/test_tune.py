@@ -211,7 +211,7 @@ def test_every_command_of_the_docs_is_one_it_takes(command):
 
 def test_the_docs_files_run(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="scikit-learn, which is optional, is not installed")
-    assert set(FILES) == {"my_target.py", "tuner.yaml", "search.py"} and len(COMMANDS) == 4
+    assert set(FILES) == {"my_target.py", "tuner.yaml", "search.py"} and len(COMMANDS) == 5
     for name, text in FILES.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     (tmp_path / "my_task.yaml").write_bytes((ROOT / "synth" / "tasks" / "reviews.yaml").read_bytes())
