@@ -35,7 +35,7 @@ from common.files import read_json, write_json
 from common.parser import split_words
 from synth.estimate import table
 from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
-from synth.evolution.control import Verdict, evenly, verdict
+from synth.evolution.control import Verdict, verdict
 from synth.evolution.estimate import self_instruct_bounds, upper_bounds
 from synth.evolution.files import SETTINGS, load_policy, save_policy
 from synth.evolution.flags import EvolveSettings, evolve_settings, instructions_from, parse_evolve_args
@@ -43,7 +43,7 @@ from synth.evolution.generators import SelfInstructGenerator
 from synth.evolution.judge import Judge, Pool
 from synth.evolution.off_policy import episode_values, value_interval
 from synth.evolution.operators import ACTIONS
-from synth.evolution.policy import OperatorPolicy
+from synth.evolution.policy import OperatorPolicy, without_stop
 from synth.evolution.responses import respond, write_data
 from synth.evolution.training import train_policy
 from synth.pipeline.script import run_script
@@ -161,7 +161,7 @@ async def make_data(settings: EvolveSettings, instructions: Sequence[str], folde
         fresh = [row for row in kept(tree) if row["parent"] is not None]
         control = None
         if settings.control and policy.kind != "constant":
-            even = evenly(len(settings.operators.by_name))
+            even = without_stop(settings.operators.actions)
             other = evolution_of(settings, roles, roles.expert, "control")
             control = await stage(folder, "control", lambda: evolved(instructions, settings.chains, other, even))
         drawn = settings.difficulty.answers  # the pass rates' own answers come before these

@@ -10,14 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from synth.evolution.operators import STOP
-from synth.evolution.policy import Constant
 from synth.stages import StageRow, kept
 from training.intervals import Interval, difference
-
-
-def evenly(operators: int) -> Constant:
-    """The control: one of so many operators, each as likely as the others."""
-    return Constant(actions=operators + 1, shares=[1 / operators] * operators + [0.0])
 
 
 class Verdict(NamedTuple):
