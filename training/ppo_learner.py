@@ -7,8 +7,8 @@
 Its twin is training.torch_ppo_learner. Not here: the loop (training.ppo_loop), the maths (training.ppo).
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,23 +165,14 @@ class PPOLearner:
 
         Returns the stats, averaged over the mini batches.
         """
-        history: list[dict[str, float]] = []
-        skipped = 0
-        for planned, pieces in ppo_step.mini_batches(self.settings, step):
-            estimates = (rollout, advantages, returns)
-            _, stats, gradients = accumulate(self.gradients_of, *estimates, pieces, mx.array(kl_coef))
-            verdict = ppo_step.rejected(self.settings, stats)
-            if verdict == "stop":
-                break
-            norm = stats["grad_norm"]
-            if verdict or math.isnan(norm):
-                skipped += 1
-            else:
-                limit = self.settings.max_grad_norm
-                take_step(self.policy, self.optimizer, gradients, norm, limit, planned, lr_factor)
-                history.append(stats)
+
+        def gradients(pieces: Sequence[np.ndarray]) -> tuple[dict[str, float], dict]:
+            return accumulate(self.gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef))[1:]
+
+        take = partial(take_step, self.policy, self.optimizer)
+        stats = ppo_step.update(self.settings, step, gradients, take, lr_factor)
         mx.synchronize()  # the last update is this step's time, too
-        return ppo_step.mean_stats(history, skipped)
+        return stats
 
 
 def stats_of(settings: PPOSettings, model: nn.Module, hidden: mx.array, ids: mx.array, **which: Any) -> TokenStats:

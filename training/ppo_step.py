@@ -4,7 +4,8 @@ Arrays are those of the caller, mlx or torch. Not here: advantages (training.adv
 the update (training.ppo_learner, training.torch_ppo_learner), the loop (training.ppo_loop).
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,33 @@ def mini_batches(settings: PPOSettings, step: int) -> Iterator[tuple[int, list[n
         for rows in np.split(order, settings.batch_size // settings.mini_batch_size):
             yield planned, np.split(rows, settings.gradient_accumulation_steps)
             planned += 1
+
+
+def update(
+    settings: PPOSettings,
+    step: int,
+    gradients_of: Callable[[list[np.ndarray]], tuple[dict[str, float], Any]],
+    take_step: Callable[..., None],
+    lr_factor: float,
+) -> dict[str, float]:
+    """Take the optimizer steps of a rollout by the stats and gradients of its mini batches, as pieces of row indices.
+
+    take_step: that of either framework's optimizer, from the gradients on. Returns the stats, averaged.
+    """
+    history: list[dict[str, float]] = []
+    skipped = 0
+    for planned, pieces in mini_batches(settings, step):
+        stats, gradients = gradients_of(pieces)
+        verdict = rejected(settings, stats)
+        if verdict == "stop":
+            break
+        norm = stats["grad_norm"]
+        if verdict or math.isnan(norm):
+            skipped += 1
+        else:
+            take_step(gradients, norm, settings.max_grad_norm, planned, lr_factor)
+            history.append(stats)
+    return mean_stats(history, skipped)
 
 
 def rejected(settings: PPOSettings, stats: dict[str, float]) -> str:

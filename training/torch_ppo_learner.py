@@ -3,8 +3,8 @@
 The twin of training.ppo_learner, function by function. Never imports mlx.
 """
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,20 +132,11 @@ class PPOLearner:
 
         Returns the stats, averaged over the mini batches.
         """
-        history: list[dict[str, float]] = []
-        skipped = 0
-        for planned, pieces in ppo_step.mini_batches(self.settings, step):
-            _, stats, gradients = accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)
-            verdict = ppo_step.rejected(self.settings, stats)
-            if verdict == "stop":
-                break
-            norm = stats["grad_norm"]
-            if verdict or math.isnan(norm):
-                skipped += 1
-            else:
-                take_step(self.optimizer, gradients, norm, self.settings.max_grad_norm, planned, lr_factor)
-                history.append(stats)
-        return ppo_step.mean_stats(history, skipped)
+
+        def gradients(pieces: Sequence[np.ndarray]) -> tuple[dict[str, float], list[Tensor]]:
+            return accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)[1:]
+
+        return ppo_step.update(self.settings, step, gradients, partial(take_step, self.optimizer), lr_factor)
 
 
 def stats_of(settings: PPOSettings, model: nn.Module, hidden: Tensor, ids: Tensor, **which: Any) -> TokenStats:

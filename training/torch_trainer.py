@@ -26,7 +26,7 @@ from models.torch_value_head import new_value_head
 from training.settings import PPOSettings
 from training.torch_ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.trl_config import LengthSampler, PPOConfig
-from training.trl_trainer import HEAD_FILE, Accelerator, Trainer, ValueHeadModel
+from training.trl_trainer import HEAD_FILE, Accelerator, Trainer, ValueHeadModel, create_reference_model
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",
@@ -104,15 +104,6 @@ class AutoModelForCausalLMWithValueHead(ValueHeadModel):
                 self.loaded.tokenizer.save_pretrained(temporary)
                 for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
                     os.replace(file, folder / file.name)
-
-
-def create_reference_model(
-    model: AutoModelForCausalLMWithValueHead, num_shared_layers: int | None = None, pattern: None = None
-) -> AutoModelForCausalLMWithValueHead:
-    """The model as it is now, frozen. num_shared_layers: so many first layers are not trained, as in TRL."""
-    if pattern is not None:
-        raise UserError("create_reference_model: pattern is not supported; the layers are found without one")
-    return model.reference(num_shared_layers)
 
 
 class PPOTrainer(Trainer):

@@ -25,7 +25,9 @@ from models.soft_prompt import find_embedding
 from models.value_head import new_value_head
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.settings import PPOSettings
-from training.trl_trainer import HEAD_FILE, Accelerator, Trainer, ValueHeadModel
+from training.trl_trainer import HEAD_FILE, Accelerator, Trainer, ValueHeadModel, create_reference_model
+
+__all__ = ["AutoModelForCausalLMWithValueHead", "PPOTrainer", "create_reference_model", "set_seed"]
 
 
 def set_seed(seed: int) -> None:
@@ -87,15 +89,6 @@ class AutoModelForCausalLMWithValueHead(ValueHeadModel):
         if self.v_head is not None:
             with atomic_file(folder / HEAD_FILE) as temporary:
                 mx.save_safetensors(str(temporary), dict(self.v_head.parameters()))
-
-
-def create_reference_model(
-    model: AutoModelForCausalLMWithValueHead, num_shared_layers: int | None = None, pattern: None = None
-) -> AutoModelForCausalLMWithValueHead:
-    """The model as it is now, frozen. num_shared_layers: so many first layers are not trained, as in TRL."""
-    if pattern is not None:
-        raise UserError("create_reference_model: pattern is not supported; the layers are found without one")
-    return model.reference(num_shared_layers)
 
 
 class PPOTrainer(Trainer):

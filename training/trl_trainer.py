@@ -161,6 +161,15 @@ class ValueHeadModel(ABC):
         return type(self).sample_function(model, rows, ends, choices.max_tokens, choices.temperature, batch_size)
 
 
+def create_reference_model(
+    model: ValueHeadModel, num_shared_layers: int | None = None, pattern: None = None
+) -> ValueHeadModel:
+    """The model as it is now, frozen. num_shared_layers: so many first layers are not trained, as in TRL."""
+    if pattern is not None:
+        raise UserError("create_reference_model: pattern is not supported; the layers are found without one")
+    return model.reference(num_shared_layers)
+
+
 class Accelerator(NamedTuple):
     """What TRL's examples ask of accelerate: there is one process."""
 
