@@ -25,6 +25,14 @@ class Collect(argparse.Action):
         setattr(namespace, self.dest, list(values) if so_far is self.default else [*so_far, *values])
 
 
+class Repeated(argparse.Action):
+    """Joins the values of a flag that may be given several times by spaces, instead of its default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        so_far = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if so_far is self.default or not so_far else f"{so_far} {values}")
+
+
 def boolean(text: str) -> bool:
     """Read the value of a flag such as `--adap_kl_ctrl True`."""
     if text.lower() in ("true", "yes", "on", "1"):
@@ -164,6 +172,8 @@ def _from_yaml(action: argparse.Action, value: Any, fact: str) -> Any:
     if value is None and action.default is None:
         return None
     if isinstance(value, list):
+        if isinstance(action, Repeated):
+            return " ".join(_from_word(action, item, fact) for item in value)
         if action.nargs != "+":
             raise UserError(f"{fact}, but it takes one value; see --help")
         return [_from_word(action, item, fact) for item in value]

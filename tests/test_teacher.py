@@ -16,15 +16,16 @@ import pytest
 from pydantic import BaseModel, Field, field_validator
 
 from common.errors import UserError
+from common.parser import Parser
 from synth.chat_api import SAMPLE_HEADER, count_tokens
-from synth.teacher import structured
+from synth.teacher import client, structured
 from synth.teacher.address import OPENAI_URL
 from synth.teacher.cache import Cache
 from synth.teacher.client import EndpointDown, Teacher
 from synth.teacher.completions import Ask, read_completion
-from synth.teacher.flags import TeacherSettings
+from synth.teacher.flags import TeacherSettings, add_teacher_flags, teacher_from_mapping
 from synth.teacher.limits import Cost, LimitReached, Limits
-from synth.teacher.pace import LONGEST_BACKOFF, Gate, backoff, retry_after
+from synth.teacher.pace import LONGEST_BACKOFF, Door, Gate, backoff, retry_after
 from tests.faulty_server import FaultyServer, completion, error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -381,22 +382,24 @@ def test_the_wait_asked_for_is_kept_by_all(tmp_path):
 
 def test_the_gate_is_halved_once_a_wave_and_grows_by_one_a_round():
     async def main():
-        gate = Gate(8)
-        entered = await gate.enter(lambda: None)
+        door = Door(8)
+        gate = Gate([door])
+        _, entered = await gate.enter(lambda: None)
         for _ in range(5):
-            gate.crowded(entered)
-        assert gate.width == 4
-        gate.crowded(await gate.enter(lambda: None))
-        assert gate.width == 2
+            door.crowded(entered)
+        assert door.width == 4
+        _, entered = await gate.enter(lambda: None)
+        door.crowded(entered)
+        assert door.width == 2
         for _ in range(2):
-            gate.answered()
-        assert 2.8 < gate.width < 3
+            door.answered()
+        assert 2.8 < door.width < 3
         for _ in range(100):
-            gate.answered()
-        assert gate.width == 8
+            door.answered()
+        assert door.width == 8
         for _ in range(9):
-            gate.crowded(asyncio.get_running_loop().time())
-        assert gate.width == 1
+            door.crowded(asyncio.get_running_loop().time())
+        assert door.width == 1
 
     asyncio.run(main())
 
@@ -411,7 +414,7 @@ def test_a_crowded_endpoint_is_asked_less_at_once(tmp_path):
     with FaultyServer(plan, latency=0.01) as server:
         replies, teacher = ask_all(server.url, asks, tmp_path / "c", concurrency=16, base_wait=0.05, retries=20)
     assert {reply.status for reply in replies} == {"ok"}
-    assert teacher.gate.width < 16 and teacher.ledger.total.retries < 160
+    assert teacher.endpoints[0].width < 16 and teacher.ledger.total.retries < 160
 
 
 def stopped(plan, asks, path, kind, **options):
@@ -646,3 +649,88 @@ def test_a_kill_loses_at_most_what_was_in_flight(tmp_path):
             reported = {json.dumps([{"role": "user", "content": line.split()[-1]}]) for line in lines if "to" in line}
     assert len(lines) == 40 and len(server.seen) == 40
     assert server.calls - calls == missing and 0 < server.calls - 40 <= 2 * 4
+
+
+# --- several endpoints ---
+
+
+def two(plans, path, asks, latencies=(0.0, 0.0), **options):
+    """The servers, the replies and the teacher, after asking two endpoints at once."""
+    with FaultyServer(plans[0], latencies[0]) as one, FaultyServer(plans[1], latencies[1]) as other:
+        replies, teacher = ask_all(f"{one.url} {other.url}", asks, path, endpoint="test", **options)
+    return (one, other), replies, teacher
+
+
+def test_the_load_is_spread_by_free_slots_and_the_limit_holds_over_all(tmp_path):
+    """One endpoint takes three times as long, so it gets about a third of what the other does."""
+    asks = [say(str(index)) for index in range(120)]
+    servers, replies, teacher = two(("ok", "ok"), tmp_path / "c", asks, latencies=(0.03, 0.09), concurrency=4)
+    assert [reply.text for reply in replies] == [f"answer to {index}" for index in range(120)]
+    assert [server.peak for server in servers] == [4, 4]
+    assert [endpoint.calls for endpoint in teacher.endpoints] == [server.calls for server in servers]
+    assert sum(server.calls for server in servers) == teacher.ledger.total.calls == 120
+    assert 2 < servers[0].calls / servers[1].calls < 4.5
+    with pytest.raises(LimitReached, match="after 10 calls"):
+        two(("ok", "ok"), tmp_path / "other", asks, limits=Limits(calls=10))
+
+
+@pytest.mark.parametrize("behaviour", ["500", "drop", "quota", "404"])
+def test_an_endpoint_that_fails_is_left_out_and_the_answers_are_the_others(tmp_path, behaviour, capsys):
+    asks = [say(str(index)) for index in range(200)]
+    servers, replies, _ = two((behaviour, "ok"), tmp_path / "c", asks, concurrency=2, breaker=5)
+    assert {reply.status for reply in replies} == {"ok"}
+    assert servers[0].calls <= 3 + 2 and servers[1].calls == 200  # what was in flight when it was left out
+    assert f"{servers[0].url} is left out for" in capsys.readouterr().out
+    with Cache(tmp_path / "c") as cache:
+        assert cache.counts() == {"ok": 200}
+
+
+def test_one_that_was_left_out_is_tried_again_and_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "SHORT_REST", 0.05)
+    asks = [say(str(index)) for index in range(150)]
+
+    def plan(body, seen):
+        return "500" if first.calls <= 4 else "ok"
+
+    with FaultyServer(plan, 0.005) as first, FaultyServer("ok", 0.01) as second:
+        replies, teacher = ask_all(f"{first.url} {second.url}", asks, tmp_path / "c", concurrency=2)
+    assert {reply.status for reply in replies} == {"ok"}
+    assert first.calls > 30 and teacher.endpoints[0].width == 2  # the faster one, once it is well
+
+
+def test_where_all_endpoints_fail_the_run_ends(tmp_path):
+    asks = [say(str(index)) for index in range(500)]
+    with pytest.raises(EndpointDown, match="in a row"):
+        two(("500", "500"), tmp_path / "c", asks, concurrency=2, breaker=5, base_wait=0.001)
+
+
+def test_each_endpoint_is_asked_in_the_form_that_it_takes(tmp_path):
+    def plan(body, seen):
+        return completion('{"waves": 3}') if "waves" in json.dumps(body.get("response_format", "")) else "json"
+
+    def without(body, seen):
+        return "400" if native(body) else "json"
+
+    asks = [say(f"q{index}", schema=Item) for index in range(20)]
+    servers, replies, _ = two((plan, without), tmp_path / "c", asks, latencies=(0.01, 0.01), concurrency=2)
+    assert {reply.status for reply in replies} == {"ok"}
+    assert all(map(native, servers[0].bodies)) and not any(map(native, servers[1].bodies[1:]))
+    assert min(server.calls for server in servers) > 3
+    again, _, _ = two((plan, without), tmp_path / "c", [say("new", schema=Item)], concurrency=2)
+    assert sum(server.calls for server in again) == 2  # the first one's form is known; the second has a port of its own
+
+
+def test_several_urls_are_flags_repeated_or_a_list(tmp_path):
+    parser = Parser(None)
+    add_teacher_flags(parser)
+    first, second = "http://x:1/v1", "http://y:2/v1/"
+    assert parser.parse_args(["--teacher-url", first, "--teacher_url", second]).teacher_url == f"{first} {second}"
+    (tmp_path / "c.yaml").write_text(f"teacher-url: [{first}, {second}]\n", encoding="utf-8")
+    read = parser.parse_args(["-c", str(tmp_path / "c.yaml")])
+    assert read.teacher_url == f"{first} {second}"
+    assert parser.parse_args(["-c", str(tmp_path / "c.yaml"), "--teacher-url", second]).teacher_url == second
+    assert teacher_from_mapping({"teacher_url": [first, second]}) == TeacherSettings(teacher_url=f"{first} {second}")
+    with pytest.raises(UserError, match="given twice"):
+        TeacherSettings(teacher_url=f"{second} http://y:2/v1").check()
+    with pytest.raises(UserError, match="not of the form"):
+        TeacherSettings(teacher_url=f"{first} y:2").check()

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 
 from common.errors import UserError
-from common.parser import Parser, positive
+from common.parser import Parser, Repeated, positive
 from common.ranges import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SEED, SHARE, SHARE_BELOW_1
 from rewards.answer_reward import answer_from_flag
 from rewards.function import load_reward_function
@@ -155,7 +155,9 @@ def evolve_parser(description: str | None) -> Parser:
         ("instructor", "rewrites in training and solves"),
         ("reviewer", "says what is equal"),
     ):
-        group.add_argument(f"--{role}-url", help=f"the endpoint that {what}; has its own limits and no prices")
+        group.add_argument(
+            f"--{role}-url", action=Repeated, help=f"the endpoint that {what}; has its own limits and no prices"
+        )
         group.add_argument(f"--{role}-model", help="the model's name there")
     add_teacher_flags(parser, cache=None)
     group = parser.add_argument_group("data and training")

@@ -146,7 +146,8 @@ def resumed_args(
     """
     run, changed = resumed_with(parser, args, free)
     say_changes(parser, run, {name: value for name, value in changed.items() if name not in ("dry_run", "yes")})
-    for name, value in {**{name: getattr(run, url) for name, url in endpoints.items()}, **changed}.items():
+    moved = {name: (getattr(run, url) or "").split()[:1] for name, url in endpoints.items()}
+    for name, value in {**{name: first[0] if first else None for name, first in moved.items()}, **changed}.items():
         setattr(run, name, value)
     return run
 

@@ -31,6 +31,15 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def checked_urls(urls: str) -> list[str]:
+    """Several URLs, separated by spaces. Raises UserError as `checked_url` does, and for one that is given twice."""
+    found = [checked_url(url) for url in urls.split()] or [checked_url(urls)]
+    for url in found:
+        if found.count(url) > 1:
+            raise UserError(f"the teacher's URL {url} is given twice; name each endpoint once")
+    return found
+
+
 def key_for(url: str, name: str = KEY_NAME) -> str:
     """The API key for a URL, or an empty one. name: of the environment variable. Raises UserError where it lacks."""
     key = os.environ.get(name, "")

@@ -14,6 +14,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -24,15 +25,18 @@ from pydantic import BaseModel
 from common.errors import UserError
 from synth.chat_api import SAMPLE_HEADER, count_tokens
 from synth.teacher import structured
-from synth.teacher.address import KEY_NAME, checked_url, key_for
+from synth.teacher.address import KEY_NAME, checked_urls, key_for
 from synth.teacher.cache import Cache, Stored, cache_key
 from synth.teacher.completions import Ask, Reply, read_completion
 from synth.teacher.limits import Cost, Ledger, Limits
 from synth.teacher.open_files import allow_connections
-from synth.teacher.pace import Fault, Gate, backoff, fault_of
+from synth.teacher.pace import LONGEST_PAUSE, Door, Fault, Gate, backoff, fault_of
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 PROBE_TOKENS = 1024  # some teachers think before they answer
+RENAMED = "max_completion_tokens"  # what newer models of OpenAI call max_tokens
+FEW = 3  # failures in a row that make an endpoint one to do without, where there are others
+SHORT_REST = 10.0  # seconds that it is left out at first
 
 
 class EndpointDown(UserError):
@@ -49,14 +53,36 @@ class Estimate(NamedTuple):
     money: float
 
 
-class Teacher:
-    """Asks one model at one endpoint. Use it as an async context manager, within one event loop.
+class Endpoint(Door):
+    """One of a teacher's endpoints: where it is, how it is reached, and in which form it takes requests."""
 
-    url: up to and including `/v1`. concurrency: maximum requests in flight. retries: per request. timeout: seconds per
-    attempt. breaker: consecutive failed attempts, per ask in progress, after which the endpoint counts as down.
-    base_wait: seconds of the first backoff. key_name: the environment variable with the API key (local servers need
-    none). endpoint: the name under which the cache knows the endpoint, if its port changes (default: the URL).
-    Raises UserError for a bad argument, LimitReached or EndpointDown, each once nothing is in flight any more.
+    def __init__(self, url: str, concurrency: int, timeout: float, key: str, name: str):
+        """name: by which the cache knows what was found out about it."""
+        super().__init__(concurrency)
+        self.url, self.name = url, name
+        self.calls = 0
+        self.probing = asyncio.Lock()
+        self.native: bool | None = None  # whether it follows a JSON schema; None: not known
+        self.not_native: set[type[BaseModel]] = set()  # schemas that it rejected
+        self.renames_tokens = False  # whether max_tokens goes by the name RENAMED
+        size = httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        local = urlsplit(url).hostname in LOOPBACK  # a proxy from the environment could not reach it
+        http = DefaultAsyncHttpxClient(limits=size, timeout=timeout, trust_env=not local)
+        self.client = AsyncOpenAI(
+            base_url=url, api_key=key or "none", max_retries=0, http_client=http, timeout=timeout
+        )  # fmt: skip
+
+
+class Teacher:
+    """Asks one model, at one endpoint or several. Use it as an async context manager, within one event loop.
+
+    url: up to and including `/v1`; several, separated by spaces, share the load by their free slots, and one that keeps
+    failing is left out for a while. concurrency: maximum requests in flight, at each. retries: per request. timeout:
+    seconds per attempt. breaker: consecutive failed attempts, per ask in progress, after which the last endpoint that
+    is left counts as down. base_wait: seconds of the first backoff. key_name: the environment variable with the API key
+    (local servers need none). endpoint: the name under which the cache knows all of them, if a port changes (default:
+    the first URL). Raises UserError for a bad argument, LimitReached or EndpointDown, each once nothing is in flight
+    any more.
     """
 
     def __init__(
@@ -73,8 +99,9 @@ class Teacher:
         key_name: str = KEY_NAME,
         endpoint: str | None = None,
     ):
-        self.url, self.model, self.cache = checked_url(url), model, cache
-        self.endpoint = endpoint or self.url
+        self.urls, self.model, self.cache = checked_urls(url), model, cache
+        self.endpoint = endpoint or self.urls[0]
+        self._names = [self.endpoint, *self.urls[1:]]  # by which the cache knows what was found out about each
         self.concurrency, self.retries, self.timeout = concurrency, retries, timeout
         self.breaker, self.base_wait = breaker, base_wait
         if concurrency < 1 or retries < 0 or timeout <= 0 or breaker < 1:
@@ -82,31 +109,29 @@ class Teacher:
                 f"concurrency {concurrency}, retries {retries}, timeout {timeout} and breaker {breaker}: "
                 "they must be at least 1, at least 0, above 0 and at least 1"
             )
-        self._key = key_for(self.url, key_name)
+        self._keys = [key_for(url, key_name) for url in self.urls]
         self.ledger = Ledger(limits)
 
     async def __aenter__(self) -> "Teacher":
-        allow_connections(self.concurrency)
-        size = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-        local = urlsplit(self.url).hostname in LOOPBACK  # a proxy from the environment could not reach it
-        self._http = DefaultAsyncHttpxClient(limits=size, timeout=self.timeout, trust_env=not local)
-        self._client = AsyncOpenAI(
-            base_url=self.url, api_key=self._key or "none", max_retries=0, http_client=self._http, timeout=self.timeout
-        )
-        self.gate = Gate(self.concurrency)
+        allow_connections(self.concurrency * len(self.urls))
+        self.endpoints = [
+            Endpoint(url, self.concurrency, self.timeout, key, name)
+            for url, key, name in zip(self.urls, self._keys, self._names, strict=True)
+        ]
+        for endpoint in self.endpoints:
+            endpoint.native = self._noted(endpoint.name, "structured")
+            endpoint.renames_tokens = bool(self._noted(endpoint.name, RENAMED))
+        self.gate = Gate(self.endpoints)
         self._loop = asyncio.get_running_loop()
-        self._begun = asyncio.Semaphore(self.concurrency)
-        self._probing = asyncio.Lock()
+        self._begun = asyncio.Semaphore(self.concurrency * len(self.urls))
         self._asking: dict[str, asyncio.Event] = {}
-        self._active = self._failures = 0  # asks in progress; consecutive failed attempts
+        self._active = 0  # asks in progress
         self._answered = False
-        self._not_native: set[type[BaseModel]] = set()  # schemas that the endpoint rejected
-        self._native = self._noted("structured")
-        self._tokens_name = "max_completion_tokens" if self._noted("max_completion_tokens") else "max_tokens"
         return self
 
     async def __aexit__(self, *_: Any) -> None:
-        await self._client.close()
+        for endpoint in self.endpoints:
+            await endpoint.client.close()
 
     async def ask(
         self,
@@ -136,7 +161,7 @@ class Teacher:
                     waiting.clear()
                     raise
 
-        workers = (work() for _ in range(min(self.concurrency, len(waiting))))
+        workers = (work() for _ in range(min(self.concurrency * len(self.urls), len(waiting))))
         # Not a TaskGroup: it would cancel what is in flight, and that is paid for.
         for result in await asyncio.gather(*workers, return_exceptions=True):
             if isinstance(result, BaseException):
@@ -148,8 +173,9 @@ class Teacher:
         keys = {self._key_of(ask): ask for ask in asks}
         missing = [ask for key, ask in keys.items() if self.cache.get(key) is None]
         costs = [self._most(ask) for ask in missing]
-        if any(ask.schema for ask in missing) and self._noted("structured") is None:
-            costs.append(self._most(Ask(structured.PROBE_MESSAGES, structured.Probe, max_tokens=PROBE_TOKENS)))
+        if any(ask.schema for ask in missing):
+            probe = Ask(structured.PROBE_MESSAGES, structured.Probe, max_tokens=PROBE_TOKENS)
+            costs += [self._most(probe) for name in self._names if self._noted(name, "structured") is None]
         cost = Cost(sum(c.prompt_tokens for c in costs), sum(c.completion_tokens for c in costs))
         return Estimate(len(costs), len(keys) - len(missing), *cost, self.ledger.limits.price(cost))
 
@@ -169,9 +195,9 @@ class Teacher:
             finally:
                 self._active -= 1
 
-    async def _reply(self, ask: Ask) -> Reply:
-        """One response as a Reply, without a correction turn."""
-        key = self._key_of(ask)
+    async def _reply(self, ask: Ask, only: Endpoint | None = None) -> Reply:
+        """One response as a Reply, without a correction turn. only: the endpoint to ask."""
+        key = self._key_of(ask, only)
         while key in self._asking:  # the same ask is in progress: its answer serves both
             await self._asking[key].wait()
         stored = self.cache.get(key)
@@ -181,9 +207,10 @@ class Teacher:
         else:
             self._asking[key] = asyncio.Event()
             try:
-                if ask.schema and self._native is None and ask.schema is not structured.Probe:
-                    await self._probe()
-                stored = await self._fetch(ask, key)
+                unknown = [endpoint for endpoint in self.endpoints if endpoint.native is None]
+                if ask.schema and unknown and ask.schema is not structured.Probe:
+                    await asyncio.gather(*map(self._probe, unknown))
+                stored = await self._fetch(ask, key, only)
             finally:
                 self._asking.pop(key).set()
         status, reason, parsed = stored.status, stored.reason, None
@@ -193,14 +220,17 @@ class Teacher:
             status = "malformed" if parsed is None else "ok"
         return Reply(stored.text, parsed, status, Cost(stored.prompt_tokens, stored.completion_tokens), cached, reason)
 
-    async def _fetch(self, ask: Ask, key: str) -> Stored:
-        """The endpoint's answer, stored; or one of status "failed", which is not stored."""
+    async def _fetch(self, ask: Ask, key: str, only: Endpoint | None) -> Stored:
+        """An endpoint's answer, stored; or one of status "failed", which is not stored. only: the endpoint to ask."""
         fault, not_before = Fault("again", ""), 0.0
-        for attempt in range(self.retries + 1):
+        failed: Endpoint | None = None  # the last one
+        for attempt in range(1 if only and len(self.urls) > 1 else self.retries + 1):
+            reserve = partial(self.ledger.reserve, ask.stage, self._most(ask), attempt > 0)
+            endpoint, entered = await self.gate.enter(reserve, not_before, only, failed)
             try:
-                return await self._attempt(ask, key, attempt, not_before)
+                return await self._attempt(ask, key, endpoint, entered)
             except Fault as error:
-                fault = error
+                fault, failed = error, endpoint if error.kind != "form" else None
             await self.gate.check()
             if fault.kind in ("again", "crowded"):
                 not_before = self._loop.time() + backoff(attempt, self.base_wait, fault.wait)
@@ -208,22 +238,21 @@ class Teacher:
                 break
         return Stored("", "failed", fault.reason, 0, 0)
 
-    async def _attempt(self, ask: Ask, key: str, attempt: int, not_before: float) -> Stored:
-        """Send once and store the answer. Raises Fault."""
-        cost = self._most(ask)
-        entered = await self.gate.enter(lambda: self.ledger.reserve(ask.stage, cost, attempt > 0), not_before)
-        form = self._form(ask)
+    async def _attempt(self, ask: Ask, key: str, endpoint: Endpoint, entered: float) -> Stored:
+        """Send once, through a gate that was entered, and store the answer. Raises Fault."""
+        form = self._form(ask, endpoint)
         try:
+            endpoint.calls += 1
             try:
-                stored = read_completion(await self._post(form, ask.sample), ask, self._safe)
+                stored = read_completion(await self._post(form, ask.sample, endpoint), ask, self._safe)
             except Fault as fault:
                 fault.reason = self._safe(fault.reason)
                 if fault.kind != "refusal":
-                    self._failed(fault, ask, form, entered)
+                    self._failed(fault, ask, form, endpoint, entered)
                     raise
                 stored = Stored("", "refusal", fault.reason, 0, 0)
-            self._failures, self._answered = 0, True
-            self.gate.answered()
+            self._answered = True
+            endpoint.answered()
             self.ledger.receive(ask.stage, Cost(stored.prompt_tokens, stored.completion_tokens))
             self.cache.put(key, stored)
             return stored
@@ -231,10 +260,10 @@ class Teacher:
             self.gate.stop(error)
             raise
         finally:
-            self.ledger.release(cost)
-            self.gate.leave()
+            self.ledger.release(self._most(ask))
+            self.gate.leave(endpoint)
 
-    async def _post(self, form: dict, sample: int) -> dict:
+    async def _post(self, form: dict, sample: int, endpoint: Endpoint) -> dict:
         """The response's JSON. Raises Fault.
 
         The package's own `create` takes a third longer per call, and returns a str for HTML with status 200.
@@ -242,7 +271,7 @@ class Teacher:
         try:
             # httpx's timeouts are between bytes, so a server that sends slowly would never reach one.
             async with asyncio.timeout(self.timeout):
-                response = await self._client.post(
+                response = await endpoint.client.post(
                     "/chat/completions",
                     cast_to=httpx2.Response,
                     body=form,
@@ -257,62 +286,68 @@ class Teacher:
             raise Fault("again", f"the response is not a JSON object but a {type(found).__name__}")
         return found
 
-    def _form(self, ask: Ask) -> dict:
+    def _form(self, ask: Ask, endpoint: Endpoint) -> dict:
         """The request's body, in the form the endpoint accepts."""
         form = {"model": self.model, "messages": ask.messages, "temperature": ask.temperature}
-        form[self._tokens_name] = ask.max_tokens
+        form[RENAMED if endpoint.renames_tokens else "max_tokens"] = ask.max_tokens
         form |= {"top_p": ask.top_p} if ask.top_p is not None else {}
-        native = self._native and ask.schema not in self._not_native
+        native = endpoint.native and ask.schema not in endpoint.not_native
         if ask.schema and (native or ask.schema is structured.Probe):
             form["response_format"] = structured.response_format(ask.schema)
         elif ask.schema:
             form["messages"] = structured.with_schema(ask.messages, ask.schema)
         return form
 
-    async def _probe(self) -> None:
+    async def _probe(self, endpoint: Endpoint) -> None:
         """Find out, once per endpoint and model, whether a JSON schema is accepted and followed."""
-        async with self._probing:
-            if self._native is not None:
+        async with endpoint.probing:
+            if endpoint.native is not None:
                 return
             ask = Ask(structured.PROBE_MESSAGES, structured.Probe, max_tokens=PROBE_TOKENS, stage="probe")
-            status = (await self._reply(ask)).status
+            status = (await self._reply(ask, endpoint)).status
             if status in ("ok", "malformed"):
-                self._note("structured", status == "ok")
-            self._native = status == "ok"  # unknown counts as no, until the next start
+                self._note(endpoint.name, "structured", status == "ok")
+            endpoint.native = status == "ok"  # unknown counts as no, until the next start
 
-    def _adapted(self, ask: Ask, form: dict, fault: Fault) -> bool:
+    def _adapted(self, ask: Ask, form: dict, endpoint: Endpoint, fault: Fault) -> bool:
         """After a request was rejected: switch to another form of it if one may be accepted; whether there is one."""
-        if "max_tokens" in form and "max_completion_tokens" in fault.reason:
-            self._tokens_name = "max_completion_tokens"
-            self._note("max_completion_tokens", True)
+        if "max_tokens" in form and RENAMED in fault.reason:
+            endpoint.renames_tokens = True
+            self._note(endpoint.name, RENAMED, True)
             return True
         if "response_format" not in form or ask.schema is None:
             return False
         if ask.schema is structured.Probe:
-            self._note("structured", False)
+            self._note(endpoint.name, "structured", False)
             return False
-        self._not_native.add(ask.schema)
+        endpoint.not_native.add(ask.schema)
         return True
 
-    def _failed(self, fault: Fault, ask: Ask, form: dict, entered: float) -> None:
-        """Change the form, slow down or stop, depending on how an attempt failed."""
-        if fault.kind == "request" and self._adapted(ask, form, fault):
+    def _failed(self, fault: Fault, ask: Ask, form: dict, endpoint: Endpoint, entered: float) -> None:
+        """Change the form, slow down, leave the endpoint out, or stop, depending on how an attempt failed."""
+        if fault.kind == "request" and self._adapted(ask, form, endpoint, fault):
             fault.kind = "form"
             return
+        endpoint.failures += 1
+        many = {"fatal": 1, "crowded": self.breaker}.get(fault.kind, FEW)
+        if endpoint.failures >= many and any(e.failures < FEW for e in self.endpoints if e is not endpoint):
+            seconds = endpoint.leave_out(LONGEST_PAUSE if fault.kind == "fatal" else max(SHORT_REST, fault.wait or 0))
+            print(f"teacher: {endpoint.url} is left out for {seconds:.0f} s ({fault.reason})", flush=True)
+            fault.kind = "again" if fault.kind == "fatal" else fault.kind
+            return
         if fault.kind == "fatal":
-            self.gate.stop(EndpointDown(f"{self.url} refuses {self.model}: {fault.reason}"))
+            self.gate.stop(EndpointDown(f"{endpoint.url} refuses {self.model}: {fault.reason}"))
             return
         if fault.kind == "crowded":
-            self.gate.crowded(entered)
+            endpoint.crowded(entered)
         if fault.wait:
-            self.gate.pause(fault.wait)
-        self._failures += 1
+            endpoint.pause(fault.wait)
         # Before the first answer a rejected request is probably a wrong setting, which no other request will fix.
         each = 1 if fault.kind == "request" and not self._answered else max(1, self._active)
-        if self._failures >= self.breaker * each:
+        if endpoint.failures >= self.breaker * each:
             self.gate.stop(
                 EndpointDown(
-                    f"{self.url} failed {self._failures} times in a row, most recently with: {fault.reason}; "
+                    f"{endpoint.url} failed {endpoint.failures} times in a row, most recently with: {fault.reason}; "
                     "check that it is running, then start again: nothing stored is asked for twice"
                 )
             )
@@ -320,22 +355,25 @@ class Teacher:
     def _most(self, ask: Ask) -> Cost:
         return Cost(count_tokens(ask.messages), ask.max_tokens)
 
-    def _key_of(self, ask: Ask) -> str:
+    def _key_of(self, ask: Ask, only: Endpoint | None = None) -> str:
         parameters = {"temperature": ask.temperature, "max_tokens": ask.max_tokens}
         parameters |= (
             {"top_p": ask.top_p} if ask.top_p is not None else {}
         )  # only if it is sent, so that older keys stay valid
         schema = structured.schema_of(ask.schema) if ask.schema else None
-        return cache_key(self.endpoint, self.model, ask.messages, parameters, schema, ask.sample)
+        name = only.name if only else self.endpoint
+        return cache_key(name, self.model, ask.messages, parameters, schema, ask.sample)
 
-    def _noted(self, name: str) -> bool | None:
-        value = self.cache.note(f"{name} {self.endpoint} {self.model}")
+    def _noted(self, endpoint: str, name: str) -> bool | None:
+        value = self.cache.note(f"{name} {endpoint} {self.model}")
         return None if value is None else value == "yes"
 
-    def _note(self, name: str, value: bool) -> None:
-        self.cache.set_note(f"{name} {self.endpoint} {self.model}", "yes" if value else "no")
+    def _note(self, endpoint: str, name: str, value: bool) -> None:
+        self.cache.set_note(f"{name} {endpoint} {self.model}", "yes" if value else "no")
 
     def _safe(self, text: str) -> str:
         """Without the API key, if a server sends it back, and without lone surrogates, which UTF-8 cannot hold."""
         text = text.encode("utf-8", "replace").decode()
-        return text.replace(self._key, "[key]") if self._key else text
+        for key in filter(None, self._keys):
+            text = text.replace(key, "[key]")
+        return text

@@ -66,6 +66,8 @@ async def open_teacher(settings: TeacherSettings) -> AsyncIterator[Teacher]:
                     f"teacher: {total.calls} calls ({total.retries} retries), {total.cached} from the cache, "
                     f"{total.tokens} tokens, {cost}"
                 )
+                for endpoint in teacher.endpoints if len(teacher.endpoints) > 1 else ():
+                    print(f"teacher: {endpoint.calls} calls to {endpoint.url}")
 
 
 @asynccontextmanager

@@ -13,9 +13,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from common.errors import UserError
 from common.files import check_file
-from common.parser import Parser, positive
+from common.parser import Parser, Repeated, positive
 from common.ranges import COUNT, NOT_NEGATIVE, POSITIVE
-from synth.teacher.address import checked_url, key_for
+from synth.teacher.address import checked_urls, key_for
 from synth.teacher.asking import Asking
 from synth.teacher.cache import Cache
 from synth.teacher.limits import Limits
@@ -26,9 +26,9 @@ from synth.teacher.limits import Limits
 class TeacherSettings:
     """Which teacher is asked, how hard, and what it may cost. The fields are named as the flags are.
 
-    cache: None stands for cache.sqlite in the run folder. offline_teacher: flags of the offline teacher, which takes
-    the place of a missing teacher_url. endpoint: the name under which the cache knows the endpoint, where that is not
-    its URL.
+    teacher_url: several are separated by spaces. cache: None stands for cache.sqlite in the run folder.
+    offline_teacher: flags of the offline teacher, which takes the place of a missing teacher_url. endpoint: the name
+    under which the cache knows the teacher, where that is not its first URL.
     """
 
     teacher_url: str | None = None
@@ -49,7 +49,8 @@ class TeacherSettings:
     def check(self) -> None:
         """Raise UserError for what no run could begin with: an address, a key, a limit, or a cache that is none."""
         if self.teacher_url:
-            key_for(checked_url(self.teacher_url))
+            for url in checked_urls(self.teacher_url):
+                key_for(url)
         _ = self.limits
         positive("concurrency", self.concurrency)
         positive("timeout", self.timeout)
@@ -73,10 +74,16 @@ def add_teacher_flags(parser: argparse.ArgumentParser, cache: str | None = "synt
     """The flags of TeacherSettings. cache: the default of --cache."""
     default = TeacherSettings()
     group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher-url", help="an OpenAI-compatible endpoint, up to and including /v1")
+    group.add_argument(
+        "--teacher-url",
+        action=Repeated,
+        help="an OpenAI-compatible endpoint, up to and including /v1; repeat it for several of one model",
+    )
     group.add_argument("--teacher-model", help="the model's name at that endpoint")
     group.add_argument("--cache", default=cache, metavar="FILE", help="where answers are kept")
-    group.add_argument("--concurrency", type=COUNT, default=default.concurrency, help="maximum requests in flight")
+    group.add_argument(
+        "--concurrency", type=COUNT, default=default.concurrency, help="maximum requests in flight, at each endpoint"
+    )
     group.add_argument("--timeout", type=POSITIVE, default=default.timeout, help="seconds a request may take")
     group.add_argument(
         "--teacher-temperature",
@@ -121,6 +128,8 @@ def teacher_from_mapping(given: Mapping[str, Any], place: str = "teacher") -> Te
     for key in given:
         if key not in known:
             raise UserError(f"{place} has the unknown key {key!r}; known are {', '.join(known)}")
+    if isinstance(given.get("teacher_url"), list):
+        given = {**given, "teacher_url": " ".join(map(str, given["teacher_url"]))}
     try:
         settings = TypeAdapter(TeacherSettings).validate_python(dict(given))
     except ValidationError as error:

@@ -3,8 +3,9 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
+from typing import Generic, TypeVar
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError
 
@@ -92,56 +93,27 @@ def _line(error: object) -> str:
     return text if len(text) <= 200 else text[:200] + " ..."
 
 
-class Gate:
-    """Lets at most `bound` requests through at once, fewer while the endpoint is crowded.
+class Door:
+    """How many requests one endpoint is sent at once: at most `bound`, fewer while it is crowded.
 
     The width is halved when the endpoint is overloaded (once for all requests sent before the last halving) and grows
-    by 1 for every `width` answers. Once stopped, no request is let in, and waiting ones get the error as soon as
-    nothing is in flight any more. Belongs to one event loop.
+    by 1 for every `width` answers. Belongs to one event loop.
     """
 
     def __init__(self, bound: int):
         self.bound, self.width = bound, float(bound)
-        self.in_flight = self.peak = 0
-        self.stopped: UserError | None = None
-        self._halved_at = self._opens_at = 0.0
-        self._waiting: list[asyncio.Future] = []
+        self.in_flight = 0
+        self.failures = 0  # attempts since the last answer
+        self.opens_at = 0.0
+        self._halved_at = self._rest = 0.0
 
-    async def enter(self, reserve: Callable[[], UserError | None], not_before: float = 0.0) -> float:
-        """Wait for a slot and take it; returns the loop's time. `leave` gives it back.
-
-        reserve: called when a slot is free. If it returns an error, requests in flight are waited for, since they may
-        cost less than was reserved; if there are none, the gate stops with that error. not_before: on the loop's clock.
-        """
-        clock = asyncio.get_running_loop().time
-        while True:
-            await self.check()
-            pause = max(self._opens_at, not_before) - clock()
-            if pause <= 0 and self.in_flight < int(self.width):
-                error = reserve()
-                if error is None:
-                    break
-                if not self.in_flight:
-                    self.stop(error)
-                    continue
-            await self._change(pause if pause > 0 else None)
-        self.in_flight += 1
-        self.peak = max(self.peak, self.in_flight)
-        return clock()
-
-    async def check(self) -> None:
-        """Raise the error that stopped the gate, if any, once nothing is in flight."""
-        while self.stopped is not None:
-            if not self.in_flight:
-                raise self.stopped
-            await self._change(None)
-
-    def leave(self) -> None:
-        self.in_flight -= 1
-        self._wake()
+    def free(self, now: float) -> int:
+        """Requests that may be sent now."""
+        return int(self.width) - self.in_flight if now >= self.opens_at else 0
 
     def answered(self) -> None:
         self.width = min(self.bound, self.width + 1 / self.width)
+        self.failures, self._rest = 0, 0.0
 
     def crowded(self, entered: float) -> None:
         """A request that entered at this time was rejected for overload."""
@@ -151,7 +123,79 @@ class Gate:
 
     def pause(self, seconds: float) -> None:
         """Let no request in for this long, as the endpoint asked for."""
-        self._opens_at = max(self._opens_at, asyncio.get_running_loop().time() + seconds)
+        self.opens_at = max(self.opens_at, asyncio.get_running_loop().time() + seconds)
+
+    def leave_out(self, first: float) -> float:
+        """Let no request in for a while, `first` seconds or twice the last while, and then one. Returns the seconds."""
+        self._rest = min(max(first, 2 * self._rest), LONGEST_PAUSE)
+        self.width = 1.0
+        self.pause(self._rest)
+        return self._rest
+
+
+D = TypeVar("D", bound=Door)
+
+
+class Gate(Generic[D]):
+    """The doors of all endpoints, and who waits before them: a request takes the one with the most free slots.
+
+    Once stopped, no request is let in, and waiting ones get the error as soon as nothing is in flight any more. Belongs
+    to one event loop.
+    """
+
+    def __init__(self, doors: Sequence[D]):
+        self.doors = doors
+        self.peak = 0
+        self.stopped: UserError | None = None
+        self._waiting: list[asyncio.Future] = []
+
+    @property
+    def in_flight(self) -> int:
+        return sum(door.in_flight for door in self.doors)
+
+    async def enter(
+        self,
+        reserve: Callable[[], UserError | None],
+        not_before: float = 0.0,
+        only: D | None = None,
+        rather_not: D | None = None,
+    ) -> tuple[D, float]:
+        """Wait for a slot and take it; returns its door and the loop's time. `leave` gives it back.
+
+        reserve: called when a slot is free. If it returns an error, requests in flight are waited for, since they may
+        cost less than was reserved; if there are none, the gate stops with that error. not_before: on the loop's clock.
+        only: the door to take; rather_not: one to take only where all others are shut.
+        """
+        clock = asyncio.get_running_loop().time
+        doors = self.doors if only is None else [only]
+        while True:
+            await self.check()
+            now = clock()
+            wanted = [door for door in doors if door is not rather_not and door.opens_at <= now] or doors
+            door = max(wanted, key=lambda door: door.free(now))
+            if now >= not_before and door.free(now) > 0:
+                error = reserve()
+                if error is None:
+                    break
+                if not self.in_flight:
+                    self.stop(error)
+                    continue
+            times = [at for at in (not_before, *(door.opens_at for door in doors)) if at > now]
+            await self._change(min(times) - now if times else None)
+        door.in_flight += 1
+        self.peak = max(self.peak, self.in_flight)
+        return door, clock()
+
+    async def check(self) -> None:
+        """Raise the error that stopped the gate, if any, once nothing is in flight."""
+        while self.stopped is not None:
+            if not self.in_flight:
+                raise self.stopped
+            await self._change(None)
+
+    def leave(self, door: D) -> None:
+        door.in_flight -= 1
+        self._wake()
 
     def stop(self, error: UserError) -> None:
         self.stopped = self.stopped or error
