@@ -1,0 +1,66 @@
+"""Training by several processes: what they tell each other, for MLX and PyTorch.
+
+Every process, a rank, holds the whole model, the plan of the whole run and the whole rollout of a step. It samples,
+scores and differentiates its share of the rows; what the others made comes to it by one operation, the sum over the
+ranks, so that all go on with the same bits and take the same decisions. Rank 0 alone writes.
+
+`Ranks` is a single process; training.torch_ranks has those that torchrun and accelerate start.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+
+Array = Any  # mlx.core.array or torch.Tensor
+
+
+class Ranks:
+    """The processes of a run: this one alone."""
+
+    rank = 0  # of this process, from 0
+    size = 1  # the number of processes
+
+    def sum(self, arrays: Sequence[Array]) -> list[Array]:
+        """Each array summed over the ranks, with the same bits on every rank. All give as many, of the same shapes."""
+        return list(arrays)
+
+    def sum_host(self, array: np.ndarray) -> np.ndarray:
+        """The same for one array of the host."""
+        return array
+
+    def share(self, count: int, unit: int = 1) -> slice:
+        """This rank's part of `count` rows, as equal as may be; every `unit` rows stay together."""
+        begin, end = (count // unit * rank // self.size * unit for rank in (self.rank, self.rank + 1))
+        return slice(begin, end)
+
+    def gather(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows of all ranks, in their order. rows: what JSON can hold; numbers arrive as they are."""
+        if self.size == 1:
+            return list(rows)
+        data = np.frombuffer(json.dumps(list(rows)).encode(), dtype=np.uint8)
+        lengths = np.zeros(self.size, dtype=np.int32)
+        lengths[self.rank] = len(data)
+        ends = np.cumsum(self.sum_host(lengths))
+        whole = np.zeros(ends[-1], dtype=np.uint8)
+        whole[ends[self.rank] - len(data) : ends[self.rank]] = data
+        texts = np.split(self.sum_host(whole), ends[:-1])
+        return [row for text in texts for row in json.loads(text.tobytes())]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return bool(self.sum_host(np.array([flag], dtype=np.int32))[0])
+
+    def check_same(self, **fingerprints: str) -> None:
+        """Raise UserError on all ranks where one of them has another fingerprint than rank 0 of what a name names."""
+        found = self.gather([fingerprints])
+        for name, first in found[0].items():
+            others = [rank for rank, one in enumerate(found) if one[name] != first]
+            if others:
+                raise UserError(
+                    f"rank {others[0]} has another {name.replace('_', ' ')} than rank 0 ({found[others[0]][name]}, "
+                    f"{first}); start every process with the same flags and the same files"
+                )
