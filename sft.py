@@ -19,6 +19,7 @@ from models import cpu
 cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from common.cli import Stopped, StopSignal, run
 from common.errors import UserError
@@ -29,21 +30,30 @@ from models.adapter_base import base_of
 from models.adapters import AdapterConfig, save_adapter
 from models.gpu import memory_meter
 from models.loading import load, resolve, twin
-from training.checkpoint import Trainee, restore_best, restore_checkpoint, save_best, save_checkpoint
+from training.checkpoint import (
+    Trainee,
+    restore_best,
+    restore_checkpoint,
+    save_best,
+    save_checkpoint,
+    share_checkpoint,
+)
 from training.checkpoint_folders import (
     drop_other_bests,
     may_save_stopped,
-    open_run_folder,
+    open_for_all,
     restore_newest,
     stopped_words,
 )
 from training.console import DPO_COLUMNS, SFT_COLUMNS
 from training.flags import adapter_settings, describe, parse_or_resume
-from training.metrics import RunLog, provenance
+from training.metrics import NoLog, RunLog, provenance
+from training.mlx_ranks import launched, weights_digest
 from training.objectives import Objective
 from training.optimizer_groups import sft_optimizer
 from training.plots import LivePicture, plot_run
 from training.preference_tuning import Reference, refer_in, start_reference
+from training.ranks import ALONE, Ranks, digest_of
 from training.settings import SFTSettings
 from training.sft_flags import sft_parser, sft_settings
 from training.sft_loop import (
@@ -90,11 +100,12 @@ def adapter_of(args: argparse.Namespace) -> AdapterConfig | str | None:
     return adapter
 
 
-def read(args: argparse.Namespace, trainee: Trainee, tokenizer: Any, settings: SFTSettings, split: str) -> Objective:
+def read(
+    args: argparse.Namespace, trainee: Trainee, tokenizer: Any, settings: SFTSettings, split: str, ranks: Ranks
+) -> Objective:
     """Read the rows of a split, and say how many there are and how many were cut."""
-    source, objective = find_split(args.data, args.data_base, split), make_objective(
-        trainee, tokenizer, settings, feature_names(args)
-    )  # fmt: skip
+    source = find_split(args.data, args.data_base, split)
+    objective = make_objective(trainee, tokenizer, settings, feature_names(args), ranks)
     count = read_rows(objective, source, trainee.model)
     of = f" of {source}" if isinstance(source, Split) else ""
     cut = f", {objective.truncated} cut to {settings.max_length} tokens" if objective.truncated else ""
@@ -104,45 +115,58 @@ def read(args: argparse.Namespace, trainee: Trainee, tokenizer: Any, settings: S
 
 
 def train(
-    args: argparse.Namespace, settings: SFTSettings, trainee: Trainee, objectives: Mapping[str, Objective]
+    args: argparse.Namespace,
+    settings: SFTSettings,
+    trainee: Trainee,
+    objectives: Mapping[str, Objective],
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and curves.
 
-    objectives: by split.
+    objectives: by split. ranks: of which the first alone writes.
     """
     training, validation = objectives["train"], objectives["valid"]
     optimizer, progress = make_sft_optimizer(trainee, settings), SFTProgress()
     kind, sizes = trainee.adapter.fine_tune_type, trainee.sizes()
     used = sft_optimizer(settings, kind, sizes[1])
     args.learning_rate = used[1]  # config.json has it, so that a resumed run does not choose again
-    folder, checkpoint, lock = open_run_folder(args, "sft", cpu.BLAS)
+    folder, checkpoint, lock = open_for_all(ranks, args, "sft.py", "sft", cpu.BLAS)
     if settings.dpo:
-        refer_in(folder, objectives, start_reference(trainee), again=checkpoint is not None)
-    if checkpoint:
+        refer_in(folder, objectives, start_reference(trainee), checkpoint is not None, ranks)
+
+    def restore() -> dict[str, Any]:
         restore_newest(
             folder, lambda found: progress.restore(restore_checkpoint(found, trainee, optimizer), found)
         )  # fmt: skip
+        return {"step": progress.step, **progress.state()}
+
+    if checkpoint:
+        progress.restore(ranks.from_writer(restore), folder)
+    share_checkpoint(ranks, trainee, optimizer)
+    log: RunLog | NoLog = NoLog()
     picture = LivePicture(folder)
-    log = RunLog(
-        folder,
-        settings.iters,
-        progress.step,
-        args.log_with,
-        kind_of_run(args),
-        DPO_COLUMNS if settings.dpo else SFT_COLUMNS,
-        args.verbose,
-        memory_meter(),
-    )
+    if ranks.writes:
+        log = RunLog(
+            folder,
+            settings.iters,
+            progress.step,
+            args.log_with,
+            kind_of_run(args),
+            DPO_COLUMNS if settings.dpo else SFT_COLUMNS,
+            args.verbose,
+            memory_meter(),
+        )
     device = cpu.describe_device(mx.default_device())
     log.say(describe(sizes, kind, used, device, rate_given=settings.learning_rate is not None))
     started = time.perf_counter()
 
     def save() -> None:
-        save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
-        drop_other_bests(folder, progress.best.step)
+        if ranks.writes:
+            save_checkpoint(folder, progress.step, trainee, optimizer, progress.state(), args.keep_checkpoints)
+            drop_other_bests(folder, progress.best.step)
 
     def keep_best() -> None:
-        if args.save_best:
+        if args.save_best and ranks.writes:
             save_best(folder, progress.step, trainee)
 
     if not checkpoint:
@@ -158,12 +182,13 @@ def train(
             log.advance()
             if step.reports:
                 log.report(step.number, *step.reports)
-            picture.draw_if_due()
+            if ranks.writes:
+                picture.draw_if_due()
             if step.note:
                 log.say(step.note)
             if step.improved:
                 keep_best()
-            stopping = stop.requested
+            stopping = ranks.any(stop.requested)
             if step.number % args.save_every == 0 or step.last or stopping:
                 save()
             if stopping:
@@ -173,13 +198,19 @@ def train(
     if whole and progress.step < settings.iters:
         log.say(f"stopped early: none of the last {best.stale} validations was better than that of step {best.step}")
     if whole and args.save_best and best.value is not None:
-        restore_best(folder, best.step, trainee)
+        if ranks.writes:
+            restore_best(folder, best.step, trainee)
+        share_checkpoint(ranks, trainee, optimizer)
         log.say(f"the adapter saved is that of step {best.step}, whose validation loss is the lowest")
     if whole:
         summary |= validate(trainee.module, validation, settings)
         summary |= {"truncated_rows": training.truncated, "truncated_valid_rows": validation.truncated}
     if whole and best.value is not None:
         summary |= {"best_step": best.step, "best_valid_loss": best.value}
+    if not ranks.writes:
+        if not whole:
+            raise Stopped
+        return
     trainee.adapter.provenance.append(provenance("sft.py", vars(args), summary))
     outcome = {"adapter": args.save_file, "picture": str(plot_run(folder))}
     if whole or may_save_stopped(args.save_file, args.resume_adapter_file):
@@ -190,11 +221,26 @@ def train(
         log.close()
         raise Stopped(stopped_words("sft.py", folder, progress.step, settings.iters, **outcome))
     log.close({**summary, **outcome})
-    lock.close()
+    if lock:
+        lock.close()
+
+
+def check_same(ranks: Ranks, settings: SFTSettings, base: nn.Module, objectives: Mapping[str, Objective]) -> None:
+    """Raise UserError where other ranks have other settings, another base or other rows than rank 0."""
+    if ranks.size > 1:
+        rows = [[split, *each.examples] for split, each in objectives.items()]
+        digests = {"settings": digest_of([str(settings)]), "data": digest_of(rows)}
+        ranks.check_same(**digests, base_model=weights_digest(base))
 
 
 def main() -> None:
-    args = parse_args()
+    with launched() as ranks:
+        train_and_test(ranks)
+
+
+def train_and_test(ranks: Ranks) -> None:
+    """What the flags ask for, by all processes of a launch together."""
+    args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     settings = sft_settings(args)
     if args.train:
         say_replaced(args.save_file)
@@ -210,11 +256,12 @@ def main() -> None:
     trainee = build_trainee(
         loaded, settings, adapter_of(args), args.reward_model, checkpointing, new_head=args.train
     )  # fmt: skip
-    objectives = {split: read(args, trainee, loaded.tokenizer, settings, split) for split in splits}
+    objectives = {split: read(args, trainee, loaded.tokenizer, settings, split, ranks) for split in splits}
+    check_same(ranks, settings, trainee.module, objectives)
     if args.train:
         settings = planned(settings, objectives["train"])
         args.iters = settings.iters
-        train(args, settings, trainee, objectives)
+        train(args, settings, trainee, objectives, ranks)
     elif base is not None:
         refer(objectives, base)
     if args.test:

@@ -25,9 +25,9 @@ NEUTRAL = [
     *("data.sources", "data.subjects", "data.tokenizer"),
     *("models.adapter_config", "rewards.combined", "rewards.digits", "rewards.function", "training.checkpoint_folders"),
     *("training.advantages", "training.flags", "training.losses", "training.metrics", "training.plots"),
-    *("training.ppo", "training.ppo_flags", "training.ppo_loop", "training.ppo_step", "training.rollout"),
-    *("training.samples", "training.settings", "training.trackers", "training.trl_config", "training.trl_stats"),
-    "training.trl_trainer",
+    *("training.ppo", "training.ppo_flags", "training.ppo_loop", "training.ppo_step", "training.ranks"),
+    *("training.rollout", "training.samples", "training.settings", "training.trackers", "training.trl_config"),
+    *("training.trl_stats", "training.trl_trainer"),
 ]
 
 

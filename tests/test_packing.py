@@ -151,7 +151,7 @@ def whole_and_pieces(module, objective, count):
     gradients_of = optimizer.loss_and_gradients(module, objective.loss)
     settings = [SFTSettings(gradient_accumulation_steps=number) for number in (1, count)]
     for each in settings:
-        loss, figures, gradients = sft_loop.accumulated(gradients_of, objective, 0, each)
+        loss, figures, gradients = sft_loop.accumulated(module, gradients_of, objective, 0, each)
         yield loss.item(), figures.tolist(), dict(tree_flatten(gradients))
 
 

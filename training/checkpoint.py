@@ -29,7 +29,9 @@ from training.checkpoint_folders import (
     new_checkpoint,
     read_state,
 )
+from training.mlx_ranks import from_first
 from training.optimizer import optimizer_arrays, restore_optimizer
+from training.ranks import Ranks
 
 
 @dataclass
@@ -81,6 +83,13 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: optim.Optimize
         trainee.value_head.update(head.parameters())
     restore_optimizer(optimizer, trainee.module, read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)
+
+
+def share_checkpoint(ranks: Ranks, trainee: Trainee, optimizer: optim.Optimizer) -> None:
+    """Give all ranks the trained weights and the optimizer state that rank 0 has."""
+    if ranks.size > 1:
+        trainee.module.update(from_first(ranks, trainee.module.trainable_parameters()))
+        optimizer.state = from_first(ranks, optimizer.state)
 
 
 def save_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:

@@ -23,6 +23,7 @@ from common.files import Kind, atomic_folder, expanded, sweep_all, write_json, w
 from common.schemas import Schema, read_as
 from training.flags import default_output_dir
 from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
+from training.ranks import Ranks
 
 STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
 CHECKPOINT = Kind(STATE_FILE, ("adapter", "*.safetensors", STATE_FILE))
@@ -41,7 +42,7 @@ class RunFolder(NamedTuple):
 
     path: Path
     checkpoint: Path | None
-    lock: IO[str]
+    lock: IO[str] | None  # None on ranks that do not write
 
 
 def open_run_folder(args: argparse.Namespace, script: str, blas: str | None = None) -> RunFolder:
@@ -63,6 +64,25 @@ def open_run_folder(args: argparse.Namespace, script: str, blas: str | None = No
         for name in (METRICS, SAMPLES):
             (folder / name).unlink(missing_ok=True)
     return RunFolder(folder, found[-1] if found else None, lock)
+
+
+def open_for_all(
+    ranks: Ranks, args: argparse.Namespace, script: str, kind: str, blas: str | None = None
+) -> RunFolder:
+    """`open_run_folder` on rank 0, the only one that reads and writes it; the others learn its names.
+
+    script: with its suffix, by which the run goes on if a rank is lost; kind: names a new folder.
+    """
+    opened: list[RunFolder] = []
+
+    def names() -> tuple[str, str | None]:
+        opened.append(open_run_folder(args, kind, blas))
+        run = opened[0]
+        return str(run.path), None if run.checkpoint is None else str(run.checkpoint)
+
+    path, checkpoint = ranks.from_writer(names)
+    ranks.continued_by(f"{script} --resume {path}")
+    return opened[0] if opened else RunFolder(Path(path), None if checkpoint is None else Path(checkpoint), None)
 
 
 def may_save_stopped(save_file: str, started_from: str | None) -> bool:

@@ -160,6 +160,25 @@ class RunLog:
         return {**figures, **known, **{name: value for name, value in summary.items() if name not in figures}}
 
 
+class NoLog:
+    """`RunLog` of a rank that does not write."""
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def report(self, step: int, *parts: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, rows: Sequence[Row]) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Nothing."""
+
+
 def provenance(script: str, flags: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     """What an adapter keeps of the run that made it: script, flags, and its last figures (models.export.model_card).
 

@@ -5,6 +5,7 @@ and the batches of an evaluation. Not here: DPO (training.preference_tuning).
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from models.packing import Layout, packed
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
 from training.losses import pairwise_reward_loss, sft_loss
+from training.ranks import ALONE, Ranks
 
 
 class Figures(NamedTuple):
@@ -42,6 +44,7 @@ class Objective(Protocol):
     untrained: int  # of those, rows that have nothing left to train
     examples: list[Example]  # of what was read
     more: tuple[str, ...]  # names of what is reported besides loss and accuracy
+    ranks: Ranks  # of whose share `pieces` and `batches` are
 
     @property
     def steps_per_epoch(self) -> int: ...
@@ -57,6 +60,15 @@ def stacked(figures: Figures) -> mx.array:
     """All sums in one array (3 + len(more),), float32. A compiled function returns figures as a plain tuple."""
     *sums, more = figures
     return mx.stack([each.astype(mx.float32) for each in (*sums, *more)])
+
+
+def split(rows: np.ndarray, count: int, ranks: Ranks) -> list[np.ndarray]:
+    """A rank's share of `rows`, in pieces as large as `count` pieces of all rows are; none where it has no row.
+
+    Of rows by length, every rank has short and long ones.
+    """
+    own = rows[ranks.rank :: ranks.size]
+    return np.array_split(own, min(-(-count // ranks.size), len(own))) if len(own) else []
 
 
 def drawn(total: int, size: int) -> np.ndarray:
@@ -85,6 +97,7 @@ class LanguageModelling:
     """
 
     more: tuple[str, ...] = ()
+    ranks = ALONE
 
     def __init__(
         self,
@@ -133,16 +146,17 @@ class LanguageModelling:
         return sum(len(self.examples[row].tokens) for row in self.plan.rows(step))
 
     def pieces(self, step: int, count: int) -> list[Arrays]:
-        """The batch at `step` in up to `count` pieces, each with the number of targets of all of them."""
+        """This rank's share of the batch at `step`, which `count` pieces make up, each with the number of targets of
+        the whole batch."""
         rows = self.plan.rows(step)
         total = mx.array(float(sum(num_targets(self.examples[row]) for row in rows)))
-        return [(*self._arrays(piece), total) for piece in np.array_split(rows, min(count, len(rows)))]
+        return [(*self._arrays(piece), total) for piece in split(rows, count, self.ranks)]
 
     def batches(self, count: int = -1) -> Iterator[Arrays]:
         """For evaluation: `count` batches of rows of all lengths, always the same; -1: all rows."""
         rows = drawn(len(self.examples), count * self.batch_size)
         order = rows[np.argsort([len(self.examples[row].tokens) for row in rows], kind="stable")]
-        for indices in in_order(len(order), self.batch_size):
+        for indices in islice(in_order(len(order), self.batch_size), self.ranks.rank, None, self.ranks.size):
             yield self._arrays(order[indices.start : indices.stop])
 
     def _arrays(self, rows: np.ndarray) -> Arrays:
@@ -210,6 +224,7 @@ class PreferencePairs:
     """Preference pairs, given or drawn from rows with unequal rewards: what reward models and DPO read."""
 
     more: tuple[str, ...] = ()
+    ranks = ALONE
 
     def __init__(
         self,
@@ -257,10 +272,11 @@ class PreferencePairs:
         return self._arrays(self._batch(step), self.rewards)
 
     def pieces(self, step: int, count: int) -> list[Arrays]:
-        """The batch at `step` in up to `count` pieces, each with what `_total` says of all of them."""
+        """This rank's share of the batch at `step`, which `count` pieces make up, each with what `_total` says of the
+        whole batch."""
         pairs = self._batch(step)
         total = self._total(pairs)
-        parts = np.array_split(np.arange(len(pairs)), min(count, len(pairs)))
+        parts = split(np.arange(len(pairs)), count, self.ranks)
         return [(*self._arrays([pairs[i] for i in part], self.rewards), total) for part in parts]
 
     def num_tokens(self, step: int) -> int:
@@ -286,7 +302,7 @@ class PreferencePairs:
         """For evaluation: `count` batches of the pairs of epoch 0, of all lengths, always the same; -1: all pairs."""
         pairs = self._pairs_of(0)
         pairs = sorted((pairs[i] for i in drawn(len(pairs), count * self.batch_size)), key=self._length)
-        for indices in in_order(len(pairs), self.batch_size):
+        for indices in islice(in_order(len(pairs), self.batch_size), self.ranks.rank, None, self.ranks.size):
             yield self._arrays(pairs[indices.start : indices.stop])
 
     def _length(self, pair: tuple[int, int]) -> int:
@@ -328,18 +344,42 @@ class RewardModelling(PreferencePairs):
             preferred = (reward[:, None] > reward).astype(np.float32)
         return mx.array(batch.tokens), mx.array(batch.lengths), mx.array(preferred)
 
+    def pieces(self, step: int, count: int) -> list[Arrays]:
+        """As of all pairs; where every two texts of a batch are ranked, the whole of it, but of the texts this rank's
+        share, and their places among all."""
+        if self.rewards is None or self.ranks.size == 1:
+            return super().pieces(step, count)
+        pairs = self._batch(step)
+        tokens, lengths, preferred = self._arrays(pairs, self.rewards)
+        places = mx.arange(self.ranks.rank, len(tokens), self.ranks.size)
+        own = places if places.size else mx.array([0])
+        places = places if places.size else mx.array([len(tokens)])  # the score of a text of other ranks counts nothing
+        return [(tokens[own], lengths[own], preferred, self._total(pairs), places)]
+
     def loss(
-        self, module: nn.Module, tokens: mx.array, lengths: mx.array, preferred: mx.array, total: mx.array | None = None
+        self,
+        module: nn.Module,
+        tokens: mx.array,
+        lengths: mx.array,
+        preferred: mx.array,
+        total: mx.array | None = None,
+        places: mx.array | None = None,
     ) -> tuple[mx.array, Figures]:
         """Mean pairwise loss in nats per pair; `correct` counts pairs ranked right (a tie is half).
 
         preferred: (2B, 2B), 1 where the text of the row is to score above that of the column. total: pairs of the whole
-        batch, where this is a piece of it.
+        batch, where this is a piece of it. places: of the texts given among the 2B, whose other scores are computed by
+        other ranks; the gradient is then this rank's part, and the figures are 0 on all ranks but one.
         """
         scores = module(tokens, lengths)
+        if places is not None:
+            scores, total = self.ranks.placed(scores, places, len(preferred) + 1)[:-1], None
         chosen, rejected = mx.broadcast_arrays(scores[:, None], scores)
         count = preferred.sum()
         # Over the count, so that the sum of the weights is not computed twice: mx.compile (0.32) fails to merge the
         # two where one of them is returned.
         loss, accuracy = pairwise_reward_loss(chosen, rejected, None, self.center_coef, preferred / count)
+        if places is not None:
+            counted = count * self.ranks.writes
+            return loss, Figures(loss * counted, accuracy * counted, counted)
         return loss if total is None else loss * (count / total), Figures(loss * count, accuracy * count, count)

@@ -5,6 +5,7 @@ texts under it are computed once (`refer_to`), and no second model is kept.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from models.value_head import forward
 from training.checkpoint import Trainee
 from training.losses import dpo_losses, ipo_losses, odds_ratio_losses, sft_loss
 from training.objectives import Arrays, Figures, Objective, PreferencePairs, padded_positions
+from training.ranks import Ranks
 
 REFERENCE_FILE = "reference.safetensors"  # in the run folder: of each split, the logprob of every text
 
@@ -85,19 +87,19 @@ class PreferenceTuning(PreferencePairs):
         return count
 
     def refer_to(self, reference: Reference) -> None:
-        """Compute the log probability of every text under the reference policy, in one pass."""
+        """Compute the log probability of every text under the reference policy, in one pass of all ranks."""
         model, cut = reference.model, 0 if reference.soft_prompt else len(self.prefix)
         examples = [_without_prefix(example, cut) for example in self.examples]
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
         found = np.zeros(len(examples), dtype=np.float32)
         was_training = model.training
         model.eval()
-        for indices in in_order(len(order), 2 * self.batch_size):
+        for indices in islice(in_order(len(order), 2 * self.batch_size), self.ranks.rank, None, self.ranks.size):
             rows = order[indices.start : indices.stop]
             arrays = self._tokens([examples[i] for i in rows])
             found[rows] = np.array(self._sums(model, *arrays)[0])
         model.train(was_training)
-        self.reference = found
+        self.reference = self.ranks.sum_host(found)
 
     def _tokens(self, examples: Sequence[Example]) -> Arrays:
         """Tokens (B, L), and of their n targets, padded, positions, mask and the text that each is of, all (n,)."""
@@ -187,7 +189,9 @@ def refer(objectives: Mapping[str, Objective], reference: Reference) -> None:
         objective.refer_to(reference)
 
 
-def refer_in(folder: Path, objectives: Mapping[str, Objective], reference: Reference, again: bool) -> None:
+def refer_in(
+    folder: Path, objectives: Mapping[str, Objective], reference: Reference, again: bool, ranks: Ranks
+) -> None:
     """`refer` for a run in `folder`, which keeps the log probabilities. again: read them, in a resumed run.
 
     By then the adapter that the run started from may have been replaced. Raises UserError where the rows are others.
@@ -195,17 +199,22 @@ def refer_in(folder: Path, objectives: Mapping[str, Objective], reference: Refer
     needed, path = _with_reference(objectives), folder / REFERENCE_FILE
     if not again:
         refer(objectives, reference)
-        if needed:
+        if needed and ranks.writes:
             with atomic_file(path) as temporary:
                 mx.save_safetensors(str(temporary), {split: mx.array(each.reference) for split, each in needed.items()})
         return
-    if needed and not path.is_file():
-        raise UserError(f"{path} is missing, without which the run cannot go on; start a new one")
-    known = mx.load(str(path)) if needed else {}
+    known = ranks.from_writer(lambda: _kept(path)) if needed else {}
     for split, objective in needed.items():
-        if split not in known or known[split].size != len(objective.examples):
+        if len(known.get(split, ())) != len(objective.examples):
             raise UserError(f"{path} is of other rows than {split} has now; resume with the run's own data")
-        objective.reference = np.array(known[split])
+        objective.reference = np.array(known[split], dtype=np.float32)
+
+
+def _kept(path: Path) -> dict[str, list[float]]:
+    """The log probabilities that a run keeps, by split."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing, without which the run cannot go on; start a new one")
+    return {split: array.tolist() for split, array in mx.load(str(path)).items()}
 
 
 def _with_reference(objectives: Mapping[str, Objective]) -> dict[str, PreferenceTuning]:

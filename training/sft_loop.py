@@ -32,13 +32,16 @@ from training.best import Best, SavedBest
 from training.checkpoint import Trainee
 from training.checkpoint_folders import DAMAGED, CheckpointState
 from training.flags import step_seed
+from training.mlx_ranks import sum_tree
 from training.objectives import LanguageModelling, Objective, PackedLanguageModelling, RewardModelling, stacked
 from training.optimizer import Optimizer, loss_and_gradients, make_optimizer, update
 from training.optimizer_groups import sft_optimizer
 from training.preference_tuning import PreferenceTuning, refer, start_reference
+from training.ranks import ALONE, Ranks
 from training.settings import SFTSettings
 from training.sft_flags import check_settings
 
+DROPOUT_STRIDE = 7919  # between the seeds of the ranks
 MOVED = 1.01  # ratio of two losses that is worth a word
 
 
@@ -80,9 +83,21 @@ def build_trainee(
 
 
 def make_objective(
-    trainee: Trainee, tokenizer: Any, settings: SFTSettings, features: Mapping[str, str] | None = None
+    trainee: Trainee,
+    tokenizer: Any,
+    settings: SFTSettings,
+    features: Mapping[str, str] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Objective:
     """What a trainee minimises, without rows as yet. features: what the rows call a key, where it has another name."""
+    objective = _objective(trainee, tokenizer, settings, features)
+    objective.ranks = ranks
+    return objective
+
+
+def _objective(
+    trainee: Trainee, tokenizer: Any, settings: SFTSettings, features: Mapping[str, str] | None
+) -> Objective:
     prefix = soft_prompt_ids(trainee.model)
     shared = (tokenizer, prefix, settings.batch_size, settings.max_length, settings.seed)
     if isinstance(trainee.module, ScoringModel):
@@ -202,12 +217,13 @@ def sft_steps(
     progress: SFTProgress,
 ) -> Iterator[SFTStep]:
     """SFT: takes the steps that are left, one each time it is asked for the next, and updates `progress`."""
-    gradients_of = loss_and_gradients(module, training.loss)
-    reported, last_report = time.perf_counter(), progress.step
+    gradients_of, ranks = loss_and_gradients(module, training.loss), training.ranks
+    reported, last_report, waited = time.perf_counter(), progress.step, ranks.waited
     while not finished(settings, progress):
-        mx.random.seed(step_seed(settings.seed, progress.step))
+        # Dropout, if there is any, leaves out other features on every rank.
+        mx.random.seed(step_seed(settings.seed, progress.step) + DROPOUT_STRIDE * ranks.rank)
         module.train()
-        loss, figures, gradients = accumulated(gradients_of, training, progress.step, settings)
+        loss, figures, gradients = accumulated(module, gradients_of, training, progress.step, settings)
         progress.tokens += training.num_tokens(progress.step)
         norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
         progress.step += 1
@@ -220,6 +236,7 @@ def sft_steps(
 
         reports: list[dict[str, float]] = []
         now, validating, valid, improved, note = time.perf_counter(), 0.0, [], False, ""
+        waits = ranks.waited
         if progress.step % settings.steps_per_eval == 0 or progress.step == settings.iters:
             valid = [validate(module, validation, settings)]
             note = progress.overfits(valid[0]["valid_loss"])
@@ -235,19 +252,21 @@ def sft_steps(
                     "steps_per_second": (progress.step - last_report) / (now - reported),
                     "tokens_per_second": progress.tokens / (now - reported),
                     "skipped_updates": progress.skipped,
+                    **waiting(ranks, waits - waited, now - reported),
                 }
             )
             progress.window, progress.tokens, reported, last_report = mx.zeros(1), 0, now, progress.step
-        reported += validating  # no time of training's
+            waited = waits
+        reported, waited = reported + validating, waited + ranks.waited - waits  # no time of training's
         yield SFTStep(progress.step, skipped, reports + valid, improved, last, note)
 
 
 def accumulated(
-    gradients_of: Callable, training: Objective, step: int, settings: SFTSettings
+    module: nn.Module, gradients_of: Callable, training: Objective, step: int, settings: SFTSettings
 ) -> tuple[mx.array, mx.array, dict]:
     """Loss, sums of figures and gradients of a step, added up over the pieces of its batch: those of the whole."""
-    count = settings.gradient_accumulation_steps
-    batches = training.pieces(step, count) if count > 1 else [training.batch(step)]
+    count, ranks = settings.gradient_accumulation_steps, training.ranks
+    batches = training.pieces(step, count) if count > 1 or ranks.size > 1 else [training.batch(step)]
     whole: Any = None
     for arrays in batches:
         (loss, figures), gradients = gradients_of(*arrays)
@@ -255,7 +274,9 @@ def accumulated(
         whole = piece if whole is None else tree_map(mx.add, whole, piece)
         if count > 1:
             mx.eval(whole)  # so that the activations of one piece are gone before those of the next
-    return whole
+    if whole is None:  # a batch of fewer rows than there are ranks
+        whole = mx.array(0.0), mx.zeros(3 + len(training.more)), tree_map(mx.zeros_like, module.trainable_parameters())
+    return sum_tree(ranks, whole)
 
 
 def finished(settings: SFTSettings, progress: SFTProgress) -> bool:
@@ -283,20 +304,31 @@ def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1, spl
         _, sums = objective.loss(module, *arrays)
         totals += stacked(sums)
         mx.eval(totals)
-    return means(objective, totals, split)
+    return means(objective, objective.ranks.sum([totals])[0], split)
+
+
+def waiting(ranks: Ranks, waited: float, seconds: float) -> dict[str, float]:
+    """What a report says of several processes: the share of `seconds` that this one waited for others."""
+    return {} if ranks.size == 1 else {"waiting_share": waited / seconds}
 
 
 def train_sft(
-    trainee: Trainee, tokenizer: Any, training: Source, validation: Source, settings: SFTSettings
+    trainee: Trainee,
+    tokenizer: Any,
+    training: Source,
+    validation: Source,
+    settings: SFTSettings,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
     """Train by SFT or DPO, or as a reward model; returns every report's figures, by the names of a run's metrics.jsonl.
 
     trainee: from `build_trainee`; its weights change in place. training, validation: .jsonl files, with the rows of
-    docs/custom_data.md. Nothing is printed or written; `models.adapters.save_adapter` saves the result. Raises
-    UserError for settings and rows that do not fit. For one step at a time: `sft_steps`.
+    docs/custom_data.md. ranks: of training.mlx_ranks.launched, where several processes call this. Nothing is printed or
+    written; `models.adapters.save_adapter` saves the result. Raises UserError for settings and rows that do not fit.
+    For one step at a time: `sft_steps`.
     """
     check_settings(settings)
-    rows, valid_rows = (make_objective(trainee, tokenizer, settings) for _ in range(2))
+    rows, valid_rows = (make_objective(trainee, tokenizer, settings, ranks=ranks) for _ in range(2))
     read_rows(rows, training, trainee.model)
     read_rows(valid_rows, validation, trainee.model)
     settings = planned(settings, rows)

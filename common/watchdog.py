@@ -1,0 +1,133 @@
+"""Ends all processes of a job when one of them has ended, whatever the others are waiting for.
+
+A collective operation whose peer is gone may wait for ever, deaf to signals. So every process has a thread with a
+connection of its own: all to rank 0, which tells the others.
+"""
+
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NoReturn
+
+BEAT = 1.0  # seconds between signs of life
+SILENCE = 40.0  # seconds without any, after which a process or its connection counts as gone
+CONNECTING = 30.0  # seconds
+ALIVE, DONE, FAILED, GONE = b".", b"q", b"e", b"x"  # what processes say: I live, I am done, I failed, another is gone
+LOST = 3  # exit code
+
+
+class Watchdog:
+    """The watch of one process over the others: `start`, and in the end `leave` or `fail`."""
+
+    def __init__(self, rank: int, size: int, host: str):
+        """host: of rank 0, as the others reach it."""
+        self.rank, self.size, self.host = rank, size, host
+        self.continued_by = ""  # the command that goes on where this run ends
+        self.peers: dict[int, socket.socket] = {}
+        self.heard: dict[int, float] = {}
+        self.left, self.failing, self.first_failed = (threading.Event() for _ in range(3))
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self, from_first: Callable[[Callable[[], Any]], Any]) -> None:
+        """Connect all processes. from_first: gives every process what its argument returns on rank 0."""
+        server = socket.create_server((self.host, 0)) if self.rank == 0 else None
+        port, token = from_first(lambda: [server.getsockname()[1], secrets.token_hex(16)] if server else [])
+        if server is not None:
+            self._accept(server, token.encode())
+        else:
+            peer = socket.create_connection((self.host, port), timeout=CONNECTING)
+            peer.sendall(token.encode() + bytes([self.rank]))
+            self.peers[0] = peer
+        for peer in self.peers.values():
+            peer.settimeout(0)
+        self.heard = dict.fromkeys(self.peers, time.monotonic())
+        self.thread.start()
+
+    def _accept(self, server: socket.socket, token: bytes) -> None:
+        """Wait for every other rank, which has the token; whoever else calls is sent away."""
+        with server:
+            server.settimeout(CONNECTING)
+            while len(self.peers) < self.size - 1:
+                peer, _ = server.accept()
+                peer.settimeout(CONNECTING)
+                said = b""
+                while len(said) <= len(token) and (more := peer.recv(len(token) + 1 - len(said))):
+                    said += more
+                if len(said) > len(token) and secrets.compare_digest(said[:-1], token):
+                    self.peers[said[-1]] = peer
+                else:
+                    peer.close()
+
+    def leave(self) -> None:
+        """This process ends as it should."""
+        self.left.set()
+        self.thread.join()
+        self._tell(DONE)
+
+    def fail(self) -> bool:
+        """This process ends by an error, which ends the others. Returns whether rank 0 did first, and so says it."""
+        self.failing.set()
+        if self.rank:
+            self.first_failed.wait(2 * BEAT)
+        self._tell(FAILED)
+        return self.first_failed.is_set()
+
+    def _tell(self, word: bytes, but: int | None = None) -> None:
+        for rank, peer in self.peers.items():
+            if rank != but:
+                with suppress(OSError):
+                    peer.send(word)
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for rank, peer in self.peers.items():
+                selector.register(peer, selectors.EVENT_READ, rank)
+            beaten = 0.0
+            while not self.left.is_set() and selector.get_map():
+                for key, _ in selector.select(BEAT / 4):
+                    if self._hear(key.data):
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - beaten >= BEAT:
+                    beaten = now
+                    self._tell(ALIVE)
+                    for key in list(selector.get_map().values()):
+                        if now - self.heard[key.data] > SILENCE:
+                            self._end(key.data)
+
+    def _hear(self, rank: int) -> bool:
+        """Take in what a peer says; returns whether it has ended as it should."""
+        try:
+            said = self.peers[rank].recv(64)
+        except BlockingIOError:
+            return False
+        except OSError:
+            said = b""
+        self.heard[rank] = time.monotonic()
+        if DONE in said:
+            return True
+        if self.failing.is_set():
+            if rank == 0 and FAILED in said:
+                self.first_failed.set()
+            return not said
+        if FAILED in said or GONE in said:  # whoever failed, or rank 0, says it
+            self._tell(GONE, but=rank)
+            os._exit(LOST)
+        if not said:
+            self._end(rank)
+        return False
+
+    def _end(self, lost: int) -> NoReturn:
+        """End this process, and tell the others; say why if it is the first that is left."""
+        self._tell(GONE, but=lost)
+        if self.rank == (1 if lost == 0 else 0):
+            go_on = f"; the last checkpoint stands; continue with: {self.continued_by}" if self.continued_by else ""
+            line = f"error: rank {lost} of {self.size} has ended or cannot be reached, so all end{go_on}\n"
+            os.write(2, (("\n" if sys.stderr.isatty() else "") + line).encode())
+        os._exit(LOST)

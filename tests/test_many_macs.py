@@ -1,0 +1,128 @@
+"""Several processes by mlx.launch do what one does, and end together (docs/many_macs.md)."""
+
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import sft
+from models.adapters import read_adapter
+from tests import launched
+from tests.conftest import tiny_random_folder
+from tests.scripts import ROOT, call
+from training.metrics import read_metrics
+
+LAUNCHER = (sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()")  # mlx.launch
+TIMES = ("steps_per_second", "tokens_per_second", "waiting_share", "peak_memory_gb")
+LIMIT = 300  # seconds; alone on a machine, a launch takes a few
+
+
+def free_port(count):
+    """The first of `count` ports that were free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return min(port, 65_500 - count)
+
+
+def launch(size, *words, cwd=ROOT):
+    """Run `python -m tests.launched WORDS` in `size` processes of one thread each; returns the launcher's result."""
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [*LAUNCHER, "-n", str(size), "-p", str(free_port(size)), "--", sys.executable, "-m", "tests.launched"]
+    read, write = os.pipe()  # an input without an end: at its end the launcher would keep a core busy
+    try:
+        return subprocess.run(
+            [*command, *map(str, words)],
+            cwd=cwd, env={**os.environ, **environment}, stdin=read, capture_output=True, text=True, timeout=LIMIT,
+        )  # fmt: skip
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and rows of every kind."""
+    folder, rng = tmp_path_factory.mktemp("many"), random.Random(0)
+    tiny_random_folder(folder / "model")
+
+    def text():
+        return " ".join(str(2 * rng.randrange(50)) for _ in range(rng.randrange(2, 9)))
+
+    for split, count in (("train", 13), ("valid", 9)):
+        write_rows(folder / f"texts_{split}.jsonl", [{"text": text()} for _ in range(count)])
+        rewards = [{"text": text(), "reward": rng.randrange(4)} for _ in range(count)]
+        write_rows(folder / f"rewards_{split}.jsonl", rewards)
+        pairs = [{"prompt": "2 4", "chosen": f" {text()}", "rejected": f" {text()}"} for _ in range(count)]
+        write_rows(folder / f"pairs_{split}.jsonl", pairs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_two(folder):
+    """What two processes trained: weights by run and name, and what was found."""
+    done = launch(2, "train", folder)
+    assert (folder / "found-2.json").is_file(), done.stdout + done.stderr
+    return mx.load(str(folder / "weights-2.npz")), json.loads((folder / "found-2.json").read_text(encoding="utf-8"))
+
+
+def assert_same_run(of_two, name, weights, history):
+    """Weights within 1e-5; figures, too, relative to those above 1."""
+    trained, found = of_two
+    for key, array in weights.items():
+        np.testing.assert_allclose(np.array(trained[f"{name}/{key}"]), np.array(array), rtol=0, atol=1e-5)
+    assert len(found[name]) == len(history)
+    for row, expected in zip(found[name], history, strict=True):
+        figures = {key: value for key, value in expected.items() if key not in TIMES}
+        assert {key: value for key, value in row.items() if key not in TIMES} == pytest.approx(figures, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("name", launched.SFT_RUNS)
+def test_two_processes_train_what_one_does(folder, of_two, name):
+    weights, history = launched.train(folder, name)
+    assert_same_run(of_two, name, weights, history)
+    assert sum(0 <= row.get("waiting_share", -1) < 1 for row in of_two[1][name]) == 3
+
+
+def test_other_data_on_a_rank_is_refused_on_all_with_its_name(of_two):
+    first, second = of_two[1]["refusal"]
+    assert first == second
+    assert re.fullmatch(r"rank 1 has another data than rank 0 .*; start every process with .* the same files", first)
+
+
+def arrays_of(path):
+    return {name: np.array(array) for name, array in read_adapter(path).weights.items()}
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_ends_all_and_any_number_of_processes_goes_on(folder, tmp_path, monkeypatch, lost):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sft, "plot_run", lambda folder: "")
+    flags = ["--train", "--model", folder / "model", "--data", folder, "--data-base", "texts_", "--iters", 8,
+             "--steps-per-report", 2, "--steps-per-eval", 4, "--save-every", 3, "--batch-size", 4]  # fmt: skip
+    done = launch(2, "kill", lost, 4, *flags, "--save-file", "cut", "--output-dir", "run", cwd=tmp_path)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == [
+        f"error: rank {lost} of 2 has ended or cannot be reached, so all end; the last checkpoint stands; continue "
+        "with: mlx.launch -n 2 python sft.py --resume run"
+    ], done.stderr
+    assert [path.name for path in sorted(Path("run/checkpoints").iterdir())] == ["000000", "000003"]
+
+    call(sft.main, "--resume", "run")
+    call(sft.main, *flags, "--save-file", "whole", "--output-dir", "whole_run")
+    for name, array in arrays_of("whole").items():
+        np.testing.assert_allclose(arrays_of("cut")[name], array, rtol=0, atol=1e-5)
+    losses = [[row["train_loss"] for row in read_metrics(run) if "train_loss" in row] for run in ("run", "whole_run")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and len(losses[0]) == 4
