@@ -140,9 +140,12 @@ def in_order(count: int, batch_size: int) -> Iterator[range]:
         yield range(start, min(start + batch_size, count))
 
 
-def in_passes(count: int, length: int) -> Iterator[range]:
-    """Consecutive ranges of `count` rows of `length` tokens each, for passes of TOKENS_A_PASS or of a single row."""
-    return in_order(count, max(1, TOKENS_A_PASS // length))
+def in_passes(count: int, length: int, most: int | None = None) -> Iterator[range]:
+    """Consecutive ranges of `count` rows of `length` tokens each, for passes of TOKENS_A_PASS or of a single row.
+
+    most: tokens of a pass, where it has to be smaller.
+    """
+    return in_order(count, max(1, min(TOKENS_A_PASS, most or TOKENS_A_PASS) // length))
 
 
 def draw_pairs(rewards: Sequence[float], rng: np.random.Generator) -> list[tuple[int, int]]:

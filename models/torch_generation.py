@@ -4,6 +4,7 @@ The twin of `models.generation.sample`. `model.generate` is not used: it applies
 checkpoint's settings, so training's logprobs would not be those of the sampling distribution.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,34 @@ from transformers import DynamicCache
 from common.errors import UserError
 from data.batching import TOKENS_A_PASS, in_order
 from models.torch_soft_prompt import soft_prompt_ids
-from models.torch_token_stats import hidden_states
+from models.torch_token_stats import hidden_states, largest_pass
 from models.torch_value_head import forward
 
-TOKENS_BETWEEN_WAITS = 8  # on a GPU, which has nothing to do while Python looks whether all rows have ended
+EVENTS: dict[str, Any] = {"cuda": torch.cuda.Event, "mps": torch.mps.Event}
+
+
+class _OnItsWay:
+    """Numbers that a device computes: reading them waits for what it was given before them, not for what came after."""
+
+    def __init__(self, numbers: Tensor):
+        self.event = EVENTS[numbers.device.type]() if numbers.device.type in EVENTS else None
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        if self.event:
+            self.event.record()
+
+    def read(self) -> list[int]:
+        if self.event:
+            self.event.synchronize()
+        return self.numbers.tolist()
+
+
+class _UnreadMasks(DynamicCache):
+    """A cache for which transformers makes every token's mask, as it does for compiled models.
+
+    Otherwise it looks whether the mask has a pad, which waits for the device, to leave out one that has none.
+    """
+
+    is_compileable = True
 
 
 def sample(
@@ -61,11 +86,12 @@ def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_token
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    cache = DynamicCache(config=model.config)
+    ahead = _passes_ahead(device)
+    cache = _UnreadMasks(config=model.config) if ahead else DynamicCache(config=model.config)
     tokens, positions = _read_prompts(model, cache, tokens, mask, positions)
     drawn, lengths = [], torch.zeros_like(alive, dtype=torch.long)
-    counts: list[Tensor] = []  # rows going on, at each token since the last wait
-    for number in range(1, max_tokens + 1):
+    unread: deque[_OnItsWay] = deque()  # of each token not looked at yet: the rows that it was drawn for, and go on
+    for _ in range(max_tokens):
         last = torch.full_like(positions[:, :1], tokens.shape[1] - 1)
         logits, _ = forward(
             model,
@@ -79,34 +105,43 @@ def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_token
         tokens = draw(logits[:, 0], temperature)[:, None]
         drawn.append(tokens)
         lengths += alive
-        counts.append(alive.sum())
-        alive = alive & ~torch.isin(tokens[:, 0], eos)
-        if number % _tokens_between_waits(device) == 0 or number == max_tokens:
-            *begun, left = torch.stack([*counts, alive.sum()]).tolist()
-            counts.clear()
-            for count in filter(None, begun if on_token else ()):
-                on_token(count)
-            if not left:
-                break
+        going_on = alive & ~torch.isin(tokens[:, 0], eos)
+        unread.append(_OnItsWay(torch.stack([alive.sum(), going_on.sum()])))
+        alive = going_on
+        if len(unread) > ahead and not _left(unread.popleft(), on_token):
+            break
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
         positions = positions[:, -1:] + 1
+    else:
+        for token in unread:
+            _left(token, on_token)
     rows = torch.cat(drawn, dim=1).tolist()
     return [row[:length] for row, length in zip(rows, lengths.tolist(), strict=True)]
 
 
-def _tokens_between_waits(device: torch.device) -> int:
-    """How many tokens are drawn before it is known which rows have ended; a CPU would compute what is not needed."""
-    return 1 if device.type == "cpu" else TOKENS_BETWEEN_WAITS
+def _passes_ahead(device: torch.device) -> int:
+    """Passes that are given to the device before a token is looked at: a CPU would compute what may not be needed."""
+    return 0 if device.type == "cpu" else 1
+
+
+def _left(token: _OnItsWay, on_token: Callable[[int], None] | None) -> int:
+    """The rows that go on after a token; `on_token` is told of those that it was drawn for."""
+    drawn_for, left = token.read()
+    if on_token and drawn_for:
+        on_token(drawn_for)
+    return left
 
 
 def _read_prompts(
     model: Any, cache: DynamicCache, tokens: Tensor, mask: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Fill the cache with all but the last of `tokens` (B, P), in passes of TOKENS_A_PASS at most where P is long.
+    """Fill the cache with all but the last of `tokens` (B, P), in passes of TOKENS_A_PASS at most (or what a
+    device's largest array allows) where P is long.
 
     Returns the tokens that are left for the pass that draws, and their positions.
     """
-    step, start = max(1, TOKENS_A_PASS // len(tokens)), 0
+    most = min(TOKENS_A_PASS, largest_pass(model, tokens.shape[1]))
+    step, start = max(1, most // len(tokens)), 0
     while tokens.shape[1] - start > step:
         part = slice(start, start + step)
         hidden_states(
@@ -129,4 +164,6 @@ def draw(logits: Tensor, temperature: float) -> Tensor:
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return torch.multinomial(torch.softmax(logits.float() / temperature, dim=-1), num_samples=1)[:, 0]
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    # torch.multinomial draws so, too, but first waits for the device, to look whether these are probabilities.
+    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)

@@ -7,6 +7,7 @@ The twin of models.token_stats: the output layer is applied to a few rows of the
 in the backward pass, so that only the logits of one piece exist at once.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from common.errors import UserError
 
 LOGITS_BYTES = 256 * 10**6
 ALIVE = 8  # arrays (n, V) in float32 at once, in the backward pass of a piece
-LARGEST = 2**32 - 1  # bytes of one array: MPS has no larger ones
+LARGEST_ARRAY = {"mps": 2**32 - 1}  # bytes, for the devices that have such a limit
 LOWEST = -1e38  # for a log probability of −inf, which times a probability of 0 would be NaN
 
 
@@ -91,6 +92,20 @@ def _output_layer(model: Any) -> nn.Module:
     return layer
 
 
+def largest_pass(model: Any, keys: int) -> int:
+    """The most tokens, of all rows together, that a forward pass may read where each attends to `keys` tokens.
+
+    Beyond that, a layer's attention scores (B, heads, L, keys) in float32 are no array that the device can have.
+    """
+    heads = model.config.get_text_config().num_attention_heads
+    return max(1, largest_array(model.device) // (4 * heads * keys))
+
+
+def largest_array(device: torch.device) -> int:
+    """The bytes of the largest array that a device can have, as far as it has a limit of its own."""
+    return LARGEST_ARRAY.get(device.type, sys.maxsize)
+
+
 def token_stats(
     model: Any,
     hidden: Tensor,
@@ -110,7 +125,7 @@ def token_stats(
     Gradients reach `hidden` and whatever is trainable in the output layer.
     """
     vocabulary = logits_of(model, hidden.detach().flatten(0, -2)[:1]).shape[-1]
-    size = max(1, min(logits_bytes // ALIVE, LARGEST) // (4 * vocabulary))
+    size = max(1, min(logits_bytes // ALIVE, largest_array(hidden.device)) // (4 * vocabulary))
     ids = targets.flatten().long()
     rows = [hidden.flatten(0, -2).split(size), ids.split(size)]
     if reference is not None:

@@ -17,6 +17,7 @@ from models.folders import is_classifier
 from models.torch_adapters import load_adapter, read_adapter
 from models.torch_loading import LoadedModel, load, resolve, twin
 from models.torch_soft_prompt import soft_prompt_ids
+from models.torch_token_stats import largest_pass
 from models.torch_value_head import ScoringModel, ValueHead, head_from, hidden_size, load_value_head
 
 
@@ -39,7 +40,8 @@ class RewardModel:
         for indices in in_order(len(examples), self.batch_size):
             batch = collate([examples[i] for i in indices], self.tokenizer.pad_token_id or 0)
             tokens, lengths = (torch.tensor(array, device=device).long() for array in (batch.tokens, batch.lengths))
-            for rows in in_passes(*batch.tokens.shape):
+            count, length = batch.tokens.shape
+            for rows in in_passes(count, length, largest_pass(self.scoring.model, length)):
                 piece = slice(rows.start, rows.stop)
                 scores += self.scoring(tokens[piece], lengths[piece]).tolist()
         return scores

@@ -177,9 +177,9 @@ def operations(*arrays):
     return graph.getvalue().count("shape=rectangle")
 
 
-def adam_steps(count):
-    """The weights of `count` equal matrices and their moments after three steps, and the operations of a fourth."""
-    optimizer = make_optimizer(1e-2, 10, weight_decay=0.0)
+def matrix_steps(count, kind="adam"):
+    """The weights of `count` matrices and their moments after three steps, and the operations of a fourth."""
+    optimizer = make_optimizer(1e-2, 10, weight_decay=0.0, kind=kind)
     rng = np.random.default_rng(0)
     parameters = {f"w{i}": mx.array(rng.normal(size=(4, 3 + i)), mx.float32) for i in range(count)}
     gradients = {name: 0.1 * array for name, array in parameters.items()}
@@ -195,14 +195,25 @@ def adam_steps(count):
 def test_on_a_gpu_a_step_is_two_operations_an_array(monkeypatch, compiling):
     """And not eighteen, each of which is launched for itself; one trace serves all matrices."""
     monkeypatch.setattr(adam, "serves", lambda *arrays: False)
-    compiled, number = adam_steps(5)
-    assert number - adam_steps(2)[1] == 3 * 2
+    compiled, number = matrix_steps(5)
+    assert number - matrix_steps(2)[1] == 3 * 2
     mx.disable_compile()
-    plain, number = adam_steps(5)
-    assert number - adam_steps(2)[1] == 3 * 18
+    plain, number = matrix_steps(5)
+    assert number - matrix_steps(2)[1] == 3 * 18
     mx.enable_compile()
     for array, expected in zip(compiled, plain, strict=True):
         np.testing.assert_allclose(array, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_on_a_gpu_muon_s_step_is_its_products_and_what_lies_between_them(compiling):
+    compiled, number = matrix_steps(5, "muon")
+    assert number - matrix_steps(2, "muon")[1] == 3 * 34  # 15 products, 5 transposes
+    mx.disable_compile()
+    plain, number = matrix_steps(5, "muon")
+    assert number - matrix_steps(2, "muon")[1] == 3 * 85
+    mx.enable_compile()
+    for array, expected in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-6)
 
 
 class Square(nn.Module):

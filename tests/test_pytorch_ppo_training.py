@@ -17,7 +17,7 @@ import pytorch_ppo_training as script
 from common import locate
 from common.cli import Stopped
 from common.errors import UserError
-from models import torch_adapters, torch_loading
+from models import torch_adapters, torch_loading, torch_token_stats, torch_value_head
 from models.adapter_config import AdapterConfig
 from models.torch_value_head import ValueHead
 from tests.scripts import ROOT, call, fails, read_samples
@@ -83,6 +83,26 @@ def test_it_runs_where_mlx_cannot_be_imported(base, tmp_path):
     done = process(tmp_path, blocked, "", *words)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "000001" / "optimizer.safetensors").is_file()
+
+
+def test_a_pass_whose_attention_scores_would_be_too_large_is_split(base, tmp_path, monkeypatch):
+    words = ("--model", base, "--ground-truth-reward", "--num-steps", 2, *SMALL)
+    call(script.main, *words, "--output-dir", tmp_path / "whole", "--save-file", tmp_path / "whole-adapter")
+    rows: list[int] = []
+    hidden_states = torch_value_head.hidden_states
+
+    def noted(model, tokens, positions):
+        rows.append(len(tokens))
+        return hidden_states(model, tokens, positions)
+
+    monkeypatch.setattr(torch_value_head, "hidden_states", noted)
+    # Two rows, four heads, L of 10 to 12: up to 2 · 4 · 12 · 12 scores of 4 bytes.
+    monkeypatch.setitem(torch_token_stats.LARGEST_ARRAY, "cpu", 4 * (2 * 4 * 12 * 12))
+    call(script.main, *words, "--output-dir", tmp_path / "split", "--save-file", tmp_path / "split-adapter")
+    assert set(rows) == {2}, rows
+    whole, split = (read_metrics(tmp_path / name)[-1] for name in ("whole", "split"))
+    for name in ("mean_score", "kl", "policy_loss", "grad_norm", "ratio_max", "entropy"):
+        assert split[name] == pytest.approx(whole[name], abs=1e-5)
 
 
 # --- resuming ---

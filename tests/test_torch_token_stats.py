@@ -168,6 +168,6 @@ def test_no_piece_is_larger_than_the_largest_array_of_mps(monkeypatch):
         return logits_of(model, states)
 
     monkeypatch.setattr(torch_token_stats, "logits_of", noted)
-    monkeypatch.setattr(torch_token_stats, "LARGEST", 4 * 4 * VOCABULARY + 3)
+    monkeypatch.setitem(torch_token_stats.LARGEST_ARRAY, "cpu", 4 * 4 * VOCABULARY + 3)
     close(token_stats(model, hidden, TARGETS, logits_bytes=10**12).logprobs, expected.logprobs)
     assert shapes == [1, 4, 2]  # the first for the vocabulary's size

@@ -107,9 +107,18 @@ class Muon(optim.Muon):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """One matrix's step."""
-        step, state["v"] = muon_step(gradient, state["v"])
         rate = self.learning_rate.astype(parameter.dtype)
-        return parameter * (1 - rate * self.weight_decay) - rate * step
+        moved, state["v"] = _muon_step(gradient, parameter, state["v"], rate, self.weight_decay)
+        return moved
+
+
+@mx.compile  # a trace for every shape: `muon_step` turns a matrix that is taller than wide
+def _muon_step(
+    gradient: mx.array, parameter: mx.array, average: mx.array, rate: mx.array, weight_decay: float
+) -> tuple[mx.array, mx.array]:
+    """The parameter after one step, and the new moving average: on a GPU, what lies between products is one kernel."""
+    step, average = muon_step(gradient, average)
+    return parameter * (1 - rate * weight_decay) - rate * step, average
 
 
 Optimizer: TypeAlias = Adam | Muon | optim.MultiOptimizer

@@ -19,7 +19,7 @@ from models.torch_generation import sample
 from models.torch_grad_checkpoint import checkpoint_layers
 from models.torch_loading import LoadedModel, twin
 from models.torch_soft_prompt import soft_prompt_ids
-from models.torch_token_stats import TokenStats, token_stats
+from models.torch_token_stats import TokenStats, largest_pass, token_stats
 from models.torch_value_head import Policy, new_value_head
 from training import ppo_step
 from training.advantages import estimator
@@ -102,7 +102,7 @@ class PPOLearner:
         tokens, positions, ids, mask = (torch.from_numpy(field).to(self.device) for field in packed)
         tokens, positions = tokens.long(), positions.long()
         pieces = []
-        for rows_of in in_order(len(prompts), ppo_step.rows_to_score(settings)):
+        for rows_of in in_order(len(prompts), min(ppo_step.rows_to_score(settings), self._rows(tokens))):
             piece = slice(rows_of.start, rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
         logprobs, ref_logprobs, kl, values, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
@@ -110,6 +110,10 @@ class PPOLearner:
         return Rollout(
             tokens, positions, ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=given
         ), entropy  # fmt: skip
+
+    def _rows(self, tokens: Tensor) -> int:
+        """The most rows of `tokens` (B, L) that a pass may take on this device."""
+        return max(1, largest_pass(self.policy.model, tokens.shape[1]) // tokens.shape[1])
 
     def _score(self, tokens: Tensor, positions: Tensor, ids: Tensor, prefix: list[int]) -> tuple[Tensor, ...]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
@@ -132,9 +136,11 @@ class PPOLearner:
 
         Returns the stats, averaged over the mini batches.
         """
+        rows = self._rows(rollout.tokens)
 
         def gradients(pieces: Sequence[np.ndarray]) -> tuple[dict[str, float], list[Tensor]]:
-            return accumulate(self.gradients_of, rollout, advantages, returns, pieces, kl_coef)[1:]
+            parts = [part for piece in pieces for part in np.split(piece, range(rows, len(piece), rows))]
+            return accumulate(self.gradients_of, rollout, advantages, returns, parts, kl_coef)[1:]
 
         return ppo_step.update(self.settings, step, gradients, partial(take_step, self.optimizer), lr_factor)
 
