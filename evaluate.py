@@ -35,8 +35,7 @@ from models.adapters import load_adapter
 from models.gpu import memory_meter
 from models.loading import LoadedModel, load, resolve, twin
 from rewards.build import build_reward
-from training import ppo_flags
-from training.console import speed
+from training import console, ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.flags import add_logits_memory
 from training.samples import text_table
@@ -142,26 +141,31 @@ def check_reference(reference: LoadedModel, candidate: LoadedModel) -> None:
 
 
 def show(title: str, prompts: Sequence[str], result: Evaluation, num_rows: int, with_kl: bool) -> None:
-    """Print `num_rows` of the samples as a table, and the figures."""
+    """Print `num_rows` of the samples as a table, and below them the figures."""
     count = min(num_rows, len(result.rows))
     print(f"{title}\n{text_table([result.rows[i * len(result.rows) // count] for i in range(count)])}".rstrip())
     figures = {
-        "mean_score": str(score_interval(prompts, result.scores)),
-        **{name: f"{mean:.3f}" for name, mean in result.part_scores.items()},
-        **({} if result.perfect_share is None else {"perfect_share": f"{result.perfect_share:.3f}"}),
-        "completion_length": f"{result.completion_length:.1f}",
-        **({"kl": f"{result.kl:.3f}"} if with_kl else {}),
+        **result.part_scores,
+        "perfect_share": result.perfect_share,
+        "completion_length": result.completion_length,
     }
-    print(" | ".join(f"{name}: {value}" for name, value in figures.items()) + "\n")
+    if with_kl:
+        figures["kl"] = result.kl
+    print(f"\n  {console.title('mean_score'):<22}{score_interval(prompts, result.scores)}")
+    for name, value in figures.items():
+        if value is not None:
+            print(f"  {console.title(name):<22}{console.shown(name, value)}")
+    print()
 
 
 def show_difference(prompts: Sequence[str], first: Evaluation, second: Evaluation) -> None:
     """Print by how much the first model is better than the second, and on how many prompts."""
     found = score_difference(prompts, second.scores, first.scores)
     even = len(per_prompt(prompts, first.scores)) - found.gained - found.lost
+    print(f"first less second, paired: {found.interval}")
     print(
-        f"difference: {found.interval} (first minus second, paired) | better: {found.gained} | even: {even} | "
-        f"worse: {found.lost} | p: {found.p_value:.2g} (sign test)"
+        f"the first is better on {found.gained} prompts, as good on {even}, worse on {found.lost}; "
+        f"sign test: p = {found.p_value:.2g}"
     )
 
 
@@ -220,7 +224,9 @@ def main() -> None:
     over = f"{distinct} prompts" if distinct > 1 else f"{len(prompts)} completions of one prompt"
     print(f"intervals: 95 %, over {over}")
     tokens = sum(row["tokens"] for result in results.values() for row in result.rows)
-    print(speed({"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9}))
+    print(
+        console.speed({"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9})
+    )
     if args.save_samples:
         save_samples(args.save_samples, results)
 

@@ -1,6 +1,7 @@
 """evaluate.py and training/evaluation.py: the figures, the KL, and the saved rows."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -85,7 +86,8 @@ def test_the_script_scores_and_keeps_rows(tiny_folder, tmp_path, capsys):
     words = ["--model", tiny_folder, "--ground-truth-reward", "--num-samples", 9, "--max-completion-length", 5]
     call(evaluate.main, *words, "--held-out", "--reference", tiny_folder, "--save-samples", rows)
     printed = capsys.readouterr().out
-    assert "mean_score: " in printed and "kl: 0.000" in printed.replace("-0.000", "0.000")
+    assert re.search(r"^  score +\d\.\d{3} \[", printed, flags=re.MULTILINE) and "  perfect  " in printed
+    assert re.search(r"^  KL +-?0\.000$", printed, flags=re.MULTILINE)
     kept = read_rows(rows, [("text", "reward")])
     assert len(kept) == 9 and all(0 <= row["reward"] <= 1 for row in kept)
     assert {row["text"].split()[0] for row in kept} <= {str(start) for start in range(14, 201, 20)}
@@ -180,21 +182,19 @@ def test_two_models_are_compared_on_the_same_prompts(tiny_folder, moved, tmp_pat
     assert all(row["reward"] == len(row["completion"]) / 10 for row in saved)
     prompts, scores = [row["prompt"] for row in saved[:20]], [row["reward"] for row in saved]
     found = score_difference(prompts, scores[20:], scores[:20])
-    assert f"difference: {found.interval} (first minus second" in printed and found.interval.mean != 0
-    assert f"better: {found.gained} | even: {10 - found.gained - found.lost} | worse: {found.lost} |" in printed
+    assert f"first less second, paired: {found.interval}\n" in printed and found.interval.mean != 0
+    even = 10 - found.gained - found.lost
+    assert f"better on {found.gained} prompts, as good on {even}, worse on {found.lost}; sign test" in printed
     assert "over 10 prompts" in printed
     # Each is printed with its own interval and KL. The base is its own reference, although its twin has an adapter.
-    first, second = [line for line in printed.splitlines() if line.startswith("mean_score")]
-    assert first.startswith(f"mean_score: {score_interval(prompts, scores[:20])}") and abs(kl_of(first)) < 1e-3
-    assert second.startswith(f"mean_score: {score_interval(prompts, scores[20:])}") and kl_of(second) > 0.01
+    shown = re.findall(r"^  score +(.+)\n  length .+\n  KL +(.+)$", printed, flags=re.MULTILINE)
+    assert [score for score, _ in shown] == [str(score_interval(prompts, own)) for own in (scores[:20], scores[20:])]
+    assert abs(float(shown[0][1])) < 1e-3 and float(shown[1][1]) > 0.01
     assert printed.count("tokens  score  prompt  completion") == 2
     # In the other order the sign is reversed, and the second model is named by its folder.
     call(evaluate.main, *words, "--resume-file", moved, "--against", tiny_folder)
-    assert f"difference: {score_difference(prompts, scores[:20], scores[20:]).interval} (" in capsys.readouterr().out
-
-
-def kl_of(line):
-    return float(line.rpartition("kl: ")[2])
+    found = score_difference(prompts, scores[:20], scores[20:])
+    assert f"first less second, paired: {found.interval}\n" in capsys.readouterr().out
 
 
 def test_saved_rows_serve_reward_models_and_sft(tiny_folder, tmp_path, capsys):

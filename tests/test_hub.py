@@ -129,5 +129,5 @@ def test_the_script_as_a_user_runs_it(hub, tmp_path):
     command = [sys.executable, "evaluate.py", "--model", TINYLLAMA, *map(str, WORDS)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert "mean_score: " in done.stdout
+    assert "  score  " in done.stdout
     assert any(path == f"/api/models/{TINYLLAMA}/revision/main" for _, path in hub.asked)

@@ -22,3 +22,10 @@ def test_a_text_is_one_line_and_cut():
 def test_what_is_as_long_as_the_width_is_whole():
     assert text_table([{"t": "x" * 9}], width=9).endswith("x" * 9)
     assert text_table([{"t": "x" * 10}], width=9).endswith("x" * 8 + "…")
+
+
+def test_lines_that_all_begin_with_are_left_out_where_a_text_would_be_cut():
+    rows = [{"prompt": f"system\nYou help.\nuser\nWhat is {n}?"} for n in (1, 2)]
+    assert text_table(rows, width=25).splitlines()[1:] == ["…What is 1?", "…What is 2?"]
+    assert "system" in text_table(rows, width=60) and "system" in text_table(rows[:1], width=25)
+    assert "…" not in text_table([{"prompt": "12"}, {"prompt": "13"}])

@@ -23,6 +23,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "mean_score": Column("score", ".3f"),
     "true_score": Column("true score", ".3f"),
+    "perfect_share": Column("perfect", ".1%"),
     "kl": Column("KL", ".3f"),
     "completion_length": Column("length", ".1f"),
     "eos_share": Column("EOS", ".0%"),
