@@ -6,6 +6,10 @@
 Every stage runs one of the scripts as a process; its command line is printed.
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import shutil
 import subprocess
@@ -14,10 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 from common.cli import python_command, run
 from common.errors import UserError

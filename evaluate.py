@@ -9,6 +9,10 @@ on what the policy writes. Intervals are 95 % confidence intervals over prompts,
 of prompts, not the seed of training.
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import json
 import time
@@ -18,10 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 from common.cli import run
 from common.errors import UserError

@@ -12,16 +12,16 @@ The fused model is compared with the adapter on a few rows, and layers of a quan
 above --max-fuse-kl (models.export.fusing).
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 

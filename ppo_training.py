@@ -8,11 +8,11 @@ training.ppo_learner.train_ppo. pytorch_ppo_training.py is the same in PyTorch. 
 (sft.py), merging the adapter into its base (fuse.py).
 """
 
-import argparse
-
 from models import cpu
 
 cpu.enable()  # before mlx is imported
+
+import argparse
 
 import mlx.core as mx
 

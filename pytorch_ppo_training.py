@@ -8,9 +8,11 @@ are training/torch_ppo_learner.py. Never imports mlx. On CUDA, kernels that add 
 differ in the last bit; on CPU it does not.
 """
 
+from common.cli import StopSignal, run  # first, so that Ctrl-C among the imports is one line
+
+# isort: split
 import argparse
 
-from common.cli import StopSignal, run
 from common.errors import UserError
 from common.files import say_replaced
 from data.prompts import say_beyond_context

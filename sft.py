@@ -9,14 +9,14 @@ In a notebook: training.sft_loop.train_sft. Not here: learning from a reward (pp
 its base (fuse.py).
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import time
 from collections.abc import Mapping
 from typing import Any
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 import mlx.nn as nn

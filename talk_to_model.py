@@ -7,6 +7,10 @@ Replies are streamed and the conversation is kept; /help lists the commands. Ctr
 the chat. To serve a model, use mlx_lm.server, which opens the same folders.
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import json
 import re
@@ -15,10 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 import mlx.core as mx
 

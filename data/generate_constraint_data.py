@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 if __name__ == "__main__":
     # When this file is run as a script, Python searches its folder; the packages are one level up.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import common  # noqa: F401  so that Ctrl-C while numpy is imported is one line
 
 import numpy as np
 

@@ -1,8 +1,10 @@
 """Flags: their spelling, YAML behind them, every flag of the walkthrough, and what is refused before loading."""
 
 import argparse
+import ast
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -605,13 +607,51 @@ def test_pytorch_s_help_needs_no_torch():
     assert done[1].returncode == 2 and done[1].stderr.startswith("error: torch is not installed; run: pip install")
 
 
-def test_ctrl_c_while_a_script_imports_leaves_no_traceback():
-    code = "import common\nraise KeyboardInterrupt"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and done.stderr == "\nstopped.\n"
+AT_IMPORT = """
+import os, runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+sys.path.insert(0, "")
+runpy.run_path("sft.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("moment", ["argparse", "mlx_lm"])  # soon after the start, and late
+def test_ctrl_c_while_a_script_imports_leaves_no_traceback(moment):
+    command = [sys.executable, "-c", AT_IMPORT, moment]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGINT  # which a shell calls 130
+    assert done.stderr == "\nstopped.\n"
+
+
+def test_a_fault_while_a_script_imports_has_its_traceback():
     code = "import common\nraise ValueError('a fault')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "Traceback" in done.stderr and "a fault" in done.stderr
+
+
+def first_import(path):
+    """The module that a file imports before any other."""
+    node = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom))
+    return node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+
+
+def test_every_script_answers_ctrl_c_before_it_imports_anything_else():
+    scripts = [path for path in ROOT.glob("*.py") if path.name != "conftest.py"]
+    assert len(scripts) == 7
+    assert {first_import(path).partition(".")[0] for path in scripts} == {"models", "common"}
+    # A module run by its name is imported with its package.
+    for package, first in {"data": "common", "models": "common.open_files", "synth": "common"}.items():
+        assert first_import(ROOT / package / "__init__.py") == first
+    assert "\nimport common " in (ROOT / "training" / "__init__.py").read_text()
 
 
 def test_boolean_is_strict():

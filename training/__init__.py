@@ -8,6 +8,8 @@ These are imported when they are asked for; docs/from_trl.md is about them.
 from importlib import import_module
 from typing import Any
 
+import common  # noqa: F401  so that Ctrl-C among the imports of a command is one line
+
 TRL_NAMES = {
     "PPOConfig": "training.trl_config",
     "LengthSampler": "training.trl_config",
