@@ -49,10 +49,10 @@ WHOLE = (
 )  # kinds of rows in which nothing is masked
 # Which kinds of rows each reader takes. Where --for names none, the first that takes most rows of a split is meant.
 READERS = {
-    "sft": ("texts", "prompts with completions", "conversations", "texts with rewards"),
+    "sft": ("texts", "prompts with completions", "conversations", "conversations with answers", "texts with rewards"),
     "reward-model": ("preference pairs", "texts with rewards"),
     "dpo": ("preference pairs",),
-    "ppo": ("prompts", "prompts with answers"),
+    "ppo": ("prompts", "prompts with answers", "conversations with answers"),
 }
 SCRIPTS = {
     "sft": "sft.py",
@@ -187,8 +187,9 @@ def encode(tokenizer: Any, row: Row, mask_prompt: bool) -> tuple[str, list[Examp
     if "text" in row or "completion" in row:
         kind = "texts" if "text" in row else "prompts with completions"
         return kind, language_examples(tokenizer, row, mask_prompt=mask_prompt)
-    if "answer" not in row and any(message["role"] == "assistant" for message in row.get("messages", [])):
-        return "conversations", language_examples(tokenizer, row, mask_prompt=mask_prompt)
+    if any(message["role"] == "assistant" for message in row.get("messages", [])):
+        kind = "conversations with answers" if "answer" in row else "conversations"
+        return kind, language_examples(tokenizer, row, mask_prompt=mask_prompt)
     tokens = encode_prompt(tokenizer, row_prompt(tokenizer, row))
     return "prompts with answers" if "answer" in row else "prompts", [Example(tokens, len(tokens))]
 

