@@ -7,10 +7,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO_FLAGS ?=
 PYTEST_FLAGS ?=
 
-.PHONY: help setup setup-optional setup-torch setup-dev test test-gpu demo lint clean
+.PHONY: help setup setup-optional setup-torch setup-dev test test-gpu demo demo-real lint clean
 
 help:
 	@echo "make demo       the whole walkthrough on the embedded model (DEMO_FLAGS=--short for a quick look)"
+	@echo "make demo-real  a real chat model learns, 30 minutes on 2 cores; goes on after a stop (DEMO_FLAGS=--short)"
 	@echo "make test       all tests, PyTorch parity included"
 	@echo "make test-gpu   what this machine is, and the tests that need a GPU; for a report"
 	@echo "make lint       ruff and mypy"
@@ -26,6 +27,9 @@ setup-dev: $(VENV)/.stamp-dev
 
 demo: setup
 	$(VENV)/bin/python demo.py $(DEMO_FLAGS)
+
+demo-real: setup
+	$(VENV)/bin/python demo_real.py $(DEMO_FLAGS)
 
 test: setup-torch
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)

