@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from common.errors import UserError, reason
+from common.json_text import parse_json
 
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another disk",
@@ -291,12 +292,12 @@ def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises UserError if it is missing or malformed."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; check the path") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check the path") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         why = (str(error).splitlines() or [""])[0]
         raise UserError(f"{path} is not valid JSON ({why}); restore it or recreate it") from None
 

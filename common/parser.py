@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
         actions = {action.dest: action for action in self._actions}
         for name, value in values.items():
             action = actions.get(name)
-            if action is None or value is None or value == action.default:
+            if action is None or value == action.default:
                 continue
             several = action.nargs == "+"
             for one in value if several and isinstance(value, list) else [value]:

@@ -5,13 +5,15 @@
 
     state = read_as(State, path, "resume from an earlier checkpoint")
 
-Types are strict (no text for a number, no true for 1) and numbers finite. Keys that a schema does not name are kept.
+Types are strict (no text for a number, no true for 1) and numbers finite. Keys that a schema does not name are kept. A
+dataclass can be a schema, too.
 """
 
+import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 
 from common.errors import UserError
 from common.files import read_json
@@ -23,6 +25,15 @@ class Schema(BaseModel):
     """An object in a JSON file; a subclass names the keys that are used."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _finite(self) -> Self:
+        """So in values whose types are not named."""
+        try:
+            json.dumps(self.model_dump(), allow_nan=False)
+        except ValueError:
+            raise ValueError("a number in it is not finite") from None
+        return self
 
 
 def read_as(kind: type[T], path: str | Path, remedy: str = "restore it or recreate it") -> T:
@@ -44,7 +55,8 @@ def read_key(kind: type[T], path: str | Path, key: str, remedy: str = "restore i
 def conforming(kind: type[T], content: Any, path: object, remedy: str = "restore it or recreate it") -> T:
     """The content of the JSON file `path` as `kind`. Raises UserError as `read_as` does."""
     try:
-        return TypeAdapter(kind).validate_python(content, strict=True)
+        # As JSON, where a tuple is a list and a dataclass an object.
+        return TypeAdapter(kind).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     key, said = ".".join(map(str, first["loc"])), first["msg"].splitlines()[0]

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from common.errors import UserError
-from data.sources import Source, contents, parse_json
+from common.json_text import parse_json
+from data.sources import Source, contents
 
 T = TypeVar("T")
 Row = dict[str, Any]

@@ -7,7 +7,6 @@ What a row must contain: data.records.
 """
 
 import functools
-import json
 import re
 import socket
 import urllib.parse
@@ -17,16 +16,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import UserError
-from common.files import read_json
+from common.json_text import parse_json
+from common.schemas import Schema, read_key
 
+SAVE = "save it again with datasets' save_to_disk"
 INSTALL_ARROW = "pip install pyarrow"
 INSTALL_HUB = "pip install datasets"
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 HELD_OUT = 0.1  # share of the training rows used for validation if there is no validation split
-DEEPEST = 64  # levels of lists and objects in a row
-TOO_DEEP = f"nested more than {DEEPEST} levels deep"
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as an escape
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")  # OWNER/NAME, optionally with :CONFIGURATION
+
+
+class ArrowFile(Schema):
+    """An entry of a saved split's state.json."""
+
+    filename: str
 
 
 class Split(NamedTuple):
@@ -123,7 +127,7 @@ def is_saved(folder: Path) -> bool:
 def saved_splits(folder: Path) -> dict[str, Path]:
     """Split name → folder of a saved data set; one without splits counts as "train"."""
     if (folder / "dataset_dict.json").is_file():
-        splits = {str(name): folder / str(name) for name in read_json(folder / "dataset_dict.json").get("splits", [])}
+        splits = {name: folder / name for name in read_key(list[str], folder / "dataset_dict.json", "splits", SAVE)}
         if splits:
             return splits
     if not (folder / "state.json").is_file():
@@ -166,35 +170,10 @@ def _parsed(line: str, place: str) -> Any:
         return UserError(f"{place} is not valid JSON ({error}); write one object a line")
 
 
-def parse_json(text: str) -> Any:
-    """The content of JSON that may be anyone's.
-
-    Raises ValueError if it is malformed, nested more than DEEPEST levels deep, which templates cannot render, or holds
-    half of a surrogate pair, which no file and no tokenizer can.
-    """
-    try:
-        found = json.loads(text)
-    except RecursionError:
-        raise ValueError(TOO_DEEP) from None
-    # Most rows have too few brackets to be too deep.
-    level = [found] if text.count("[") + text.count("{") > DEEPEST else []
-    for _ in range(DEEPEST):
-        inner = [item for item in level if isinstance(item, list | dict)]
-        level = [part for item in inner for part in (item.values() if isinstance(item, dict) else item)]
-    if any(isinstance(item, list | dict) for item in level):
-        raise ValueError(TOO_DEEP)
-    try:
-        if SURROGATE.search(text):
-            json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair, {error.object[error.start]!a}") from None
-    return found
-
-
 def arrow_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of one saved split. Raises UserError if pyarrow is missing or a file cannot be read."""
-    state = read_json(folder / "state.json")
-    return [row for file in state.get("_data_files", []) for row in _arrow_file(folder / Path(file["filename"]).name)]
+    files = read_key(list[ArrowFile], folder / "state.json", "_data_files", SAVE)
+    return [row for file in files for row in _arrow_file(folder / Path(file.filename).name)]
 
 
 def _arrow_file(file: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from common.files import atomic_folder, read_json, write_json
+from common.files import atomic_folder, write_json
+from common.schemas import read_as
 from models.gguf_folder import CONVERTED, cache_errors, is_complete, only_one
 from models.gguf_reader import GGUFFile, halves_of_heads, read_gguf
 
@@ -37,7 +38,7 @@ def four_bit_folder(path: Path, source: Path) -> Path:
 
 
 def _write(path: Path, source: Path, folder: Path) -> None:
-    file, config = read_gguf(path), read_json(source / "config.json")
+    file, config = read_gguf(path), read_as(dict[str, Any], source / "config.json")
     bits = _bits(file)
     others = {module: _quantization(count) for module, count in bits.items() if count != 4}
     config["quantization"] = config["quantization_config"] = {**_quantization(4), "mode": "affine", **others}

@@ -31,13 +31,13 @@ from common.files import (
     Unwritable,
     atomic_folder,
     expanded,
-    read_json,
     sweep,
     user_cache,
     why_and_remedy,
     write_json,
 )
 from common.progress import progress
+from common.schemas import read_as
 from models.gguf_reader import GGUFFile, read_gguf
 from models.gguf_tokenizer import tokenizer_of
 
@@ -113,8 +113,8 @@ def known_hash(path: Path) -> str:
     path, stat = path.resolve(), path.stat()
     now = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     note = gguf_cache() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:16]}.json"
-    known = read_json(note) if note.is_file() else {}
-    if {key: known.get(key) for key in now} != now:
+    known = read_as(dict[str, Any], note, "delete it") if note.is_file() else {}
+    if {key: known.get(key) for key in now} != now or not isinstance(known.get("sha256"), str):
         with path.open("rb") as file:
             known = {**now, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         write_json(note, known)

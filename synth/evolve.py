@@ -31,8 +31,9 @@ import numpy as np
 
 from common.cli import run
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.parser import split_words
+from common.schemas import read_key
 from synth.estimate import table
 from synth.evolution.chains import Chain, Evolution, actions_of, batch_from, figures, root_rows
 from synth.evolution.control import Verdict, verdict
@@ -100,7 +101,7 @@ async def trained_policy(
         if policy.learns and not settings.policy_path:
             evolution = evolution_of(settings, roles, roles.instructor, "train")
             done = folder / "policy_training" / "progress.json"
-            start = read_json(done)["iterations"] if done.is_file() else 0
+            start = read_key(int, done, "iterations") if done.is_file() else 0
             log = RunLog(folder, training.iterations, start, description="policy")
 
             def report(iteration: int, found: dict[str, float]) -> None:

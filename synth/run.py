@@ -11,6 +11,7 @@ the end. The stages' own work is in synth/pipeline.
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from models import cpu
 
@@ -18,7 +19,8 @@ cpu.enable()  # before mlx is imported
 
 from common.cli import run
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
+from common.schemas import read_as
 from models.folders import check_name
 from synth.estimate import table
 from synth.examples import Example
@@ -36,7 +38,7 @@ from training.metrics import start_run_folder
 def keep_task(task: Task, folder: Path) -> None:
     """Write the task to FOLDER/task.json. Raises UserError if a resumed run's task is another."""
     path, now = folder / "task.json", task.as_dict()
-    before = read_json(path) if path.is_file() else now
+    before = read_as(dict[str, Any], path) if path.is_file() else now
     changed = ", ".join(name for name in now if before.get(name, now[name]) != now[name])
     if changed:
         raise UserError(

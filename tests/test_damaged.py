@@ -66,7 +66,8 @@ WRONG: dict[str, list] = {
     "provenance": ["me", {}, [3], [{}], [{"script": 3, "flags": {}, "figures": {}}],
                    [{"script": "sft.py", "flags": [], "figures": {}}],
                    [{"script": "sft.py", "flags": {}, "figures": {"loss": "low"}}],
-                   [{"script": "sft.py", "flags": {}, "figures": {"loss": math.nan}}]],
+                   [{"script": "sft.py", "flags": {}, "figures": {"loss": math.nan}}],
+                   [{"script": "sft.py", "flags": {"a": [math.inf]}, "figures": {}}]],
 }  # fmt: skip
 WRONG_LORA: dict[str, list] = {
     "rank": ["4", 0, -1, True, 1.5, None, 10**9],

@@ -244,6 +244,11 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path):
     saved = read_json(tmp_path / "p" / "policy.json")
     for change, message in (
         ({"format": 9}, "format"),
+        ({"format": "1"}, "'1' as format"),
+        ({"features": None}, "features"),
+        ({"learning": []}, "learning"),
+        ({"learning": {"hidden": "32"}}, "'32' as learning.hidden"),
+        ({"learning": {"floor": 2}}, "--floor"),
         ({"actions": ["a"]}, "operators"),
         ({"kind": "linucb"}, "arrays"),
     ):

@@ -327,7 +327,7 @@ def test_json_in_a_script_is_equal_after_reading():
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [("generate.jsonl", "{", "generate.jsonl:1 is not valid JSON"), ("verify.jsonl", '{"id": "a"}', "has the keys"),
-     ("ledger.json", "[]", "holds list, not an object"), ("evaluation.json", "", "is not valid JSON")],
+     ("ledger.json", "[]", "input should be an object"), ("evaluation.json", "", "is not valid JSON")],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named(folder, file, content, said):
     (folder / file).write_text(content)

@@ -315,3 +315,22 @@ def test_an_unknown_passage_is_named(animals, tmp_path, passage_id):
 def test_the_benchmarks_overlap_and_library():
     assert overlap([[1, 2], [3], []], [[2, 3], [3], []]) == 0.75
     assert make_queries(3, seed=0) == make_queries(3, seed=0) != make_queries(3, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("retrieval_index.json", "[]", "retrieval_index.json has something else"),
+        ("retrieval_index.json", '{"made_from": 3}', "retrieval_index.json lacks engine"),
+        ("vocab.index.json", '{"a": "1"}', "'1' as a"),
+        ("passage_ends.npy", "", "index cannot be read"),
+        ("passages.bin", "", "index cannot be read"),
+    ],
+)
+def test_a_damaged_index_is_a_line(animals, tmp_path, name, content, said):
+    build_index(animals, tmp_path / "index")
+    assert (tmp_path / "index" / name).is_file()
+    (tmp_path / "index" / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        Index(tmp_path / "index")
+    assert said in str(caught.value) and "delete that folder" in str(caught.value)

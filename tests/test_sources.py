@@ -11,9 +11,10 @@ import pytest
 
 import data.sources
 from common.errors import UserError
+from common.json_text import parse_json
 from data.prompts import read_answers, read_prompts
 from data.records import located_rows, read_rows
-from data.sources import Split, base_in, contents, find_split, is_hub_name, parse_json, saved_splits, whole
+from data.sources import Split, base_in, contents, find_split, is_hub_name, saved_splits, whole
 
 ROWS = [{"Input": f"question {n}", "Output": f"answer {n}"} for n in range(20)]
 PAIR = [("prompt", "completion")]
@@ -88,6 +89,14 @@ def test_without_pyarrow_the_command_that_brings_it_is_named(tmp_path, monkeypat
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install pyarrow" in error_of(read_rows, tmp_path, PAIR)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", '{"_data_files": 3}', '{"_data_files": [{"filename": 3}]}', "nothing"])
+def test_a_damaged_description_of_a_saved_data_set_is_a_line(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    assert "state.json" in error_of(lambda: list(contents(tmp_path)))
+    (tmp_path / "dataset_dict.json").write_text(state.replace("_data_files", "splits"))
+    assert "dataset_dict.json" in error_of(saved_splits, tmp_path)
 
 
 def test_folders_that_nothing_saved_are_refused(tmp_path):

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 from common.cli import Stopped
 from common.errors import UserError
-from common.files import read_json
+from common.files import read_json, write_json
+from common.schemas import conforming
 from synth.evolution.generators import SampledGenerator
 from synth.offline.instructions import read_sum
 from synth.prompts import TEMPLATES
@@ -205,6 +206,31 @@ def test_what_was_saved_by_another_configuration_is_not_loaded(tmp_path):
         tuner_of(config_of(), quality).load(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("format", "1", "format"),
+        ("history", {}, "history"),
+        ("history", [{"number": 0}], "history.0.settings"),
+        ("sampler", {"temperature": "hot"}, "'hot' as sampler.temperature"),
+        ("config", {}, "and it is now"),
+        ("config", {"rl_tuning": 3}, "rl_tuning"),
+        ("agent", [], "agent"),
+        ("agent", {"kept": None}, "agent"),
+        ("agent", {"rng": {"bit_generator": "PCG64", "state": {}}, "kept": None}, "agent"),
+    ],
+)
+def test_a_damaged_state_is_a_line_with_file_and_key(tmp_path, key, value, said):
+    tuner = tuner_of(config_of(seed=3), quality)
+    tuner.train(1)
+    tuner.save(tmp_path / "t")
+    state = tmp_path / "t" / "tuner.json"
+    write_json(state, {**read_json(state), key: value})
+    with pytest.raises(UserError) as caught:
+        tuner_of(config_of(seed=3), quality).load(tmp_path / "t")
+    assert said in str(caught.value) and str(tmp_path / "t") in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def no_picture(monkeypatch):
     drawn = []
@@ -297,7 +323,7 @@ def test_features_of_a_batch_by_hand():
 
 def test_an_iteration_survives_json():
     one = Iteration(3, MOVES[1], {"accuracy": 1 / 3}, 1 / 3, 0.1 + 0.2, 4, 3, {"x": 1}, (0.1, 0.2), [{"input": "é"}])
-    assert Iteration.from_dict(json.loads(json.dumps(one.as_dict()))) == one
+    assert conforming(Iteration, json.loads(json.dumps(one.as_dict())), "a file") == one
 
 
 def test_training_is_counted_in_more_or_in_all():

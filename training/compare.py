@@ -12,8 +12,9 @@ from typing import Any
 
 from common.cli import run
 from common.errors import UserError
-from common.files import check_file, read_json
+from common.files import check_file
 from common.parser import Parser
+from common.schemas import read_as
 from training.console import COLUMNS, shown, title
 from training.metrics import SUMMARY, read_metrics
 from training.plots import METRICS, Panel, plot_panels, points_of
@@ -78,7 +79,7 @@ def text_rows(rows: Sequence[Sequence[str]]) -> str:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The flags of a run; none where it was started from Python."""
-    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return read_as(dict[str, Any], folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
 def main() -> None:

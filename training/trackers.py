@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from common.errors import UserError, one_line, reason
-from common.files import read_json, write_json
-from common.schemas import read_key
+from common.files import write_json
+from common.schemas import read_as, read_key
 from training.samples import text_table
 
 TRACKERS = {"none": "", "wandb": "wandb", "tensorboard": "tensorboardX"}  # and the package that each needs
@@ -82,7 +82,7 @@ class Wandb:
             project="mlx-tuning",
             name=folder.name,
             dir=str(folder),
-            config=read_json(folder / "config.json"),
+            config=read_as(dict[str, Any], folder / "config.json"),
             mode=mode,
             id=read_key(str, id_file, "id") if id_file.exists() else None,
             resume="allow",

@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, write_json
+from common.schemas import Schema, read_as
 from synth.evolution.features import size_of
 from synth.evolution.gradient import PPO, Reinforce
 from synth.evolution.operators import ACTIONS
@@ -29,6 +30,16 @@ def make_policy(kind: str, settings: PolicySettings = DEFAULT, names: Sequence[s
     return made
 
 
+class SavedPolicy(Schema):
+    """policy.json."""
+
+    format: int
+    kind: str
+    actions: list[str]
+    features: int
+    learning: PolicySettings
+
+
 def write_policy(folder: Path, policy: OperatorPolicy) -> None:
     """Write policy.safetensors and policy.json into an existing folder."""
     save_file({name: np.array(array, order="C") for name, array in policy.arrays().items()}, folder / ARRAYS)
@@ -44,12 +55,12 @@ def save_policy(path: str | Path, policy: OperatorPolicy) -> None:
 
 def load_policy(path: str | Path, names: Sequence[str] = ACTIONS) -> OperatorPolicy:
     """The policy of a folder, bit for bit. Raises UserError if there is none, or it has other actions than `names`."""
-    saved = read_json(Path(path) / SETTINGS)
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT or saved.get("kind") not in KINDS:
+    saved = read_as(SavedPolicy, Path(path) / SETTINGS, "train the policy again")
+    if saved.format != FORMAT or saved.kind not in KINDS:
         raise UserError(f"{path} holds no policy of format {FORMAT}; train one with synth.evolve")
-    if saved["actions"] != list(names) or saved["features"] != size_of(names[:-1]):
+    if saved.actions != list(names) or saved.features != size_of(names[:-1]):
         raise UserError(f"{path} was made for other operators or features than this run's; train it again")
-    policy = make_policy(saved["kind"], PolicySettings(**saved["learning"]), names)
+    policy = make_policy(saved.kind, saved.learning, names)
     try:
         found = load_file(Path(path) / ARRAYS)
     except (OSError, SafetensorError) as error:

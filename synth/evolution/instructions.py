@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.sources import parse_json
+from common.json_text import parse_json
 from synth.near_duplicates import normalise
 
 WANTED = 'write {"instruction": "..."} or {"messages": [{"role": "user", "content": "..."}]}'

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.files import atomic_file, atomic_folder, read_json, write_json
-from common.schemas import read_key
+from common.files import atomic_file, atomic_folder, write_json
+from common.schemas import Schema, read_as, read_key
 from models.adapter_config import ADAPTER, CONFIG_FILE
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.rollouts import Draw, draw
@@ -20,6 +20,24 @@ from synth.task import Task
 from synth.teacher.cache import Cache
 from training.checkpoint_folders import all_checkpoints
 from training.intervals import difference, mean_interval
+
+
+class Mean(Schema):
+    """A mean score, or a difference of two, with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Evaluation(Schema):
+    """evaluation.json, as far as it is read again."""
+
+    questions: int
+    base: Mean
+    trained: Mean
+    difference: Mean
+    mcnemar_p: float
 
 
 def completions_of(model: BaseModelSettings, task: Task, rows: Sequence[StageRow], store: Cache) -> list[str]:
@@ -69,7 +87,7 @@ def evaluate(
     """
     path = folder / "evaluation.json"
     if path.is_file():
-        return read_json(path)
+        return read_as(Evaluation, path, "delete it to evaluate again").model_dump()
     if not task.evaluation:
         return None
     models = {"base": model, "trained": replace(model, adapter=adapter)}

@@ -28,8 +28,9 @@ if __name__ == "__main__":
 
 from common.cli import run
 from common.errors import UserError
-from common.files import atomic_file, read_json
+from common.files import atomic_file
 from common.parser import Parser
+from common.schemas import read_as
 from synth.pipeline.charts import Points, bar, bars, curve, intervals
 from synth.pipeline.samples import STAGES
 from synth.stages import StageRow, load_rows
@@ -116,10 +117,7 @@ def _rows(path: Path) -> list[StageRow]:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not an object; restore it or write it again")
-    return content
+    return read_as(dict[str, Any], path)
 
 
 def number(value: Any) -> float | None:

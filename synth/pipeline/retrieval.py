@@ -25,15 +25,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import bm25s
 import numpy as np
+from pydantic import Field
 from rank_bm25 import BM25Plus
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, reading, write_json
 from common.progress import Progress, progress
+from common.schemas import Schema, read_as
 from synth.near_duplicates import find_duplicates
 
 LENGTH = 200  # words per passage
@@ -52,6 +54,7 @@ SENTENCE_END = re.compile(r"[.!?][\"')\]]*\s+|\n\s*\n|\n(?=#)")
 BLOCK = 1 << 16  # characters of a .txt or .md held at once
 RANK_OFFSET = 60  # of reciprocal rank fusion (Cormack et al., SIGIR 2009)
 
+REMEDY = "delete that folder"  # where an index is damaged
 MARKER = "retrieval_index.json"
 FORMAT = 1  # of the folder; changing it rebuilds every index
 TEXTS, TEXT_ENDS = "passages.bin", "passage_ends.npy"  # UTF-8 of all passages end to end; byte where each ends
@@ -214,7 +217,8 @@ def build_index(
     cutting = {"length": length, "overlap": overlap, "text_key": text_key}
     made_from = {"format": FORMAT, **cutting, "engine": engine, "files": states}
     folder = Path(folder)
-    if not (folder / MARKER).is_file() or read_json(folder / MARKER).get("made_from") != made_from:
+    known = read_as(dict[str, Any], folder / MARKER, REMEDY) if (folder / MARKER).is_file() else {}
+    if known.get("made_from") != made_from:
         with atomic_folder(folder, INDEX) as temporary:
             size = sum(path.stat().st_size for path in files.values())
             with progress(size, "reading the library", "byte", scale=True) as bar:
@@ -299,19 +303,34 @@ def _write_bm25s(folder: Path, vocabulary: dict[str, int]) -> None:
     (folder / WORD_ENDS).unlink()
 
 
+class MadeFrom(Schema):
+    """What an index was made from. files: name, path, size and time of each."""
+
+    files: Annotated[list[tuple[str, str, int, int]], Field(min_length=1)]
+
+
+class Manifest(Schema):
+    """The marker of an index."""
+
+    engine: Literal[ENGINES]  # type: ignore[valid-type]
+    first_passages: list[int]
+    made_from: MadeFrom
+
+
 class Index:
     """An index folder, opened. `len(index)` is the number of passages."""
 
     def __init__(self, folder: str | Path):
         self._folder = folder = Path(folder)
         self.repeated = 0
-        manifest = read_json(folder / MARKER)
-        self.engine: str = manifest["engine"]
-        self.vocabulary: dict[str, int] = read_json(folder / VOCABULARY)
-        self._names, self._sources = zip(*(state[:2] for state in manifest["made_from"]["files"]), strict=True)
-        self._firsts = manifest["first_passages"]
-        self._ends = np.load(folder / TEXT_ENDS, mmap_mode="r")
-        self._texts = np.memmap(folder / TEXTS, dtype=np.uint8, mode="r")
+        manifest = read_as(Manifest, folder / MARKER, REMEDY)
+        self.engine: str = manifest.engine
+        self.vocabulary = read_as(dict[str, int], folder / VOCABULARY, REMEDY)
+        self._names, self._sources = zip(*(state[:2] for state in manifest.made_from.files), strict=True)
+        self._firsts = manifest.first_passages
+        with reading(folder, REMEDY):
+            self._ends = np.load(folder / TEXT_ENDS, mmap_mode="r")
+            self._texts = np.memmap(folder / TEXTS, dtype=np.uint8, mode="r")
 
         # Opened now and not at the first search, when the folder may hold the index of a changed library.
         if self.engine == "bm25s":

@@ -23,9 +23,10 @@ if __name__ == "__main__":
 
 from common.cli import run
 from common.errors import UserError
-from common.files import check_replaceable, read_json
+from common.files import check_replaceable
 from common.parser import Parser, positive, split_words
 from common.ranges import COUNT, NOT_NEGATIVE, POSITIVE, SEED, SHARE_BELOW_1
+from common.schemas import read_as
 from models.adapter_config import WEIGHT_TYPES
 from models.export.model_card import FUSED
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
@@ -123,7 +124,7 @@ def train(
     """
     run_folder = settings.training_folder(folder)
     begun = (run_folder / "config.json").is_file()
-    if begun and read_json(run_folder / "config.json").get("save_file") != str(folder / LAST_ADAPTER):
+    if begun and read_as(dict[str, Any], run_folder / "config.json").get("save_file") != str(folder / LAST_ADAPTER):
         raise UserError(f"{run_folder} holds something other than this run's training; move it away")
     if begun and (run_folder / "summary.json").is_file():
         print(f"training: finished before ({run_folder})", flush=True)

@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.parser import split_words
+from common.schemas import read_as
 from synth.chat_api import OFFLINE_MODEL
 from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
 from synth.teacher.flags import TeacherSettings
+from synth.teacher.limits import Count
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -85,7 +87,7 @@ async def teacher_of(settings: TeacherSettings, folder: Path) -> AsyncIterator[T
         settings = replace(settings, cache=settings.cache or str(folder / "cache.sqlite"))
         async with open_teacher(settings) as teacher:
             if ledger.is_file():
-                teacher.ledger.restore(read_json(ledger))
+                teacher.ledger.restore(read_as(dict[str, Count], ledger))
 
             async def keep_ledger() -> None:
                 while True:

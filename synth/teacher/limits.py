@@ -86,11 +86,10 @@ class Ledger:
         rows = {name: asdict(count) for name, count in self.stages.items()}
         return {**rows, "total": asdict(self.total)}
 
-    def restore(self, saved: Mapping[str, Mapping[str, float]]) -> None:
+    def restore(self, saved: Mapping[str, Count]) -> None:
         """Go on from what `as_dict` gave, so that limits hold for a run and not for each of its processes."""
-        counts = {name: Count(**row) for name, row in saved.items()}  # type: ignore[arg-type]
-        self.total = counts.pop("total", Count())
-        self.stages = counts
+        self.stages = dict(saved)
+        self.total = self.stages.pop("total", Count())
 
     def reserve(self, stage: str, cost: Cost, retry: bool) -> LimitReached | None:
         """Count a call that is about to be sent, or return the error that says which limit it would pass."""

@@ -31,7 +31,7 @@ STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 def _named(given: Any) -> Any:
     """A list of shipped templates' names as name → text."""
     if isinstance(given, list | tuple):
-        unknown = [name for name in given if name not in TEMPLATES]
+        unknown = [name for name in given if not isinstance(name, str) or name not in TEMPLATES]
         if unknown:
             raise ValueError(f"{unknown[0]!r} is not one of {', '.join(TEMPLATES)}; write its text: {{name: text}}")
         return {name: TEMPLATES[name] for name in given}

@@ -53,10 +53,6 @@ class Iteration:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "Iteration":
-        return cls(**{**saved, "settings": Settings(**saved["settings"]), "features": tuple(saved["features"])})
-
 
 def best_of(history: Sequence[Iteration]) -> Iteration:
     """The iteration with the highest metric, the earliest of equal ones."""

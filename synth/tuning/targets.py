@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import expanded, read_json
+from common.files import expanded
 from common.parser import split_words
+from common.schemas import read_key
 from rewards.answer_reward import answer_from_flag
 from rewards.function import load_function
 from rewards.user_code import user_code
@@ -163,7 +164,7 @@ class SftTarget:
             )
             scores = scores_of(self.task, validation, completions_of(model, self.task, validation, store))
         score = sum(scores) / len(scores)
-        loss = read_json(training / "summary.json")["valid_loss"]
+        loss: float | None = read_key(float | None, training / "summary.json", "valid_loss")  # type: ignore[arg-type]
         return {"accuracy": score, "mean_score": score, "valid_loss": math.nan if loss is None else loss}
 
     def _train(self, folder: Path, training: Path, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> None:

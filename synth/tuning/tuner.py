@@ -20,7 +20,9 @@ import mlx.core as mx
 
 from common.cli import Stopped, StopSignal
 from common.errors import UserError
-from common.files import Kind, atomic_folder, read_json, write_json
+from common.files import Kind, atomic_folder, reading, write_json
+from common.schemas import Schema, read_as, read_key
+from models.arrays import read_arrays
 from synth.evolution.generators import SampledGenerator
 from synth.evolution.instructions import read_instructions
 from synth.examples import read_examples
@@ -30,7 +32,7 @@ from synth.sampler import Generator, Results, Sampler, Settings
 from synth.stages import write_rows
 from synth.teacher.flags import teacher_from_mapping
 from synth.tuning.agents import Agent, Defaults, RandomSearch, TreeParzen
-from synth.tuning.config import Config
+from synth.tuning.config import Config, config_from
 from synth.tuning.gradient_agents import AgentSettings, PolicyAgent
 from synth.tuning.log import FEATURES, Iteration, TunerLog, batch_features, best_of, log_iteration
 from synth.tuning.targets import Metrics, TargetModel, call_target
@@ -45,6 +47,23 @@ FRESH = 1_000_000  # rows from this number on are for `confirm`; no search gets 
 # What may differ in a loaded state: paths, the teacher, and the length of the search.
 FREE = ("output_dir", "teacher", "task", "seed_data")
 FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "validation_data_path")
+
+
+class Confirmation(Schema):
+    """confirmation.json: the metric by batch."""
+
+    best_iteration: int
+    start: list[float]
+    best: list[float]
+
+
+class SavedTuner(Schema):
+    """tuner.json."""
+
+    config: dict[str, Any]
+    agent: dict[str, Any]
+    sampler: Settings
+    history: list[Iteration]
 
 
 class RLTuner:
@@ -143,8 +162,8 @@ class RLTuner:
         settings = {"start": self.config.settings, "best": self.best.settings}
         path = self.folder / "confirmation.json" if self.folder else None
         found: dict[str, Any] = {"best_iteration": self.best.number, "start": [], "best": []}
-        if path and path.is_file() and read_json(path)["best_iteration"] == self.best.number:
-            found = read_json(path)
+        if path and path.is_file() and read_key(int, path, "best_iteration") == self.best.number:
+            found = read_as(Confirmation, path, "delete it").model_dump()
         size = self.config.rl_tuning.batch_size
         for name, number in ((name, n) for n in range(batches) for name in settings):
             if len(found[name]) <= number:
@@ -219,17 +238,21 @@ class RLTuner:
 
         Paths, the teacher and the number of iterations may differ.
         """
-        state = read_json(Path(path) / STATE)
-        if state.get("format") != FORMAT:
-            raise UserError(f"{path} was written by another version (format {state.get('format')}); start a new run")
-        saved, own = (fixed(config) for config in (state["config"], self.config.as_dict()))
+        place, remedy = Path(path) / STATE, "start a new run"
+        version = read_key(int, place, "format", remedy)
+        if version != FORMAT:
+            raise UserError(f"{path} was written by another version (format {version}); {remedy}")
+        state = read_as(SavedTuner, place, remedy)
+        saved, own = (fixed(config.as_dict()) for config in (config_from(state.config, str(place)), self.config))
         for key, value in own.items():
             if saved.get(key) != value:
                 raise UserError(f"{path} was saved with {key} {saved.get(key)!r}, and it is now {value!r}; set it back")
         arrays = Path(path) / ARRAYS
-        self.agent.restore(state["agent"], dict(mx.load(str(arrays))) if arrays.is_file() else {})
-        self.generator.sampler.set(Settings(**state["sampler"]))
-        self.history = [Iteration.from_dict(one) for one in state["history"]]
+        found = read_arrays(arrays, remedy, weights=False) if arrays.is_file() else {}
+        with reading(f"{place} (agent)", remedy):
+            self.agent.restore(state.agent, found)
+        self.generator.sampler.set(state.sampler)
+        self.history = state.history
 
     def _log(self, total: int) -> TunerLog | None:
         if self.folder is None:
