@@ -11,9 +11,12 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from common.json_text import parse_json
+
 LEAST_WORDS = 3  # of any reply that scores; saying nothing is lower case, short and without forbidden words
-_SENTENCE = re.compile(r"[^.!?]*[.!?]+(?=\s|$)")
-_BULLET = re.compile(r"^\s*[-*•]\s+\S", re.MULTILINE)
+# In time linear in the text, as a model may write anything.
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)")
+_BULLET = re.compile(r"^[^\S\n]*[-*•]\s+\S", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,9 @@ class Constraints:
     def met(self, reply: str) -> dict[str, bool]:
         """Name → whether the reply satisfies it, of every constraint that is given."""
         text = reply.strip()
-        words = re.findall(r"\S*\w\S*", text)
+        words = [word for word in text.split() if re.search(r"\w", word)]
         checks = {
-            "sentences": lambda: len(_SENTENCE.findall(text)) == self.sentences and text[-1:] in ".!?",
+            "sentences": lambda: len(_SENTENCE_END.findall(text)) == self.sentences and text[-1:] in ".!?",
             "max_words": lambda: len(words) <= (self.max_words or 0),
             "min_words": lambda: len(words) >= (self.min_words or 0),
             "case": lambda: text == (text.lower() if self.case == "lower" else text.upper()),
@@ -70,7 +73,7 @@ class Constraints:
     @classmethod
     def from_json(cls, text: str) -> "Constraints":
         """From what `to_json` wrote. Raises ValueError for anything else."""
-        given = json.loads(text)
+        given = parse_json(text)
         if not isinstance(given, dict):
             raise ValueError("not a JSON object")
         known = {field.name: field.type for field in fields(cls)}
@@ -101,9 +104,9 @@ def _has(text: str, word: str) -> bool:
 
 def _keys(text: str) -> set[str] | None:
     """The keys of a JSON object, in a code fence or bare; None if the text is something else."""
-    fenced = re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL)
+    fenced = len(text) >= 6 and text.startswith("```") and text.endswith("```")
     try:
-        found = json.loads(fenced[1] if fenced else text)
-    except (ValueError, RecursionError):
+        found = parse_json(text[3:-3].removeprefix("json") if fenced else text)
+    except ValueError:
         return None
     return set(found) if isinstance(found, dict) else None

@@ -1,6 +1,7 @@
 """The constraint task: its rule by hand, its rows, and the way from a row's answer to a score."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -141,3 +142,18 @@ def test_the_reward_finds_a_row_s_constraints_by_its_prompt(written):
     prompts = list(answers)
     assert reward(prompts, [row["messages"][1]["content"] for row in examples]) == [1.0] * 20
     assert max(reward(prompts, ["x"] * 20)) == 0.0
+
+
+@pytest.mark.parametrize("piece", ["-", "a", "!", "\n", "- ", "`", "``` ", "{", "a. "])
+def test_a_long_reply_takes_no_time(piece):
+    everything = Constraints(2, 3, 1, "lower", ("a",), ("b",), 2, ("a",), "x")
+    started = time.process_time()
+    everything.met("```json" + piece * (100_000 // len(piece)))
+    assert time.process_time() - started < 0.5
+
+
+def test_sentences_end_before_white_space_and_bullets_begin_lines():
+    assert Constraints(sentences=3).met("Is it 3.5? Yes... it is!")["sentences"]
+    assert not Constraints(sentences=3).met("One. Two. three")["sentences"]
+    assert Constraints(bullets=2).met("first\n\n - a b\n\n* c d\n-e")["bullets"]
+    assert Constraints(json_keys=("a b c",)).met('```json\n{"a b c": 1}\n```')["json_keys"]
