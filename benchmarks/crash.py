@@ -1,18 +1,23 @@
 """Runs killed by SIGKILL at random moments and resumed: do they end as if they had never been disturbed?
 
     python -m benchmarks.crash --kills 25 --output crash.json
-    python -m benchmarks.crash --only sft ppo --kills 5 --output crash.json        (other kinds stay in the file)
+    python -m benchmarks.crash --only sft ppo --kills 5 --seconds 400 --output crash.json
 
-Of each kind, one run is left alone. Others are killed after a random share of the time that it took, each time resumed
-(fuse.py: started again), and once enough kills were survived go on to their end. Then every file is compared, byte for
-byte but for times; and no temporary file may be left. Where a run starts a process, half the kills hit that, too.
+What the file of results holds is not done again: a second call goes on with the kinds that have too few kills.
+
+Of each kind, one run is left alone. Others are killed after a random share of the time that it took from the first
+file that it touched (before, it only imports) to its end, each time resumed (fuse.py: started again), and after a few
+kills go on to their end. Then every file is compared, byte for byte but for times; and no temporary file may be left.
+Where a run starts a process, half the kills hit that, too.
 
 The teacher of synth.run, synth.evolve and synth.tune is the offline one, over HTTP in this process, which counts what
-is asked again. Models are untrained and small, so that most of a run is what can go wrong, and not arithmetic.
+is asked again. Models are untrained and small, and packages that a run does not need are hidden from it, so that what
+can go wrong takes most of its time, not arithmetic and imports.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -22,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,7 +41,7 @@ from safetensors.numpy import load_file
 
 from common.cli import run
 from common.errors import UserError
-from common.files import write_json
+from common.files import read_json, write_json
 from common.parser import Parser
 from models.adapters import AdapterConfig, attach_adapter, save_adapter
 from models.loading import load
@@ -45,10 +50,13 @@ from synth.offline.instructions import starting
 from synth.offline.server import OfflineTeacher
 
 ROOT = Path(__file__).resolve().parent.parent
+KILLS_OF_A_RUN = 5  # at most; each resume may go wrong in another way
 CONCURRENCY = 4  # of the teacher: as many questions can be lost by a kill
 STAGES = ("generate", "verify", "pass_rates", "difficulty")
 # Not compared: what is no result, pictures, and what counts or keeps calls, of which a killed run has more.
 PASSED_OVER = re.compile(r"lock|ledger\.json|.*\.sqlite.*|.*\.png|report\.html")
+# Imported where they are installed, and half of a start's time: to these runs they are not installed.
+HIDDEN = ("torch", "wandb", "tensorboardX", "datasets")
 TIMES = re.compile(r".*seconds.*|.*_per_second|time|peak_memory.*")
 RL = ["--ground-truth-reward", "--num-steps", 12, "--save-every", 2, "--batch-size", 8, "--mini-batch-size", 4,
       "--max-completion-length", 6, "--horizon", 50, "--normalize-scores"]  # fmt: skip
@@ -64,6 +72,7 @@ class Kind(NamedTuple):
     words: Sequence[object]
     again: Sequence[object] | None = None
     asks: bool = False  # a teacher
+    torch: bool = False
 
 
 KINDS = {
@@ -76,6 +85,7 @@ KINDS = {
     "pytorch ppo": Kind(
         [ROOT / "pytorch_ppo_training.py", *RL, *PLACES, "--device", "cpu"],
         [ROOT / "pytorch_ppo_training.py", "--resume", "run"],
+        torch=True,
     ),
     "fuse": Kind([ROOT / "fuse.py", "--model", "../../model", "--adapter-file", "../../adapter", "--save-path", "run"]),
     "synth.run": Kind(
@@ -106,10 +116,10 @@ TUNER = """
 task: {root}/synth/tasks/digits.yaml
 teacher: {{teacher_url: {url}, teacher_model: m, concurrency: 4}}
 sft_model: ../../model
-sft_iters: 6
+sft_iters: 4
 sft_flags: --save-every 2 --batch-size 2 --val-batches 1
 rl_tuning:
-  {{enable_rl_tuning: true, num_iterations: 3, batch_size: 6, rl_algorithm: ppo, update_every: 2,
+  {{enable_rl_tuning: true, num_iterations: 2, batch_size: 4, rl_algorithm: ppo, update_every: 1,
     validation_data_path: {root}/synth/tuning/examples/digits_valid.jsonl}}
 """
 
@@ -119,7 +129,7 @@ class Result:
     """What a kind went through. different, left_over: files, which have to be none; asked_again: calls of a killed run
     that repeat one, at most `lost` of them were in flight."""
 
-    seconds: float  # of the undisturbed run
+    seconds: float  # of the undisturbed run, after its imports
     kills: int = 0
     runs: int = 0
     of_children: int = 0  # kills that hit a training, too
@@ -144,11 +154,32 @@ def start(kind: Kind, folder: Path, url: str = "") -> subprocess.Popen:
         (folder / "tuner.yaml").write_text(TUNER.format(root=ROOT, url=url), encoding="utf-8")
     elif url and words == list(kind.words):
         words += ["--teacher-url", url]
+    path = [str(ROOT)] if kind.torch else [str(_without(folder.parent / "hidden")), str(ROOT)]
     with (folder / "output.txt").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *map(str, words)], cwd=folder, stdout=output, stderr=output, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
+
+
+def _without(folder: Path) -> Path:
+    """A folder for PYTHONPATH that hides the packages HIDDEN, as if they were not installed."""
+    folder.mkdir(exist_ok=True)
+    code = f"import sys\nsys.modules.update(dict.fromkeys({HIDDEN}))\n"
+    (folder / "sitecustomize.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+def touched(process: subprocess.Popen, folder: Path) -> None:
+    """Wait until a process that was just started has printed or written something, or has ended."""
+
+    def seen() -> list[int]:
+        places = (folder, folder / "run", folder / "output.txt")
+        return [os.stat(place).st_mtime_ns if place.exists() else 0 for place in places]
+
+    before = seen()
+    while process.poll() is None and seen() == before:
+        time.sleep(0.005)
 
 
 def kill_after(process: subprocess.Popen, seconds: float, children: bool) -> bool:
@@ -164,11 +195,15 @@ def kill_after(process: subprocess.Popen, seconds: float, children: bool) -> boo
         return process.wait() != 0
 
 
-def end(kind: Kind, folder: Path, url: str = "") -> None:
-    """Let a run come to its end. Raises UserError if it fails."""
-    if start(kind, folder, url).wait():
+def end(kind: Kind, folder: Path, url: str = "") -> float:
+    """Let a run come to its end; returns the seconds after its imports. Raises UserError if it fails."""
+    process = start(kind, folder, url)
+    touched(process, folder)
+    started = time.perf_counter()
+    if process.wait():
         last = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise UserError(f"a run failed ({' '.join(last)}); see {folder / 'output.txt'}")
+    return time.perf_counter() - started
 
 
 def repeated(server: OfflineTeacher) -> int:
@@ -216,25 +251,28 @@ def temporary_files(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*.tmp"))
 
 
-def measure(
-    kind: Kind, kills: int, rng: random.Random, folder: Path, say: Callable[[str], None] = lambda line: None
-) -> Result:
-    """Kill runs of a kind `kills` times in all, and compare each at its end with one never disturbed."""
-    started = time.perf_counter()
+def measure(kind: Kind, kills: int, seed: str, folder: Path, results: Result | None = None) -> Iterator[Result]:
+    """Kill runs of a kind, `kills` times in all, and compare each at its end with one never disturbed.
+
+    results: those so far, with which it goes on. Yields them after every run.
+    """
     with OfflineTeacher() if kind.asks else nullcontext() as server:
         url = server.url if server else ""
-        end(kind, folder / "whole", url)
+        seconds = end(kind, folder / "whole", url)
         expected = left_by(folder / "whole", url)
-    result = Result(round(time.perf_counter() - started, 1))
+    result = results or Result(round(seconds, 1))
     while result.kills < kills:
         result.runs += 1
-        cut, before = folder / f"cut{result.runs}", result.kills
+        cut, before, rng = folder / f"cut{result.runs}", result.kills, random.Random(f"{seed} {result.runs}")
+        most = min(kills, before + KILLS_OF_A_RUN)
         with OfflineTeacher() if kind.asks else nullcontext() as server:
             url = server.url if server else ""
             alive = True
-            while alive and result.kills < kills:
+            while alive and result.kills < most:
                 children = rng.random() < 0.5
-                alive = kill_after(start(kind, cut, url), rng.uniform(0.1, 1) * result.seconds, children)
+                process = start(kind, cut, url)
+                touched(process, cut)
+                alive = kill_after(process, rng.random() * seconds, children)
                 result.kills += alive
                 result.of_children += alive and children and kind.asks
                 result.left_by_kills += len(temporary_files(cut)) if alive else 0
@@ -246,8 +284,7 @@ def measure(
         names = got.keys() | expected.keys()
         result.different += [f"{cut.name}/{name}" for name in sorted(names) if got.get(name) != expected.get(name)]
         result.left_over += [f"{cut.name}/{name}" for name in temporary_files(cut)]
-        say(f"  {result.kills} of {kills} kills, in {result.runs} runs")
-    return result
+        yield result
 
 
 def prepare(folder: Path) -> None:
@@ -280,26 +317,34 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=25, help="of each kind of run")
     parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS), help="kinds of runs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", metavar="FILE", help="JSON of the results; those of other kinds stay in it")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after which no run is begun")
+    parser.add_argument("--output", metavar="FILE", help="JSON of the results, which a later call goes on with")
+    parser.add_argument("--keep", metavar="FOLDER", help="where runs stay whose end differs")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    path = Path(args.output) if args.output else None
-    results: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path and path.is_file() else {}
+    path, until = Path(args.output) if args.output else None, time.monotonic() + args.seconds
+    results: dict[str, dict[str, Any]] = read_json(path) if path and path.is_file() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
         for name in args.only:
-            print(f"{name}:", flush=True)
-            rng, place = random.Random(f"{args.seed} {name}"), folder / name.replace(" ", "_")
-            found = measure(KINDS[name], args.kills, rng, place, lambda line: print(line, flush=True))
-            results[name] = {**asdict(found), "seed": args.seed}
-            if path:
-                write_json(path, results)
-            if not found.whole:
-                print(f"  NOT THE SAME: {found}", flush=True)
+            place, so_far = folder / name.replace(" ", "_"), Result(**results[name]) if name in results else None
+            if time.monotonic() > until or (so_far and so_far.kills >= args.kills):
+                continue
+            for found in measure(KINDS[name], args.kills, f"{args.seed} {name}", place, so_far):
+                print(f"{name}: {found.kills} of {args.kills} kills, in {found.runs} runs", flush=True)
+                results[name] = asdict(found)
+                if path:
+                    write_json(path, results)
+                if not found.whole:
+                    print(f"  NOT THE SAME: {found}", flush=True)
+                if args.keep and not found.whole:
+                    shutil.copytree(place, Path(args.keep) / place.name, dirs_exist_ok=True)
+                if time.monotonic() > until:
+                    break
             shutil.rmtree(place, ignore_errors=True)
     print(table({name: results[name] for name in KINDS if name in results}))
 

@@ -1,7 +1,6 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
 import math
-import random
 import sys
 from dataclasses import asdict, replace
 
@@ -156,12 +155,20 @@ FAULTS = {
 def test_kills_find_what_is_not_the_same_in_the_end(tmp_path, fault):
     (tmp_path / "slow.py").write_text(SLOW.replace("FAULT", FAULTS[fault]))
     kind = crash.Kind([tmp_path / "slow.py"], [tmp_path / "slow.py", "--resume"])
-    result = crash.measure(kind, 3, random.Random(0), tmp_path / "runs")
+    *_, result = crash.measure(kind, 3, "0", tmp_path / "runs")
     assert result.kills == 3 and result.runs >= 1 and result.compared == result.runs * (1 + (fault == "forgets"))
     different = ["forgot"] if fault == "forgets" else []
     last = f"cut{result.runs}"  # which was killed; an earlier one may have ended by itself
     assert [name for name in result.different if name.startswith(last)] == [f"{last}/{name}" for name in different]
     assert bool(result.left_over) == (fault == "leaves") and result.whole == (fault == "none")
+
+
+def test_kills_go_on_from_those_so_far(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW.replace("FAULT", ""))
+    kind = crash.Kind([tmp_path / "slow.py"], [tmp_path / "slow.py", "--resume"])
+    results = list(crash.measure(kind, 8, "0", tmp_path / "runs", crash.Result(0.1, kills=1, runs=3, compared=3)))
+    assert results[-1].kills == 8 and results[-1].whole
+    assert not (tmp_path / "runs/cut3").exists() and (tmp_path / "runs/cut5").is_dir()  # at most 5 kills a run
 
 
 def test_the_table_of_kills_has_a_line_a_kind():
