@@ -77,7 +77,8 @@ def test_of_some_inputs_no_reader_breaks(readers):
 
 def test_a_block_has_its_size_and_some_inputs_by_hypothesis(monkeypatch):
     monkeypatch.setattr(fuzz, "BLOCK", 100)
-    given, found = [], fuzz.Found()
+    given: list[str] = []
+    found = fuzz.Found()
     fuzz.fuzz_block("a", fuzz.Reader(given.append, ["x" * 50]), 0, found)
     assert found.inputs == len(given) == 100 and sum("xxxx" in content for content in given) > 30
     assert json.dumps(given[: fuzz.BY_HYPOTHESIS])
