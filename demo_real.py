@@ -7,6 +7,10 @@ PPO and DPO start from the same SFT adapter and see as many of its replies. Ever
 process; its command line is printed. Not here: the walkthrough on the embedded model (demo.py).
 """
 
+from models import cpu
+
+cpu.enable()  # before mlx is imported
+
 import argparse
 import json
 import shutil
@@ -14,10 +18,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from models import cpu
-
-cpu.enable()  # before mlx is imported
 
 import numpy as np
 

@@ -648,7 +648,7 @@ def first_import(path):
 
 def test_every_script_answers_ctrl_c_before_it_imports_anything_else():
     scripts = [path for path in ROOT.glob("*.py") if path.name != "conftest.py"]
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     assert {first_import(path).partition(".")[0] for path in scripts} == {"models", "common"}
     # A module run by its name is imported with its package.
     for package, first in {"data": "common", "models": "common.open_files", "synth": "common"}.items():
