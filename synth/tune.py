@@ -27,7 +27,7 @@ from synth.pipeline.train import check_sft
 from synth.stages import alone
 from synth.tuning.config import Config, config_from, load_config
 from synth.tuning.targets import SftTarget, TargetModel, instruction_task, load_target, takes_validation
-from synth.tuning.tuner import RLTuner
+from synth.tuning.tuner import RLTuner, changes, refuse_changes
 from training.flags import default_output_dir
 from training.intervals import difference
 from training.metrics import resumed_config, start_run_folder
@@ -39,7 +39,11 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file; for its keys see synth/tuning/config.py")
     parser.add_argument("--output-dir", help="run folder (default: the file's, or runs/tune-TIME)")
-    parser.add_argument("--resume", metavar="RUN_FOLDER", help="go on with a stopped run, with its own configuration")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN_FOLDER",
+        help="continue a stopped run with its own configuration; what differs in --config is refused or named",
+    )
     parser.add_argument(
         "--confirm",
         type=NATURAL,
@@ -52,19 +56,32 @@ def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
 def configuration(args: argparse.Namespace) -> Config:
     """The configuration of --config, or of the run that --resume names, with its run folder.
 
-    If both are given, the file's: it may name another port for the teacher, or more iterations.
+    If both are given, the file's: it may name another port for the teacher, or more iterations, which is said; whatever
+    else differs from the run's is refused.
     """
     if not args.config and not args.resume:
         raise UserError("neither --config nor --resume is given; name a YAML file such as docs/tuner.md shows")
-    if args.config:
-        config, place = load_config(args.config), args.config
-    else:
-        place = f"{args.resume}/config.json"
-        config = config_from(resumed_config(args.resume), place)
+    if args.resume and args.output_dir:
+        raise UserError(f"--output-dir {args.output_dir} is not taken with --resume, which goes on in its own folder")
+    place = args.config or f"{args.resume}/config.json"
+    run = config_from(resumed_config(args.resume), f"{args.resume}/config.json") if args.resume else None
+    config = load_config(args.config) if args.config else run
+    assert config is not None, "one of them is given"
+    if run and args.config:
+        compare(run, config, args.resume)
     if not config.rl_tuning.enable_rl_tuning:
         raise UserError(f"{place} sets rl_tuning.enable_rl_tuning to false; set it to true to tune")
     folder = args.resume or args.output_dir or config.output_dir or default_output_dir("tune")
     return replace(config, output_dir=str(folder))
+
+
+def compare(run: Config, config: Config, folder: str) -> None:
+    """Print what a resumed run takes anew from --config. Raises UserError for what it may not be given anew."""
+    before, now = run.as_dict(), config.as_dict()
+    refuse_changes(folder, before, now)
+    for key, (had, value) in changes(before, now).items():
+        if key != "output_dir":
+            print(f"{key} is now {value}; the run had {had}", flush=True)
 
 
 def target_of(config: Config) -> tuple[TargetModel, list[dict[str, Any]]]:
@@ -129,7 +146,7 @@ def main() -> None:
                 target.files = (lock,)
             if (folder / "tuner").is_dir():
                 tuner.load(folder / "tuner")
-                write_json(folder / "config.json", config.as_dict())
+            write_json(folder / "config.json", config.as_dict())
             tuner.train()
             best = tuner.best
             print(f"best of {len(tuner.history)} iterations: number {best.number} ({best.settings})")

@@ -21,6 +21,7 @@ from synth.tuning import log as tuner_log
 from synth.tuning import targets
 from synth.tuning.config import load_config
 from tests.scripts import ROOT, call, fails
+from training.metrics import start_run_folder
 
 EXAMPLES = ROOT / "synth" / "tuning" / "examples"
 DOCS = (ROOT / "docs" / "tuner.md").read_text(encoding="utf-8")
@@ -126,6 +127,18 @@ def test_instructions_for_a_language_model_without_a_task(tmp_path, tiny_folder,
     assert "best of 2 iterations" in capsys.readouterr().out
 
 
+def test_a_resumed_run_refuses_another_configuration_even_before_its_first_iteration(tmp_path, capsys):
+    start_run_folder(tmp_path / "run", load_config(write_config(tmp_path)).as_dict())
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    other = write_config(tmp_path, seed=7, templates=["plain", "careful"], rl_tuning={"learning_rate": 0.1})
+    line = fails(capsys, tune.main, "--resume", tmp_path / "run", "-c", other)
+    assert line.startswith(f"{tmp_path / 'run'} was begun with another configuration: ") and "seed 7 (it has 0)" in line
+    assert "templates {" in line and "rl_tuning.learning_rate 0.1 (it has 0.001)" in line
+    line = fails(capsys, tune.main, "--resume", tmp_path / "run", "--output-dir", tmp_path / "other")
+    assert line == f"--output-dir {tmp_path / 'other'} is not taken with --resume, which goes on in its own folder"
+    assert (tmp_path / "run" / "config.json").read_bytes() == before and not (tmp_path / "other").exists()
+
+
 def test_an_interval_needs_five_batches():
     found = {"start": [0.5] * 5, "best": [0.6, 0.7, 0.6, 0.7, 0.65]}
     line = tune.confirmation(found, "f1")
@@ -151,9 +164,12 @@ def test_the_reviews_example(tmp_path, no_picture, capsys):
     call(tune.main, "--resume", tmp_path / "run")  # finished: nothing is done again
     assert (tmp_path / "run" / "tuner" / "tuner.json").read_bytes() == before
     path.write_text(path.read_text().replace("num_iterations: 3", "num_iterations: 4"))
+    capsys.readouterr()
     for words in (["--resume", tmp_path / "run", "-c", path], ["--resume", tmp_path / "run"]):  # a longer search
         call(tune.main, *words)
         assert len(history_of(tmp_path / "run")) == 5
+    named = [line for line in capsys.readouterr().out.splitlines() if " is now " in line]
+    assert named == ["rl_tuning.num_iterations is now 4; the run had 3"]
     assert "run holds a run already" in fails(capsys, tune.main, "-c", path, "--output-dir", tmp_path / "run")
 
 

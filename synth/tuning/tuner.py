@@ -45,8 +45,8 @@ SEEDS = 24  # instructions to start from, if none are given
 SHOWN = 3  # rows of a batch shown in the log
 FRESH = 1_000_000  # rows from this number on are for `confirm`; no search gets that far
 # What may differ in a loaded state: paths, the teacher, and the length of the search.
-FREE = ("output_dir", "teacher", "task", "seed_data")
 FREE_TUNING = ("num_iterations", "enable_rl_tuning", "target_model_path", "validation_data_path")
+FREE = ("output_dir", "teacher", "task", "seed_data", *(f"rl_tuning.{name}" for name in FREE_TUNING))
 
 
 class Confirmation(Schema):
@@ -243,10 +243,7 @@ class RLTuner:
         if version != FORMAT:
             raise UserError(f"{path} was written by another version (format {version}); {remedy}")
         state = read_as(SavedTuner, place, remedy)
-        saved, own = (fixed(config.as_dict()) for config in (config_from(state.config, str(place)), self.config))
-        for key, value in own.items():
-            if saved.get(key) != value:
-                raise UserError(f"{path} was saved with {key} {saved.get(key)!r}, and it is now {value!r}; set it back")
+        refuse_changes(str(path), config_from(state.config, str(place)).as_dict(), self.config.as_dict())
         arrays = Path(path) / ARRAYS
         found = read_arrays(arrays, remedy, weights=False) if arrays.is_file() else {}
         with reading(f"{place} (agent)", remedy):
@@ -266,10 +263,22 @@ class RLTuner:
         return f"go on with: python -m synth.tune --resume {self.folder}"
 
 
-def fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that must be the same in `save` and `load`. Tuples become lists, as in JSON."""
-    tuning = {f"rl_tuning.{key}": value for key, value in config["rl_tuning"].items() if key not in FREE_TUNING}
-    rest = {key: value for key, value in config.items() if key not in (*FREE, "rl_tuning")}
+def changes(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key → what `saved` and `own`, configurations as dicts, have where they differ. Tuples are lists, as in JSON."""
+    before, now = (_flat(config) for config in (saved, own))
+    return {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+
+
+def refuse_changes(place: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise UserError, which begins with `place`, if `own` differs from `saved` where a search may not change."""
+    others = [f"{key} {now!r} (it has {had!r})" for key, (had, now) in changes(saved, own).items() if key not in FREE]
+    if others:
+        raise UserError(f"{place} was begun with another configuration: {', '.join(others)}; set it back")
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    tuning = {f"rl_tuning.{key}": value for key, value in config["rl_tuning"].items()}
+    rest = {key: value for key, value in config.items() if key != "rl_tuning"}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in (rest | tuning).items()}
 
 
