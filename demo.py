@@ -12,8 +12,6 @@ cpu.enable()  # before mlx is imported
 
 import argparse
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +26,7 @@ from data.digits import DigitRule, held_out_starts
 from models.adapters import load_adapter
 from models.loading import load, resolve
 from rewards.digits import digit_reward
+from synth.pipeline.script import run_script
 from training.evaluation import Evaluation, evaluate_model
 from training.metrics import read_metrics
 from training.plots import REWARD, Panel, plot_panels, points_of
@@ -60,11 +59,9 @@ def parse_args() -> argparse.Namespace:
 
 def stage(title: str, *command: object) -> float:
     """Run one script and return its duration in seconds. A failing stage ends the demo."""
-    words = [str(word) for word in command]
-    print(f"\n=== {title}\n$ python {' '.join(words)}", flush=True)
+    print(f"\n=== {title}", flush=True)
     started = time.perf_counter()
-    if subprocess.run([sys.executable, *words]).returncode:
-        raise UserError(f"the stage {title!r} failed; see its message above")
+    run_script([str(word) for word in command], f"{python_command()} demo.py, which begins anew")
     return time.perf_counter() - started
 
 
