@@ -119,7 +119,7 @@ def train(stages: Stages, folder: Path, scale: Scale) -> None:
     stages.run("data", "data/generate_constraint_data.py", "--num-samples", scale.rows, "--output-dir", data, *seed)
     stages.run(
         "SFT", "sft.py", "--train", "--model", model, "--data", data, "--iters", scale.sft_iters, "--batch-size", 8,
-        *LAYERS, *seed, "--save-file", start, run_folder=folder / "runs/sft",
+        "--val-batches", 4, *LAYERS, *seed, "--save-file", start, run_folder=folder / "runs/sft",
     )  # fmt: skip
     stages.run(
         "PPO", "ppo_training.py", "--resume-file", start, *prompts, *short, "--batch-size", scale.ppo_batch_size,
