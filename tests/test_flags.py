@@ -634,6 +634,20 @@ def test_ctrl_c_while_a_script_imports_leaves_no_traceback(moment):
     assert done.stderr == "\nstopped.\n"
 
 
+def test_ctrl_c_that_falls_into_a_callback_is_not_lost():
+    code = """
+import common, signal, time, weakref
+class Thing: pass
+thing = Thing()
+reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
+del thing  # what the callback raises is ignored
+time.sleep(10)
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "\nstopped.\n") and done.returncode == -signal.SIGINT
+
+
 def test_a_fault_while_a_script_imports_has_its_traceback():
     code = "import common\nraise ValueError('a fault')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

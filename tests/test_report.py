@@ -12,6 +12,7 @@ import synth.pipeline.report
 from common.errors import UserError
 from synth.pipeline.charts import curve, intervals, ticks
 from synth.pipeline.report import (
+    AMOUNTS,
     as_script,
     margin_counts,
     rate_bins,
@@ -149,6 +150,16 @@ def test_a_row_that_is_carried_along_is_counted_where_it_was_dropped():
     rows = [new_row("a", "1", "1", "generated"), drop(new_row("b", "2", "2", "generated"), "tie")]
     found = samples({"generate": rows, "verify": [rows[0], drop(rows[1], "another reason")]})
     assert [row["outcome"] for row in found] == ["kept by verify", "generate: tie"]
+
+
+def test_every_column_of_the_ledger_and_every_origin_is_explained_where_it_stands(folder):
+    text = plain(write_report(folder))
+    ledger, kept_and_dropped = text[text.index("Ledger") :], text[text.index("Kept and dropped") :]
+    for name in AMOUNTS:
+        assert name.split("_")[0].casefold() in ledger.partition("stage calls")[0].casefold()
+    for origin in ("generated", "harder", "easier"):
+        assert origin in kept_and_dropped.partition("stage outcome")[0].partition("Origins:")[2]
+    assert "95 % interval: " in text
 
 
 def test_the_teacher_is_named(folder):

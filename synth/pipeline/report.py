@@ -229,7 +229,7 @@ def table(
 
 
 def _absent(*told: str) -> str:
-    """What a section cannot show."""
+    """A remark: what a section cannot show, or what its words mean."""
     return f'<p class="quiet">{escape(" ".join(told))}</p>' if told else ""
 
 
@@ -299,6 +299,11 @@ def _result(found: Run) -> str:
         figures.append(
             f"<figure><figcaption>{asked}</figcaption>{intervals('Mean score with its interval', models)}"
             + table(["model", "mean score", "95 % interval"], rows)
+            + _absent(
+                "95 % interval: intervals made in this way hold the mean over all questions of this kind in 95 of 100 "
+                "cases. The difference is taken question by question. Both are about the choice of questions, not "
+                "about other seeds of training."
+            )
             + "</figure>"
         )
     checkpoints = found.records.get("checkpoints", {})
@@ -339,7 +344,9 @@ def _stages(found: Run) -> str:
     words = (
         "Each stage reads what the one before kept: generate writes samples, verify has the teacher answer them anew "
         "and keeps those on whose answer the votes agree, difficulty measures pass rates of the base model and has "
-        "harder and easier ones written, selection takes those to learn from. Held-out ones choose the checkpoint."
+        "harder and easier ones written, selection takes those to learn from. Held-out ones choose the checkpoint. "
+        "Origins: generated samples are the teacher's first; of one that the base model solves it writes a harder one, "
+        "of one that it does not an easier one."
     )
     drawn = f'{_absent(words)}<div class="scroll">{body}</div>' if lines else ""
     return "<h2>Kept and dropped</h2>" + drawn + _absent(*told)
@@ -421,7 +428,13 @@ def _ledger(found: Run) -> str:
     names = [*(name for name in ledger if name != "total"), *(["total"] if "total" in ledger else [])]
     rows = [[name or "other", *(amount(ledger[name].get(key)) for key in AMOUNTS)] for name in names]
     head = ["stage", *(key.replace("_", " ") for key in AMOUNTS)]
-    return "<h2>Ledger</h2>" + table(head, rows, total="total" in ledger, label="Ledger")
+    words = (
+        "What the teacher was asked by each stage. Calls: requests sent, retries included. Cached: answers taken from "
+        "the cache instead, for which no call was made. Retries: requests sent again after one that failed. Prompt and "
+        "completion tokens: those read and those written, as the endpoint counts them. Money: by the prices given, "
+        "--price-in and --price-out, in their currency; 0 where none were."
+    )
+    return "<h2>Ledger</h2>" + _absent(words) + table(head, rows, total="total" in ledger, label="Ledger")
 
 
 def _config(found: Run) -> str:
