@@ -8,11 +8,13 @@ context that the model would see at inference.
     python -m pytest tests/test_chat.py
 """
 
+import resource
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,8 @@ from data.batching import Example, Rendered, encode_prompt
 Message = dict[str, Any]
 Tools = list[Any] | None
 LONGEST_RENDERING = 10.0  # seconds; a conversation takes milliseconds
+LONGEST_TEXT = 20_000_000  # characters
+MOST_MEMORY = 4 * 2**30  # bytes that a rendering may add, on Linux
 
 
 def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, reply: bool = False) -> Rendered:
@@ -35,10 +39,13 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, rep
             '"prompt" and "completion" as text'
         )
     try:
-        with _time_limit():
-            return Rendered(
-                tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=reply, tokenize=False)
+        with _time_limit(), _memory_limit():
+            text = tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=reply, tokenize=False
             )
+        if len(text) > LONGEST_TEXT:
+            raise ValueError(f"its text has {len(text):,} characters")
+        return Rendered(text)
     except Exception as error:  # noqa: BLE001  (a template is a program of the model's, and fails as programs do)
         cause = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"the model's chat template cannot render the messages ({cause}); fix them") from None
@@ -55,12 +62,29 @@ def _time_limit() -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, LONGEST_RENDERING)
+    # Again and again, as Jinja, which computes constants as it compiles, passes over what is raised there.
+    signal.setitimer(signal.ITIMER_REAL, LONGEST_RENDERING, LONGEST_RENDERING / 10)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+@contextmanager
+def _memory_limit() -> Iterator[None]:
+    """Let a block that takes MOST_MEMORY more than there is raise MemoryError: `"x" * 10**11` takes no time."""
+    statm = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not statm.is_file():
+        yield
+        return
+    before, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize() + MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most if before == resource.RLIM_INFINITY else min(most, before), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, hard))
 
 
 def encode_messages(

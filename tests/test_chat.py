@@ -1,7 +1,9 @@
 """From conversations to tokens: what is trained, for various kinds of chat templates."""
 
 import copy
+import resource
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,6 +154,7 @@ TEMPLATES = {
     "no end": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "a division": "{{ 1 / 0 }}",
     "an overflow": "{{ 1e308 ** 9 }}",
+    "a number without end": "{{ 9 ** (9 ** 9) }}",
     "no such thing": "{{ messages[7].a.b }}",
     "an escape": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "a syntax error": "{% for %}",
@@ -167,3 +170,14 @@ def test_a_template_that_fails_as_programs_do_is_one_line(template, monkeypatch)
         render(tokenizer, [{"role": "user", "content": "hi"}])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+@pytest.mark.parametrize(("times", "said"), [("21 * 10**6", "21,000,000 characters"), ("10**11", "MemoryError")])
+def test_a_template_whose_text_has_no_end_is_one_line(times, said):
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if said == "MemoryError" and not Path("/proc/self/statm").is_file():
+        pytest.skip("the system holds no process to its memory")
+    tokenizer = byte_tokenizer("{{ 'x' * " + times + " }}")
+    with pytest.raises(UserError, match=said):
+        render(tokenizer, [{"role": "user", "content": "hi"}])
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
