@@ -8,8 +8,8 @@
 
 Finished cells are kept, cut ones resumed; no cell should take more than 20 minutes on 2 cores. Each part ends with a
 table, `learned` with a picture, too; all figures of the folder are in its results.json. Data and rewards of constraints
-are demo_real.py's. Every method starts from one SFT adapter and has as many of its replies, two an instruction: PPO
-samples them step by step; DPO learns from the pairs of different scores, SFT from the better of each two.
+are demo_real.py's. Every method starts from one SFT adapter and has as many replies: PPO samples them step by step;
+DPO has two of the start's an instruction, in pairs of different scores, and SFT the better of each two.
 """
 
 import argparse
@@ -40,7 +40,19 @@ from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
 from common.parser import Parser
 from data.generate_constraint_data import write_rows
-from demo_real import ANSWER, FULL, LAYERS, MAX_TOKENS, held_out_figures, read_rows, write_pairs
+from demo_real import (
+    ANSWER,
+    DPO_RATE,
+    FULL,
+    GROUPS,
+    LAYERS,
+    MAX_TOKENS,
+    PPO_RATE,
+    SFT_RATE,
+    held_out_figures,
+    read_rows,
+    write_pairs,
+)
 from models.adapters import load_adapter
 from models.loading import LoadedModel, load, twin
 from models.smollm2 import NAME, PIP
@@ -52,16 +64,16 @@ from training.metrics import read_metrics
 from training.plots import Panel, plot_panels
 
 ENGLISH = Path(__file__).with_name("plain_english.txt")
-PPO = ["ppo_training.py", "--prompts", "{data}/train.jsonl", "--answer", ANSWER, "--max-completion-length", MAX_TOKENS]
-GROUPS = ["--num-generations", 4]
-TUNED = ["sft.py", "--train", "--batch-size", 8, "--epochs", 2, "--data", "{own}"]
+LIMIT = ["--max-completion-length", MAX_TOKENS]
+PPO = ["ppo_training.py", "--prompts", "{data}/train.jsonl", "--answer", ANSWER, *LIMIT, *PPO_RATE]
+TUNED = ["sft.py", "--train", "--batch-size", 8, "--epochs", 1, "--data", "{own}"]
 # The flags of each method beside those that all share; {data}: of the task; {own}: a seed's replies of the start.
 METHODS: dict[str, list[object]] = {
-    "sft": TUNED,
-    "dpo": [*TUNED, "--dpo", "--data-base", "pairs_"],
+    "sft": [*TUNED, *SFT_RATE],
+    "dpo": [*TUNED, *DPO_RATE, "--dpo", "--data-base", "pairs_"],
     "gae": PPO,
-    "group": [*PPO, "--advantage", "group", *GROUPS],
-    "rloo": [*PPO, "--advantage", "rloo", *GROUPS],
+    "group": [*PPO, *GROUPS],
+    "rloo": [*PPO, *GROUPS, "--advantage", "rloo"],
 }
 LEARNED = "learned_reward"  # the reward model's folder, and its name in a run's metrics
 EVALS = "evals==3.0.1.post1"  # MIT; of its data sets only LogiQA is read, and none is kept
@@ -102,7 +114,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
         script(log, 1, "data/generate_constraint_data.py", "--num-samples", args.rows, "--output-dir", data)
     if not start.exists():
         train(log, folder / "runs/start", "sft.py", "--train", "--model", args.model, "--data", data, "--iters",
-              args.sft_iters, "--batch-size", 8, *LAYERS, "--save-file", start)  # fmt: skip
+              args.sft_iters, "--batch-size", 8, *SFT_RATE, *LAYERS, "--save-file", start)  # fmt: skip
     for name, adapter in (("base", None), ("start", start)):
         kept = folder / f"constraints/{name}-0/result.json"
         if not kept.exists():
@@ -114,7 +126,7 @@ def own_replies(args: argparse.Namespace, folder: Path, seed: int) -> Path:
     own = folder / f"own-{seed}"
     if not (own / "valid.jsonl").exists():
         samples, prompts = own / "samples.jsonl", folder / "data/train.jsonl"
-        sampling = ["--num-samples", 2 * args.rows, "--max-completion-length", MAX_TOKENS, "--seed", seed]
+        sampling = ["--num-samples", 2 * args.rows, *LIMIT, "--seed", seed]
         script(folder / f"logs/own-{seed}.log", 1, "evaluate.py", "--resume-file", folder / "start", *sampling,
                "--prompts", prompts, "--answer", ANSWER, "--save-samples", samples)  # fmt: skip
         rows, replies = read_rows(prompts), read_rows(samples)
@@ -126,8 +138,9 @@ def own_replies(args: argparse.Namespace, folder: Path, seed: int) -> Path:
             for row, best in zip(rows, better, strict=True)
             if best["tokens"] < MAX_TOKENS
         ]
-        write_rows(own / "train.jsonl", chosen[len(chosen) // 10 :])
-        write_rows(own / "valid.jsonl", chosen[: len(chosen) // 10])
+        held_out = -(-len(chosen) // 10)
+        write_rows(own / "train.jsonl", chosen[held_out:])
+        write_rows(own / "valid.jsonl", chosen[:held_out])
     return own
 
 
@@ -216,7 +229,7 @@ def learned(args: argparse.Namespace, folder: Path) -> list[str]:
     if not reward.exists():
         own = own_replies(args, folder, 0)
         train(log, folder / "runs/learned_reward", "sft.py", "--reward-model", "--train", "--model", args.model,
-              "--data", own, "--data-base", "pairs_", "--epochs", 3, "--batch-size", 8, *LAYERS,
+              "--data", own, "--data-base", "pairs_", "--epochs", 3, "--batch-size", 8, *SFT_RATE, *LAYERS,
               "--save-file", reward)  # fmt: skip
     for seed in range(args.seeds):
         cell = folder / f"learned/ppo{f', {args.label}' if args.label else ''}-{seed}"
@@ -313,9 +326,9 @@ def logiqa(args: argparse.Namespace, folder: Path) -> list[str]:
     adapter = place / "after/adapter"
     short = ["--model", args.model, "--answer", CHOICE, "--max-completion-length", 24]
     if not adapter.exists():
-        train(log, place / "after/run", "ppo_training.py", *short, "--prompts", place / "train.jsonl", *LAYERS,
-              "--num-steps", args.steps, "--batch-size", args.batch_size, "--mini-batch-size", args.batch_size // 2,
-              "--save-file", adapter, *args.flags.split())  # fmt: skip
+        train(log, place / "after/run", "ppo_training.py", *short, *PPO_RATE, *LAYERS, "--num-steps", args.steps,
+              "--prompts", place / "train.jsonl", "--batch-size", args.batch_size,
+              "--mini-batch-size", args.batch_size // 2, "--save-file", adapter, *args.flags.split())  # fmt: skip
     for name, flags in (("before", []), ("after", ["--resume-file", adapter])):
         cell = place / name
         if (cell / "result.json").exists():
