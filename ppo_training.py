@@ -88,7 +88,7 @@ def main() -> None:
                 break
 
     # Save, after a stop, too, which ends here
-    summary = ppo_run.leave(save_adapter, plot_run(ppo_run.folder))
+    summary = ppo_run.leave(save_adapter, plot_run)
     if args.fused_model:
         save_fused(loaded, args.fused_model)
         ppo_run.log.say(f"the fused model is in {args.fused_model}")

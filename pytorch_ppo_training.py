@@ -24,7 +24,8 @@ from training import ppo_flags
 from training.flags import adapter_settings, parse_or_resume
 from training.plots import plot_run
 from training.ppo_loop import PPORun, ppo_steps
-from training.ppo_step import Prompts
+from training.ppo_step import Prompts, check_ranks
+from training.ranks import Ranks, digest_of
 
 ABSENT = ""  # the package that is missing, without which --help works all the same
 try:
@@ -33,6 +34,7 @@ try:
     from rewards.torch_reward_model import load_reward_model
     from training import torch_checkpoint
     from training.torch_ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
+    from training.torch_ranks import launched, own_device, weights_digest
 except ModuleNotFoundError as error:
     if error.name not in ("torch", "transformers", "peft"):
         raise
@@ -56,17 +58,25 @@ def build_reward(args: argparse.Namespace, base: "LoadedModel") -> Reward:
 
 
 def main() -> None:
-    # Flags
-    args = parse_args()
     if ABSENT:
+        parse_args()  # so that --help works all the same
         raise UserError(f"{ABSENT} is not installed; run: pip install -r requirements-torch.txt, or make setup-torch")
+    with launched() as ranks:
+        train(ranks)
+
+
+def train(ranks: Ranks) -> None:
+    """PPO by the flags, by all processes of a launch together."""
+    # Flags
+    args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     settings = ppo_flags.ppo_settings(args)
+    check_ranks(settings, ranks)
     check_adapter_path(args.save_file)
     say_replaced(args.save_file)
     args.model = base_of(args.model, args.resume_file, resolve)
 
     # Model, prompts, reward, policy and reference
-    loaded = load(args.model, choose_device(args.device), args.tokenizer)
+    loaded = load(args.model, own_device(ranks, choose_device(args.device)), args.tokenizer)
     trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     say_beyond_context(loaded.tokenizer, trained_on, settings.max_completion_length, context)
@@ -77,7 +87,10 @@ def main() -> None:
     adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
     policy, reference = build_policies(loaded, settings, adapter, args.grad_checkpoint)
     optimizer = make_ppo_optimizer(policy, settings)
-    learner = PPOLearner(policy.module, reference, loaded, optimizer, settings)
+    learner = PPOLearner(policy.module, reference, loaded, optimizer, settings, ranks)
+    if ranks.size > 1:
+        digests = {"settings": digest_of([str(settings)]), "data": digest_of([trained_on, held_out])}
+        ranks.check_same(**digests, base_model=weights_digest(reference), policy=weights_digest(policy.module))
 
     # Rollout, score, advantages, update: until the last step or a stop
     device = loaded.model.device
@@ -89,6 +102,7 @@ def main() -> None:
         optimizer,
         torch_checkpoint,
         peak_memory=memory_meter(device),
+        ranks=ranks,
     )
     ppo_run.describe(describe_device(device))
     known = args.ground_truth_reward or args.prompts
@@ -99,7 +113,7 @@ def main() -> None:
                 break
 
     # Save, after a stop, too, which ends here
-    summary = ppo_run.leave(save_adapter, plot_run(ppo_run.folder))
+    summary = ppo_run.leave(save_adapter, plot_run)
     ppo_run.log.close(summary)
 
 

@@ -11,9 +11,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
+
+from common.cli import Stopped
+from common.errors import UserError
 
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 40.0  # seconds without any, after which a process or its connection counts as gone
@@ -63,6 +66,32 @@ class Watchdog:
                     self.peers[said[-1]] = peer
                 else:
                     peer.close()
+
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """What is done here by all processes ends for all of them at once.
+
+        Other ranks than 0 print nothing but their own errors; one that rank 0 has as well is said once.
+        """
+        if self.rank:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        try:
+            yield
+        except Stopped:
+            self.leave()
+            if self.rank:
+                raise SystemExit(130) from None
+            raise
+        except SystemExit:
+            self.fail()  # as of --help, for which the others would wait
+            raise
+        except UserError as error:
+            if self.fail():
+                raise SystemExit(2) from None
+            raise UserError(f"rank {self.rank}: {error}" if self.rank else str(error)) from None
+        self.leave()
 
     def leave(self) -> None:
         """This process ends as it should."""

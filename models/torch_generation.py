@@ -53,13 +53,15 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 128,
     on_token: Callable[[int], None] | None = None,
+    among: tuple[slice, int] | None = None,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
     prompts: token ids, at least one each; the model's soft prompt is prepended here. Tokens are drawn from
     softmax(logits / temperature), unfiltered; temperature 0 takes the most likely token. batch_size: prompts in flight.
-    on_token: called with the number of tokens of each decoding step, for progress. Runs in eval mode, so without
-    dropout, and restores the model's mode.
+    on_token: called with the number of tokens of each decoding step, for progress. among: which part the prompts are
+    of how many that several processes share; each draws for a row what one process would draw for it. Runs in
+    eval mode, so without dropout, and restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -70,14 +72,14 @@ def sample(
     try:
         for rows in in_order(len(prompts), batch_size):
             batch = [prefix + list(prompt) for prompt in prompts[rows.start : rows.stop]]
-            completions += _sample_batch(model, batch, eos_token_ids, max_tokens, temperature, on_token)
+            completions += _sample_batch(model, batch, eos_token_ids, max_tokens, temperature, on_token, among)
     finally:
         model.train(was_training)
     return completions
 
 
 @torch.no_grad()
-def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_tokens, temperature, on_token):
+def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_tokens, temperature, on_token, among):
     """Prompts are padded on the left, so that all rows draw their next token at the same position."""
     width = max(map(len, prompts))
     device = model.device
@@ -102,7 +104,7 @@ def _sample_batch(model: Any, prompts: list[list[int]], eos_token_ids, max_token
             past_key_values=cache,
             use_cache=True,
         )
-        tokens = draw(logits[:, 0], temperature)[:, None]
+        tokens = draw(logits[:, 0], temperature, among)[:, None]
         drawn.append(tokens)
         lengths += alive
         going_on = alive & ~torch.isin(tokens[:, 0], eos)
@@ -157,13 +159,15 @@ def _read_prompts(
     return tokens[:, start:], positions[:, start:]
 
 
-def draw(logits: Tensor, temperature: float) -> Tensor:
+def draw(logits: Tensor, temperature: float, among: tuple[slice, int] | None = None) -> Tensor:
     """One token a row from softmax(logits / temperature), or the most likely one at temperature 0.
 
-    logits: (B, V). Returns (B,).
+    logits: (B, V); among: see `sample`. Returns (B,).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    own, count = among or (slice(None), len(probabilities))
+    noise = torch.empty((count, probabilities.shape[1]), device=probabilities.device).exponential_()
     # torch.multinomial draws so, too, but first waits for the device, to look whether these are probabilities.
-    return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(dim=-1)
+    return (probabilities / noise[own]).argmax(dim=-1)

@@ -19,7 +19,6 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from common.cli import Stopped
 from common.errors import UserError, reason
 from common.watchdog import SILENCE, Watchdog
 from training.ranks import ALONE, Ranks, digest_of
@@ -35,8 +34,7 @@ SAMPLED = 64  # numbers of every weight that a digest reads
 def launched() -> Iterator[Ranks]:
     """The ranks of the launch that this process belongs to; of a process started by itself, it alone.
 
-    Other ranks than 0 print nothing but their own errors; one that rank 0 has as well is said once. Where a rank is
-    lost, the process ends, and the first rank that is left says so in one line.
+    Where a rank is lost, the process ends, and the first rank that is left says so in one line.
     """
     if LAUNCHED not in os.environ:
         yield ALONE
@@ -55,23 +53,8 @@ def launched() -> Iterator[Ranks]:
         yield ALONE
         return
     ranks = MLXRanks(group, host, local)
-    if not ranks.writes:
-        _silence_output()
-    try:
+    with ranks.watchdog.ending_together():
         yield ranks
-    except Stopped:
-        ranks.watchdog.leave()
-        if not ranks.writes:
-            raise SystemExit(130) from None
-        raise
-    except SystemExit:
-        ranks.watchdog.fail()  # as of --help, for which the others would wait
-        raise
-    except UserError as error:
-        if ranks.watchdog.fail():
-            raise SystemExit(2) from None
-        raise UserError(f"rank {ranks.rank}: {error}" if ranks.rank else str(error)) from None
-    ranks.watchdog.leave()
 
 
 def _first_host() -> tuple[str, bool]:
@@ -83,12 +66,6 @@ def _first_host() -> tuple[str, bool]:
     if "MLX_JACCL_COORDINATOR" in os.environ:
         return os.environ["MLX_JACCL_COORDINATOR"].rpartition(":")[0], False
     return os.environ.get("NCCL_HOST_IP", "127.0.0.1"), True
-
-
-def _silence_output() -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.close(nowhere)
 
 
 class MLXRanks(Ranks):

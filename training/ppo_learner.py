@@ -35,6 +35,7 @@ from training.flags import step_seed
 from training.optimizer import Optimizer, compiling_pays, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.ppo_loop import Progress, ppo_steps
+from training.ranks import ALONE
 from training.rollout import Rollout, pack
 from training.settings import PPOSettings
 
@@ -80,6 +81,8 @@ def make_ppo_optimizer(policy: Trainee, settings: PPOSettings) -> Optimizer:
 
 class PPOLearner:
     """A policy that learns by PPO: MLX's `training.ppo_loop.Learner`."""
+
+    ranks = ALONE
 
     def __init__(
         self,

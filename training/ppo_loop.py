@@ -27,13 +27,13 @@ from training.checkpoint_folders import (
     CheckpointState,
     drop_other_bests,
     may_save_stopped,
-    open_run_folder,
+    open_for_all,
     restore_newest,
     stopped_words,
 )
 from training.console import PPO_COLUMNS
 from training.flags import describe
-from training.metrics import RunLog, figures_at, provenance, read_metrics
+from training.metrics import NoLog, RunLog, figures_at, provenance, read_metrics
 from training.optimizer_groups import ppo_optimizer
 from training.plots import LivePicture
 from training.ppo_step import (
@@ -41,12 +41,14 @@ from training.ppo_step import (
     group_figures,
     make_controller,
     make_step_size,
+    own_rows,
     rate_share,
     rollout_figures,
     score_signal,
     shape_scores,
     value_figures,
 )
+from training.ranks import ALONE, Ranks
 from training.rollout import Rollout, has_eos
 from training.settings import PPOSettings
 from training.signs import Signs
@@ -61,6 +63,7 @@ class Learner(Protocol):
 
     settings: PPOSettings
     eos_token_ids: set[int]
+    ranks: Ranks  # the processes that share the rows of what follows; each calls all of it, and gets the whole
 
     def seed(self, step: int) -> None:
         """Make what is drawn in `step` (from 0) depend on the run's seed and the step alone."""
@@ -185,7 +188,7 @@ def held_out_score(learner: Learner, tokenizer: Any, prompts: Sequence[str], rew
     asked = [prompts[i % len(prompts)] for i in range(learner.settings.batch_size)]
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
     texts = completion_texts(tokenizer, prompt_ids, learner.sample(prompt_ids))
-    return float(np.mean(score(reward, asked, texts).scores))
+    return float(np.mean(score_all(learner, reward, asked, texts).scores))
 
 
 def roll_out(
@@ -200,12 +203,20 @@ def roll_out(
     texts = completion_texts(tokenizer, prompt_ids, completions)
     ended = [has_eos(completion, learner.eos_token_ids) for completion in completions]
     # The prompts as they were given, by which a reward knows them; decoding may change a space.
-    scored = score(reward, prompts, texts)
+    scored = score_all(learner, reward, prompts, texts)
     scores = shape_scores(np.asarray(scored.scores, dtype=np.float32), ended, learner.settings, moments)
     rollout, entropy = learner.experience(prompt_ids, completions, scores)
     figures = rollout_figures(scored, ended, rollout, entropy) | group_figures(learner.settings, scored.scores)
     figures["score_signal"] = score_signal(scored.scores, ended, learner.settings, moments)
     return rollout, scored, figures
+
+
+def score_all(learner: Learner, reward: Reward, prompts: Sequence[str], texts: tuple[list[str], list[str]]) -> Scored:
+    """`rewards.combined.score`, each rank for its share; the completions of a prompt are scored together."""
+    ranks, own = learner.ranks, own_rows(learner.settings, learner.ranks, len(prompts))
+    scored = score(reward, prompts[own], (texts[0][own], texts[1][own]))
+    parts = {name: ranks.gather(scores) for name, scores in scored.parts.items()}
+    return Scored(*texts, ranks.gather(scored.scores), parts)
 
 
 class PPORun:
@@ -225,17 +236,23 @@ class PPORun:
         checkpoint: Any,
         blas: str | None = None,
         peak_memory: Callable[[], float] | None = None,
+        ranks: Ranks = ALONE,
     ):
         """Start a run by the flags `args`, or restore the one that --resume names. peak_memory: as RunLog has it."""
-        self.script, self.args, self.settings = script, args, settings
+        self.script, self.args, self.settings, self.ranks = script, args, settings, ranks
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
         self.progress = Progress(make_controller(settings), make_step_size(settings))
         self.figures: dict[str, float] = {}
         args.learning_rate = self._optimizer()[1]  # config.json has it, so that a resumed run does not choose again
-        run = open_run_folder(args, "ppo", blas)
+        run = open_for_all(self.ranks, args, script, "ppo", blas)
         self.folder, self.lock = run.path, run.lock
         if run.checkpoint:
-            restore_newest(self.folder, self._restore)
+            self.progress.restore(self.ranks.from_writer(self._restored), self.folder)
+            checkpoint.share_checkpoint(self.ranks, policy, optimizer)
+        self.log: RunLog | NoLog = NoLog()
+        if not self.ranks.writes:
+            return
+        if run.checkpoint:
             # A run killed after its last step has none left to say how it ended.
             self.figures = figures_at(self.folder, self.progress.step)
         else:
@@ -253,9 +270,16 @@ class PPORun:
         )
         self.signs = Signs(settings, read_metrics(self.folder))
 
-    def _restore(self, folder: Path) -> None:
-        state = self.checkpoint.restore_checkpoint(folder, self.policy, self.optimizer)
-        self.progress.restore(state, folder)
+    def _restored(self) -> dict[str, Any]:
+        """The state of the newest checkpoint that can be restored; weights and optimizer have theirs."""
+        states: list[dict[str, Any]] = []
+
+        def restore(folder: Path) -> None:
+            states.append(self.checkpoint.restore_checkpoint(folder, self.policy, self.optimizer))
+            self.progress.restore(states[-1], folder)
+
+        restore_newest(self.folder, restore)
+        return states[-1]
 
     def _optimizer(self) -> tuple[str, float]:
         return ppo_optimizer(self.settings, self.policy.adapter.fine_tune_type, self.policy.sizes()[1])
@@ -275,7 +299,12 @@ class PPORun:
 
     def record(self, step: Step, stop: StopSignal) -> bool:
         """Report a step, and write a checkpoint where one is due or the run is to stop; returns whether it is."""
-        self.figures, last = step.figures, finished(self.settings, self.progress)
+        self.figures, stopping = step.figures, self.ranks.any(stop.requested)
+        if self.ranks.writes:
+            self._write(step, stopping)
+        return stopping
+
+    def _write(self, step: Step, stopping: bool) -> None:
         self.log.report(step.number, step.figures)
         self.log.samples(step.number, self._samples(step))
         self.log.advance()
@@ -287,10 +316,8 @@ class PPORun:
             self.log.say(f"step {step.number}: {line}")
         if self.args.save_best and self.progress.best.step == step.number:
             self.checkpoint.save_best(self.folder, step.number, self.policy)
-        stopping = stop.requested
-        if step.number % self.args.save_every == 0 or last or stopping:
+        if step.number % self.args.save_every == 0 or stopping or finished(self.settings, self.progress):
             self.save()
-        return stopping
 
     def _samples(self, step: Step) -> list[dict[str, Any]]:
         """The rows of the step's table of samples: a few, spread over its batch; none where no table is due."""
@@ -299,13 +326,19 @@ class PPORun:
             return []
         return sample_rows(step.scored)
 
-    def leave(self, save_adapter: Callable[..., object], picture: object) -> dict[str, Any]:
+    def leave(self, save_adapter: Callable[..., object], plot: Callable[[Path], object]) -> dict[str, Any]:
         """Save the adapter (by models.adapters.save_adapter or its twin), of a stopped run, too.
 
-        picture: where the curves are. Returns the summary. Raises Stopped if steps are left.
+        plot: draws the curves in a folder, and returns where they are. Returns the summary, on rank 0 alone. Raises
+        Stopped if steps are left.
         """
         done, planned, path = self.progress.step, self.settings.num_steps, self.args.save_file
         whole = finished(self.settings, self.progress)
+        if not self.ranks.writes:
+            if not whole:
+                raise Stopped
+            return {}
+        picture = plot(self.folder)
         if whole:
             self._take_best()
         summary = self._summary(str(picture))

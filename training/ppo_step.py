@@ -16,6 +16,7 @@ from data.prompts import PromptPlan
 from rewards.combined import Scored
 from training import ppo
 from training.advantages import estimator
+from training.ranks import Ranks
 from training.rollout import Rollout
 from training.schedules import schedule_share
 from training.settings import PPOSettings
@@ -80,13 +81,34 @@ class Prompts:
     """The prompts of every step, each as often as the advantage estimator compares completions of it."""
 
     def __init__(self, prompts: Sequence[str], settings: PPOSettings):
-        self.repeats = settings.num_generations if estimator(settings.advantage).compares_completions else 1
+        self.repeats = completions_per_prompt(settings)
         self.count = settings.batch_size // self.repeats
         self.plan = PromptPlan(prompts, settings.seed)
 
     def batch(self, step: int) -> list[str]:
         """batch_size prompts; the completions of one prompt stand side by side."""
         return [prompt for prompt in self.plan.batch(step, self.count) for _ in range(self.repeats)]
+
+
+def completions_per_prompt(settings: PPOSettings) -> int:
+    """How many completions of a prompt stand side by side in a step."""
+    return settings.num_generations if estimator(settings.advantage).compares_completions else 1
+
+
+def own_rows(settings: PPOSettings, ranks: Ranks, count: int) -> slice:
+    """The rows, of `count` completions, that this process samples and scores: all those of a prompt, or none."""
+    return ranks.share(count, completions_per_prompt(settings))
+
+
+def check_ranks(settings: PPOSettings, ranks: Ranks) -> None:
+    """Raise UserError where a rank would have nothing to do."""
+    prompts = settings.batch_size // completions_per_prompt(settings)
+    for flag, count, what in (("batch", prompts, "prompts"), ("mini-batch", settings.mini_batch_size, "rows")):
+        if count < ranks.size:
+            raise UserError(
+                f"--{flag}-size gives {count} {what} to share, fewer than the {ranks.size} processes; raise it, or "
+                "start fewer"
+            )
 
 
 def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.FixedKLController:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,6 +25,7 @@ from training.checkpoint_folders import (
     new_checkpoint,
     read_state,
 )
+from training.ranks import Ranks
 from training.torch_optimizer import ScheduledOptimizer
 
 
@@ -70,6 +72,27 @@ def restore_checkpoint(folder: Path, trainee: Trainee, optimizer: ScheduledOptim
         trainee.value_head.load_state_dict(head.state_dict())
     optimizer.restore(read_arrays(folder / OPTIMIZER_FILE, DAMAGED, weights=False))
     return read_state(folder)
+
+
+def share_checkpoint(ranks: Ranks, trainee: Trainee, optimizer: ScheduledOptimizer) -> None:
+    """Give all ranks the trained weights and the optimizer state that rank 0 has."""
+    if ranks.size == 1:
+        return
+    state = optimizer.arrays()
+    kinds = ranks.from_writer(lambda: {name: (str(a.dtype)[6:], *a.shape) for name, a in state.items()})
+    if not ranks.writes:
+        device = trainee.model.device
+        state = {
+            name: torch.zeros(shape, dtype=getattr(torch, dtype), device=device if shape else "cpu")
+            for name, (dtype, *shape) in kinds.items()
+        }
+    own = [*optimizer.weights, *state.values()]
+    shared = ranks.sum([array.detach() if ranks.writes else torch.zeros_like(array) for array in own])
+    weights, arrays = shared[: len(optimizer.weights)], shared[len(optimizer.weights) :]
+    if not ranks.writes:
+        for weight, value in zip(optimizer.weights, weights, strict=True):
+            weight.data.copy_(value)
+        optimizer.restore(dict(zip(state, arrays, strict=True)))
 
 
 def save_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:

@@ -25,6 +25,7 @@ from training import ppo_step
 from training.advantages import estimator
 from training.flags import step_seed
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
+from training.ranks import ALONE, Ranks
 from training.rollout import Rollout, pack
 from training.settings import PPOSettings
 from training.torch_checkpoint import Trainee
@@ -70,9 +71,14 @@ class PPOLearner:
 
     def __init__(
         self, policy: Policy, reference: nn.Module, loaded: LoadedModel, optimizer: ScheduledOptimizer,
-        settings: PPOSettings,
+        settings: PPOSettings, ranks: Ranks = ALONE,
     ):  # fmt: skip
-        """reference: a model over the same vocabulary; loaded: for its EOS, pad and device."""
+        """reference: a model over the same vocabulary; loaded: for its EOS, pad and device; ranks: by torch_ranks.
+
+        Every process has the whole rollout: it is small, and the rows of a mini batch are any. Each samples, scores and
+        differentiates its share of rows.
+        """
+        self.ranks = ranks
         self.policy, self.reference, self.optimizer, self.settings = policy, reference, optimizer, settings
         self.eos_token_ids, self.pad_token_id = loaded.eos_token_ids, loaded.tokenizer.pad_token_id or 0
         self.device = loaded.model.device
@@ -85,7 +91,9 @@ class PPOLearner:
     def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """One completion per prompt, as token ids, its EOS included."""
         limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
-        return sample(self.policy.model, prompts, self.eos_token_ids, *limits)
+        own = ppo_step.own_rows(self.settings, self.ranks, len(prompts))
+        among = (own, len(prompts)) if self.ranks.size > 1 else None
+        return self.ranks.gather(sample(self.policy.model, prompts[own], self.eos_token_ids, *limits, among=among))
 
     @torch.no_grad()
     def experience(
@@ -101,11 +109,14 @@ class PPOLearner:
         packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=few_shapes)
         tokens, positions, ids, mask = (torch.from_numpy(field).to(self.device) for field in packed)
         tokens, positions = tokens.long(), positions.long()
+        own = ppo_step.own_rows(self.settings, self.ranks, len(prompts))
         pieces = []
-        for rows_of in in_order(len(prompts), min(ppo_step.rows_to_score(settings), self._rows(tokens))):
-            piece = slice(rows_of.start, rows_of.stop)
+        most = min(ppo_step.rows_to_score(settings), self._rows(tokens))
+        for rows_of in in_order(own.stop - own.start, most):
+            piece = slice(own.start + rows_of.start, own.start + rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
-        logprobs, ref_logprobs, kl, values, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        figures = torch.stack([torch.cat(parts) for parts in zip(*pieces, strict=True)])
+        logprobs, ref_logprobs, kl, values, entropy = self._of_all(figures, own, len(prompts))
         given = torch.from_numpy(scores).to(self.device)
         return Rollout(
             tokens, positions, ids, mask, logprobs, ref_logprobs, kl, old_values=values, scores=given
@@ -114,6 +125,14 @@ class PPOLearner:
     def _rows(self, tokens: Tensor) -> int:
         """The most rows of `tokens` (B, L) that a pass may take on this device."""
         return max(1, largest_pass(self.policy.model, tokens.shape[1]) // tokens.shape[1])
+
+    def _of_all(self, figures: Tensor, own: slice, count: int) -> Tensor:
+        """The figures (n, count, C) of all rows, of which this process has made those of its `own`."""
+        if self.ranks.size == 1:
+            return figures
+        whole = figures.new_zeros(len(figures), count, figures.shape[2])
+        whole[:, own] = figures
+        return self.ranks.sum([whole])[0]
 
     def _score(self, tokens: Tensor, positions: Tensor, ids: Tensor, prefix: list[int]) -> tuple[Tensor, ...]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
@@ -140,7 +159,7 @@ class PPOLearner:
 
         def gradients(pieces: Sequence[np.ndarray]) -> tuple[dict[str, float], list[Tensor]]:
             parts = [part for piece in pieces for part in np.split(piece, range(rows, len(piece), rows))]
-            return accumulate(self.gradients_of, rollout, advantages, returns, parts, kl_coef)[1:]
+            return accumulate(self.gradients_of, rollout, advantages, returns, parts, kl_coef, self.ranks)[1:]
 
         return ppo_step.update(self.settings, step, gradients, partial(take_step, self.optimizer), lr_factor)
 
@@ -174,24 +193,46 @@ def make_loss(settings: PPOSettings) -> Callable:
 
 def accumulate(
     gradients_of: Callable, rollout: Rollout, advantages: Tensor, returns: Tensor, pieces: Sequence[np.ndarray],
-    kl_coef: float,
+    kl_coef: float, ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, float], list[Tensor]]:  # fmt: skip
-    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole.
+    """Loss, stats and gradients of a mini batch, summed over its pieces and the ranks: equal to those of the whole.
 
     Stats have the "grad_norm" of `training.torch_optimizer.read`.
     """
-    indices = [torch.from_numpy(rows).to(rollout.mask.device) for rows in pieces]
-    denominator = sum(rollout.mask[rows].sum() for rows in indices)
-    loss = torch.zeros((), device=rollout.mask.device)
+    device = rollout.mask.device
+    denominator = sum(rollout.mask[torch.from_numpy(rows).to(device)].sum() for rows in pieces)
+    loss = torch.zeros((), device=device)
     gradients: list[Tensor] = []
     stats: dict[str, Tensor] = {}
-    for rows in indices:
+    for rows in own_pieces(pieces, ranks):
+        index = torch.from_numpy(rows).to(device)
         (piece_loss, piece_stats), piece_gradients = gradients_of(
-            rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef
+            rollout.rows(index), advantages[index], returns[index], denominator, kl_coef
         )
         loss = loss + piece_loss
         for name, value in piece_stats.items():
             so_far = stats.get(name, torch.zeros_like(value))
             stats[name] = torch.maximum(so_far, value) if name == "ratio_max" else so_far + value
         gradients = list(map(torch.add, gradients, piece_gradients)) if gradients else list(piece_gradients)
+    if ranks.size > 1:
+        loss, stats, gradients = of_all_ranks(loss, stats, gradients, ranks)
     return loss, read(loss, gradients, stats), gradients
+
+
+def own_pieces(pieces: Sequence[np.ndarray], ranks: Ranks) -> Sequence[np.ndarray]:
+    """The rows of a mini batch that are this process's, in pieces no larger than the given ones."""
+    if ranks.size == 1:
+        return pieces
+    rows = np.concatenate(pieces)
+    own = rows[ranks.share(len(rows))]
+    return np.split(own, range(len(pieces[0]), len(own), len(pieces[0])))
+
+
+def of_all_ranks(
+    loss: Tensor, stats: dict[str, Tensor], gradients: list[Tensor], ranks: Ranks
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    """The sums over all ranks, and of "ratio_max" the largest, in one exchange."""
+    largest = loss.new_zeros(ranks.size)
+    largest[ranks.rank] = stats["ratio_max"]
+    loss, largest, *sums = ranks.sum([loss, largest, *stats.values(), *gradients])
+    return loss, {**dict(zip(stats, sums, strict=False)), "ratio_max": largest.max()}, sums[len(stats) :]
