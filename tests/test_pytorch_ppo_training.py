@@ -122,11 +122,11 @@ def stop_by_signal(monkeypatch):
     """SIGTERM while the second rollout is sampled: the step is ended and saved."""
     calls, sample = [], torch_ppo_learner.sample
 
-    def sample_and_stop(*args):
+    def sample_and_stop(*args, **more):
         calls.append(1)
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return sample(*args)
+        return sample(*args, **more)
 
     monkeypatch.setattr(torch_ppo_learner, "sample", sample_and_stop)
 

@@ -57,7 +57,7 @@ def words(folder, name):
     """The flags of a run by the script."""
     size = ("--batch-size", 8, "--mini-batch-size", 4, "--max-completion-length", 5, "--learning-rate", 1e-3)
     paths = ("--model", folder / "model", "--output-dir", folder / name, "--save-file", folder / f"{name}-adapter")
-    more = ("--device", "cpu", "--save-every", 2, "--scale-scores", "--lr-schedule", "constant")
+    more = ("--device", "cpu", "--save-every", 2, "--lr-schedule", "constant")
     return (*paths, *size, "--ground-truth-reward", *more)
 
 

@@ -92,7 +92,7 @@ class PPOLearner:
         """One completion per prompt, as token ids, its EOS included."""
         limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
         own = ppo_step.own_rows(self.settings, self.ranks, len(prompts))
-        among = (own, len(prompts)) if self.ranks.size > 1 else None
+        among = (own, len(prompts))
         return self.ranks.gather(sample(self.policy.model, prompts[own], self.eos_token_ids, *limits, among=among))
 
     @torch.no_grad()
