@@ -138,7 +138,7 @@ class Side:
         self.learner = self.stages.PPOLearner(policy, self.reference, source, self.optimizer, self.settings)
 
     def roll_out(self, monkeypatch, completions):
-        monkeypatch.setattr(self.stages, "sample", lambda *_: completions)
+        monkeypatch.setattr(self.stages, "sample", lambda *_, **more: completions)
         reward = digit_reward(DigitRule())
         return ppo_loop.roll_out(self.learner, self.loaded.tokenizer, TEXTS, reward, ppo.RunningMoments())
 
