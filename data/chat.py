@@ -114,7 +114,8 @@ def _one_turn(tokenizer, prompt: Rendered, messages: Sequence[Message], tools: T
     if not whole.startswith(prompt):
         if not messages[-1].get("content") or messages[-1].get("tool_calls"):
             raise UserError(
-                "the model's chat template does not continue its generation prompt, so tool calls cannot be rendered"
+                "the model's chat template does not continue its generation prompt, so empty turns and tool calls "
+                "cannot be rendered; write their text as content"
             )
         whole = prompt + _spaced(prompt, str(messages[-1]["content"]))
     turn = len(messages) - 1

@@ -10,6 +10,7 @@ that you would run yourself. What it raises, and a call that does not return in 
 import functools
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import math
 import sys
@@ -89,6 +90,9 @@ def checked(
         with user_code(what, timeout):
             # Copies, in case the function modifies its arguments.
             result = function(list(prompts), list(completions))
+            if inspect.iscoroutine(result):
+                result.close()
+                raise UserError(f"{what} is asynchronous; write a plain function that returns {count} numbers")
             if isinstance(result, str | bytes | dict) or not _iterable(result):
                 raise UserError(f"{what} returned {_shown(result)}; return a list of {count} numbers")
             values = list(itertools.islice(result, count + 1000))  # of what may have no end

@@ -3,6 +3,7 @@
 The time limit is by SIGALRM, so it holds in the main thread only; code in C that never looks at signals outlasts it.
 """
 
+import os
 import signal
 import threading
 import traceback
@@ -30,7 +31,7 @@ def user_code(what: str, seconds: float = 0.0, fails: str = "failed") -> Iterato
     Raises UserError for whatever the block raises, with its type, message, file and line.
     """
     try:
-        with _time_limit(seconds):
+        with _time_limit(seconds), _same_folder():
             yield
     except (UserError, Stopped, KeyboardInterrupt):
         raise
@@ -40,6 +41,17 @@ def user_code(what: str, seconds: float = 0.0, fails: str = "failed") -> Iterato
         raise UserError(f"{what} has not returned after {seconds:g} s{where}; {remedy}") from None
     except BaseException as error:
         raise UserError(f"{what} {fails}: {error_summary(error)}; fix it") from error
+
+
+@contextmanager
+def _same_folder() -> Iterator[None]:
+    """Come back to the working folder, which the paths of flags are relative to, if the block leaves it."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        if os.getcwd() != before:
+            os.chdir(before)
 
 
 @contextmanager
@@ -62,7 +74,10 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def error_summary(error: BaseException) -> str:
     """Type, message and location of an exception, in one line."""
-    message = " ".join(str(error).split())[:500]
+    try:
+        message = " ".join(str(error).split())[:500]
+    except Exception:  # noqa: BLE001  (whose text is a user's code, too)
+        message = "its text cannot be read"
     return ": ".join(filter(None, [type(error).__name__, message])) + _place(error)
 
 

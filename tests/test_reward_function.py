@@ -233,3 +233,32 @@ def test_a_quick_call_is_not_hurried(tmp_path):
     slow = checked(takes_its_time, timeout=0.5)
     assert [slow(["a"], ["b"]) for _ in range(12)] == [[1.0]] * 12  # longer than the limit together
     assert checked(lambda p, c: [1.0], timeout=0)(["a"], ["b"]) == [1.0]
+
+
+def test_an_error_whose_own_text_fails_is_a_line(write):
+    reward = load_reward_function(write("""
+class Odd(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+def score(prompts, completions):
+    raise Odd
+"""))
+    assert "failed: Odd: its text cannot be read (mine.py, line 6); fix it" in one_line_error(reward, ["a"], ["b"])
+
+
+def test_a_function_that_leaves_the_working_folder_does_not_take_the_run_along(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    reward = load_reward_function(write("""
+import os
+os.chdir("/")
+def score(prompts, completions):
+    os.chdir("/")
+    return [1.0]
+"""))
+    assert Path.cwd() == tmp_path and reward(["a"], ["b"]) == [1.0] and Path.cwd() == tmp_path
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_asynchronous_function_is_refused(write):
+    reward = load_reward_function(write("async def score(prompts, completions):\n    return [1.0]"))
+    assert "is asynchronous; write a plain function" in one_line_error(reward, ["a"], ["b"])
