@@ -85,16 +85,18 @@ class _Partners:
     def __init__(self, texts: Iterable[str], threshold: float):
         self.threshold = threshold
         self.normalised = [normalise(text) for text in texts]
-        split = [TOKEN.findall(text) for text in self.normalised]
-        self.lengths = np.array([len(row) for row in split], dtype=np.int64)
         self.by_text: dict[str, int] = {}
         numbers: dict[str, int] = {}
-        # rapidfuzz compares strings fastest: each distinct token becomes one character (there are 1.1 million).
-        self.strings = ["".join([chr(numbers.setdefault(token, len(numbers))) for token in row]) for row in split]
         items: dict[tuple[str, int], int] = {}
-        self.items = [_item_numbers(row, items) for row in split]
+        self.strings, self.items = list[str](), list[np.ndarray]()
+        for text in self.normalised:  # the tokens of all at once would take more than all of this
+            row = TOKEN.findall(text)
+            # rapidfuzz compares strings fastest: each distinct token becomes one character (there are 1.1 million).
+            self.strings.append("".join([chr(numbers.setdefault(token, len(numbers))) for token in row]))
+            self.items.append(_item_numbers(row, items))
+        self.lengths = np.array([len(string) for string in self.strings], dtype=np.int64)
         # Room for each item's partners, filled as texts are kept: item i has room[start[i] : start[i] + filled[i]].
-        sizes = np.bincount(np.concatenate([np.zeros(0, np.int64), *self.items]), minlength=len(items))
+        sizes = np.bincount(np.concatenate([np.zeros(0, np.int32), *self.items]), minlength=len(items))
         self.start = np.cumsum(sizes) - sizes
         self.filled = np.zeros(len(items), dtype=np.int64)
         self.room = np.zeros(int(sizes.sum()), dtype=np.int32)
@@ -134,4 +136,4 @@ def _item_numbers(row: list[str], items: dict[tuple[str, int], int]) -> np.ndarr
     for token in row:
         numbers.append(items.setdefault((token, before[token]), len(items)))
         before[token] += 1
-    return np.array(numbers, dtype=np.int64)
+    return np.array(numbers, dtype=np.int32)

@@ -37,11 +37,9 @@ class ScriptedTeacher:
         self.asked = []
         self.waves = []
 
-    async def ask_all(self, asks, progress=None):
+    async def ask_each(self, asks, take):
+        asks = list(asks)
         self.waves.append(len(asks))
         self.asked += asks
-        replies = [self.script(ask) for ask in asks]
-        for reply in replies:
-            if progress:
-                progress(reply)
-        return replies
+        for number, ask in enumerate(asks):
+            take(number, self.script(ask))

@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
+import json
 import math
 import sys
 from dataclasses import asdict, replace
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from benchmarks import crash, digits_dpo, sft_step, synth_ablation
+from benchmarks import crash, digits_dpo, sft_step, synth_ablation, synth_scale
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -18,6 +19,8 @@ from benchmarks.ppo_step import table as comparison_table
 from benchmarks.soak import slope
 from common.errors import UserError
 from common.files import write_json
+from synth import prompts
+from synth.near_duplicates import find_duplicates
 
 
 def rows(scores):
@@ -214,3 +217,14 @@ def test_the_methods_at_equal_data_are_shown_by_their_spread_over_seeds(tmp_path
         f"| dpo | 3 | 0.600 (0.500 to 0.750) | {perfect} | {kl} |",
         f"| dpo, beta 0.3 | 1 | 1.000 (1.000 to 1.000) | {perfect} | {kl} |",
     ]
+
+
+def test_the_endpoints_of_synth_scale_write_samples_unlike_each_other_and_right_votes():
+    def asked(text, sample):
+        return synth_scale.answer_to({"messages": [{"content": text}]}, sample)
+
+    samples = [json.loads(asked("Write sample number ...", number)) for number in range(60)]
+    assert find_duplicates([sample["input"] for sample in samples], threshold=0.4) == []
+    votes = [synth_scale.TASK.answer.extract(asked(prompts.answer(synth_scale.TASK, sample["input"])[-1]["content"], 0))
+             for sample in samples]  # fmt: skip
+    assert votes == [sample["output"] for sample in samples]

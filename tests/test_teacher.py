@@ -97,6 +97,30 @@ def test_replies_come_in_order_and_only_once(tmp_path):
     assert {(body["temperature"], body["max_tokens"], body["model"]) for body in server.bodies} == {(1.0, 1024, "m")}
 
 
+def test_asks_are_made_as_slots_get_free(tmp_path):
+    """Of many asks only those in progress exist, and of replies none that was taken."""
+    made, taken, ahead = [], [], []
+
+    def asks():
+        for index in range(40):
+            made.append(index)
+            yield say(f"q{index % 30}", sample=index)
+
+    def take(number, reply):
+        ahead.append(len(made) - len(taken))
+        taken.append((number, reply.text))
+
+    async def main(url):
+        with Cache(tmp_path / "c") as cache:
+            async with Teacher(url, "m", cache, concurrency=5) as teacher:
+                await teacher.ask_each(asks(), take)
+
+    with FaultyServer(latency=0.01) as server:
+        asyncio.run(main(server.url))
+    assert sorted(taken) == [(index, f"answer to q{index % 30}") for index in range(40)]
+    assert max(ahead) == 5
+
+
 def test_the_sample_index_goes_along_as_a_header_only(tmp_path):
     """A server that does not know it sees the request it would have seen."""
     with FaultyServer() as server:
@@ -613,8 +637,8 @@ from synth.teacher.client import Ask, Teacher
 async def main(url, path):
     with Cache(path) as cache:
         async with Teacher(url, "m", cache, concurrency=4) as teacher:
-            done = lambda reply: print(reply.text, flush=True)
-            await teacher.ask_all([Ask([{"role": "user", "content": str(i)}]) for i in range(40)], done)
+            done = lambda number, reply: print(reply.text, flush=True)
+            await teacher.ask_each((Ask([{"role": "user", "content": str(i)}]) for i in range(40)), done)
 
 asyncio.run(main(*sys.argv[1:]))
 """

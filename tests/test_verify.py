@@ -95,6 +95,31 @@ def test_votes_are_grouped_by_the_tasks_own_comparison():
     assert sum(rows[0]["votes"].values()) >= 2 and len(rows[0]["votes"]) == 1
 
 
+class Backwards(ScriptedTeacher):
+    """Its last answer comes first."""
+
+    async def ask_each(self, asks, take):
+        replies = []
+        await super().ask_each(asks, lambda number, reply: replies.append((number, reply)))
+        for number, reply in reversed(replies):
+            take(number, reply)
+
+
+def test_votes_count_in_their_order_whichever_comes_first():
+    rows = rows_of(("first", "9"), ("second", "8"), ("third", "3"))
+    answers = ["6", "5", "5", "5"]
+
+    def script(ask):
+        return said("3" if section(ask, "input") == "third" else answers[ask.sample])
+
+    forth, back = (
+        json.dumps(asyncio.run(verify(rows, TASK, teacher(script), Voting(votes=4))))
+        for teacher in (ScriptedTeacher, Backwards)
+    )
+    assert forth == back
+    assert [list(row["votes"]) for row in json.loads(forth)] == [["9", "6", "5"], ["8", "6", "5"], ["3"]]
+
+
 def plain_verdict(votes, needed):
     """Whether an answer wins when all votes are cast."""
     counts = sorted((votes.count(answer) for answer in set(votes) - {None}), reverse=True)

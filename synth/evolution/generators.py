@@ -16,7 +16,7 @@ import itertools
 import random
 import string
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,12 +48,10 @@ class _Answering:
     def __init__(self, ask: AskFunction):
         self.ask = ask
 
-    async def ask_all(self, asks: Sequence[Ask], progress: Callable[[Reply], object] | None = None) -> list[Reply]:
-        replies = await asyncio.to_thread(self.ask, asks)  # it may run an event loop of its own
-        if progress:
-            for reply in replies:
-                progress(reply)
-        return replies
+    async def ask_each(self, asks: Iterable[Ask], take: Callable[[int, Reply], object]) -> None:
+        replies = await asyncio.to_thread(self.ask, list(asks))  # it may run an event loop of its own
+        for number, reply in enumerate(replies):
+            take(number, reply)
 
 
 class _Generator:

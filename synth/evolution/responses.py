@@ -14,8 +14,8 @@ from synth import prompts
 from synth.evolution.judge import STOP_WORDS
 from synth.near_duplicates import tokens
 from synth.stages import StageRow, drop, write_rows
-from synth.teacher.asking import Asker, Asking, ask_all
-from synth.teacher.completions import Ask
+from synth.teacher.asking import Asker, Asking, ask_each
+from synth.teacher.completions import Ask, Reply
 from synth.teacher.structured import is_refusal
 
 FORMATS = ("messages", "alpaca", "prompt")
@@ -37,16 +37,19 @@ async def respond(rows: Sequence[StageRow], expert: Asker, asking: Asking, sampl
 
     sample: index of the draw, after the answers for pass rates, which the same teacher may have given.
     """
-    asks = [
+    asks = (
         Ask(prompts.respond(row["input"]), None, asking.temperature, asking.max_tokens, sample, "respond")
         for row in rows
-    ]
-    answered = []
-    for row, reply in zip(rows, await ask_all(expert, asks, "respond"), strict=True):
+    )
+    answered: dict[int, StageRow] = {}
+
+    def take(number: int, reply: Reply) -> None:
         reason = response_fault(reply.text) if reply.status == "ok" else f"no response: {reply.status}"
-        row = {**row, "output": reply.text.strip()}
-        answered.append(drop(row, reason, reply.reason) if reason else row)
-    return answered
+        row = {**rows[number], "output": reply.text.strip()}
+        answered[number] = drop(row, reason, reply.reason) if reason else row
+
+    await ask_each(expert, asks, len(rows), "respond", take)
+    return [answered[number] for number in range(len(rows))]
 
 
 def data_row(row: StageRow, form: str) -> dict[str, Any]:

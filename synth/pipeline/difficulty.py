@@ -44,9 +44,9 @@ from synth.pipeline.tasks import open_task
 from synth.pipeline.verify import Voting, add_voting_flags, verify, voting_settings, with_threshold
 from synth.stages import StageRow, kept, load_rows, new_row, summary, write_rows
 from synth.task import Task
-from synth.teacher.asking import Asker, Asking, ask_all
+from synth.teacher.asking import Asker, Asking, ask_each
 from synth.teacher.cache import Cache
-from synth.teacher.completions import Ask
+from synth.teacher.completions import Ask, Reply
 from synth.teacher.connect import open_teacher
 from synth.teacher.flags import add_teacher_flags, teacher_settings
 
@@ -164,7 +164,7 @@ async def rewrite(
 ) -> list[StageRow]:
     """A new, unverified row from each parent; its id is the parent's with h or e appended, its passage the parent's."""
     wording = {HARDER: prompts.harder, EASIER: prompts.easier}
-    asks = [
+    asks = (
         Ask(
             wording[direction](task, row["input"], row["output"], passages.get(row["passage"])),
             prompts.NewSample,
@@ -173,12 +173,16 @@ async def rewrite(
             stage=direction,
         )
         for row, direction in parents
-    ]
-    replies = await ask_all(teacher, asks, "harder and easier")
-    return [
-        read_sample(new_row(row["id"] + direction[0], "", "", direction, row["id"], row["passage"]), reply, task)
-        for (row, direction), reply in zip(parents, replies, strict=True)
-    ]
+    )
+    made: dict[int, StageRow] = {}
+
+    def take(number: int, reply: Reply) -> None:
+        row, direction = parents[number]
+        new = new_row(row["id"] + direction[0], "", "", direction, row["id"], row["passage"])
+        made[number] = read_sample(new, reply, task)
+
+    await ask_each(teacher, asks, len(parents), "harder and easier", take)
+    return [made[number] for number in range(len(parents))]
 
 
 async def adapt(

@@ -25,7 +25,7 @@ from synth.pipeline.retrieval import Index, Passage, build_index
 from synth.pipeline.tasks import open_task
 from synth.stages import StageRow, drop, kept, new_row, summary, write_rows
 from synth.task import Task
-from synth.teacher.asking import DEFAULT, Asker, Asking, ask_all
+from synth.teacher.asking import DEFAULT, Asker, Asking, ask_all, ask_each
 from synth.teacher.completions import Ask, Reply
 from synth.teacher.connect import open_teacher
 from synth.teacher.flags import add_teacher_flags, teacher_settings
@@ -87,7 +87,7 @@ async def generate(
         _, passages = await find_passages(task, teacher, index, count, asking)
     pattern = await summarise_pattern(task, teacher, asking)
     drawn = [passages[n % len(passages)] if passages else None for n in range(count)]
-    asks = [
+    asks = (
         Ask(
             prompts.new_sample(task, pattern, passage.text if passage else None, number),
             prompts.NewSample,
@@ -97,12 +97,16 @@ async def generate(
             stage="generate",
         )
         for number, passage in enumerate(drawn, 1)
-    ]
-    replies = await ask_all(teacher, asks, "generate")
-    return [
-        read_sample(new_row(f"g{number}", "", "", "generated", passage=passage.id if passage else None), reply, task)
-        for number, (passage, reply) in enumerate(zip(drawn, replies, strict=True), 1)
-    ]
+    )
+    rows: dict[int, StageRow] = {}
+
+    def take(index: int, reply: Reply) -> None:
+        passage = drawn[index]
+        row = new_row(f"g{index + 1}", "", "", "generated", passage=passage.id if passage else None)
+        rows[index] = read_sample(row, reply, task)
+
+    await ask_each(teacher, asks, count, "generate", take)
+    return [rows[index] for index in range(count)]
 
 
 def source_rows(task: Task, count: int, seed: int) -> list[StageRow]:

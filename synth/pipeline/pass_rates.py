@@ -19,6 +19,7 @@ from synth.task import Task
 from synth.teacher.cache import Cache
 
 DEFAULT_MODEL = "tiny-digits"
+ROWS_AT_ONCE = 2000  # whose rollouts are held
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ def pass_rates(
     done = dict.fromkeys(solved, 0)
     undecided, target = list(solved), tries.first
     while undecided:
-        wanted = [(n, Draw(task.prompt(rows[n]["input"]), k)) for n in undecided for k in range(done[n], target)]
-        texts = draw([one for _, one in wanted], model, store)
-        for (n, _), text in zip(wanted, texts, strict=True):
-            done[n] += 1
-            solved[n] += task.score(rows[n]["input"], text, rows[n]["output"]) >= 1
+        for start in range(0, len(undecided), ROWS_AT_ONCE):
+            tried = undecided[start : start + ROWS_AT_ONCE]
+            wanted = [(n, Draw(task.prompt(rows[n]["input"]), k)) for n in tried for k in range(done[n], target)]
+            texts = draw([one for _, one in wanted], model, store)
+            for (n, _), text in zip(wanted, texts, strict=True):
+                done[n] += 1
+                solved[n] += task.score(rows[n]["input"], text, rows[n]["output"]) >= 1
         target = min(2 * target, tries.most)
         undecided = [n for n in undecided if solved[n] in (0, done[n]) and done[n] < target]
     return [

@@ -13,8 +13,10 @@ nothing to vote on.
 
 import argparse
 import asyncio
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,8 +32,8 @@ from synth.pipeline.generate import open_library, passage_texts
 from synth.pipeline.tasks import open_task
 from synth.stages import StageRow, drop, kept, load_rows, summary, write_rows
 from synth.task import Task
-from synth.teacher.asking import Asker, Asking, ask_all
-from synth.teacher.completions import Ask
+from synth.teacher.asking import Asker, Asking, ask_each
+from synth.teacher.completions import Ask, Reply
 from synth.teacher.connect import open_teacher
 from synth.teacher.flags import add_teacher_flags, teacher_settings
 
@@ -172,18 +174,30 @@ async def vote(
 ) -> list[StageRow]:
     """The verdicts on the rows, in order. All votes of a wave are asked at once."""
     ballots = [Ballot(answer, voting, row["output"]) for row in rows]
-    messages = [prompts.answer(task, row["input"], passages.get(row["passage"])) for row in rows]
-    wave = 0
-    while open_votes := [(n, ballot.asked + v) for n, ballot in enumerate(ballots) for v in range(ballot.wave)]:
-        wave += 1
-        asks = [
-            Ask(messages[n], None, voting.asking.temperature, voting.asking.max_tokens, sample, "verify")
-            for n, sample in open_votes
-        ]
-        replies = await ask_all(teacher, asks, f"votes, wave {wave}")
-        for (n, _), reply in zip(open_votes, replies, strict=True):
-            ballots[n].asked += 1
-            ballots[n].add(answer.extract(reply.text) if reply.status == "ok" else None)
+    for wave in itertools.count(1):
+        wanted = [(n, ballot.wave) for n, ballot in enumerate(ballots) if ballot.wave]
+        if not wanted:
+            break
+        starts = [0, *itertools.accumulate(count for _, count in wanted)]  # the number of each row's first vote
+        found: dict[int, dict[int, str | None]] = {}  # of rows whose votes are not all there
+
+        def asks(wanted: list[tuple[int, int]] = wanted) -> Iterator[Ask]:
+            for n, count in wanted:
+                messages = prompts.answer(task, rows[n]["input"], passages.get(rows[n]["passage"]))
+                for sample in range(ballots[n].asked, ballots[n].asked + count):
+                    yield Ask(messages, None, voting.asking.temperature, voting.asking.max_tokens, sample, "verify")
+
+        def take(number: int, reply: Reply, wanted=wanted, starts=starts, found=found) -> None:
+            place = bisect_right(starts, number) - 1
+            n, count = wanted[place]
+            votes = found.setdefault(n, {})
+            votes[number] = answer.extract(reply.text) if reply.status == "ok" else None
+            if len(votes) == count:  # counted in their order, whichever came first
+                ballots[n].asked += count
+                for _, vote in sorted(found.pop(n).items()):
+                    ballots[n].add(vote)
+
+        await ask_each(teacher, asks(), starts[-1], f"votes, wave {wave}", take)
     return [ballot.verdict(row, voting.on_outvoted) for row, ballot in zip(rows, ballots, strict=True)]
 
 

@@ -11,8 +11,7 @@ Streaming and tools are not supported.
 
 import asyncio
 import json
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -145,28 +144,31 @@ class Teacher:
         """One answer, from the cache or the endpoint; the arguments are those of `Ask`."""
         return await self._ask(Ask(messages, schema, temperature, max_tokens, sample, stage))
 
-    async def ask_all(self, asks: Sequence[Ask], progress: Callable[[Reply], object] | None = None) -> list[Reply]:
-        """The replies in the order of the asks. progress: called with each reply, once it is stored."""
+    async def ask_all(self, asks: Sequence[Ask]) -> list[Reply]:
+        """The replies in the order of the asks."""
         replies: dict[int, Reply] = {}
-        waiting = deque(enumerate(asks))
+        await self.ask_each(asks, replies.__setitem__)
+        return [replies[number] for number in range(len(asks))]
+
+    async def ask_each(self, asks: Iterable[Ask], take: Callable[[int, Reply], object]) -> None:
+        """Call `take` with the number and reply of each ask, once it is stored. `asks` is read as slots get free."""
+        waiting: Iterator[tuple[int, Ask]] = enumerate(asks)
 
         async def work() -> None:
-            while waiting:
-                index, ask = waiting.popleft()
+            nonlocal waiting
+            while (next_one := next(waiting, None)) is not None:
+                number, ask = next_one
                 try:
-                    replies[index] = await self._ask(ask)
-                    if progress:
-                        progress(replies[index])
+                    take(number, await self._ask(ask))
                 except BaseException:
-                    waiting.clear()
+                    waiting = iter(())
                     raise
 
-        workers = (work() for _ in range(min(self.concurrency * len(self.urls), len(waiting))))
+        workers = (work() for _ in range(self.concurrency * len(self.urls)))
         # Not a TaskGroup: it would cancel what is in flight, and that is paid for.
         for result in await asyncio.gather(*workers, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
-        return [replies[index] for index in range(len(asks))]
 
     def estimate(self, asks: Sequence[Ask]) -> Estimate:
         """What the asks would cost; those in the cache are counted separately. Sends nothing."""
