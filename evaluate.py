@@ -38,6 +38,7 @@ from rewards.build import build_reward
 from training import console, ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.flags import add_logits_memory
+from training.planning import add_plan_flags, planned_peak, show_plan
 from training.samples import text_table
 from training.settings import Settings
 
@@ -75,6 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--show-samples", type=NATURAL, default=5, help="completions of each model to print")
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
     add_logits_memory(parser, Settings.logits_memory)
+    add_plan_flags(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling")
     parser.show_first(
         *("--model", "--resume-file", "--against", "--ground-truth-reward", "--reward-model", "--reward-function"),
@@ -184,11 +186,15 @@ def save_samples(path: str | Path, results: dict[str, Evaluation]) -> None:
 
 def main() -> None:
     args = parse_args()
-    check(args)
+    if not args.plan:
+        check(args)
     if args.against_adapter:
         args.against = base_of(args.against or args.model, args.against_adapter, resolve)
     args.model = base_of(args.model, args.resume_file, resolve)
+    if show_plan("evaluate.py", args):
+        return
     check_against(args)
+    planned = planned_peak("evaluate.py", args)
     loaded = load(args.model)
     reward = build_reward(args, loaded)
     reference = open_beside(args.reference, loaded) if args.reference else None
@@ -224,9 +230,8 @@ def main() -> None:
     over = f"{distinct} prompts" if distinct > 1 else f"{len(prompts)} completions of one prompt"
     print(f"intervals: 95 %, over {over}")
     tokens = sum(row["tokens"] for result in results.values() for row in result.rows)
-    print(
-        console.speed({"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9})
-    )
+    figures = {"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9}
+    print(console.speed({**figures, **({"planned_memory_gb": planned / 1e9} if planned else {})}))
     if args.save_samples:
         save_samples(args.save_samples, results)
 

@@ -31,6 +31,8 @@ from rewards.combined import try_once
 from rewards.digits import digit_reward
 from training import checkpoint, ppo_flags
 from training.flags import adapter_settings, parse_or_resume
+from training.optimizer import bytes_of_numpy
+from training.planning import add_plan_flags, planned_peak, show_plan
 from training.plots import plot_run
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.ppo_loop import PPORun, ppo_steps
@@ -38,9 +40,10 @@ from training.ppo_step import Prompts
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags of both PPO scripts, and one of this alone."""
+    """The flags of both PPO scripts, and those of this alone."""
     parser = ppo_flags.ppo_parser(__doc__)
     parser.add_argument("--fused-model", metavar="DIR", help="also write the fused model there, at the end")
+    add_plan_flags(parser)
     return parse_or_resume(parser, "num_steps")
 
 
@@ -56,11 +59,14 @@ def main() -> None:
     # Flags
     args = parse_args()
     settings = ppo_flags.ppo_settings(args)
+    args.model = base_of(args.model, args.resume_file, resolve)
+    if show_plan("ppo_training.py", args):
+        return
     check_adapter_path(args.save_file)
     say_replaced(args.save_file)
-    args.model = base_of(args.model, args.resume_file, resolve)
 
     # Model, prompts, reward, policy and reference
+    planned_memory = planned_peak("ppo_training.py", args)
     loaded = load(args.model)
     trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
     context = loaded.config.get("max_position_embeddings")
@@ -76,7 +82,10 @@ def main() -> None:
     learner = PPOLearner(policy.module, reference, loaded.tokenizer, optimizer, settings)
 
     # Rollout, score, advantages, update: until the last step or a stop
-    ppo_run = PPORun("ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, memory_meter())
+    meter = memory_meter(lambda: bytes_of_numpy(optimizer))
+    ppo_run = PPORun(
+        "ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, meter, planned_memory=planned_memory
+    )  # fmt: skip
     device = cpu.describe_device(mx.default_device())
     ppo_run.describe(device)
     known = args.ground_truth_reward or args.prompts

@@ -50,7 +50,9 @@ from training.flags import adapter_settings, describe, parse_or_resume
 from training.metrics import NoLog, RunLog, provenance
 from training.mlx_ranks import launched, weights_digest
 from training.objectives import Objective
+from training.optimizer import bytes_of_numpy
 from training.optimizer_groups import sft_optimizer
+from training.planning import add_plan_flags, planned_peak, show_plan
 from training.plots import LivePicture, plot_run
 from training.preference_tuning import Reference, refer_in, start_reference
 from training.ranks import ALONE, Ranks, digest_of
@@ -74,7 +76,9 @@ from training.sft_loop import (
 def parse_args() -> argparse.Namespace:
     """The flags. Of --iters and --epochs, one on the command line wins over one in a YAML file."""
     parser = sft_parser(__doc__)
+    add_plan_flags(parser)
     args = parse_or_resume(parser, "iters")
+    args.train |= args.plan and not args.test
     given = parser.parse_args(namespace=argparse.Namespace(iters=None, epochs=None))  # without any defaults
     if given.iters is not None and given.epochs:
         raise UserError(f"--iters {given.iters} and --epochs {given.epochs:g} are both given; leave one out")
@@ -120,10 +124,11 @@ def train(
     trainee: Trainee,
     objectives: Mapping[str, Objective],
     ranks: Ranks = ALONE,
+    planned_memory: float | None = None,
 ) -> None:
     """Train for --iters steps from the checkpoint of --resume, if any; leaves adapter, run folder and curves.
 
-    objectives: by split. ranks: of which the first alone writes.
+    objectives: by split. ranks: of which the first alone writes. planned_memory: bytes, by training.planning.
     """
     training, validation = objectives["train"], objectives["valid"]
     optimizer, progress = make_sft_optimizer(trainee, settings), SFTProgress()
@@ -154,7 +159,8 @@ def train(
             kind_of_run(args),
             DPO_COLUMNS if settings.dpo else SFT_COLUMNS,
             args.verbose,
-            memory_meter(),
+            memory_meter(lambda: bytes_of_numpy(optimizer)),
+            planned_memory,
         )
     device = cpu.describe_device(mx.default_device())
     log.say(describe(sizes, kind, used, device, rate_given=settings.learning_rate is not None))
@@ -242,13 +248,16 @@ def train_and_test(ranks: Ranks) -> None:
     """What the flags ask for, by all processes of a launch together."""
     args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     settings = sft_settings(args)
-    if args.train:
+    if args.train and not args.plan:
         say_replaced(args.save_file)
     args.model = base_of(args.model, args.resume_adapter_file, resolve)
     args.data_base = base_in(args.data, args.data_base)
+    if show_plan("sft.py", args):
+        return
     splits = ("train", "valid") * args.train + ("test",) * args.test
     for split in splits:
         find_split(args.data, args.data_base, split)
+    planned_memory = planned_peak("sft.py", args) if ranks.writes else None
     loaded = load(args.model)
     # To test is to compare with the base, to train with where the training starts.
     base = None if args.train or not settings.dpo else Reference(twin(loaded.model), soft_prompt=False)
@@ -261,7 +270,7 @@ def train_and_test(ranks: Ranks) -> None:
     if args.train:
         settings = planned(settings, objectives["train"])
         args.iters = settings.iters
-        train(args, settings, trainee, objectives, ranks)
+        train(args, settings, trainee, objectives, ranks, planned_memory)
     elif base is not None:
         refer(objectives, base)
     if args.test:

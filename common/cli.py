@@ -99,7 +99,7 @@ MEMORY_MESSAGE = re.compile(
 KILLED_MESSAGE = re.compile(r"\[METAL\]|GPU Timeout|cudaErrorLaunchTimeout|launch timed out", flags=re.IGNORECASE)
 ADVICE = (
     "try a smaller --mini-batch-size (PPO), --batch-size or --logits-memory, shorter texts, or --grad-checkpoint; "
-    "--resume continues from the last checkpoint"
+    "--plan says which of them is enough, and --resume continues from the last checkpoint"
 )
 
 

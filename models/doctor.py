@@ -78,7 +78,9 @@ def memory() -> Finding:
     """The machine's memory, and what of it a GPU may use."""
     import mlx.core as mx
 
-    text = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.1f} GB"
+    from models.gpu import system_memory
+
+    text = f"{system_memory() / 1e9:.1f} GB"
     recommended = mx.device_info().get("max_recommended_working_set_size")
     if recommended:
         text += f", of which mlx may keep {int(recommended) / 1e9:.1f} GB resident"

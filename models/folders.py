@@ -1,10 +1,11 @@
 """From a model's name to its folder, for MLX and PyTorch alike: a local folder, or a download from the hub."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from common.errors import UserError, reason
@@ -25,6 +26,26 @@ def model_folder(name: str) -> Path:
 
     Raises UserError if there is neither such a folder nor such a model on the hub, or no network.
     """
+    if (folder := _local_folder(name)) is not None:
+        return folder
+    downloaded = _download(name, lambda: snapshot_download(name, allow_patterns=HUB_FILES))
+    if not (downloaded / "config.json").is_file():
+        raise UserError(f"{name} on the Hugging Face hub contains no config.json, so it is not a model; name another")
+    return downloaded
+
+
+def folder_config(name: str) -> dict[str, Any]:
+    """The config.json of the folder or of the hub's model `name`, of which nothing else is downloaded.
+
+    Raises UserError as `model_folder` does.
+    """
+    if (folder := _local_folder(name)) is not None:
+        return read_as(dict[str, Any], folder / "config.json")
+    return read_as(dict[str, Any], _download(name, lambda: hf_hub_download(name, "config.json")))
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder `name`; None for a name of the hub. Raises UserError for a path without a model."""
     folder = expanded(name)
     restore_old(folder)
     if folder.is_dir():
@@ -33,10 +54,7 @@ def model_folder(name: str) -> Path:
         return folder
     if folder.exists() or _is_path(name):
         raise UserError(f"{name} is not a model folder; check --model, or omit it for tiny-digits")
-    downloaded = _download(name)
-    if not (downloaded / "config.json").is_file():
-        raise UserError(f"{name} on the Hugging Face hub contains no config.json, so it is not a model; name another")
-    return downloaded
+    return None
 
 
 def check_name(name: str) -> None:
@@ -52,9 +70,10 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, fetch: Callable[[], str]) -> Path:
+    """What `fetch` downloads of the hub's model `name`."""
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        return Path(fetch())
     except GatedRepoError:
         raise UserError(
             f"{name} is gated on the Hugging Face hub; accept its terms on its page and log in by: hf auth login"

@@ -59,9 +59,7 @@ def gguf_folder(path: str | Path, dtype: str) -> Path:
 
     dtype: float32 or bfloat16. Raises UserError for a file that cannot be converted or a cache that cannot be written.
     """
-    path = expanded(path)
-    if not path.is_file():
-        raise UserError(f"{path} is no file; check the path")
+    path = gguf_file(path)
     with cache_errors(path.name):
         digest = known_hash(path)
         folder = gguf_cache() / f"{_plain(path.stem)}-{digest[:12]}-{dtype}-v{VERSION}"
@@ -72,6 +70,14 @@ def gguf_folder(path: str | Path, dtype: str) -> Path:
                 shutil.rmtree(folder, ignore_errors=True)
                 convert(path, folder, dtype, digest)
     return folder
+
+
+def gguf_file(path: str | Path) -> Path:
+    """The path of a GGUF file. Raises UserError where there is none."""
+    path = expanded(path)
+    if not path.is_file():
+        raise UserError(f"{path} is no file; check the path")
+    return path
 
 
 def gguf_cache() -> Path:

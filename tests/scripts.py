@@ -1,5 +1,6 @@
 """Calling the scripts' main functions in this process, since starting a process takes seconds."""
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -10,8 +11,27 @@ from unittest import mock
 import pytest
 
 from common.cli import run
+from common.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Captured(Exception):
+    """Carries the parser out of a function that would go on to parse."""
+
+
+def parser_of(parse_args: Callable) -> argparse.ArgumentParser:
+    """The parser that `parse_args` builds."""
+
+    def capture(self, *_, **__):
+        raise _Captured(self)
+
+    with mock.patch.object(Parser, "parse_args", capture):
+        try:
+            parse_args()
+        except _Captured as captured:
+            return captured.args[0]
+    raise AssertionError(f"{parse_args} parsed nothing")
 
 
 def with_words(function: Callable, *words: object):

@@ -4,8 +4,8 @@ A command is an indented line that begins with python, make, pip, echo, cat or f
 (SHORTER), the PyTorch script's too: first the README's walkthrough, then each page's in the folder it leaves. Those of
 NOT_RUN are parsed by the script's own parser and not run: they need a network, a server or a run to go on with (tested
 in test_upload, test_hub, test_smollm2, test_run, test_tasks_page, test_kill_resume), serve for ever, or take minutes
-(benchmarks; demo.py, which is that walkthrough; demo_real.py, synth.run, evolve and tune in full, which have tests of
-their own). For make the target has to be there, for pip the file and the pinned version.
+(benchmarks; the recipes; demo.py, which is that walkthrough; demo_real.py, synth.run, evolve and tune in full, which
+have tests of their own). For make the target has to be there, for pip the file and the pinned version.
 """
 
 import importlib
@@ -29,7 +29,7 @@ from tests.test_tasks_page import printed
 COMMAND = re.compile(r"^ {4}((?:python|make|pip|echo|cat) .*|for .*; do .*)$", flags=re.MULTILINE)
 NOT_RUN = re.compile(
     r"RUN_FOLDER|smollm2-|USER/REPO|OWNER/NAME|MODEL|runs/(?:mine|support)|:8080/v1|benchmarks/|synth/offline|demo(?:_real)?\.py"
-    r"|synth/evolve|synth/tune|^synth/run.py --task synth/tasks/arithmetic.yaml$"
+    r"|synth/evolve|synth/tune|my_questions|^synth/run.py --task synth/tasks/arithmetic.yaml$"
 )
 SCRIPT_S = r"# `[^`]+`.*\n(?s:.*)<!-- table: flags of "  # the page of one script
 # What is appended to a script's flags: of two equal ones the later counts.

@@ -14,12 +14,12 @@ import pytest
 import evaluate
 import pytorch_ppo_training
 from models.adapters import AdapterConfig, attach_adapter
-from models.loading import load, resolve
+from models.loading import config_of, load, resolve
 from models.torch_loading import resolve as torch_resolve
 from models.value_head import HEAD_FILE, ScoringModel, new_value_head, save_value_head
 from rewards.reward_model import load_reward_model
 from tests.hub_server import COMMIT, HubServer
-from tests.scripts import ROOT, fails
+from tests.scripts import ROOT, call, fails
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 WORDS = ["--ground-truth-reward", "--num-samples", 2, "--max-completion-length", 2]
@@ -70,6 +70,13 @@ def test_a_model_is_opened_by_its_name_and_then_without_the_hub(hub, tiny_folder
     assert len(fetched) == len(set(fetched)) == len(files)
     use(closed_port(), tmp_path / "cache", monkeypatch)
     assert resolve(TINYLLAMA) == loaded.path
+
+
+def test_a_plan_fetches_config_json_alone(hub, tiny_folder, capsys):
+    call(evaluate.main, "--plan", "--model", TINYLLAMA)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("fits: ")
+    assert {path.rpartition("/")[2] for _, path in hub.asked} == {"config.json"}
+    assert config_of(TINYLLAMA, on_gpu=False) == config_of(str(tiny_folder), on_gpu=False)
 
 
 def test_a_reward_model_comes_with_its_head_and_without_what_no_one_needs(hub, reward_folder):

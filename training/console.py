@@ -38,6 +38,7 @@ COLUMNS = {
     "train_reward_margin": Column("margin", ".3f"),
     "tokens_per_second": Column("tokens/s", ",.0f"),
     "peak_memory_gb": Column("peak GB", ".3f"),
+    "planned_memory_gb": Column("planned GB", ".3f"),
 }
 SPEED = ("tokens_per_second", "peak_memory_gb")  # behind the bar where there is one, else in the table
 OPTIONAL = ("true_score",)  # a column only where the run has it
@@ -123,5 +124,6 @@ def speed(figures: Mapping[str, float]) -> str:
     if "tokens_per_second" in figures:
         said.append(f"{figures['tokens_per_second']:,.0f} tokens/s")
     if "peak_memory_gb" in figures:
-        said.append(f"{figures['peak_memory_gb']:.3f} GB")
+        planned = f" (planned: {figures['planned_memory_gb']:.3f})" if "planned_memory_gb" in figures else ""
+        said.append(f"{figures['peak_memory_gb']:.3f} GB{planned}")
     return ", ".join(said)

@@ -20,6 +20,8 @@ from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
 from training.rollout import pack
 
+BATCH_SIZE = 64  # completions that are sampled, or scored, at once
+
 
 class Evaluation(NamedTuple):
     """Figures over all completions, and the completions themselves."""
@@ -44,7 +46,7 @@ def evaluate_model(
     temperature: float = 1.0,
     reference: nn.Module | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     known_prompts: Sequence[str] | None = None,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Evaluation:
@@ -108,7 +110,7 @@ def completion_logprobs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     temperature: float = 1.0,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
     logits_bytes: int = LOGITS_BYTES,
 ) -> np.ndarray:
     """Log probability in nats of each whole completion given its prompt (B,), by forward passes."""

@@ -81,11 +81,13 @@ class RunLog:
         columns: Sequence[str] = (),
         verbose: bool = False,
         peak_memory: Callable[[], float] | None = None,
+        planned_memory: float | None = None,
     ):
         """start_step: steps done before a resume; later rows of both files are dropped and written again.
 
         columns: the metrics that the table shows (training.console); verbose: print the others, too. peak_memory: in
-        bytes since the run's start; every row of metrics.jsonl and the summary then have it.
+        bytes since the run's start; every row of metrics.jsonl and the summary then have it. planned_memory: the bytes
+        that it was planned to be, which stand beside it in the summary.
         """
         self.folder = folder
         self.path, self.samples_path = folder / METRICS, folder / SAMPLES
@@ -96,7 +98,7 @@ class RunLog:
         self.tracker = open_tracker(log_with, folder, start_step)
         self.bar = progress(total_steps, description, "step", start_step)
         self.table = Table([*columns, *SPEED] if columns and isinstance(self.bar, PlainProgress) else columns, verbose)
-        self.peak_memory, self.speeds = peak_memory, list[float]()
+        self.peak_memory, self.planned_memory, self.speeds = peak_memory, planned_memory, list[float]()
 
     def advance(self) -> None:
         """One step is done."""
@@ -156,6 +158,7 @@ class RunLog:
         """
         known = {"tokens_per_second": statistics.median(self.speeds)} if self.speeds else {}
         known |= {"peak_memory_gb": round(self.peak_memory() / 1e9, 4)} if self.peak_memory else {}
+        known |= {"planned_memory_gb": round(self.planned_memory / 1e9, 4)} if self.planned_memory else {}
         figures = {name: value for name, value in summary.items() if not isinstance(value, str)}
         return {**figures, **known, **{name: value for name, value in summary.items() if name not in figures}}
 

@@ -220,6 +220,11 @@ def gradient_norm(gradients: dict) -> float | mx.array:
     return mx.sqrt(mx.sum(mx.stack([row.sum() for row in rows])))
 
 
+def bytes_of_numpy(optimizer: optim.Optimizer) -> int:
+    """What of the optimizer's state NumPy holds (models.cpu.adam), which mlx's counters of memory do not see."""
+    return sum(array.nbytes for _, array in tree_flatten(optimizer.state) if not isinstance(array, mx.array))
+
+
 def optimizer_arrays(optimizer: optim.Optimizer) -> dict[str, mx.array]:
     """The optimizer's state by name, to be saved as safetensors."""
     return {name: mx.array(array) for name, array in tree_flatten(optimizer.state)}

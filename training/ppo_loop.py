@@ -237,8 +237,10 @@ class PPORun:
         blas: str | None = None,
         peak_memory: Callable[[], float] | None = None,
         ranks: Ranks = ALONE,
+        planned_memory: float | None = None,
     ):
-        """Start a run by the flags `args`, or restore the one that --resume names. peak_memory: as RunLog has it."""
+        """Start a run by the flags `args`, or restore the one that --resume names. peak_memory, planned_memory: as
+        RunLog has them."""
         self.script, self.args, self.settings, self.ranks = script, args, settings, ranks
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
         self.progress = Progress(make_controller(settings), make_step_size(settings))
@@ -267,6 +269,7 @@ class PPORun:
             PPO_COLUMNS,
             args.verbose,
             peak_memory,
+            planned_memory,
         )
         self.signs = Signs(settings, read_metrics(self.folder))
 

@@ -226,6 +226,7 @@ def sft_steps(
         loss, figures, gradients = accumulated(module, gradients_of, training, progress.step, settings)
         progress.tokens += training.num_tokens(progress.step)
         norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
+        del gradients  # or they would stay in memory beside those of the next step
         progress.step += 1
         skipped = norm != norm
         if skipped:
