@@ -429,3 +429,12 @@ def test_unreadable_json_is_one_line(tmp_path):
         with pytest.raises(UserError) as caught:
             read_json(tmp_path / name)
         assert fact in str(caught.value) and "\n" not in str(caught.value), name
+
+
+def test_a_temporary_folder_in_one_of_the_same_name_is_swept(tmp_path):
+    """As write_json leaves it, killed within an atomic_file of its own path."""
+    inner = tmp_path / ".a.json.4194305.tmp" / ".a.json.4194305.tmp"
+    inner.mkdir(parents=True)
+    (inner / "a.json").write_text("{}")
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -249,6 +249,7 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path):
         ({"learning": []}, "learning"),
         ({"learning": {"hidden": "32"}}, "'32' as learning.hidden"),
         ({"learning": {"floor": 2}}, "--floor"),
+        ({"learning": {"hidden": 2**31}}, "learning"),
         ({"actions": ["a"]}, "operators"),
         ({"kind": "linucb"}, "arrays"),
     ):

@@ -44,7 +44,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         if text.strip().replace(".", "", 1).isdecimal():
             return float(text)
         return max(0.0, parsedate_to_datetime(text).timestamp() - now)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
