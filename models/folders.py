@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from common.errors import UserError, reason
@@ -41,7 +41,9 @@ def folder_config(name: str) -> dict[str, Any]:
     """
     if (folder := _local_folder(name)) is not None:
         return read_as(dict[str, Any], folder / "config.json")
-    return read_as(dict[str, Any], _download(name, lambda: hf_hub_download(name, "config.json")))
+    # Not hf_hub_download, which without a network tries again for half a minute.
+    folder = _download(name, lambda: snapshot_download(name, allow_patterns="config.json"))
+    return read_as(dict[str, Any], folder / "config.json")
 
 
 def _local_folder(name: str) -> Path | None:
