@@ -30,7 +30,7 @@ def test_a_row_names_a_test_that_exists(row):
 
 
 def test_why_nothing_is_installed_is_on_the_index():
-    """`pip install -e .` would need a project in pyproject.toml; there is none, and the page says what to do instead."""
+    """`pip install -e .` would need a project in pyproject.toml; there is none, and the page says what instead."""
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     assert "`pip install -e .` is not supported" in index
     assert "PYTHONPATH=/path/to/checkout python -m synth.run" in index
