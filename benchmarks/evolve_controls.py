@@ -5,12 +5,13 @@
     python benchmarks/evolve_controls.py --command --seeds 10         the command itself, python -m synth.evolve
 
 The arms: learned; uniform, and uniform without stop; the learned policy's marginal frequencies, without state; the
-operator that is best on the training instructions, measured as the arms are; and a policy trained in the same way on
-rewards drawn at random from a uniform policy's, whatever was chosen. A cell is one arm of one seed, in its own file;
-finished cells are kept. Each held-out instruction gets chains until the budget of rewritings is used up. Measured per
-instruction: the reward per call, which was optimised; kept rows; and two measures that were not optimised, distinct
-word pairs and distinct kinds of sums, as the offline teacher's rule parses them. Differences are paired by instruction.
-Intervals are over instructions; the seeds show how much trainings differ.
+operator that is best on the training instructions, measured as the arms are; a policy trained in the same way on
+rewards drawn at random from a uniform policy's, whatever was chosen; and one trained on the reviewer's score, as
+`--reviewer-score` does. A cell is one arm of one seed, in its own file; finished cells are kept. Each held-out
+instruction gets chains until the budget of rewritings is used up. Measured per instruction, for every arm: the default
+reward and the reviewer's score per call, of which an arm optimises one or none; kept rows; and two measures that none
+optimises, distinct word pairs and distinct kinds of sums, as the offline teacher's rule parses them. Differences are
+paired by instruction. Intervals are over instructions; the seeds show how much trainings differ.
 
 With --command, `python -m synth.evolve` is run with its own defaults, once a seed with its learned policy and once with
 --policy uniform: all chains share one pool, and a policy has as many calls as it doesn't stop. A third arm is the
@@ -44,7 +45,7 @@ from synth import stages
 from synth.evolution.chains import Chain, Evolution, root_rows
 from synth.evolution.features import Situation, features
 from synth.evolution.files import make_policy
-from synth.evolution.judge import Difficulty, Judge, Pool
+from synth.evolution.judge import Difficulty, Judge, Pool, Weights, reward_of
 from synth.evolution.operators import ACTIONS, OPERATORS, STOP
 from synth.evolution.policy import Batch, Constant, OperatorPolicy, PolicySettings, fixed, marginal
 from synth.evolution.training import LOG, Training, train_policy
@@ -56,8 +57,9 @@ from synth.teacher.client import Teacher
 from synth.teacher.connect import offline_teacher
 from training.intervals import bootstrap, difference, over_seeds
 
-ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward")
-MEASURES = ("reward a call", "kept a call", "distinct word pairs", "distinct kinds of sums")
+BY_SCORE = "reviewer score"
+ARMS = ("learned", "uniform", "uniform without stop", "marginal", "best fixed", "shuffled reward", BY_SCORE)
+MEASURES = ("reward a call", "reviewer's score a call", "kept a call", "distinct word pairs", "distinct kinds of sums")
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,17 +91,16 @@ class Bench:
         self.train, self.held_out = found[: args.training_instructions], found[args.training_instructions :]
         self.training = Training(args.iterations, args.starts, args.group, seed)
 
-    def evolution(self, name: str) -> Evolution:
+    def evolution(self, name: str, scores: bool = False) -> Evolution:
         difficulty = Difficulty(self.args.answers, answer_type("number"))
-        judge = Judge(self.teacher, self.teacher, difficulty=difficulty)
+        judge = Judge(self.teacher, self.teacher, difficulty=difficulty, scores=scores)
         return Evolution(self.teacher, judge, self.args.rounds, seed=self.seed, name=name)
 
-    async def learned(self, name: str, relabel=lambda batch: batch) -> OperatorPolicy:
+    async def learned(self, name: str, relabel=lambda batch: batch, scores: bool = False) -> OperatorPolicy:
         policy = make_policy(self.args.policy, PolicySettings(seed=self.seed))
         self.folder.mkdir(parents=True, exist_ok=True)
-        policy = await train_policy(
-            policy, self.train, self.evolution("train"), self.training, self.folder / name, lambda *_: None, relabel
-        )
+        evolution, folder = self.evolution("train", scores), self.folder / name.replace(" ", "-")
+        policy = await train_policy(policy, self.train, evolution, self.training, folder, lambda *_: None, relabel)
         policy.freeze()
         return policy
 
@@ -132,12 +133,14 @@ class Bench:
             return await self.best_fixed()
         if arm == "shuffled reward":
             return await self.learned(arm, dealt_out(self.seed))
+        if arm == BY_SCORE:
+            return await self.learned(arm, scores=True)
         without_stop = [1 / len(OPERATORS)] * len(OPERATORS) + [0.0]
         return Constant(shares=without_stop if arm == "uniform without stop" else None)
 
     async def chains(self, policy: OperatorPolicy, instructions: Sequence[str], name: str) -> list[list[StageRow]]:
-        """The choices for each instruction, until its rewritings are used up; its chains share a pool."""
-        evolution, budget = self.evolution(name), self.args.calls
+        """The choices for each instruction, with both rewards, until its rewritings are used up; they share a pool."""
+        evolution, budget = self.evolution(name, scores=True), self.args.calls
         roots = await root_rows(instructions, evolution.judge, name)
         pools, rows = [Pool(instructions) for _ in roots], [list[StageRow]() for _ in roots]
 
@@ -189,8 +192,10 @@ def measures(rows: Sequence[StageRow], budget: int) -> dict[str, float]:
     pairs = {pair for text in kept for pair in itertools.pairwise(tokens(text))}
     sums = [found for found in map(read_sum, kept) if found is not None]
     kinds = {(one.kind, one.form, tuple(kind for kind, _ in one.steps), one.rules) for one in sums}
-    rewards = sum(row["reward"] for row in rows)
-    return dict(zip(MEASURES, (rewards / budget, len(kept) / budget, len(pairs), len(kinds)), strict=True))
+    parts = [row["parts"] for row in rows if "dropped" not in row]
+    rewards, scores = sum(reward_of(one, Weights()) for one in parts), sum(one["score"] for one in parts)
+    per_call = (one / budget for one in (rewards, scores, len(kept)))
+    return dict(zip(MEASURES, (*per_call, len(pairs), len(kinds)), strict=True))
 
 
 async def cells(args: argparse.Namespace, url: str) -> None:
@@ -215,7 +220,7 @@ def cell_path(folder: Path, seed: int, arm: str) -> Path:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """The arms' means, and the learned arm's differences to each of the others. found: arm → cells, seed by seed."""
-    lines = [f"| arm | {' | '.join(MEASURES)} | calls | expert calls per kept row |", "|---" * 7 + "|"]
+    lines = [f"| arm | {' | '.join(MEASURES)} | calls | expert calls per kept row |", "|---" * 8 + "|"]
     for arm, own in found.items():
         means = " | ".join(f"{bootstrap(joined(own, name))}" for name in MEASURES)
         each = sum(cell["calls"] + cell["kept"] for cell in own) / max(sum(cell["kept"] for cell in own), 1)
@@ -223,7 +228,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     lines += [
         "",
         f"| learned less | {' | '.join(MEASURES)} | seeds in which it has the higher reward |",
-        "|---" * 6 + "|",
+        "|---" * 7 + "|",
     ]
     for arm in list(found)[1:]:
         pairs = [difference(joined(found[arm], name), joined(found["learned"], name)).interval for name in MEASURES]

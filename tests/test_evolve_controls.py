@@ -22,12 +22,14 @@ def few_resamples(monkeypatch):
 
 
 def test_measures_by_hand():
-    """Three choices, two kept, of 4 and 8 tokens: 3 and 7 pairs of words, none in common."""
-    rows = [{"input": "Add 12 and 7.", "reward": 1.5}, {"input": "x", "reward": 0.0, "dropped": "length"},
-            {"input": "Work out 9 plus 7. Then add 3.", "reward": 0.5}]  # fmt: skip
+    """Three choices, two kept, of 4 and 8 tokens: 3 and 7 pairs of words, none in common. Weights: 1, 1, -0.2."""
+    first = {"novelty": 0.5, "difficulty": 1.0, "growth": 0.0, "score": 0.3}
+    second = {"novelty": 0.6, "difficulty": None, "growth": 0.5, "score": 0.5}
+    rows = [{"input": "Add 12 and 7.", "parts": first}, {"input": "x", "parts": {}, "dropped": "length"},
+            {"input": "Work out 9 plus 7. Then add 3.", "parts": second}]  # fmt: skip
     found = measures(rows, 4)
-    assert found == dict(zip(MEASURES, (0.5, 0.5, 3 + 7, 2), strict=True))
-    same = measures([rows[0], {"input": "Add 34 and 5.", "reward": 0.0}], 2)
+    assert found == pytest.approx(dict(zip(MEASURES, ((1.5 + 0.5) / 4, 0.8 / 4, 0.5, 3 + 7, 2), strict=True)))
+    same = measures([rows[0], {"input": "Add 34 and 5.", "parts": first}], 2)
     assert same["distinct kinds of sums"] == 1  # other numbers are no other kind
 
 
