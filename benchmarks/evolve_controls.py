@@ -2,6 +2,7 @@
 
     python benchmarks/evolve_controls.py                       PPO, 6 seeds
     python benchmarks/evolve_controls.py --policy linucb --seeds 6 --output-dir runs/evolve_controls_linucb
+    python benchmarks/evolve_controls.py --arms learned "reviewer score" --seeds 3
     python benchmarks/evolve_controls.py --command --seeds 10         the command itself, python -m synth.evolve
 
 The arms: learned; uniform, and uniform without stop; the learned policy's marginal frequencies, without state; the
@@ -65,6 +66,7 @@ MEASURES = ("reward a call", "reviewer's score a call", "kept a call", "distinct
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--policy", choices=("linucb", "reinforce", "ppo"), default="ppo")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="all are compared with the first")
     parser.add_argument("--seeds", type=int, default=6)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=20, help="of training")
@@ -202,7 +204,7 @@ async def cells(args: argparse.Namespace, url: str) -> None:
     """Every arm of every seed that has no file yet."""
     folder = Path(args.output_dir)
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        missing = [arm for arm in ARMS if not cell_path(folder, seed, arm).is_file()]
+        missing = [arm for arm in args.arms if not cell_path(folder, seed, arm).is_file()]
         if not missing:
             continue
         # One cache per seed keeps the file small; it knows the teacher by its flags, as its port changes.
@@ -219,21 +221,22 @@ def cell_path(folder: Path, seed: int, arm: str) -> Path:
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The arms' means, and the learned arm's differences to each of the others. found: arm → cells, seed by seed."""
+    """The arms' means, and the first arm's differences to each of the others. found: arm → cells, seed by seed."""
     lines = [f"| arm | {' | '.join(MEASURES)} | calls | expert calls per kept row |", "|---" * 8 + "|"]
     for arm, own in found.items():
         means = " | ".join(f"{bootstrap(joined(own, name))}" for name in MEASURES)
         each = sum(cell["calls"] + cell["kept"] for cell in own) / max(sum(cell["kept"] for cell in own), 1)
         lines.append(f"| {arm} | {means} | {sum(cell['calls'] for cell in own)} | {each:.2f} |")
+    first = next(iter(found))
     lines += [
         "",
-        f"| learned less | {' | '.join(MEASURES)} | seeds in which it has the higher reward |",
+        f"| {first} less | {' | '.join(MEASURES)} | seeds in which it has the higher reward |",
         "|---" * 7 + "|",
     ]
     for arm in list(found)[1:]:
-        pairs = [difference(joined(found[arm], name), joined(found["learned"], name)).interval for name in MEASURES]
+        pairs = [difference(joined(found[arm], name), joined(found[first], name)).interval for name in MEASURES]
         better = sum(
-            np.mean(a[MEASURES[0]]) > np.mean(b[MEASURES[0]]) for a, b in zip(found["learned"], found[arm], strict=True)
+            np.mean(a[MEASURES[0]]) > np.mean(b[MEASURES[0]]) for a, b in zip(found[first], found[arm], strict=True)
         )
         lines.append(f"| {arm} | {' | '.join(map(str, pairs))} | {better} of {len(found[arm])} |")
     return "\n".join(lines)
@@ -298,7 +301,7 @@ def main() -> None:
     folder, seeds = Path(args.output_dir), range(args.first_seed, args.first_seed + args.seeds)
     with offline_teacher(f"--error-rate {args.error_rate}") as url:
         asyncio.run(cells(args, url))
-    text = table({arm: [read_json(cell_path(folder, seed, arm)) for seed in seeds] for arm in ARMS})
+    text = table({arm: [read_json(cell_path(folder, seed, arm)) for seed in seeds] for arm in args.arms})
     with atomic_file(folder / "table.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -3,19 +3,20 @@
     python benchmarks/tuner_controls.py                          10 seeds, 20 iterations: some 4 minutes of one core
     python benchmarks/tuner_controls.py --environments simulated "simulated, null" --iterations 300 --output-dir DIR
 
-Four environments. simulated: a metric that is a known function of the settings, plus noise. reviews: a scikit-learn
-classifier of reviews written by the offline teacher, as in synth/tuning/examples (needs scikit-learn; tpe needs
-optuna). Each has a null twin, whose metric varies as much but does not depend on the settings.
+The environments. simulated: a metric that is a quadratic of the settings, plus noise; edges: one that no quadratic
+fits. reviews: a scikit-learn classifier of reviews written by the offline teacher, as in synth/tuning/examples (needs
+scikit-learn; tpe needs optuna). Two have a null twin, whose metric varies as much but does not depend on the settings.
 
-Every cell, one agent in one environment with one seed, makes the same number of target calls; then its best settings
-and the initial ones are evaluated on fresh batches and, for reviews, on fresh test rows. Two questions: are they better
-than the initial ones, and better than what the same search finds without learning? A cell is a file in the output
-folder; existing ones are not run again. Ends with a table, also written to a file.
+Every cell, one agent in one environment with one seed, trains its target on the same number of rows; then its best
+settings and the initial ones are evaluated on fresh batches and, for reviews, on fresh test rows. Two questions: are
+they better than the initial ones, and better than what the same search finds without learning? A cell is a file in the
+output folder; existing ones are not run again. Ends with a table, also written to a file.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -34,6 +35,16 @@ cpu.enable()  # before mlx is imported
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.tuner_learners import (
+    Bandit,
+    BanditChooses,
+    BatchFeatures,
+    Halving,
+    Repeated,
+    UniformDraws,
+    gaussian_process,
+    linear,
+)
 from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, read_json, write_json
@@ -41,25 +52,27 @@ from common.parser import Parser, positive
 from synth.offline.reviews import Reviews
 from synth.offline.server import OfflineTeacher
 from synth.prompts import TEMPLATES
-from synth.sampler import Results, Sampler, Settings, Space
+from synth.sampler import Generator, Results, Sampler, Settings
 from synth.task import SHIPPED, load_task
 from synth.teacher import structured
 from synth.teacher.completions import Ask, Reply, read_completion
 from synth.teacher.limits import Cost
-from synth.tuning.agents import Agent, Defaults, Outcome
+from synth.tuning.agents import Agent, Outcome
 from synth.tuning.config import Config, config_from
 from synth.tuning.targets import TargetModel, load_target
 from synth.tuning.task_generator import TaskGenerator
-from synth.tuning.tuner import RLTuner
+from synth.tuning.tuner import FRESH, RLTuner
 from training.intervals import difference
 
 Rows = list[dict[str, Any]]
+GROWING = "halving, growing batches"
 FAST: dict[str, Any] = {"step_size": 0.2, "learning_rate": 0.03}  # than the defaults, 0.05 and 0.001
 # Ways to learn from few and noisy measurements that the library does not have; docs/tuner.md says what they are worth.
 LEARNERS = (
-    *("uniform draws, GP chooses", "GP", "GP, earlier run", "linear bandit", "sequential halving"),
-    "earlier run's best",
+    *("bandit", "uniform draws, bandit chooses", "GP", "linear bandit", "bandit, batch features"),
+    *("bandit, common rows", "bandit, earlier run", "sequential halving", GROWING),
 )
+WITHOUT = ("uniform draws", "uniform draws, common rows", "earlier run's best")  # the same without learning
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {"rl_algorithm": "defaults"},
     "uniform draws": {"rl_algorithm": "defaults"},  # takes the place of the agent
@@ -70,9 +83,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "REINFORCE, fast": {"rl_algorithm": "reinforce", **FAST},
     "PPO, fast": {"rl_algorithm": "ppo", **FAST},
     "TPE": {"rl_algorithm": "tpe"},
-    **{name: {"rl_algorithm": "defaults"} for name in LEARNERS},  # which take the place of the agent
+    **{name: {"rl_algorithm": "defaults"} for name in (*WITHOUT[1:], *LEARNERS)},  # which take the place of the agent
 }
-AGENTS = tuple(name for name in VARIANTS if name not in LEARNERS)  # those of the library, and their controls
+AGENTS = tuple(name for name in VARIANTS if name not in (*WITHOUT[1:], *LEARNERS))  # those of the library, and controls
 # What an agent must beat to have learned anything: the same without learning.
 CONTROLS = {
     "random search": "uniform draws",
@@ -80,125 +93,28 @@ CONTROLS = {
     "REINFORCE, fast": "policy, never updated, fast",
     "PPO, fast": "policy, never updated, fast",
     "TPE": "uniform draws",
-    **dict.fromkeys(LEARNERS[:-1], "uniform draws"),
-    "GP, earlier run": "earlier run's best",
+    **dict.fromkeys(LEARNERS, "uniform draws"),
+    "bandit, common rows": "uniform draws, common rows",
+    "bandit, earlier run": "earlier run's best",
 }
-ENVIRONMENTS = ("simulated", "simulated, null", "reviews", "reviews, null")
-NOISE = 0.02  # of the simulated metric, one standard deviation
+ENVIRONMENTS = ("simulated", "simulated, null", "edges", "reviews", "reviews, null")
+NOISE = {"simulated": 0.02, "edges": 0.03}  # of a simulated metric, one standard deviation
 BATCH = 100  # rows
 VALIDATION, TEST, CLEAN = 200, 1000, 80  # rows of reviews; CLEAN: that the null twin trains on
 LEVEL = 0.05
 EARLIER = 1000  # added to the seed of an earlier run
 
 
-class UniformDraws(Defaults):
-    """Settings drawn uniformly from the whole space, whatever the last outcome."""
+class CommonRows:
+    """A generator whose batches, up to those of `confirm`, all have the same numbers, and so the same requests."""
 
-    def __init__(self, space: Space, seed: int):
-        self.space, self.rng = space, Random(seed)
+    def __init__(self, generator: Generator):
+        self.generator, self.sampler = generator, generator.sampler
 
-    def propose(self, last: Outcome) -> Settings:
-        temperature, top_p = (self.rng.uniform(*limits) for limits in (self.space.temperature, self.space.top_p))
-        return Settings(temperature, top_p, self.rng.choice(self.space.templates), self.rng.choice(self.space.methods))
+    def generate_from_seed(self, count: int, first: int = 1) -> Results:
+        return self.generator.generate_from_seed(count, first if first >= FRESH else 1)
 
-
-class Surrogate(UniformDraws):
-    """Uniform draws at first, then the candidate of the highest upper bound by a model of the metric.
-
-    A model gives means and standard deviations: "gp", a Gaussian process with an RBF kernel; "linear", Bayesian
-    regression on the settings, their squares and products, a bandit. explores: False: draws stay uniform, and the model
-    only says at the end which of them is best. earlier: outcomes of an earlier run.
-    """
-
-    FIRST, CANDIDATES, BONUS = 6, 256, 1.0
-
-    def __init__(self, space: Space, seed: int, model: str, explores: bool = True, earlier: Sequence[Outcome] = ()):
-        super().__init__(space, seed)
-        self.model, self.explores, self.seen = {"gp": gaussian_process, "linear": linear}[model], explores, [*earlier]
-
-    def propose(self, last: Outcome) -> Settings:
-        if last not in self.seen:
-            self.seen.append(last)  # the baseline
-        if not self.explores or len(self.seen) < self.FIRST:
-            return super().propose(last)
-        candidates = [super(Surrogate, self).propose(last) for _ in range(self.CANDIDATES)]
-        means, deviations = self._posterior(candidates)
-        return candidates[int((means + self.BONUS * deviations).argmax())]
-
-    def learn(self, outcome: Outcome) -> None:
-        self.seen.append(outcome)
-
-    def recommended(self) -> Settings:
-        """Of the settings that were tried, those of the highest mean."""
-        tried = [one.settings for one in self.seen]
-        return tried[int(self._posterior(tried)[0].argmax())]
-
-    def _posterior(self, settings: Sequence[Settings]) -> tuple[np.ndarray, np.ndarray]:
-        known, new = (np.array([self.space.as_vector(one) for one in some]) for some in (
-            [one.settings for one in self.seen], settings
-        ))  # fmt: skip
-        metrics = np.array([one.metric for one in self.seen])
-        scale = metrics.std() or 1.0
-        means, deviations = self.model(known, (metrics - metrics.mean()) / scale, new)
-        return means * scale + metrics.mean(), deviations * scale
-
-
-def gaussian_process(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations at (N, D) points; length scale and share of noise by the marginal likelihood."""
-
-    def kernel(a: np.ndarray, b: np.ndarray, length: float, noise: float) -> np.ndarray:
-        return (1 - noise) * np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / (2 * length**2))
-
-    def likelihood(length: float, noise: float) -> float:
-        covariance = kernel(known, known, length, noise) + noise * np.eye(len(known))
-        return -float(values @ np.linalg.solve(covariance, values) + np.linalg.slogdet(covariance)[1])
-
-    grid = [(length, noise) for length in (0.2, 0.4, 0.8, 1.6) for noise in (0.03, 0.1, 0.3, 0.6)]
-    length, noise = max(grid, key=lambda one: likelihood(*one))
-    inverse = np.linalg.inv(kernel(known, known, length, noise) + noise * np.eye(len(known)))
-    across = kernel(new, known, length, noise)
-    variances = 1 - noise - np.einsum("nk,kl,nl->n", across, inverse, across)
-    return across @ inverse @ values, np.sqrt(np.maximum(variances, 0))
-
-
-def linear(known: np.ndarray, values: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same by Bayesian regression on the columns, their squares and products; wide prior, noise of variance 0.3."""
-
-    def terms(x: np.ndarray) -> np.ndarray:
-        pairs = [x[:, i] * x[:, j] for i in range(x.shape[1]) for j in range(i, x.shape[1])]
-        return np.column_stack([np.ones(len(x)), x, *pairs])
-
-    x, z = terms(known), terms(new)
-    covariance = np.linalg.inv(x.T @ x / 0.3 + np.eye(x.shape[1]) / 25)
-    return z @ covariance @ x.T @ values / 0.3, np.sqrt(np.einsum("nk,kl,nl->n", z, covariance, z))
-
-
-class Halving(UniformDraws):
-    """Sequential halving: uniform draws in the first half of the budget, the better half of those left measured again.
-
-    Each round measures as often as it has places; the best mean of the last round is recommended.
-    """
-
-    def __init__(self, space: Space, seed: int, iterations: int):
-        super().__init__(space, seed)
-        self.left = [super(Halving, self).propose(Outcome(Settings(), 0.0)) for _ in range(max(2, iterations * 2 // 5))]
-        self.measured: dict[Settings, list[float]] = {one: [] for one in self.left}
-        self.queue = [*self.left]
-
-    def propose(self, last: Outcome) -> Settings:
-        if not self.queue:
-            self.left = sorted(self.left, key=self._mean, reverse=True)[: max(2, len(self.left) // 2)]
-            self.queue = [*self.left]
-        return self.queue.pop(0)
-
-    def learn(self, outcome: Outcome) -> None:
-        self.measured[outcome.settings].append(outcome.metric)
-
-    def recommended(self) -> Settings:
-        return max(self.left, key=self._mean)
-
-    def _mean(self, settings: Settings) -> float:
-        return mean(self.measured[settings]) if self.measured[settings] else float("-inf")
+    evolve_instructions = generate_from_seed  # the space has no other method
 
 
 class Simulated:
@@ -219,16 +135,28 @@ def quality(settings: Settings) -> float:
     return 0.8 - missed - 0.05 * (settings.template != "careful")
 
 
+def edges(settings: Settings) -> float:
+    """Another metric, which no quadratic fits: steep near its best, 0.8, flat far away; at 0.45, 0.7, varied."""
+    missed = 0.35 * abs(math.tanh(2 * (settings.temperature - 0.45))) + 0.1 * abs(settings.top_p - 0.7)
+    return 0.8 - missed - {"varied": 0.0, "plain": 0.03, "careful": 0.05}[settings.template]
+
+
 def digest(rows: Rows) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-def simulated_target(seed: int, null: bool) -> Callable[[Rows], dict[str, float]]:
+def simulated_target(environment: str, seed: int) -> Callable[[Rows], dict[str, float]]:
+    name, null = environment.removesuffix(", null"), "null" in environment
+
     def target(rows: Rows) -> dict[str, float]:
-        noise = Random(f"{seed} {digest(rows)}").gauss(0, NOISE)
-        return {"accuracy": quality(Settings() if null else Settings(**rows[0]["settings"])) + noise}
+        noise = Random(f"{seed} {digest(rows)}").gauss(0, NOISE[name])
+        settings = Settings() if null else Settings(**rows[0]["settings"])
+        return {"accuracy": METRICS[name](settings) + noise}
 
     return target
+
+
+METRICS = {"simulated": quality, "edges": edges}
 
 
 def reviews(identity: str, count: int) -> Rows:
@@ -259,65 +187,73 @@ def direct(teacher: OfflineTeacher) -> Callable[[Sequence[Ask]], list[Reply]]:
     return lambda asks: [reply(ask) for ask in asks]
 
 
-def tuner_of(environment: str, config: Config, agent: Agent | None = None) -> RLTuner:
-    """The tuner of a cell. agent: instead of the configuration's."""
-    sampler, seed, null = Sampler(config.space, config.settings, config.templates), config.seed, "null" in environment
-    if environment.startswith("simulated"):
-        return RLTuner(config, simulated_target(seed, null), [], Simulated(sampler), agent)
+def tuner_of(environment: str, config: Config, agent: Agent | None = None, common: bool = False) -> RLTuner:
+    """The tuner of a cell. agent: instead of the configuration's; common: all batches have the same requests."""
+    sampler, seed = Sampler(config.space, config.settings, config.templates), config.seed
+    if not environment.startswith("reviews"):
+        return RLTuner(config, simulated_target(environment, seed), [], Simulated(sampler), agent)
     task = load_task(SHIPPED / "reviews.yaml")
-    generator = TaskGenerator(task, sampler, direct(OfflineTeacher(seed=seed)))
-    return RLTuner(config, reviews_target(null), reviews(f"validation {seed}", VALIDATION), generator, agent)
+    generator: Generator = TaskGenerator(task, sampler, direct(OfflineTeacher(seed=seed)))
+    generator = CommonRows(generator) if common else generator
+    rows = reviews(f"validation {seed}", VALIDATION)
+    return RLTuner(config, reviews_target("null" in environment), rows, generator, agent)
 
 
 def agent_of(environment: str, variant: str, config: Config) -> Agent | None:
     """The agent of a variant that the library does not have; None for the others."""
     space, seed, iterations = config.space, config.seed, config.rl_tuning.num_iterations
-    if variant == "sequential halving":
-        return Halving(space, seed, iterations)
-    if variant in ("GP", "linear bandit"):
-        return Surrogate(space, seed, "gp" if variant == "GP" else "linear")
-    if variant.startswith("uniform draws"):
-        return Surrogate(space, seed, "gp", explores=False) if "GP" in variant else UniformDraws(space, seed)
-    if "earlier" not in variant:
-        return None
-    # The user's run before this one: uniform draws with another teacher, other validation rows and other noise.
-    before = replace(config, seed=EARLIER + seed)
-    earlier = tuner_of(environment, before, UniformDraws(space, EARLIER + seed))
-    outcomes = [one.outcome for one in earlier.train()]
-    if variant == "GP, earlier run":
-        return Surrogate(space, seed, "gp", earlier=outcomes)
-    return Repeated(max(outcomes, key=lambda one: one.metric).settings)
+    made: dict[str, Callable[[], Agent]] = {
+        "uniform draws": lambda: UniformDraws(space, seed),
+        "uniform draws, common rows": lambda: UniformDraws(space, seed),
+        "uniform draws, bandit chooses": lambda: BanditChooses(space, seed),
+        "bandit": lambda: Bandit(space, seed),
+        "GP": lambda: Bandit(space, seed, gaussian_process),
+        "linear bandit": lambda: Bandit(space, seed, linear),
+        "bandit, batch features": lambda: BatchFeatures(space, seed),
+        "bandit, common rows": lambda: Bandit(space, seed),
+        "bandit, earlier run": lambda: Bandit(space, seed, earlier=earlier_run(environment, config)),
+        "earlier run's best": lambda: Repeated(max(earlier_run(environment, config), key=lambda o: o.metric).settings),
+        "sequential halving": lambda: Halving(space, seed, iterations * 2 // 5),
+        GROWING: lambda: Halving(space, seed, iterations * 4 // 5),
+    }
+    return made[variant]() if variant in made else None
 
 
-class Repeated(Defaults):
-    """The same settings in every iteration."""
+def earlier_run(environment: str, config: Config) -> list[Outcome]:
+    """The user's run before this one: uniform draws with another teacher, other validation rows and other noise."""
+    before = replace(config, seed=EARLIER + config.seed)
+    return [one.outcome for one in tuner_of(environment, before, UniformDraws(config.space, before.seed)).train()]
 
-    def __init__(self, settings: Settings):
-        self.settings = settings
 
-    def propose(self, last: Outcome) -> Settings:
-        return self.settings
-
-    def recommended(self) -> Settings:
-        return self.settings
+def batches(variant: str, iterations: int) -> list[tuple[int, int]]:
+    """(rows of a batch, iterations until then) of a search; all have the same number of rows in all, at most."""
+    if variant != GROWING:
+        return [(BATCH, iterations)]
+    first = max(2, iterations * 4 // 5)
+    rounds = [first, max(2, first // 2), max(2, first // 4)]
+    size = iterations * BATCH // sum(count << place for place, count in enumerate(rounds))
+    return [(size << place, sum(rounds[: place + 1])) for place in range(len(rounds))]
 
 
 def run_cell(environment: str, variant: str, seed: int, iterations: int, fresh: int) -> dict[str, Any]:
     """Search, then evaluate initial and best settings on `fresh` batches each, on rows that the search has not seen."""
     tuning = {"enable_rl_tuning": True, "num_iterations": iterations, "batch_size": BATCH, **VARIANTS[variant]}
+    tuning["batch_features"] = variant == "bandit, batch features"
     config = config_from({"templates": list(TEMPLATES), "seed": seed, "rl_tuning": tuning}, variant)
     agent = agent_of(environment, variant, config)
-    tuner = tuner_of(environment, config, agent)
-    tuner.train()
-    if recommended := getattr(agent, "recommended", None):
-        # `best` is the highest metric; an agent that averages says itself which settings it found best.
-        tuner.history.append(replace(tuner.best, settings=recommended(), metric=float("inf")))
+    tuner = tuner_of(environment, config, agent, "common rows" in variant)
+    for size, until in batches(variant, iterations):
+        tuner.train(until=until, batch_size=size)
+    measured, rows = [one.metric for one in tuner.history], sum(one.asked for one in tuner.history[1:])
+    best = tuner.best
+    if chosen := getattr(agent, "chosen", None):
+        # The tuner's best is the highest metric; an agent with a model says itself which settings are the best.
+        best = tuner.history[chosen([one.outcome for one in tuner.history])]
+        tuner.history.append(replace(best, metric=float("inf")))
     tuner.validation_dataset = reviews(f"test {seed}", TEST)
     found = {name: sum(some) / len(some) for name, some in tuner.confirm(fresh).items()}
-    measured = [one.metric for one in tuner.history if one.metric < float("inf")]
-    promised = max(measured) - measured[0]
-    late = measured[-max(1, iterations // 4) :]
-    more = {"settings": str(tuner.best.settings), "calls": len(measured)}
+    promised, late = best.metric - measured[0], measured[-max(1, iterations // 4) :]
+    more = {"settings": str(best.settings), "rows": rows}
     return {**found, "promised": promised, "late": sum(late) / len(late), **more}
 
 
