@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import common
 from common.errors import UserError, one_line
 from common.files import why_and_remedy
 from common.progress import end_bars
@@ -121,8 +122,13 @@ def run(main: Callable[[], None]) -> None:
     that the line is one. What standard output cannot hold is written as escapes; input that is no text, as U+FFFD.
     """
     _prepare_streams()
+    if signal.getsignal(signal.SIGINT) is common.interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = sys.__unraisablehook__
     try:
         try:
+            if common.interrupts:
+                raise KeyboardInterrupt
             main()
             sys.stdout.flush()
         finally:

@@ -6,9 +6,11 @@ unknown YAML keys are errors.
 
 import argparse
 import itertools
+import re
 import shlex
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,8 +98,11 @@ class Parser(argparse.ArgumentParser):
         self._print_message(super().format_help(), sys.stdout)
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of the whole usage; exit code 2."""
-        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
+        """One line instead of the whole usage, with the flag that an unknown one may stand for; exit code 2."""
+        found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = get_close_matches(found[1], self._option_string_actions, n=1) if found else []
+        remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help{'-all' if self.main_flags else ''}"
+        self.exit(2, f"error: {one_line(message)}; {remedy}\n")
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: the command line), with flags over the YAML file over defaults."""
