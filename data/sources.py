@@ -94,7 +94,8 @@ def _jsonl_split(folder: Path, base: str, split: str) -> Path:
     if path.is_file():
         return path
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is not a folder; name the one that contains {base}{split}.jsonl")
+        wanted = f"{'' if base == OWN_BASE else base}{split}.jsonl"
+        raise UserError(f"--data {folder} is not a folder; name the one that contains {wanted}")
     bases = sorted(p.name.removesuffix(f"{split}.jsonl") for p in folder.glob(f"*{split}.jsonl"))
     found = f"existing bases: {', '.join(map(repr, bases))}" if bases else "nor for any other base"
     raise UserError(f"{path} does not exist; {found}: set --data and --data-base")
