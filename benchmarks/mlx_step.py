@@ -7,6 +7,7 @@ every line on stdin is answered by one: the seconds of a step, and what shows th
 """
 
 import json
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,17 @@ from training.flags import adapter_settings
 from training.optimizer import make_optimizer
 from training.ppo_learner import PPOLearner, build_policies
 
-LORA = ["--lora-rank", "16", "--lora-layers", "-1", "--lora-keys", "self_attn.q_proj", "self_attn.v_proj"]
-
 
 def flags(task: dict[str, Any], kind: str) -> list[str]:
     """The command line of ppo_training.py that says `task`. kind: "lora" or "full"."""
+    lora = ["--lora-rank", str(task["lora_rank"]), "--lora-layers", str(task["lora_layers"])]
+    keys = ["--lora-keys", "self_attn.q_proj", "self_attn.v_proj"]
     return [
         *("--ground-truth-reward", "--batch-size", str(len(task["prompts"])), "--lr-schedule", "constant"),
         *("--mini-batch-size", str(task["mini_batch_size"]), "--ppo-epochs", str(task["ppo_epochs"])),
         *("--max-completion-length", str(task["new_tokens"]), "--learning-rate", str(task["learning_rate"])),
         *("--num-steps", str(10**6)),  # as many as are asked for
-        *("--fine-tune-type", kind, *(LORA if kind == "lora" else [])),
+        *("--fine-tune-type", kind, *([*lora, *keys] if kind == "lora" else [])),
     ]
 
 
@@ -52,7 +53,7 @@ class Stepper:
     """A random Llama with its adapter, value head and optimizer, and the prompts it is stepped on."""
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], kind: str, tokenizer: str):
-        """task, model: as `TASK` and `MODELS` of benchmarks/ppo_step.py; tokenizer: a tokenizer.json."""
+        """task, model: as in `SETTINGS` and `MODELS` of benchmarks/ppo_step.py; tokenizer: a tokenizer.json."""
         args = ppo_flags.ppo_parser(None).parse_args(flags(task, kind))
         settings = ppo_flags.ppo_settings(args)
         mx.random.seed(0)
@@ -79,6 +80,7 @@ class Stepper:
             "tokens": float(step.rollout.mask.sum()),
             "updates": step.figures["updates"],
             "score": step.figures["mean_score"],
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux: kB
         }
 
 

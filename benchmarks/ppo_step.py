@@ -4,9 +4,12 @@
     python benchmarks/ppo_step.py --make-trl-env ~/trl_env        makes TRL's environment (1.4 GB) and measures both
     python benchmarks/ppo_step.py --trl-python ~/trl_env/bin/python --rounds 20
 
-A step is: 32 prompts of 3 tokens, 24 new tokens each, a reward, logprobs of policy and reference, GAE, and 4 epochs in
-mini batches of 8 by Adam, on a random Llama; LoRA of rank 16 on q and v, or all weights. Both sides do it in processes
-of their own, taking turns step by step, so that a busy machine slows both; what counts is the ratio within a round.
+A step is: prompts, new tokens, a reward, logprobs of policy and reference, GAE, and epochs of mini batches of 8 by
+Adam, on a random Llama. With the small models, 32 prompts of 3 tokens, 24 new tokens, 4 epochs; LoRA of rank 16 on q
+and v, or all weights. At the real shape (SmolLM2-135M's), 16 prompts of 32 tokens, 48 new tokens, 2 epochs; LoRA of
+rank 8 on q and v of the last 8 of 30 layers. Both sides do it in processes of their own, taking turns step by step, so
+that a busy machine slows both; what counts is the ratio within a round. Memory is the highest resident size of a
+process.
 """
 
 import argparse
@@ -32,16 +35,23 @@ from common.errors import UserError
 from common.files import atomic_file, write_json
 from common.parser import Parser, positive
 
-VOCABULARY = 64
-NEW_TOKENS = 24
-TASK: dict[str, Any] = {
-    "prompts": [f"w{1 + i} w{2 + i} w{3 + i}" for i in range(32)],
-    "new_tokens": NEW_TOKENS,
-    "ppo_epochs": 4,
-    "mini_batch_size": 8,
-    "learning_rate": 1.41e-5,
-}
-COMMON = {"vocab_size": VOCABULARY, "tie_word_embeddings": False, "max_position_embeddings": 128}
+
+def make_task(prompts: int, prompt_length: int, new_tokens: int, ppo_epochs: int, rank: int, layers: int) -> dict:
+    """What a step does. layers: those at the end that get a LoRA; -1: all."""
+    return {
+        "prompts": [" ".join(f"w{1 + i + j}" for j in range(prompt_length)) for i in range(prompts)],
+        "new_tokens": new_tokens,
+        "ppo_epochs": ppo_epochs,
+        "mini_batch_size": 8,
+        "learning_rate": 1.41e-5,
+        "lora_rank": rank,
+        "lora_layers": layers,
+    }
+
+
+SMALL_TASK = make_task(32, prompt_length=3, new_tokens=24, ppo_epochs=4, rank=16, layers=-1)
+REAL_TASK = make_task(16, prompt_length=32, new_tokens=48, ppo_epochs=2, rank=8, layers=8)
+SMALL = {"vocab_size": 64, "tie_word_embeddings": False, "max_position_embeddings": 128}
 MODELS: dict[str, dict[str, Any]] = {
     "hidden 256": {
         "hidden_size": 256,
@@ -49,7 +59,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        **COMMON,
+        **SMALL,
     },
     "hidden 64": {
         "hidden_size": 64,
@@ -57,10 +67,26 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        **COMMON,
+        **SMALL,
+    },
+    "real shape": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 128,
     },
 }
-KINDS = ("lora", "full")
+SETTINGS = {
+    "hidden 256, lora": ("hidden 256", "lora", SMALL_TASK),
+    "hidden 256, full": ("hidden 256", "full", SMALL_TASK),
+    "hidden 64, lora": ("hidden 64", "lora", SMALL_TASK),
+    "hidden 64, full": ("hidden 64", "full", SMALL_TASK),
+    "real shape, lora": ("real shape", "lora", REAL_TASK),
+}
 TRL_PACKAGES = ("trl==0.11.4", "transformers==4.46.3", "peft==0.13.2", "accelerate==1.0.1", "numpy<2.3", "rich")
 TORCH = "torch==2.13.0"
 
@@ -71,7 +97,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="steps of each side that are not counted")
     parser.add_argument("--trl-python", metavar="PATH", help="Python of an environment that has TRL")
     parser.add_argument("--make-trl-env", metavar="FOLDER", help="make such an environment there first, with pip")
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS), help="which models")
+    parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS), help="which")
     parser.add_argument("--threads", type=int, default=1, help="of our BLAS")
     parser.add_argument("--trl-threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", default="runs/ppo_step.json", help="file of all figures; the table lies beside it")
@@ -92,11 +118,11 @@ def make_trl_environment(folder: Path) -> Path:
     return python
 
 
-def write_tokenizer(path: Path) -> None:
-    """A tokenizer of VOCABULARY words, w1 w2 ..., and an EOS behind them that no model here can sample."""
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """A tokenizer of so many words, w1 w2 ..., and an EOS behind them that no model here can sample."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<pad>", *(f"w{i}" for i in range(1, VOCABULARY)), "<eos>"]
+    words = ["<pad>", *(f"w{i}" for i in range(1, vocabulary)), "<eos>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path))
@@ -142,9 +168,11 @@ class Worker:
 
 
 @contextmanager
-def workers(args: argparse.Namespace, model: str, kind: str, tokenizer: Path) -> Iterator[dict[str, Worker]]:
-    """The processes of one configuration by name: "ours" and, where its Python is known, "TRL"."""
-    work = json.dumps({"task": TASK, "model": MODELS[model], "kind": kind, "tokenizer": str(tokenizer)})
+def workers(args: argparse.Namespace, name: str, tokenizer: Path) -> Iterator[dict[str, Worker]]:
+    """The processes of a setting by name: "ours" and, where its Python is known, "TRL"."""
+    model, kind, task = SETTINGS[name]
+    write_tokenizer(tokenizer, MODELS[model]["vocab_size"])
+    work = json.dumps({"task": task, "model": MODELS[model], "kind": kind, "tokenizer": str(tokenizer)})
     here = ROOT / "benchmarks"
     threads = {"OPENBLAS_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     started: dict[str, Worker] = {}
@@ -159,57 +187,65 @@ def workers(args: argparse.Namespace, model: str, kind: str, tokenizer: Path) ->
             worker.close()
 
 
-def check_whole(name: str, answer: dict[str, float]) -> None:
+def check_whole(name: str, answer: dict[str, float], task: dict[str, Any]) -> None:
     """Raise UserError unless a step sampled every token and made every update: else the sides did unequal work."""
-    completions = len(TASK["prompts"])
+    completions = len(task["prompts"])
     wanted = {
-        "tokens": completions * TASK["new_tokens"],
-        "updates": TASK["ppo_epochs"] * completions // TASK["mini_batch_size"],
+        "tokens": completions * task["new_tokens"],
+        "updates": task["ppo_epochs"] * completions // task["mini_batch_size"],
     }
     for what, number in wanted.items():
         if answer[what] != number:
             raise UserError(f"a step of {name} had {answer[what]:g} {what}, not {number}; the figures do not compare")
 
 
-def measure(sides: dict[str, Worker], rounds: int, warm_up: int, title: str) -> dict[str, list[dict[str, float]]]:
+def measure(
+    sides: dict[str, Worker], task: dict[str, Any], rounds: int, warm_up: int, title: str
+) -> dict[str, list[dict[str, float]]]:
     """The answers of each side: one step of each in turn, `rounds` times, after `warm_up` rounds that are dropped."""
     answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for index in tqdm(range(warm_up + rounds), desc=title, unit="round"):
         for name, worker in sides.items():
             answer = worker.step()
-            check_whole(name, answer)
+            check_whole(name, answer, task)
             if index >= warm_up:
                 answers[name].append(answer)
     return answers
 
 
 class Comparison(NamedTuple):
-    """Medians over the rounds, in seconds, and how many times as long TRL takes within a round."""
+    """Medians over the rounds, in seconds, and how many times as long TRL takes within a round. Memory in GB."""
 
     ours: float
+    ours_memory: float
     trl: float | None = None
+    trl_memory: float | None = None
     ratio: float | None = None
     lowest: float | None = None
     highest: float | None = None
 
 
-def compare(ours: Sequence[float], trl: Sequence[float] | None = None) -> Comparison:
-    """ours, trl: seconds of the same rounds."""
+def compare(ours: Sequence[dict[str, float]], trl: Sequence[dict[str, float]] | None = None) -> Comparison:
+    """ours, trl: answers of the same rounds."""
+    sides = [
+        np.array([(answer["seconds"], answer["peak_memory"] / 1e9) for answer in side]) for side in (ours, trl or ())
+    ]
+    found = [float(value) for side in sides if len(side) for value in (np.median(side[:, 0]), side[:, 1].max())]
     if not trl:
-        return Comparison(float(np.median(ours)))
-    ratios = np.array(trl) / np.array(ours)
-    return Comparison(
-        *(float(x) for x in (np.median(ours), np.median(trl), np.median(ratios), ratios.min(), ratios.max()))
-    )
+        return Comparison(*found)
+    ratios = sides[1][:, 0] / sides[0][:, 0]
+    return Comparison(*found, *(float(x) for x in (np.median(ratios), ratios.min(), ratios.max())))
 
 
 def table(comparisons: dict[str, Comparison]) -> str:
-    """One line per configuration, as Markdown."""
-    lines = ["| configuration | ours, s | TRL 0.11.4, s | TRL / ours (lowest to highest) |", "|---|---|---|---|"]
+    """One line per setting, as Markdown."""
+    heads = ["setting", "ours, s", "TRL 0.11.4, s", "TRL / ours (lowest to highest)", "ours, GB", "TRL, GB"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, row in comparisons.items():
-        cells = [f"{row.ours:.3f}", "", ""]
+        cells = [f"{row.ours:.3f}", "", "", f"{row.ours_memory:.2f}", ""]
         if row.trl is not None:
-            cells[1:] = [f"{row.trl:.3f}", f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"]
+            ratio = f"{row.ratio:.2f} ({row.lowest:.2f} to {row.highest:.2f})"
+            cells = [cells[0], f"{row.trl:.3f}", ratio, cells[3], f"{row.trl_memory:.2f}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -224,20 +260,16 @@ def main() -> None:
         raise UserError(f"--trl-python {args.trl_python} does not exist; make one with --make-trl-env FOLDER")
     figures, comparisons = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(tokenizer := Path(folder) / "tokenizer.json")
-        for model in args.models:
-            for kind in KINDS:
-                name = f"{model}, {kind}"
-                with workers(args, model, kind, tokenizer) as sides:
-                    answers = measure(sides, args.rounds, args.warm_up, name)
-                    ready = {side: worker.ready for side, worker in sides.items()}
-                seconds = {side: [answer["seconds"] for answer in rows] for side, rows in answers.items()}
-                comparisons[name] = compare(seconds["ours"], seconds.get("TRL"))
-                figures.append({"configuration": name, **comparisons[name]._asdict(), "sides": ready, "steps": answers})
+        for name in args.settings:
+            with workers(args, name, Path(folder) / "tokenizer.json") as sides:
+                answers = measure(sides, SETTINGS[name][2], args.rounds, args.warm_up, name)
+                ready = {side: worker.ready for side, worker in sides.items()}
+            comparisons[name] = compare(answers["ours"], answers.get("TRL"))
+            figures.append({"setting": name, **comparisons[name]._asdict(), "sides": ready, "steps": answers})
     text = table(comparisons)
     print(text)
     output = Path(args.output)
-    write_json(output, {"cores": os.cpu_count(), "threads": args.threads, "configurations": figures})
+    write_json(output, {"cores": os.cpu_count(), "threads": args.threads, "settings": figures})
     with atomic_file(output.with_suffix(".md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

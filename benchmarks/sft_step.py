@@ -1,12 +1,15 @@
-"""Real tokens a second of SFT, packed and not, against `mlx_lm.lora` on the same rows.
+"""Real tokens a second of SFT, packed and not, against `mlx_lm.lora` and mlx-lm-lora on the same rows.
 
     python benchmarks/sft_step.py                     texts of 16 to 256 tokens, all trained
     python benchmarks/sft_step.py --masked            prompts three times as long as the replies, which alone count
 
+    pip install --no-deps --target FOLDER mlx-lm-lora==5.10.2; PYTHONPATH=FOLDER python benchmarks/sft_step.py
+
 A random Llama (hidden 192, 6 layers, vocabulary 16 000) with a LoRA of rank 8 on all layers is trained by Adam. A pass
-takes every row once, in batches by each side's own plan: mlx-lm's `train` with its own batches and compiled step, our
-step with and without --pack. Passes take turns in one process, so that a busy machine slows all alike; what counts is
-the ratio within a round. A real token is one of a row, prompts included, pads not.
+takes every row once, in batches by each side's own plan: mlx-lm's `train`, mlx-lm-lora's `train_sft`, if it is there,
+and our step with and without --pack. Passes take turns in one process, with the same BLAS, so that a busy machine slows
+all alike; what counts is the ratio within a round. A real token is one of a row, prompts included, pads not. The loss
+is that of all rows after the last pass, as our evaluation has it.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -39,6 +43,12 @@ from data.batching import BatchPlan, Example
 from models.adapters import AdapterConfig, attach_adapter
 from training.objectives import LanguageModelling, PackedLanguageModelling
 from training.optimizer import loss_and_gradients, make_optimizer, update
+from training.sft_loop import evaluate
+
+try:
+    from mlx_lm_lora.trainer import sft_trainer
+except ImportError:
+    sft_trainer = None
 
 VOCABULARY = 16_000
 MODEL = {
@@ -47,7 +57,9 @@ MODEL = {
     "tie_word_embeddings": True,
 }  # fmt: skip
 SHORTEST, LONGEST = 16, 256
-THEIRS, OURS, PACKED = "mlx_lm.lora", "sft.py", "sft.py --pack"
+RATE = 5e-4
+TRAINING = {"max_seq_length": LONGEST + 32, "steps_per_report": 10**6, "steps_per_save": 10**6}  # of either trainer
+THEIRS, OTHERS, OURS, PACKED = "mlx_lm.lora", "mlx-lm-lora", "sft.py", "sft.py --pack"
 
 
 class NoTokenizer:
@@ -90,15 +102,25 @@ def make_model() -> nn.Module:
     return model
 
 
+def make_adam() -> optim.Adam:
+    """Theirs, with the bias correction that ours has, so that losses compare."""
+    return optim.Adam(learning_rate=RATE, bias_correction=True)
+
+
+def make_objective(kind: type[LanguageModelling], examples: list[Example], batch_size: int) -> LanguageModelling:
+    objective = kind(NoTokenizer(), [], batch_size, LONGEST, 0)
+    objective.examples = examples
+    objective.plan = BatchPlan([len(example.tokens) for example in examples], batch_size, 0)
+    return objective
+
+
 class Ours:
     """Passes by our own step."""
 
     def __init__(self, kind: type[LanguageModelling], examples: list[Example], batch_size: int):
         self.model = make_model()
-        self.objective = kind(NoTokenizer(), [], batch_size, LONGEST, 0)
-        self.objective.examples = examples
-        self.objective.plan = BatchPlan([len(example.tokens) for example in examples], batch_size, 0)
-        self.optimizer = make_optimizer(5e-4, 10**6)
+        self.objective = make_objective(kind, examples, batch_size)
+        self.optimizer = make_optimizer(RATE, 10**6)
         self.optimizer.init(self.model.trainable_parameters())
         self.gradients_of = loss_and_gradients(self.model, self.objective.loss)
         self.steps = 0
@@ -114,12 +136,40 @@ class Ours:
         return time.perf_counter() - started
 
 
-def measure(examples: list[Example], batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every pass, by side: in each round one of ours, one packed, one of mlx-lm's. The first is dropped."""
-    sides = {
+class Others:
+    """Passes by mlx-lm-lora's trainer, which is called for each of them."""
+
+    def __init__(self, examples: list[Example], batch_size: int):
+        self.model, self.adam = make_model(), make_adam()
+        self.dataset = sft_trainer.CacheDataset(Rows(examples))
+        self.batches = sft_trainer.iterate_batches(self.dataset, batch_size, LONGEST + 32, train=True)
+        self.settings = {"batch_size": batch_size, "iters": len(examples) // batch_size, **TRAINING}
+
+    def one_pass(self) -> float:
+        """Take every row once; returns the seconds."""
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # its progress bar
+            if "max_recommended_working_set_size" not in mx.device_info():  # which it asks for, and only Metal has
+                limit = {"max_recommended_working_set_size": 0}
+                stack.enter_context(mock.patch.object(mx, "device_info", return_value=limit))
+                stack.enter_context(mock.patch.object(mx, "set_wired_limit"))
+            path = str(Path(folder) / "adapters.safetensors")
+            arguments = sft_trainer.SFTTrainingArgs(adapter_file=path, **self.settings)
+            started = time.perf_counter()
+            sft_trainer.train_sft(
+                self.model, self.adam, self.dataset, args=arguments, iterate_batches=lambda **_: self.batches
+            )
+            return time.perf_counter() - started
+
+
+def measure(examples: list[Example], batch_size: int, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every pass and the loss at the end, by side. In each round all take a pass; the first is dropped."""
+    sides: dict[str, Ours | Others] = {
         OURS: Ours(LanguageModelling, examples, batch_size),
         PACKED: Ours(PackedLanguageModelling, examples, batch_size),
     }
+    if sft_trainer is not None:
+        sides[OTHERS] = Others(examples, batch_size)
     seconds: dict[str, list[float]] = {THEIRS: [], **{name: [] for name in sides}}
     per_pass = len(examples) // batch_size
 
@@ -137,27 +187,29 @@ def measure(examples: list[Example], batch_size: int, rounds: int) -> dict[str, 
                 spent += time.perf_counter() - started
             seconds[THEIRS].append(spent)
             print(f"round {len(seconds[THEIRS]) - 1}", file=sys.stderr, flush=True)
+        models = {THEIRS: model, **{name: side.model for name, side in sides.items()}}
+        losses.update({name: evaluate(trained, whole)["valid_loss"] for name, trained in models.items()})
         yield next(batches)  # asking for it ends the last round; it belongs to none
 
-    model = make_model()
+    model, losses = make_model(), {}  # type: tuple[nn.Module, dict[str, float]]
+    whole = make_objective(LanguageModelling, examples, batch_size)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         settings = trainer.TrainingArgs(
-            batch_size=batch_size, iters=(rounds + 1) * per_pass + 1, steps_per_report=10**6, steps_per_save=10**6,
-            max_seq_length=LONGEST + 32, adapter_file=str(Path(folder) / "adapters.safetensors"),
+            batch_size=batch_size, iters=(rounds + 1) * per_pass + 1,
+            adapter_file=str(Path(folder) / "adapters.safetensors"), **TRAINING,
         )  # fmt: skip
         dataset = trainer.CacheDataset(Rows(examples))
-        adam = optim.Adam(learning_rate=5e-4)
-        trainer.train(model, adam, dataset, args=settings, iterate_batches=in_turns)
-    return {name: values[1:] for name, values in seconds.items()}
+        trainer.train(model, make_adam(), dataset, args=settings, iterate_batches=in_turns)
+    return {name: values[1:] for name, values in seconds.items()}, losses
 
 
-def table(seconds: dict[str, list[float]], tokens: int) -> str:
-    """Tokens a second and, by rounds, how many times mlx-lm's."""
-    lines = ["| | real tokens a second | times mlx_lm.lora's (lowest to highest round) |", "|---|---|---|"]
+def table(seconds: dict[str, list[float]], losses: dict[str, float], tokens: int) -> str:
+    """Tokens a second, by rounds how many times mlx-lm's, and the loss in nats."""
+    lines = ["| | real tokens a second | times mlx_lm.lora's (lowest to highest round) | loss |", "|---|---|---|---|"]
     for name, values in seconds.items():
         ratios = np.array(seconds[THEIRS]) / np.array(values)
         ratio = f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
-        lines.append(f"| {name} | {tokens / np.median(values):.0f} | {ratio} |")
+        lines.append(f"| {name} | {tokens / np.median(values):.0f} | {ratio} | {losses[name]:.3f} |")
     return "\n".join(lines)
 
 
@@ -178,7 +230,7 @@ def main() -> None:
     examples = make_rows(args.rows - args.rows % args.batch_size, args.masked)
     lengths = [len(example.tokens) for example in examples]
     print(f"{len(lengths)} rows of {min(lengths)} to {max(lengths)} tokens, mean {np.mean(lengths):.0f}; {cpu.BLAS}")
-    print(table(measure(examples, args.batch_size, args.rounds), sum(lengths)))
+    print(table(*measure(examples, args.batch_size, args.rounds), sum(lengths)))
 
 
 if __name__ == "__main__":

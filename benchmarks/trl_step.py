@@ -6,6 +6,7 @@ It talks as benchmarks/mlx_step.py does. Imports nothing of the toolkit, so that
 """
 
 import json
+import resource
 import sys
 import time
 import warnings
@@ -23,13 +24,19 @@ class Stepper:
     """A random Llama in a PPOTrainer, and the prompts it is stepped on."""
 
     def __init__(self, task: dict[str, Any], model: dict[str, Any], kind: str, tokenizer: str):
-        """task, model: as `TASK` and `MODELS` of benchmarks/ppo_step.py; tokenizer: a tokenizer.json."""
+        """task, model: as in `SETTINGS` and `MODELS` of benchmarks/ppo_step.py; tokenizer: a tokenizer.json."""
         torch.manual_seed(0)
         words = transformers.PreTrainedTokenizerFast(tokenizer_file=tokenizer, pad_token="<pad>", eos_token="<eos>")
         llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(eos_token_id=None, bos_token_id=None, **model))
         adapter = None
         if kind == "lora":
-            adapter = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+            layers = list(range(model["num_hidden_layers"]))
+            adapter = peft.LoraConfig(
+                r=task["lora_rank"],
+                target_modules=["q_proj", "v_proj"],
+                task_type="CAUSAL_LM",
+                layers_to_transform=layers if task["lora_layers"] < 0 else layers[-task["lora_layers"] :],
+            )
         policy = trl.AutoModelForCausalLMWithValueHead.from_pretrained(llama, peft_config=adapter)
         # With an adapter the trainer takes the base with the adapter off for its reference.
         reference = None if adapter else trl.create_reference_model(policy)
@@ -70,6 +77,7 @@ class Stepper:
             "tokens": float(sum(len(completion) for completion in completions)),
             "updates": self.updates() - before,
             "score": float(stats["ppo/mean_scores"]),
+            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux: kB
         }
 
     def updates(self) -> int:

@@ -4,8 +4,8 @@
     with packed(model, layout):
         _, hidden = forward(model, tokens)  # tokens: (1, 24)
 
-All that works on single tokens sees no pads. Attention and rotary embeddings get every row by itself, padded: no row
-sees another, and positions start at 0 in each. That needs a family that calls mlx-lm's attention and a rotary
+All that works on single tokens sees no pads. Attention gets every row by itself, padded: no row sees another. Rotary
+embeddings are told each token's position in its row. That needs a family that calls mlx-lm's attention and a rotary
 embedding, which is tried out on a few tokens (`check_packing`).
 """
 
@@ -78,7 +78,7 @@ class Layout(NamedTuple):
 
 
 class _PackedRope:
-    """Stands in for a rotary embedding: every row is turned from position 0 on."""
+    """Stands in for a rotary embedding: every token is turned as a text of its own, from its position in its row on."""
 
     def __init__(self, rope: nn.Module, layout: Layout):
         self.rope, self.layout = rope, layout
@@ -87,7 +87,9 @@ class _PackedRope:
         return getattr(self.rope, name)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self.layout.end_to_end(self.rope(self.layout.side_by_side(x), *args, **kwargs))
+        positions = self.layout.slots % self.layout.places.shape[1]
+        tokens = x[0].swapaxes(0, 1)[:, :, None]  # (T, heads, 1, D)
+        return self.rope(tokens, *args, **{**kwargs, "offset": positions})[:, :, 0].swapaxes(0, 1)[None]
 
 
 def _packed_attention(attention: Callable, layout: Layout) -> Callable:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from models.cpu.exponential import exp
 from models.output_layer import OutputLayer
 
 LOGITS_BYTES = 256 * 10**6
@@ -124,11 +125,13 @@ class _Job(NamedTuple):
 class _Softmax:
     """The softmax of scaled logits (n, V), weights / total: what is not used of it costs nothing."""
 
-    def __init__(self, scaled: mx.array, normalizer: mx.array | None = None):
-        """normalizer: (n,), where it is known."""
-        shift = scaled.max(axis=-1) if normalizer is None else normalizer
+    def __init__(self, scaled: mx.array, normalizer: mx.array | None = None, likely: mx.array | None = None):
+        """normalizer: (n,), where it is known; likely: (n,) ids of the largest logits, where they are known."""
+        shift = normalizer
+        if shift is None:
+            shift = scaled.max(axis=-1) if likely is None else _at(scaled, likely)
         self.log_weights = mx.maximum(scaled - shift[:, None], LOWEST)
-        self.weights = mx.exp(self.log_weights)
+        self.weights = exp(self.log_weights)
         self.total = self.weights.sum(axis=-1) if normalizer is None else mx.ones(shift.shape)
         self.log_total = mx.log(self.total)
         self.normalizer = shift + self.log_total
@@ -188,10 +191,12 @@ def _of_piece(
     """The figures (n,) of a piece and, with `job.gradient_rows`, the gradient (n, H) of each by its states."""
     ids, logits = job.ids[piece], job.head(states, weights)
     scaled = job.scaled(logits)
-    softmax = _Softmax(scaled)
+    likely = mx.stop_gradient(mx.argmax(logits, axis=-1)) if job.correct else None
+    softmax = _Softmax(scaled, likely=likely)
     figures = {"normalizer": softmax.normalizer}
     figures["logprobs"] = _at(scaled, ids) - figures["normalizer"]
-    figures["correct"] = mx.argmax(logits, axis=-1) == ids
+    if likely is not None:
+        figures["correct"] = likely == ids
     figures["entropy"] = softmax.log_total - softmax.mean(softmax.log_weights)
     ref_softmax = None
     if ref_scaled is not None:

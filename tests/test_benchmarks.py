@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
+import argparse
 import json
 import math
 import sys
@@ -9,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models.llama import ModelArgs
 
-from benchmarks import crash, digits_dpo, sft_step, synth_ablation, synth_scale
+from benchmarks import crash, digits_dpo, growth, rollouts, sft_step, synth_ablation, synth_scale
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
-from benchmarks.ppo_step import MODELS, TASK, Comparison, Worker, check_whole, compare, write_tokenizer
+from benchmarks.ppo_step import MODELS, SMALL_TASK, Comparison, Worker, check_whole, compare, write_tokenizer
 from benchmarks.ppo_step import measure as measure_sides
 from benchmarks.ppo_step import table as comparison_table
 from benchmarks.soak import slope
@@ -57,11 +59,15 @@ def test_a_learned_reward_is_judged_by_the_ground_truth():
 
 def test_a_ratio_is_taken_within_a_round():
     # A machine that slows both sides of the second round tenfold changes no ratio.
-    found = compare([1.0, 10.0, 2.0], [2.0, 20.0, 3.0])
-    assert found == Comparison(ours=2.0, trl=3.0, ratio=2.0, lowest=1.5, highest=2.0)
-    assert compare([1.0, 3.0]) == Comparison(ours=2.0)
-    lines = comparison_table({"both": found, "ours alone": compare([0.5])}).splitlines()
-    assert lines[2:] == ["| both | 2.000 | 3.000 | 2.00 (1.50 to 2.00) |", "| ours alone | 0.500 |  |  |"]
+    def answers(*seconds):
+        return [{"seconds": each, "peak_memory": 1e8 * each} for each in seconds]
+
+    found = compare(answers(1.0, 10.0, 2.0), answers(2.0, 20.0, 3.0))
+    assert found == Comparison(2.0, 1.0, trl=3.0, trl_memory=2.0, ratio=2.0, lowest=1.5, highest=2.0)
+    assert compare(answers(1.0, 3.0)) == Comparison(2.0, pytest.approx(0.3))
+    *_, both, alone = comparison_table({"both": found, "ours alone": compare(answers(0.5))}).splitlines()
+    assert both == "| both | 2.000 | 3.000 | 2.00 (1.50 to 2.00) | 1.00 | 2.00 |"
+    assert alone == "| ours alone | 0.500 |  |  | 0.05 |  |"
 
 
 ANSWERING = """
@@ -76,7 +82,7 @@ def test_rounds_are_counted_after_the_warm_up_and_a_dead_side_says_why():
     worker = Worker("TRL", [sys.executable, "-c", ANSWERING], {})
     try:
         whole = {"tokens": 768, "updates": 16}
-        assert measure_sides({"TRL": worker}, rounds=2, warm_up=1, title="") == {"TRL": [whole, whole]}
+        assert measure_sides({"TRL": worker}, SMALL_TASK, rounds=2, warm_up=1, title="") == {"TRL": [whole, whole]}
     finally:
         worker.close()
     with pytest.raises(UserError, match=r"TRL process ended with code 1 \(ModuleNotFoundError: .*no_such_module"):
@@ -86,17 +92,17 @@ def test_rounds_are_counted_after_the_warm_up_and_a_dead_side_says_why():
 @pytest.mark.parametrize(("what", "number"), [("tokens", 767), ("updates", 15)])
 def test_a_step_that_did_less_work_does_not_count(what, number):
     with pytest.raises(UserError, match=f"had {number} {what}, not {number + 1}"):
-        check_whole("ours", {"tokens": 768, "updates": 16, what: number})
+        check_whole("ours", {"tokens": 768, "updates": 16, what: number}, SMALL_TASK)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_our_step_is_whole_and_trains(tmp_path, kind):
-    write_tokenizer(tmp_path / "tokenizer.json")
+    write_tokenizer(tmp_path / "tokenizer.json", MODELS["hidden 64"]["vocab_size"])
     small = {**MODELS["hidden 64"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    stepper = Stepper(TASK, small, kind, str(tmp_path / "tokenizer.json"))
+    stepper = Stepper(SMALL_TASK, small, kind, str(tmp_path / "tokenizer.json"))
     before = dict(tree_flatten(stepper.policy.module.trainable_parameters()))
     answer = stepper.step()
-    check_whole("ours", answer)
+    check_whole("ours", answer, SMALL_TASK)
     assert 0 < answer["rollout_seconds"] < answer["seconds"] and 0 < answer["score"] <= 1
     after = dict(tree_flatten(stepper.policy.module.trainable_parameters()))
     assert all(not mx.array_equal(before[name], after[name]) for name in before)
@@ -192,18 +198,20 @@ def test_files_are_compared_without_their_times(tmp_path):
 
 
 def test_every_side_of_the_sft_benchmark_has_every_round():
-    seconds = sft_step.measure(sft_step.make_rows(4, masked=False), batch_size=2, rounds=2)
-    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
-        (sft_step.THEIRS, sft_step.OURS, sft_step.PACKED), 2
-    )
+    seconds, losses = sft_step.measure(sft_step.make_rows(4, masked=False), batch_size=2, rounds=2)
+    assert {sft_step.THEIRS, sft_step.OURS, sft_step.PACKED} <= losses.keys() == seconds.keys()
+    assert {len(values) for values in seconds.values()} == {2}
+    assert losses[sft_step.OURS] == pytest.approx(losses[sft_step.PACKED], abs=1e-4)
+    assert losses[sft_step.OURS] == pytest.approx(losses[sft_step.THEIRS], rel=0.02)
     assert all(value > 0 for values in seconds.values() for value in values)
 
 
 def test_the_sft_benchmark_divides_within_a_round():
     seconds = {sft_step.THEIRS: [2.0, 30.0, 4.0], sft_step.OURS: [1.0, 10.0, 2.0]}
-    assert sft_step.table(seconds, tokens=100).splitlines()[2:] == [
-        "| mlx_lm.lora | 25 | 1.00 (1.00 to 1.00) |",
-        "| sft.py | 50 | 2.00 (2.00 to 3.00) |",
+    losses = {sft_step.THEIRS: 9.5, sft_step.OURS: 9.25}
+    assert sft_step.table(seconds, losses, tokens=100).splitlines()[2:] == [
+        "| mlx_lm.lora | 25 | 1.00 (1.00 to 1.00) | 9.500 |",
+        "| sft.py | 50 | 2.00 (2.00 to 3.00) | 9.250 |",
     ]
 
 
@@ -228,3 +236,44 @@ def test_the_endpoints_of_synth_scale_write_samples_unlike_each_other_and_right_
     votes = [synth_scale.TASK.answer.extract(asked(prompts.answer(synth_scale.TASK, sample["input"])[-1]["content"], 0))
              for sample in samples]  # fmt: skip
     assert votes == [sample["output"] for sample in samples]
+
+
+def test_rollouts_of_all_sides_have_the_lengths_that_were_drawn():
+    settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    more = {"model_type": "llama", "vocab_size": 300, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    model = rollouts.Countdown(ModelArgs.from_dict({**settings, **more}))
+    words = argparse.Namespace(prompts=3, repeats=2, prompt_length=6, mean_length=5, seed=0)
+    prompts = rollouts.make_prompts(words, 300)
+    assert [prompt[:-1] for prompt in prompts[::2]] == [prompt[:-1] for prompt in prompts[1::2]]
+    seconds, tokens = rollouts.measure(rollouts.make_sides(model, prompts, 8), rounds=2)
+    # What ends by itself has an EOS beside the others; what is cut has none.
+    assert tokens == sum(prompt[-1] - 1 if prompt[-1] <= 8 else 8 for prompt in prompts)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(seconds, 2) and len(seconds) == 3
+
+
+def test_the_rollouts_benchmark_divides_within_a_round():
+    ours, theirs = rollouts.lines("tiny", {rollouts.OURS: [1.0, 10.0, 2.0], rollouts.THEIRS: [2.0, 30.0, 3.0]}, 60)
+    assert ours == "| tiny | ours | 30 |  |"
+    assert theirs == "| tiny | mlx_lm.batch_generate | 20 | 2.00 (1.50 to 3.00) |"
+
+
+def test_growth_is_measured_once_where_curves_meet(monkeypatch):
+    seen = []
+    monkeypatch.setattr(growth, "OTHERS", {"hidden": 64, "prompt": 2})
+    base = {"completions": 2, "length": 3, "layers": 2, "trained_layers": 1, "vocabulary": 50}
+    measure_at = growth.measure_at
+    monkeypatch.setattr(growth, "measure_at", lambda *args: seen.append(args) or measure_at(*args))
+    found = growth.curves(base, {"completions": (2, 4), "trained_layers": (1, 2)}, rounds=1)
+    assert len(seen) == 3 and found["completions"][0] == found["trained_layers"][0]._replace(value=2)
+    assert [point.value for points in found.values() for point in points] == [2, 4, 1, 2]
+    assert all(point.seconds > 0 and point.peak > 0 for points in found.values() for point in points)
+    left, right, *_ = growth.panels(found)
+    assert left.curves[""][1] == (4, found["completions"][1].seconds) and right.unit == "GB"
+
+
+def test_the_table_of_growth_divides_by_the_point_before():
+    found = {"layers": [growth.Point(4, 1.0, 0.5), growth.Point(8, 1.5, 1.0)]}
+    assert growth.table(found).splitlines()[2:] == [
+        "| layers | 4 | 1.00 |  | 0.50 |  |",
+        "| layers | 8 | 1.50 | 1.50 | 1.00 | 2.00 |",
+    ]
