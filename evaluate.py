@@ -38,7 +38,9 @@ from rewards.build import build_reward
 from training import console, ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.flags import add_logits_memory
+from training.mlx_ranks import launched, weights_digest
 from training.planning import add_plan_flags, planned_peak, show_plan
+from training.ranks import Ranks, digest_of
 from training.samples import text_table
 from training.settings import Settings
 
@@ -185,9 +187,17 @@ def save_samples(path: str | Path, results: dict[str, Evaluation]) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    with launched() as ranks:
+        evaluate(ranks)
+
+
+def evaluate(ranks: Ranks) -> None:
+    """What the flags ask for, by all processes of a launch together."""
+    args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     if not args.plan:
         check(args)
+    if args.num_samples < ranks.size:
+        raise UserError(f"--num-samples {args.num_samples} is less than the {ranks.size} processes; raise it")
     if args.against_adapter:
         args.against = base_of(args.against or args.model, args.against_adapter, resolve)
     args.model = base_of(args.model, args.resume_file, resolve)
@@ -209,6 +219,9 @@ def main() -> None:
     prompts = choose_prompts(args, loaded.tokenizer)
     context = loaded.config.get("max_position_embeddings")
     say_beyond_context(loaded.tokenizer, prompts, args.max_completion_length, context)
+    if ranks.size > 1:
+        models = {f"model_{number}": weights_digest(each.model) for number, each in enumerate(candidates.values(), 1)}
+        ranks.check_same(data=digest_of(prompts), **models)
     results, memory, started = {}, memory_meter(), time.perf_counter()
     for title, candidate in candidates.items():
         results[title] = evaluate_model(
@@ -222,6 +235,7 @@ def main() -> None:
             args.seed,
             known_prompts=prompts,
             logits_bytes=args.logits_memory * 10**6,
+            ranks=ranks,
         )
         show(title, prompts, results[title], args.show_samples, with_kl=reference is not None)
     if len(results) > 1:
@@ -232,7 +246,7 @@ def main() -> None:
     tokens = sum(row["tokens"] for result in results.values() for row in result.rows)
     figures = {"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9}
     print(console.speed({**figures, **({"planned_memory_gb": planned / 1e9} if planned else {})}))
-    if args.save_samples:
+    if args.save_samples and ranks.writes:
         save_samples(args.save_samples, results)
 
 

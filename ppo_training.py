@@ -31,12 +31,14 @@ from rewards.combined import try_once
 from rewards.digits import digit_reward
 from training import checkpoint, ppo_flags
 from training.flags import adapter_settings, parse_or_resume
+from training.mlx_ranks import launched, weights_digest
 from training.optimizer import bytes_of_numpy
 from training.planning import add_plan_flags, planned_peak, show_plan
 from training.plots import plot_run
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.ppo_loop import PPORun, ppo_steps
-from training.ppo_step import Prompts
+from training.ppo_step import Prompts, check_ranks
+from training.ranks import Ranks, digest_of
 
 
 def parse_args() -> argparse.Namespace:
@@ -56,17 +58,24 @@ def check_fused_model(args: argparse.Namespace, adapter: AdapterConfig) -> None:
 
 
 def main() -> None:
+    with launched() as ranks:
+        train(ranks)
+
+
+def train(ranks: Ranks) -> None:
+    """PPO by the flags, by all processes of a launch together."""
     # Flags
-    args = parse_args()
+    args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     settings = ppo_flags.ppo_settings(args)
     args.model = base_of(args.model, args.resume_file, resolve)
     if show_plan("ppo_training.py", args):
         return
+    check_ranks(settings, ranks)
     check_adapter_path(args.save_file)
     say_replaced(args.save_file)
 
     # Model, prompts, reward, policy and reference
-    planned_memory = planned_peak("ppo_training.py", args)
+    planned_memory = planned_peak("ppo_training.py", args) if ranks.writes else None
     loaded = load(args.model)
     trained_on, held_out = ppo_flags.hold_out(args, ppo_flags.choose_prompts(args, loaded.tokenizer))
     context = loaded.config.get("max_position_embeddings")
@@ -79,12 +88,15 @@ def main() -> None:
     policy, reference = build_policies(loaded, settings, adapter, args.grad_checkpoint)
     check_fused_model(args, policy.adapter)
     optimizer = make_ppo_optimizer(policy, settings)
-    learner = PPOLearner(policy.module, reference, loaded.tokenizer, optimizer, settings)
+    learner = PPOLearner(policy.module, reference, loaded.tokenizer, optimizer, settings, ranks)
+    if ranks.size > 1:
+        digests = {"settings": digest_of([str(settings)]), "data": digest_of([trained_on, held_out])}
+        ranks.check_same(**digests, base_model=weights_digest(reference), policy=weights_digest(policy.module))
 
     # Rollout, score, advantages, update: until the last step or a stop
     meter = memory_meter(lambda: bytes_of_numpy(optimizer))
     ppo_run = PPORun(
-        "ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, meter, planned_memory=planned_memory
+        "ppo_training.py", args, settings, policy, optimizer, checkpoint, cpu.BLAS, meter, ranks, planned_memory
     )  # fmt: skip
     device = cpu.describe_device(mx.default_device())
     ppo_run.describe(device)
@@ -98,7 +110,7 @@ def main() -> None:
 
     # Save, after a stop, too, which ends here
     summary = ppo_run.leave(save_adapter, plot_run)
-    if args.fused_model:
+    if args.fused_model and ranks.writes:
         save_fused(loaded, args.fused_model)
         ppo_run.log.say(f"the fused model is in {args.fused_model}")
     ppo_run.log.close(summary)

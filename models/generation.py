@@ -27,6 +27,7 @@ from common.errors import UserError
 from data.batching import TOKENS_A_PASS, encode_prompt
 from data.chat import render
 from models.gpu import release_memory
+from models.row_keys import KeyedModel, Keys, draw, next_keys
 from models.soft_prompt import check_ids, soft_prompt_ids
 
 # Batches of unequal prompts are padded. mlx-lm 0.32 masks the pads in attention, except in families whose mask does not
@@ -59,12 +60,14 @@ def sample(
     temperature: float = 1.0,
     batch_size: int = 128,
     on_token: Callable[[int], None] | None = None,
+    keys: np.ndarray | None = None,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
     prompts: token ids, at least one each; the model's soft prompt is prepended here. batch_size: prompts in flight.
-    on_token: called with the number of tokens of each decoding step, for progress. Runs in eval mode, so without
-    dropout, and restores the model's mode.
+    on_token: called with the number of tokens of each decoding step, for progress. keys: (len(prompts), 2) uint32, the
+    random key of each, by which it is drawn whatever else is drawn (models.row_keys); without, mlx's global stream is
+    drawn from. Runs in eval mode, so without dropout, and restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -79,12 +82,32 @@ def sample(
             decode = _decode_by_length
         else:
             decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
-        return decode(
-            model, prompts, set(eos_token_ids), max_tokens, temperature_sampler(temperature), batch_size, on_token
-        )
+        sampler = temperature_sampler(temperature) if keys is None else RowSampler(keys, temperature)
+        return decode(model, prompts, set(eos_token_ids), max_tokens, sampler, batch_size, on_token)
     finally:
         model.train(was_training)
         release_memory()  # the caches; an update's arrays have other sizes
+
+
+class RowSampler:
+    """Draws by the keys of rows. Those who call it say which rows the logits are of, and which token of each is drawn.
+
+    keys: (B, 2) of all rows.
+    """
+
+    def __init__(self, keys: np.ndarray, temperature: float):
+        self.keys, self.temperature = keys, temperature
+
+    def of(self, rows: Sequence[int] | np.ndarray) -> "RowSampler":
+        """The sampler of these rows alone."""
+        return RowSampler(self.keys[rows], self.temperature)
+
+    def draw(self, logits: mx.array, rows: np.ndarray, place: int) -> mx.array:
+        """The tokens of `place` (from 0) in `rows`, by logits (len(rows), V)."""
+        return draw(logits, next_keys(self.keys[rows], place + 1), self.temperature)
+
+
+Sampler = Callable[[mx.array], mx.array] | RowSampler
 
 
 def takes_unequal_prompts(model: nn.Module) -> bool:
@@ -95,7 +118,9 @@ def takes_unequal_prompts(model: nn.Module) -> bool:
     return family not in MASK_MISFITS and all(type(cache) in ATTENTION_CACHES for cache in make_prompt_cache(model))
 
 
-def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+def _decode_by_length(
+    model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token
+) -> list[list[int]]:
     """Decode prompts of equal length together, without padding, with the model's own caches of any kind."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     completions: list[list[int]] = [[] for _ in prompts]
@@ -104,15 +129,23 @@ def _decode_by_length(model, prompts, eos_token_ids, max_tokens, sampler, batch_
         for start in range(0, len(alike), batch_size):
             rows = alike[start : start + batch_size]
             batch = [prompts[row] for row in rows]
-            decoded = _decode(model, batch, eos_token_ids, max_tokens, sampler, batch_size, on_token)
+            own = sampler.of(rows) if isinstance(sampler, RowSampler) else sampler
+            decoded = _decode(model, batch, eos_token_ids, max_tokens, own, batch_size, on_token)
             for row, completion in zip(rows, decoded, strict=True):
                 completions[row] = completion
     return completions
 
 
-def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+def _decode_by_mlx_lm(
+    model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token
+) -> list[list[int]]:
     """Decode with mlx-lm's BatchGenerator, which replaces finished prompts by new ones."""
     width = min(batch_size, len(prompts))
+    caches = None
+    if isinstance(sampler, RowSampler):
+        caches = [[*make_prompt_cache(model), Keys(sampler.keys[row : row + 1])] for row in range(len(prompts))]
+        model = KeyedModel(model, sampler.temperature)
+        sampler = model.draw
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
@@ -123,7 +156,7 @@ def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_
         prefill_step_size=prefill_length(width),
     )
     try:
-        ids = generator.insert(prompts)
+        ids = generator.insert(prompts, caches=caches)
         completions: dict[int, list[int]] = {uid: [] for uid in ids}
         while responses := generator.next_generated():
             for response in responses:
@@ -135,7 +168,7 @@ def _decode_by_mlx_lm(model, prompts, eos_token_ids, max_tokens, sampler, batch_
     return [completions[uid] for uid in ids]
 
 
-def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_token) -> list[list[int]]:
+def _decode(model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token) -> list[list[int]]:
     """Decode all prompts at once, without BatchGenerator's overhead per row and token; unequal prompts only with plain
     key-value caches.
 
@@ -145,8 +178,9 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
         return []
     caches, padding = _read_prompts(model, prompts, max_tokens)
 
-    def draw(tokens: mx.array) -> mx.array:
-        drawn = sampler(model(tokens[:, None], cache=caches)[:, -1])
+    def drawn_after(tokens: mx.array, place: int) -> mx.array:
+        logits = model(tokens[:, None], cache=caches)[:, -1]
+        drawn = sampler.draw(logits, rows, place) if isinstance(sampler, RowSampler) else sampler(logits)
         mx.async_eval(drawn)  # so that the next pass is built while this one runs
         return drawn
 
@@ -154,9 +188,9 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler, batch_size, on_t
     completions = np.zeros((len(prompts), max_tokens), dtype=np.int64)
     lengths = np.zeros(len(prompts), dtype=np.int64)
     rows, going = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool)  # per row of the current batch
-    drawn = draw(mx.array([prompt[-1] for prompt in prompts]))
+    drawn = drawn_after(mx.array([prompt[-1] for prompt in prompts]), 0)
     for count in range(max_tokens):
-        following = draw(drawn) if count + 1 < max_tokens else drawn
+        following = drawn_after(drawn, count + 1) if count + 1 < max_tokens else drawn
         completions[rows, count] = np.asarray(drawn)  # the next pass has been given to the device
         lengths[rows[going]] = count + 1
         if on_token:

@@ -4,11 +4,12 @@ mlx.launch -n 2 python -m tests.launched train FOLDER          writes FOLDER/wei
 mlx.launch -n 2 python -m tests.launched kill RANK STEP ...    sft.py with the flags ..., until a rank kills itself
 """
 
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,9 +24,15 @@ from common.cli import run
 from common.errors import UserError
 from models.adapters import AdapterConfig
 from models.loading import load
+from synth.pipeline import many
+from synth.pipeline.pass_rates import BaseModelSettings
+from synth.pipeline.rollouts import Draw
+from training import ppo_learner
+from training.evaluation import evaluate_model
 from training.mlx_ranks import launched
+from training.ppo_learner import build_policies, train_ppo
 from training.ranks import ALONE, Ranks
-from training.settings import SFTSettings
+from training.settings import PPOSettings, SFTSettings
 from training.sft_loop import build_trainee, sft_steps, train_sft
 
 # (adapter, whether of a reward model, rows, settings). With 13 rows a batch of 6 leaves one of a single row, so that a
@@ -40,10 +47,28 @@ SFT_RUNS: dict[str, tuple[AdapterConfig, bool, str, dict[str, Any]]] = {
 }
 SHORT = {"iters": 5, "batch_size": 4, "learning_rate": 1e-3, "optimizer": "adam", "steps_per_report": 2,
          "steps_per_eval": 3}  # fmt: skip
+# Of a mini batch both ranks have the same number of rows; in "group" one may have none, as completions of a prompt stay
+# together, in "pieces" 2 and 1.
+PPO_RUNS: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {
+    "gae": (AdapterConfig(num_layers=1), {"adap_kl_ctrl": True, "target": 0.5, "horizon": 20, "step_kl": 0.3}),
+    "group": (
+        AdapterConfig("soft_prompt", num_prompt_tokens=4),
+        {"advantage": "group", "num_generations": 4, "batch_size": 12, "mini_batch_size": 2},
+    ),
+    "rloo": (
+        AdapterConfig("full"),
+        {"advantage": "rloo", "num_generations": 2, "target_kl": 1e-6, "learning_rate": 1e-4},
+    ),
+    "pieces": (AdapterConfig(), {"batch_size": 9, "mini_batch_size": 3, "gradient_accumulation_steps": 3}),
+    "not finite": (AdapterConfig(), {}),
+}
+SHORT_PPO = {"num_steps": 3, "batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2, "max_completion_length": 8,
+             "learning_rate": 1e-3, "optimizer": "adam", "step_kl": 0.0}  # fmt: skip
+PROMPTS = [str(number) for number in range(2, 24, 3)]
 Trained = tuple[dict[str, mx.array], list[dict[str, float]]]  # weights by name, and the figures of every report
 
 
-def train(folder: Path, name: str, ranks: Ranks = ALONE) -> Trained:
+def train_by_sft(folder: Path, name: str, ranks: Ranks = ALONE) -> Trained:
     """One run of SFT_RUNS on the model and the rows in `folder`."""
     adapter, reward_model, rows, changes = SFT_RUNS[name]
     loaded, settings = load(str(folder / "model")), SFTSettings(**{**SHORT, **changes})
@@ -51,6 +76,60 @@ def train(folder: Path, name: str, ranks: Ranks = ALONE) -> Trained:
     paths = (folder / f"{rows}_train.jsonl", folder / f"{rows}_valid.jsonl")
     history = train_sft(trainee, loaded.tokenizer, *paths, settings, ranks)
     return dict(tree_flatten(trainee.module.trainable_parameters())), history
+
+
+def evens(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+    """A reward: the share of even digits."""
+    return [sum(letter in "02468" for letter in text) / max(len(text), 1) for text in completions]
+
+
+def train_by_ppo(folder: Path, name: str, ranks: Ranks = ALONE) -> Trained:
+    """One run of PPO_RUNS. In "not finite" the gradients of the third mini batch are not, on the last rank."""
+    adapter, changes = PPO_RUNS[name]
+    settings = PPOSettings(**{**SHORT_PPO, **changes})
+    loaded = load(str(folder / "model"))
+    policy, reference = build_policies(loaded, settings, adapter)
+    calls = itertools.count()
+
+    def spoiled(loss_function: Callable) -> Callable:
+        def spoiled_loss(*arrays: Any) -> Any:
+            loss, stats = loss_function(*arrays)
+            is_third = next(calls) == 2 and ranks.rank == ranks.size - 1
+            return loss * (float("nan") if is_third and name == "not finite" else 1.0), stats
+
+        return spoiled_loss
+
+    real = ppo_learner.make_loss
+    with mock.patch.object(ppo_learner, "make_loss", lambda *arguments: spoiled(real(*arguments))):
+        history = train_ppo(policy, reference, loaded.tokenizer, PROMPTS, evens, settings, ranks)
+    return dict(tree_flatten(policy.module.trainable_parameters())), history
+
+
+def evaluated(folder: Path, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What evaluate.py finds, of 9 completions in batches of 2, against another model."""
+    loaded, other = load(str(folder / "model")), load(str(folder / "other"))
+    prompts = [*PROMPTS, PROMPTS[0]]
+    words = (loaded.model, loaded.tokenizer, prompts, evens, 8, 0.9, other.model, 5, 2)
+    return evaluate_model(*words, ranks=ranks)._asdict()
+
+
+def rollouts(folder: Path) -> list[str]:
+    """19 rollouts as a stage of synth has them drawn, in batches of 2."""
+    model = BaseModelSettings(str(folder / "model"), max_tokens=6, seed=1, batch_size=2).open()
+    texts: dict[int, str] = {}
+    model.sample([Draw(prompt, number) for prompt in PROMPTS[:-1] for number in range(3)][:19], texts.__setitem__)
+    return [texts[index] for index in range(19)]
+
+
+def shared_rollouts(folder: Path, ranks: Ranks) -> list[str]:
+    """The same, asked for by rank 0; the others serve it."""
+    if not ranks.writes:
+        many.serve(ranks)
+        return []
+    many.RANKS.set(ranks)
+    texts = rollouts(folder)
+    ranks.gather([None])
+    return texts
 
 
 def refusal(ranks: Ranks) -> str:
@@ -66,9 +145,11 @@ def main(folder: Path) -> None:
     weights: dict[str, mx.array] = {}
     found: dict[str, Any] = {}
     with launched() as ranks:
-        for name in SFT_RUNS:
-            trained, found[name] = train(folder, name, ranks)
+        for name in (*SFT_RUNS, *PPO_RUNS):
+            trained, found[name] = (train_by_sft if name in SFT_RUNS else train_by_ppo)(folder, name, ranks)
             weights |= {f"{name}/{key}": array for key, array in trained.items()}
+        found["evaluation"] = evaluated(folder, ranks)
+        found["rollouts"] = shared_rollouts(folder, ranks)
         found["refusal"] = ranks.gather([refusal(ranks)])
         if ranks.writes:
             mx.savez(str(folder / f"weights-{ranks.size}.npz"), **weights)

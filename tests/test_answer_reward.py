@@ -106,9 +106,9 @@ def test_ppo_learns_from_rows_with_answers(tmp_path, tiny_folder, rows, monkeypa
     given: list[list[int]] = []
     sample = ppo_learner.sample
 
-    def watched(model, prompt_ids, *more):
+    def watched(model, prompt_ids, *more, **keys):
         given.extend(prompt_ids)
-        return sample(model, prompt_ids, *more)
+        return sample(model, prompt_ids, *more, **keys)
 
     monkeypatch.setattr(ppo_learner, "sample", watched)
     call(ppo_training.main, *words, "--prompts", path, "--keep-checkpoints", 0)

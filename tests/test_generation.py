@@ -15,6 +15,7 @@ from common.errors import UserError
 from data.decoding import completion_texts
 from models.adapters import AdapterConfig, attach_adapter
 from models.generation import sample, temperature_sampler
+from models.row_keys import row_keys
 from models.value_head import forward
 from tests.architectures import VOCABULARY, build
 from training.rollout import pack
@@ -243,6 +244,21 @@ def test_logprobs_of_a_whole_pass_are_those_of_our_own_sampling(name, monkeypatc
             for row in rows:
                 assert whole[row, count] == pytest.approx(seen[completions[row][count]], abs=1e-5)
     assert any(len(set(drawn.tolist())) == len(drawn) for _, drawn in passes[1:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_with_a_key_is_drawn_as_it_is_alone(name):
+    """Whatever is beside it, in which order and in how large batches, in each of the three ways of decoding."""
+    model, eos = build(name), list(range(0, VOCABULARY, 8))
+    mx.random.seed(3)
+    keys, others = row_keys(len(PROMPTS)), row_keys(len(PROMPTS))
+    together = sample(model, PROMPTS, eos, 12, 0.8, keys=keys)
+    assert len({len(completion) for completion in together}) > 2
+    rows = zip(PROMPTS, keys, strict=True)
+    alone = [sample(model, [prompt], eos, 12, 0.8, keys=key[None])[0] for prompt, key in rows]
+    assert together == alone
+    assert sample(model, PROMPTS[::-1], eos, 12, 0.8, batch_size=2, keys=keys[::-1]) == together[::-1]
+    assert sample(model, PROMPTS, eos, 12, 0.8, keys=others) != together
 
 
 @pytest.mark.parametrize("lengths", [(3, 3, 3, 3, 3, 3), (1, 8, 2, 5, 1, 3)])

@@ -21,7 +21,8 @@ from tests.scripts import ROOT, call
 from training.metrics import read_metrics
 
 LAUNCHER = (sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()")  # mlx.launch
-TIMES = ("steps_per_second", "tokens_per_second", "waiting_share", "peak_memory_gb")
+TIMES = ("steps_per_second", "tokens_per_second", "waiting_share", "peak_memory_gb", "rollout_seconds",
+         "update_seconds", "seconds")  # fmt: skip
 LIMIT = 300  # seconds; alone on a machine, a launch takes a few
 
 
@@ -57,6 +58,7 @@ def folder(tmp_path_factory):
     """A model and rows of every kind."""
     folder, rng = tmp_path_factory.mktemp("many"), random.Random(0)
     tiny_random_folder(folder / "model")
+    tiny_random_folder(folder / "other", seed=1)
 
     def text():
         return " ".join(str(2 * rng.randrange(50)) for _ in range(rng.randrange(2, 9)))
@@ -91,9 +93,34 @@ def assert_same_run(of_two, name, weights, history):
 
 @pytest.mark.parametrize("name", launched.SFT_RUNS)
 def test_two_processes_train_what_one_does(folder, of_two, name):
-    weights, history = launched.train(folder, name)
+    weights, history = launched.train_by_sft(folder, name)
     assert_same_run(of_two, name, weights, history)
     assert sum(0 <= row.get("waiting_share", -1) < 1 for row in of_two[1][name]) == 3
+
+
+@pytest.mark.parametrize("name", launched.PPO_RUNS)
+def test_two_processes_learn_by_ppo_what_one_does(folder, of_two, name):
+    weights, history = launched.train_by_ppo(folder, name)
+    assert_same_run(of_two, name, weights, history)
+    made = [(row["updates"], row["skipped_updates"]) for row in history]
+    assert made == {
+        "gae": [(4, 0)] * 3,
+        "group": [(12, 0)] * 3,
+        "rloo": [(1, 0)] * 3,  # then the target KL is passed
+        "pieces": [(6, 0)] * 3,
+        "not finite": [(3, 1), (4, 0), (4, 0)],
+    }[name]
+    assert all(0 < row["waiting_share"] < 1 for row in of_two[1][name])
+
+
+def test_two_processes_evaluate_as_one_does(folder, of_two):
+    alone, found = launched.evaluated(folder), of_two[1]["evaluation"]
+    assert found.pop("kl") == pytest.approx(alone.pop("kl"), abs=1e-5)
+    assert found == alone and len(set(alone["texts"])) > 5
+
+
+def test_two_processes_draw_the_rollouts_of_one(folder, of_two):
+    assert launched.rollouts(folder) == of_two[1]["rollouts"] and len(set(of_two[1]["rollouts"])) > 10
 
 
 def test_other_data_on_a_rank_is_refused_on_all_with_its_name(of_two):

@@ -515,7 +515,7 @@ def test_gradient_accumulation_equals_the_large_batch(setting, kind):
 
 
 def with_completions(monkeypatch, completions):
-    monkeypatch.setattr(ppo_learner, "sample", lambda *args: completions)
+    monkeypatch.setattr(ppo_learner, "sample", lambda *args, **keys: completions)
 
 
 def test_tokens_after_eos_are_neither_scored_nor_trained(setting, monkeypatch):
@@ -743,9 +743,9 @@ def test_the_temperature_enters_every_logprob_alike(setting, monkeypatch, temper
     seen = []
     real = ppo_learner.sample
 
-    def recorded(*args):
+    def recorded(*args, **keys):
         seen.append(args[4])
-        return real(*args)
+        return real(*args, **keys)
 
     monkeypatch.setattr(ppo_learner, "sample", recorded)
     rollout = run.roll_out()
@@ -942,8 +942,8 @@ def test_what_was_sampled_is_what_is_trained_on(setting, monkeypatch, kind):
     run = setting(*KINDS[kind])
     real, ids, encoded = ppo_learner.sample, [], []
 
-    def recorded(*args):
-        ids.extend(real(*args))
+    def recorded(*args, **keys):
+        ids.extend(real(*args, **keys))
         return ids
 
     class Tokenizer:

@@ -12,12 +12,14 @@ import numpy as np
 from data.batching import encode_prompt
 from data.decoding import completion_texts
 from models.generation import sample
+from models.row_keys import row_keys
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
-from rewards.combined import Reward, score, top_of
+from rewards.combined import Reward, Scored, score, top_of
 from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
+from training.ranks import ALONE, Ranks
 from training.rollout import pack
 
 BATCH_SIZE = 64  # completions that are sampled, or scored, at once
@@ -49,24 +51,28 @@ def evaluate_model(
     batch_size: int = BATCH_SIZE,
     known_prompts: Sequence[str] | None = None,
     logits_bytes: int = LOGITS_BYTES,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Sample one completion per prompt and score it. prompts: repeat one to sample it more often.
 
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
     known_prompts: the prompts as the reward knows them, if another tokenizer rendered them for it. logits_bytes: of all
-    logits at once, where the KL is computed.
+    logits at once, where the KL is computed. ranks: each samples and scores its share of the prompts, at least one.
     """
     mx.random.seed(seed)
-    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    completions = sample(model, prompt_ids, tokenizer.eos_token_ids, max_tokens, temperature, batch_size)
-    scored = score(reward, known_prompts or prompts, completion_texts(tokenizer, prompt_ids, completions))
+    own, keys = ranks.share(len(prompts)), row_keys(len(prompts))
+    prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[own]]
+    limits = (max_tokens, temperature, batch_size)
+    completions = sample(model, prompt_ids, tokenizer.eos_token_ids, *limits, keys=keys[own])
+    texts = completion_texts(tokenizer, prompt_ids, completions)
+    scored = gathered(score(reward, (known_prompts or prompts)[own], texts), ranks)
     scores, top = np.asarray(scored.scores, dtype=np.float64), top_of(reward)
     kl = 0.0
     if reference is not None:
         rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes)
-        own, other = (completion_logprobs(each, *rows) for each in (model, reference))
-        kl = float(np.mean(own - other))
-    lengths = [len(completion) for completion in completions]
+        policy, other = (completion_logprobs(each, *rows) for each in (model, reference))
+        kl = float(np.mean(ranks.gather((policy - other).tolist())))
+    lengths = ranks.gather([len(completion) for completion in completions])
     return Evaluation(
         mean_score=float(scores.mean()),
         standard_error=float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else 0.0,
@@ -78,6 +84,13 @@ def evaluate_model(
         part_scores=scored.part_means(),
         rows=[{"tokens": length, **scored.row(index)} for index, length in enumerate(lengths)],
     )
+
+
+def gathered(scored: Scored, ranks: Ranks) -> Scored:
+    """What all ranks have scored, in their order."""
+    prompts, completions, scores, parts = scored
+    of_all = {name: ranks.gather(values) for name, values in parts.items()}
+    return Scored(ranks.gather(prompts), ranks.gather(completions), ranks.gather(scores), of_all)
 
 
 def score_interval(prompts: Sequence[str], scores: Sequence[float]) -> Interval:

@@ -7,7 +7,7 @@
 Its twin is training.torch_ppo_learner. Not here: the loop (training.ppo_loop), the maths (training.ppo).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.gradient_trace import as_in_a_gradient
 from models.loading import LoadedModel, twin
+from models.row_keys import row_keys
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import TokenStats, token_stats
 from models.value_head import Policy, new_value_head
@@ -32,10 +33,11 @@ from training import ppo_step
 from training.advantages import estimator
 from training.checkpoint import Trainee
 from training.flags import step_seed
+from training.mlx_ranks import sum_tree
 from training.optimizer import Optimizer, compiling_pays, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.ppo_loop import Progress, ppo_steps
-from training.ranks import ALONE
+from training.ranks import ALONE, Ranks
 from training.rollout import Rollout, pack
 from training.settings import PPOSettings
 
@@ -82,8 +84,6 @@ def make_ppo_optimizer(policy: Trainee, settings: PPOSettings) -> Optimizer:
 class PPOLearner:
     """A policy that learns by PPO: MLX's `training.ppo_loop.Learner`."""
 
-    ranks = ALONE
-
     def __init__(
         self,
         policy: Policy,
@@ -91,8 +91,14 @@ class PPOLearner:
         tokenizer: Any,
         optimizer: Optimizer,
         settings: PPOSettings,
+        ranks: Ranks = ALONE,
     ):
-        """reference: a model over the same vocabulary; tokenizer: for its EOS and pad alone."""
+        """reference: a model over the same vocabulary; tokenizer: for its EOS and pad alone; ranks: by mlx_ranks.
+
+        Every rank has the whole rollout, but for the states of frozen layers: those of its own rows, which it samples,
+        scores and differentiates.
+        """
+        self.ranks = ranks
         self.policy, self.reference, self.optimizer, self.settings = policy, reference, optimizer, settings
         self.eos_token_ids, self.pad_token_id = tokenizer.eos_token_ids, tokenizer.pad_token_id or 0
         self.frozen_layers = num_frozen_layers(policy.model)
@@ -106,7 +112,14 @@ class PPOLearner:
     def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """One completion per prompt, as token ids, its EOS included."""
         limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
-        return sample(self.policy.model, prompts, self.eos_token_ids, *limits)
+        own, keys = self._own(len(prompts)), row_keys(len(prompts))
+        return self.ranks.gather(
+            sample(self.policy.model, prompts[own], self.eos_token_ids, *limits, keys=keys[own])
+        )  # fmt: skip
+
+    def _own(self, count: int) -> slice:
+        """The rows, of `count`, that are this rank's."""
+        return ppo_step.own_rows(self.settings, self.ranks, count)
 
     def experience(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], scores: np.ndarray
@@ -121,14 +134,25 @@ class PPOLearner:
         rows = [prefix + list(prompt) for prompt in prompts]
         packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=compiling_pays())
         tokens, positions, ids, mask = (mx.array(field) for field in packed)
-        pieces = []
-        for rows_of in in_order(len(prompts), ppo_step.rows_to_score(self.settings)):
-            piece = slice(rows_of.start, rows_of.stop)
+        own, pieces = self._own(len(prompts)), []
+        for rows_of in in_order(own.stop - own.start, ppo_step.rows_to_score(self.settings)):
+            piece = slice(own.start + rows_of.start, own.start + rows_of.stop)
             pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
             mx.eval(pieces[-1])
         logprobs, ref_logprobs, kl, values, entropy, *states = map(mx.concatenate, zip(*pieces, strict=True))
+        computed = [logprobs, ref_logprobs, kl, values, entropy]
+        logprobs, ref_logprobs, kl, values, entropy = self._of_all(computed, own, len(prompts))
         estimates = (logprobs, ref_logprobs, kl, values, mx.array(scores))
         return Rollout(tokens, positions, ids, mask, *estimates, *states), entropy
+
+    def _of_all(self, estimates: list[mx.array], own: slice, count: int) -> list[mx.array]:
+        """The estimates (count, C) of all rows, of which this rank has computed those of its `own`."""
+        if self.ranks.size == 1:
+            return estimates
+        whole = [mx.zeros((count, array.shape[1]), array.dtype) for array in estimates]
+        for array, computed in zip(whole, estimates, strict=True):
+            array[own] = computed
+        return self.ranks.sum(whole)
 
     def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> list[mx.array]:
         """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept."""
@@ -168,9 +192,11 @@ class PPOLearner:
 
         Returns the stats, averaged over the mini batches.
         """
+        own = ppo_step.own_rows(self.settings, self.ranks, len(rollout.mask))
 
         def gradients(pieces: Sequence[np.ndarray]) -> tuple[dict[str, float], dict]:
-            return accumulate(self.gradients_of, rollout, advantages, returns, pieces, mx.array(kl_coef))[1:]
+            estimates = (rollout, advantages, returns)
+            return accumulate(self.gradients_of, *estimates, pieces, mx.array(kl_coef), self.ranks, own)[1:]
 
         take = partial(take_step, self.policy, self.optimizer)
         stats = ppo_step.update(self.settings, step, gradients, take, lr_factor)
@@ -208,26 +234,56 @@ def make_loss(settings: PPOSettings, frozen_layers: int = 0) -> Callable:
 
 def accumulate(
     gradients_of: Callable, rollout: Rollout, advantages: mx.array, returns: mx.array, pieces: Sequence[np.ndarray],
-    kl_coef: mx.array,
+    kl_coef: mx.array, ranks: Ranks = ALONE, own: slice = slice(0, None),
 ) -> tuple[mx.array, dict[str, float], dict]:  # fmt: skip
-    """Loss, stats and gradients of a mini batch, summed over its pieces: equal to those of the whole.
+    """Loss, stats and gradients of a mini batch, summed over its pieces and the ranks: equal to those of the whole.
 
-    Each piece is computed before the next begins. Stats have the "grad_norm" of `training.optimizer.read`.
+    own: the rows of the rollout that are this rank's. Each piece is computed before the next begins. Stats have the
+    "grad_norm" of `training.optimizer.read`.
     """
-    indices = [mx.array(rows) for rows in pieces]
-    denominator = sum(rollout.mask[rows].sum() for rows in indices)
+    denominator = sum(rollout.mask[mx.array(rows)].sum() for rows in pieces)
     whole: Any = None
-    for rows in indices:
-        piece = gradients_of(rollout.rows(rows), advantages[rows], returns[rows], denominator, kl_coef)
+    parts = list(own_parts(rollout, pieces, ranks, own))
+    for rows, part in parts:
+        piece = gradients_of(part, advantages[rows], returns[rows], denominator, kl_coef)
         if whole is not None:
             largest = mx.maximum(whole[0][1]["ratio_max"], piece[0][1]["ratio_max"])
             piece = tree_map(mx.add, whole, piece)
             piece[0][1]["ratio_max"] = largest
         whole = piece
-        if rows is not indices[-1]:
+        if part is not parts[-1][1]:
             mx.eval(whole)
-    (loss, stats), gradients = whole
+    (loss, stats), gradients = whole if ranks.size == 1 else of_all_ranks(ranks, whole)
     return loss, read(loss, gradients, stats), gradients
+
+
+def own_parts(
+    rollout: Rollout, pieces: Sequence[np.ndarray], ranks: Ranks, own: slice
+) -> Iterator[tuple[mx.array, Rollout]]:
+    """What a rank computes of a mini batch: row indices and the rollout of these rows, piece by piece.
+
+    Pieces are no larger than those given. A rank that has no row in it gets one of which no token counts.
+    """
+    if ranks.size == 1:
+        for rows in map(mx.array, pieces):
+            yield rows, rollout.rows(rows)
+        return
+    rows, size = np.concatenate(pieces), len(pieces[0])
+    mine = rows[(own.start <= rows) & (rows < own.stop)]
+    for piece in np.split(mine, range(size, len(mine), size)) if len(mine) else [np.array([own.start])]:
+        index = mx.array(piece)
+        part = rollout._replace(states=None).rows(index)
+        if rollout.states is not None:
+            part = part._replace(states=rollout.states[mx.array(piece - own.start)])
+        yield index, part if len(mine) else part._replace(mask=0 * part.mask)
+
+
+def of_all_ranks(ranks: Ranks, own: Any) -> Any:
+    """Loss, stats and gradients as sums over the ranks, and of "ratio_max" the largest."""
+    largest = mx.zeros(ranks.size)
+    largest[ranks.rank] = own[0][1]["ratio_max"]
+    ((loss, stats), gradients), largest = sum_tree(ranks, (own, largest))
+    return (loss, {**stats, "ratio_max": largest.max()}), gradients
 
 
 def train_ppo(
@@ -237,15 +293,18 @@ def train_ppo(
     prompts: Sequence[str],
     reward: Reward,
     settings: PPOSettings,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, float]]:
     """Train a policy by PPO; returns the figures of every step, by the names of a run's metrics.jsonl.
 
     policy, reference: from `build_policies`; the policy's weights change in place. reward: f(prompts, completions) →
-    one score per completion. Nothing is printed or written; `models.adapters.save_adapter` saves the result. Raises
-    UserError for settings that do not fit together. For one step at a time: training.ppo_loop.ppo_steps.
+    one score per completion. ranks: of training.mlx_ranks.launched, where several processes call this. Nothing is
+    printed or written; `models.adapters.save_adapter` saves the result. Raises UserError for settings that do not fit
+    together. For one step at a time: training.ppo_loop.ppo_steps.
     """
     ppo_step.check_settings(settings)
-    learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, settings), settings)
+    ppo_step.check_ranks(settings, ranks)
+    learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, settings), settings, ranks)
     progress = Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
     steps = ppo_steps(learner, tokenizer, ppo_step.Prompts(prompts, settings), reward, progress)
     return [step.figures for step in steps]

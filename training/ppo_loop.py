@@ -148,6 +148,7 @@ def ppo_steps(
     settings = learner.settings
     while not finished(settings, progress):
         started, kl_coef, lr_factor = time.perf_counter(), progress.controller.value, progress.step_size.value
+        waited = learner.ranks.waited
         learner.seed(progress.step)
         rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
         sampled = time.perf_counter()
@@ -157,12 +158,13 @@ def ppo_steps(
         length, share = figures["completion_length"], figures["score_signal"] * rate_share(settings, progress.step)
         progress.step_size.update(stats.get("approx_kl", math.nan) * length, figures["entropy"] * length, share)
         ended = time.perf_counter()
+        waiting = learner.ranks.waiting(waited, ended - started)
         progress.step += 1
         progress.seconds += ended - started
         if true_reward is not None:
             figures["true_score"] = float(np.mean(true_reward(scored.prompts, scored.completions)))
         figures |= {"kl_coef": kl_coef, "lr_factor": lr_factor, **value_figures(settings, rollout, returns), **stats}
-        figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled}
+        figures |= {"rollout_seconds": sampled - started, "update_seconds": ended - sampled, **waiting}
         tokens = figures["completion_length"] * settings.batch_size
         figures["tokens_per_second"] = tokens / (ended - started)  # sampled, scored and trained on
         if held_out and evaluation_is_due(settings, progress.step):

@@ -221,11 +221,16 @@ def policy_loss(
 
 
 def mini_batches(settings: PPOSettings, step: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """The mini batches of a step's update: the number of each in the whole run's plan, and its pieces' row indices."""
-    planned = step * updates_per_step(settings)
+    """The mini batches of a step's update: the number of each in the whole run's plan, and its pieces' row indices.
+
+    Each takes one row, drawn by lot, of every so many that follow each other. So however many ranks share the rows of a
+    rollout, every rank has its share of each mini batch, and completions of one prompt go to different ones.
+    """
+    planned, count = step * updates_per_step(settings), settings.batch_size // settings.mini_batch_size
     for epoch in range(settings.ppo_epochs):
-        order = np.random.default_rng((settings.seed, step, epoch)).permutation(settings.batch_size)
-        for rows in np.split(order, settings.batch_size // settings.mini_batch_size):
+        neighbours = np.arange(settings.batch_size).reshape(-1, count)  # (mini_batch_size, count)
+        order = np.random.default_rng((settings.seed, step, epoch)).permuted(neighbours, axis=1)
+        for rows in order.T:
             yield planned, np.split(rows, settings.gradient_accumulation_steps)
             planned += 1
 

@@ -47,6 +47,11 @@ class Ranks:
         begin, end = (count // unit * rank // self.size * unit for rank in (self.rank, self.rank + 1))
         return slice(begin, end)
 
+    def waiting(self, before: float, seconds: float) -> dict[str, float]:
+        """What a report says of several processes: the share of `seconds` that this one waited for others, and for what
+        was sent. before: `waited` when they began."""
+        return {} if self.size == 1 else {"waiting_share": (self.waited - before) / seconds}
+
     def placed(self, values: Array, places: Array, count: int) -> Array:
         """The (count,) values of all ranks, each at its place, with a gradient for those of this rank."""
         raise NotImplementedError

@@ -237,7 +237,7 @@ def sft_steps(
 
         reports: list[dict[str, float]] = []
         now, validating, valid, improved, note = time.perf_counter(), 0.0, [], False, ""
-        waits = ranks.waited
+        waiting, waits = ranks.waiting(waited, now - reported), ranks.waited
         if progress.step % settings.steps_per_eval == 0 or progress.step == settings.iters:
             valid = [validate(module, validation, settings)]
             note = progress.overfits(valid[0]["valid_loss"])
@@ -253,7 +253,7 @@ def sft_steps(
                     "steps_per_second": (progress.step - last_report) / (now - reported),
                     "tokens_per_second": progress.tokens / (now - reported),
                     "skipped_updates": progress.skipped,
-                    **waiting(ranks, waits - waited, now - reported),
+                    **waiting,
                 }
             )
             progress.window, progress.tokens, reported, last_report = mx.zeros(1), 0, now, progress.step
@@ -306,11 +306,6 @@ def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1, spl
         totals += stacked(sums)
         mx.eval(totals)
     return means(objective, objective.ranks.sum([totals])[0], split)
-
-
-def waiting(ranks: Ranks, waited: float, seconds: float) -> dict[str, float]:
-    """What a report says of several processes: the share of `seconds` that this one waited for others."""
-    return {} if ranks.size == 1 else {"waiting_share": waited / seconds}
 
 
 def train_sft(

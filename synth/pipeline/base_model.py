@@ -24,6 +24,7 @@ from data.decoding import completion_texts
 from models.adapters import load_adapter
 from models.generation import takes_unequal_prompts
 from models.loading import load
+from models.row_keys import KeyedModel, Keys
 from models.soft_prompt import check_ids, soft_prompt_ids
 from synth.pipeline.rollouts import Draw
 
@@ -134,68 +135,6 @@ def _read(model: nn.Module, tokens: tuple[int, ...]) -> list[Any]:
         model(mx.array([tokens[first : first + PREFILL]]), cache=cache)
         mx.eval([layer.state for layer in cache])
     return cache
-
-
-class Keys:
-    """The random keys of a batch's rows. mlx-lm takes it for a cache, and so moves and drops keys as it does rows."""
-
-    state = ()
-    nbytes = 0
-
-    def __init__(self, keys: np.ndarray):
-        """keys: (B, 2) uint32."""
-        self.keys = keys
-
-    def merge(self, caches: Sequence["Keys"]) -> "Keys":
-        """One for the rows of all `caches`."""
-        return Keys(np.concatenate([cache.keys for cache in caches]))
-
-    def extend(self, other: "Keys") -> None:
-        """Append the rows of another."""
-        self.keys = np.concatenate([self.keys, other.keys])
-
-    def filter(self, rows: Sequence[int]) -> None:
-        """Keep these rows alone."""
-        self.keys = self.keys[list(rows)]
-
-    def extract(self, row: int) -> "Keys":
-        """One row."""
-        return Keys(self.keys[row : row + 1])
-
-    def next(self) -> mx.array:
-        """The keys (B, 2) of the rows' next tokens."""
-        self.keys = self.keys + np.array([0, 1], dtype=np.uint32)  # which wraps
-        return mx.array(self.keys)
-
-
-class KeyedModel:
-    """A model as BatchGenerator calls it, whose last cache is `Keys`; `draw` is the sampler of the logits it gave last.
-
-    A token depends on its row's key and logits alone. All rows are drawn together: a sampler for each, which
-    BatchGenerator allows as well, takes some ten operations a row.
-    """
-
-    def __init__(self, model: nn.Module, temperature: float):
-        self.model, self.temperature = model, temperature
-        self.rows = Keys(np.empty((0, 2), dtype=np.uint32))
-
-    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
-        """Logits (B, L, V) of tokens (B, L)."""
-        self.rows = cache[-1]
-        return self.model(tokens, cache=cache[:-1])
-
-    def draw(self, logprobs: mx.array) -> mx.array:
-        """One token a row of logprobs (B, V), by the inverse of its cumulative probabilities.
-
-        These are the tokens that mx.random.categorical (mlx 0.32) draws for each row alone by the row's own key.
-        """
-        if self.temperature == 0:
-            return mx.argmax(logprobs, axis=-1)
-        logprobs = logprobs if self.temperature == 1 else logprobs / self.temperature
-        logprobs = logprobs.astype(mx.float32)
-        sums = mx.cumsum(mx.exp(logprobs - logprobs.max(axis=-1, keepdims=True)), axis=-1)
-        shares = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(self.rows.next())
-        return mx.minimum((sums <= shares * sums[:, -1:]).sum(axis=-1), sums.shape[-1] - 1)
 
 
 def own_key(seed: int, rollout: Draw) -> tuple[int, int]:
