@@ -25,6 +25,7 @@ from models.folders import check_name
 from synth.estimate import table
 from synth.examples import Example
 from synth.pipeline.flags import RunSettings, agree, paper_line, parse_run_args, run_settings, task_from
+from synth.pipeline.many import with_all
 from synth.pipeline.samples import left, make_samples, sample_bounds
 from synth.pipeline.selection import selected_or_lowest
 from synth.pipeline.train import check_training, draw_held_out, train_and_evaluate
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: with_all(main))

@@ -32,6 +32,7 @@ from common.parser import Parser
 from common.ranges import COUNT, NATURAL, SEED, SHARE
 from synth import prompts
 from synth.pipeline.generate import open_library, passage_texts, read_sample
+from synth.pipeline.many import with_all
 from synth.pipeline.pass_rates import (
     add_base_model_flags,
     add_tries_flags,
@@ -284,4 +285,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: with_all(main))

@@ -13,6 +13,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.parser import Parser, positive
 from common.ranges import COUNT, NOT_NEGATIVE
+from synth.pipeline.many import open_model
 from synth.pipeline.rollouts import Completer, Draw, draw
 from synth.stages import StageRow
 from synth.task import Task
@@ -55,9 +56,7 @@ class BaseModelSettings:
 
     def open(self) -> Completer:
         """The model, loaded. Raises UserError as BaseModel does."""
-        from synth.pipeline.base_model import BaseModel  # takes mlx's time, which other stages need not wait for
-
-        return BaseModel(self.name, self.adapter, self.max_tokens, self.temperature, self.seed, self.batch_size)
+        return open_model(self)
 
 
 def pass_rates(
