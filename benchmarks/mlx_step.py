@@ -29,6 +29,7 @@ from training import ppo_flags, ppo_loop, ppo_step
 from training.flags import adapter_settings
 from training.optimizer import make_optimizer
 from training.ppo_learner import PPOLearner, build_policies
+from training.ranks import ALONE, Ranks
 
 
 def flags(task: dict[str, Any], kind: str) -> list[str]:
@@ -52,7 +53,9 @@ def distinct_words(prompts: list[str], completions: list[str]) -> list[float]:
 class Stepper:
     """A random Llama with its adapter, value head and optimizer, and the prompts it is stepped on."""
 
-    def __init__(self, task: dict[str, Any], model: dict[str, Any], kind: str, tokenizer: str):
+    def __init__(
+        self, task: dict[str, Any], model: dict[str, Any], kind: str, tokenizer: str, ranks: Ranks = ALONE
+    ):  # fmt: skip
         """task, model: as in `SETTINGS` and `MODELS` of benchmarks/ppo_step.py; tokenizer: a tokenizer.json."""
         args = ppo_flags.ppo_parser(None).parse_args(flags(task, kind))
         settings = ppo_flags.ppo_settings(args)
@@ -65,7 +68,7 @@ class Stepper:
         self.policy, reference = build_policies(loaded, settings, AdapterConfig(**adapter_settings(args)))
         optimizer = make_optimizer(task["learning_rate"], ppo_step.total_updates(settings))
         optimizer.init(self.policy.module.trainable_parameters())
-        learner = PPOLearner(self.policy.module, reference, words, optimizer, settings)
+        learner = PPOLearner(self.policy.module, reference, words, optimizer, settings, ranks)
         progress = ppo_loop.Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
         prompts = ppo_step.Prompts(task["prompts"], settings)
         self.steps = ppo_loop.ppo_steps(learner, words, prompts, distinct_words, progress)

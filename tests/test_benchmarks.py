@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import ModelArgs
 
-from benchmarks import crash, digits_dpo, growth, rollouts, sft_step, synth_ablation, synth_scale
+from benchmarks import crash, digits_dpo, growth, rollouts, scaling, sft_step, synth_ablation, synth_scale
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, SMALL_TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -108,6 +109,37 @@ def test_our_step_is_whole_and_trains(tmp_path, kind):
     assert all(not mx.array_equal(before[name], after[name]) for name in before)
     # q and v of one layer, rank 16: 16 × (16 + 16) + 16 × (16 + 8); the value head has no bias.
     assert stepper.policy.sizes()[0] == {"lora": 896, "full": 2 * 64 * 16 + 768 + 768 + 3 * 16}[kind] + 16
+
+
+def test_the_cost_of_a_step_on_several_machines_is_computed_by_hand(tmp_path, monkeypatch):
+    half, link = {"seconds": 5.0, "rollout_seconds": 3.0}, scaling.Link(latency=0.01, bandwidth=1e6)
+    alone, two = {"seconds": 9.0, "rollout_seconds": 5.0}, {"seconds": 6.0, "waited": 1.5, "sums": 10, "bytes": 4e6}
+    measured: dict[str, Any] = {
+        "alone": alone,
+        "half": half,
+        "two": two,
+        "sums": {"1": 0.02, "1000001": 4.02},
+        "speedups": [1.4, 1.5],
+    }
+    assert scaling.local_link(measured["sums"]) == pytest.approx((0.01, 1e6))
+    step = scaling.step_of(measured)
+    assert step == ((1.0, 4.0), (0.0, 4.0), 10, 4e6)
+    # Two send two messages a sum, each of half of it: 2 (10 · 0.01 + 4/2); four send six: 6 (10 · 0.01 + 4/4).
+    assert step.seconds(1, link) == 9 and step.seconds(2, link) == pytest.approx(1 + 4 + 0.2 + 4)
+    assert step.seconds(4, link) == pytest.approx(1 + 2 + 0.6 + 6)
+    assert step.efficiency(2, link) == pytest.approx(9 / 9.2 / 2) and step.limit(4, link) == "sums"
+    fast = scaling.Link(0.0, 1e12)
+    assert step.limit(64, fast) == "sampling's passes"
+    # 9, 5, 3, 2, 1.5, 1.25, 1.125: twice 8 is 1.33 times sooner, twice 16 is 1.2.
+    assert (step.most(link), step.most(fast)) == (1, 16)
+    monkeypatch.setattr(scaling, "PAPER", {"counted": step})
+    page = tmp_path / "page.md"
+    page.write_text(f"a {scaling.BEGIN}\nold\n{scaling.END} z", encoding="utf-8")
+    for _ in range(2):
+        scaling.put_into(page, [scaling.measured_table({"kinds": {"lora": measured}}), scaling.paper_table()])
+    text = page.read_text(encoding="utf-8")
+    assert text.count("\n| lora | 9.00 s | 6.00 s | 9.20 s | +53% | 1.45 times | 72% | 25% | 10 | 4.0 |\n") == 1
+    assert text.startswith("a <") and text.endswith("> z") and "old" not in text
 
 
 def test_the_ablations_figures_are_counted_by_hand(tmp_path):
