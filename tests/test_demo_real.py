@@ -47,7 +47,7 @@ def test_all_stages_a_stop_and_a_second_call(model, started, tmp_path, capsys):
     names, stops = started
     words = ("--short", "--model", model, "--output-dir", tmp_path / "out")
     stops.append("ppo_training.py")
-    with pytest.raises(Stopped, match="go on with: .*demo_real.py"):
+    with pytest.raises(Stopped, match=r"go on with: .*demo_real.py"):
         call(demo_real.main, *words)
     assert names == ["data/generate_constraint_data.py", "sft.py", "ppo_training.py"]
     stops.clear()
