@@ -222,7 +222,7 @@ def free_ports(count: int) -> list[int]:
 
 def measure(kind: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Medians over `rounds` of what a step takes, alone, with half of the rows, and by two; and of sums by two."""
-    write_tokenizer(tokenizer := folder / "tokenizer.json")
+    write_tokenizer(tokenizer := folder / "tokenizer.json", MODELS[MODEL]["vocab_size"])
     spec = {"kind": kind, "tokenizer": str(tokenizer)}
     with (
         group(1, {**spec, "task": SMALL_TASK}, folder) as alone,

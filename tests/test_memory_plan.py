@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -55,7 +56,7 @@ def test_an_outline_has_the_weights_of_the_model(family, adapter):
 
 def test_quantized_weights_take_what_mlx_stores():
     layer = nn.QuantizedLinear.from_linear(nn.Linear(256, 128, bias=False), 64, 4)
-    config = {**LLAMA, **SMALL, "hidden_size": 256, "dtype": "bfloat16"}
+    config: dict[str, Any] = {**LLAMA, **SMALL, "hidden_size": 256, "dtype": "bfloat16"}
     of_layer = sum(array.nbytes for _, array in tree_flatten(layer.parameters())) - 2 * 2 * 256 * 128 // 64
     bits, plain = {**config, "quantization": {"bits": 4, "group_size": 64}}, outline_of(config).weights
     norms = (2 * config["num_hidden_layers"] + 1) * 256 * 2

@@ -99,7 +99,9 @@ def test_replies_come_in_order_and_only_once(tmp_path):
 
 def test_asks_are_made_as_slots_get_free(tmp_path):
     """Of many asks only those in progress exist, and of replies none that was taken."""
-    made, taken, ahead = [], [], []
+    made: list[int] = []
+    taken: list[tuple[int, str]] = []
+    ahead: list[int] = []
 
     def asks():
         for index in range(40):
