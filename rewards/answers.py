@@ -162,7 +162,9 @@ class Label(AnswerType):
 
 
 def _label_key(label: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", label.strip())).lower()
+    """What spellings of a label share; a hyphen before its first digit is the number's sign."""
+    sign = "-" if re.match(r"-[0-9]", label.strip()) else ""
+    return sign + " ".join(re.findall(r"[^\s_-]+", label)).lower()
 
 
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
@@ -507,7 +509,10 @@ def _choice(choices: Any = ("A", "B", "C", "D")) -> Choice:
 
 
 def _label(labels: Any) -> Label:
-    _distinct("labels", [_label_key(label) for label in _texts("labels", labels)])
+    keys = [_label_key(label) for label in _texts("labels", labels)]
+    if "" in keys:
+        raise UserError(f"labels has {labels[keys.index('')]!r:.80}; a label needs more than hyphens")
+    _distinct("labels", keys)
     return Label(tuple(labels))
 
 

@@ -96,6 +96,14 @@ def test_labels(completion, answer):
     assert LABEL.extract(completion) == answer
 
 
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [("-1", "-1"), ("Answer: 1", "1"), ("So the answer is -1.", "-1"), ("It is 1", "1"), ("- 0", "0")],
+)
+def test_a_hyphen_before_a_label_s_number_is_its_sign(completion, answer):
+    assert answer_type("label", labels=["-1", "0", "1"]).extract(completion) == answer
+
+
 def test_labels_within_labels_and_with_spaces():
     kind = answer_type("label", labels=["entailment", "not entailment", "Very good"])
     assert kind.extract("it is not_entailment") == "not entailment"
@@ -218,6 +226,7 @@ def test_custom_reader_and_comparison(tmp_path):
         ("label", {}, "lacks 'labels'"), ("label", {"labels": "ab"}, "list of two"),
         ("number", {"x": 1}, "known are none"),
         ("label", {"labels": ["yes", False]}, "quote it"), ("label", {"labels": ["a b", "A_B"]}, "alike"),
+        ("label", {"labels": ["a", "--"]}, "more than hyphens"),
         ("choice", {"choices": ["A", "a"]}, "alike"), ("choice", {"choices": ["A", "BB"]}, "one letter"),
         ("regex", {"pattern": "("}, "not a regular expression"), ("regex", {"pattern": 5}, "not a regular expression"),
         ("exact", {"ignore_case": "no"}, "true or false"), ("json", {"field": 1}, "JSON object's key"),

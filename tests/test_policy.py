@@ -249,7 +249,8 @@ def test_a_folder_that_is_no_policy_is_refused(tmp_path):
         ({"learning": []}, "learning"),
         ({"learning": {"hidden": "32"}}, "'32' as learning.hidden"),
         ({"learning": {"floor": 2}}, "--floor"),
-        ({"learning": {"hidden": 2**31}}, "learning"),
+        ({"learning": {"hidden": 10**60}}, "hidden is 1e\\+60"),
+        ({"learning": {"seed": -(10**60)}}, "seed is -1e\\+60"),
         ({"actions": ["a"]}, "operators"),
         ({"kind": "linucb"}, "arrays"),
     ):

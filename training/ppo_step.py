@@ -259,6 +259,7 @@ def update(
         else:
             take_step(gradients, norm, settings.max_grad_norm, planned, lr_factor)
             history.append(stats)
+        del gradients  # before those of the next mini batch are computed
     return mean_stats(history, skipped)
 
 

@@ -242,7 +242,8 @@ def lora_adapter(peft_config: Any, linear_layers: Iterable[str], model: str) -> 
     peft_config: peft's object, or a dictionary of its fields; linear_layers: names of the model's. The dropout is off,
     as it is in TRL's PPO, whose forward passes all run in eval mode. Raises UserError for what has no counterpart.
     """
-    description = dict(peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict())
+    fields = peft_config if isinstance(peft_config, Mapping) else peft_config.to_dict()
+    description = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     unsupported = {name: description.get(name) for name in ("layers_to_transform", "layers_pattern", "exclude_modules")}
     refuse("peft_config", unsupported, {}, (None, [], ()))
     targets = description.get("target_modules") or DEFAULT_TARGETS

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, reading, write_json
+from common.files import Kind, atomic_folder, write_json
 from common.schemas import Schema, read_as
 from synth.evolution.features import size_of
 from synth.evolution.gradient import PPO, Reinforce
@@ -60,8 +60,7 @@ def load_policy(path: str | Path, names: Sequence[str] = ACTIONS) -> OperatorPol
         raise UserError(f"{path} holds no policy of format {FORMAT}; train one with synth.evolve")
     if saved.actions != list(names) or saved.features != size_of(names[:-1]):
         raise UserError(f"{path} was made for other operators or features than this run's; train it again")
-    with reading(f"{path} (learning)", "train the policy again"):
-        policy = make_policy(saved.kind, saved.learning, names)
+    policy = make_policy(saved.kind, saved.learning, names)
     try:
         found = load_file(Path(path) / ARRAYS)
     except (OSError, SafetensorError) as error:

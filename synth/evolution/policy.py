@@ -33,6 +33,9 @@ class Batch(NamedTuple):
     group_size: int
 
 
+MOST_UNITS = 4096  # of a hidden layer: more than that only a damaged file asks for
+
+
 @dataclass(frozen=True)
 class PolicySettings:
     """How a policy learns. Raises UserError for invalid settings.
@@ -58,6 +61,10 @@ class PolicySettings:
             raise UserError(f"--floor is {self.floor}; it must be at least 0 and below 1/{len(ACTIONS)}")
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma is {self.gamma}; it must be between 0 and 1")
+        if not 1 <= self.hidden <= MOST_UNITS:
+            raise UserError(f"hidden is {self.hidden:.3g}; it must be between 1 and {MOST_UNITS}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed:.3g}; it must be between 0 and 2^32 - 1")
 
 
 DEFAULT = PolicySettings()
