@@ -100,9 +100,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line instead of the whole usage, with the flag that an unknown one may stand for; exit code 2."""
         found = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        near = get_close_matches(found[1], self._option_string_actions, n=1) if found else []
-        remedy = f"did you mean {near[0]}?" if near else f"see {self.prog} --help{'-all' if self.main_flags else ''}"
-        self.exit(2, f"error: {one_line(message)}; {remedy}\n")
+        near = get_close_matches(found[1], self._option_string_actions, n=1, cutoff=0.8) if found else []
+        meant = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {one_line(message)}; {meant}see {self.prog} --help{'-all' if self.main_flags else ''}\n")
 
     def parse_args(self, args=None, namespace=None):
         """Parse `args` (default: the command line), with flags over the YAML file over defaults."""

@@ -90,6 +90,11 @@ def test_an_unknown_flag_or_an_abbreviation_is_one_line(capsys, words):
     assert words[0].replace("_", "-") in line and "--help" in line
 
 
+def test_an_unknown_flag_names_one_that_is_nearly_the_same(capsys):
+    assert "; did you mean --iters? see " in fails(capsys, parser().parse_args, "--iter", 3)
+    assert "did you mean" not in fails(capsys, parser().parse_args, "--zebra", 3)
+
+
 @pytest.mark.parametrize("words", [["--iters", "2.5"], ["--rate", "fast"], ["--log-with", "paper"], ["--iters"]])
 def test_a_value_of_the_wrong_type_is_one_line(capsys, words):
     assert words[0] in fails(capsys, parser().parse_args, *words)
