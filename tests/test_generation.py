@@ -253,7 +253,7 @@ def test_a_row_with_a_key_is_drawn_as_it_is_alone(name):
     mx.random.seed(3)
     keys, others = row_keys(len(PROMPTS)), row_keys(len(PROMPTS))
     together = sample(model, PROMPTS, eos, 12, 0.8, keys=keys)
-    assert len({len(completion) for completion in together}) > 2
+    assert len({len(completion) for completion in together}) > 1
     rows = zip(PROMPTS, keys, strict=True)
     alone = [sample(model, [prompt], eos, 12, 0.8, keys=key[None])[0] for prompt, key in rows]
     assert together == alone

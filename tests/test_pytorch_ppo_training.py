@@ -187,7 +187,7 @@ def test_report_and_run_folder_are_those_of_the_mlx_script(base, tmp_path, capsy
     assert rows[0] == rows[1]
     assert "samples.jsonl" in files[0]
     assert files[0] == files[1]
-    assert lines[0] == lines[1]
+    assert lines[0] == [word for word in lines[1] if word != "planned GB"]  # a plan is for MLX alone
 
 
 def test_it_learns(base, tmp_path):
@@ -195,12 +195,12 @@ def test_it_learns(base, tmp_path):
     (tmp_path / "reward.py").write_text(
         "def score(prompts, completions):\n    return [c.count('7') / 6 for c in completions]\n", encoding="utf-8"
     )
-    words = ("--model", base, "--reward-function", f"{tmp_path / 'reward.py'}:score", "--num-steps", 12)
+    words = ("--model", base, "--reward-function", f"{tmp_path / 'reward.py'}:score", "--num-steps", 24)
     larger = (*SMALL, "--batch-size", 32, "--mini-batch-size", 16, "--learning-rate", 3e-3)
     call(script.main, *words, *larger, "--output-dir", tmp_path / "run", "--save-file", tmp_path / "adapter")
     rows = read_metrics(tmp_path / "run")
     first, last = (sum(row["mean_score"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
-    assert last > first + 0.2
+    assert last > first + 0.3
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
     assert "true_score" in rows[0]
 

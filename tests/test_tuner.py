@@ -213,7 +213,7 @@ def test_what_was_saved_by_another_configuration_is_not_loaded(tmp_path):
         ("history", {}, "history"),
         ("history", [{"number": 0}], "history.0.settings"),
         ("sampler", {"temperature": "hot"}, "'hot' as sampler.temperature"),
-        ("config", {}, "and it is now"),
+        ("config", {}, "set it back"),
         ("config", {"rl_tuning": 3}, "rl_tuning"),
         ("agent", [], "agent"),
         ("agent", {"kept": None}, "agent"),
