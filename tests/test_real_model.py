@@ -262,7 +262,7 @@ def test_evaluation_scores_by_the_constraints(adapter, rows, work, capsys):
     words = ("--resume-file", adapter, "--prompts", rows / "valid.jsonl", "--answer", "constraints")
     flags = ("--reference", BASE, "--num-samples", 2, "--max-new-tokens", 8, "--save-samples", work / "said.jsonl")
     call(evaluate.main, *words, *flags)
-    assert re.search(r"^  KL +\d\.\d+$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert re.search(r"^  KL +-?\d+\.\d+$", capsys.readouterr().out, flags=re.MULTILINE)
     asked = {row["messages"][0]["content"]: row["answer"] for row in read_lines(rows / "valid.jsonl")}
     samples = read_lines(work / "said.jsonl")
     assert len(samples) == 2
