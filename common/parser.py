@@ -206,7 +206,7 @@ def _gives(action: argparse.Action, value: Any) -> bool:
         return value in action.type
     if action.nargs == 0 or action.type is boolean:
         return isinstance(value, bool)
-    return isinstance(value, str) and (not action.choices or value in action.choices)
+    return isinstance(value, str) and "\0" not in value and (not action.choices or value in action.choices)
 
 
 def _hyphenate(word: str) -> str:

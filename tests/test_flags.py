@@ -572,6 +572,11 @@ def test_a_run_of_another_script_cannot_be_resumed():
         resumed(ppo_flags.ppo_parser(None), ppo("--resume", "runs/old"), {"val_batches": 25})
 
 
+def test_prompts_of_too_long_a_name_are_said_to_be_missing():
+    message = refused("--ground-truth-reward", "--prompts", "x" * 300 + ".jsonl")
+    assert message.endswith("x.jsonl does not exist; check the path")
+
+
 def test_help_shows_every_flag_with_its_default(capsys):
     for parse in (sft.parse_args, fuse.parse_args, talk_to_model.parse_args, SEED_FLAGS["ppo"][0]):
         with pytest.raises(SystemExit):

@@ -115,7 +115,7 @@ def test_what_was_taken_once_is_refused(script, flag, text, tmp_path):
     ("name", "value"),
     [("seed", -1), ("seed", "7"), ("seed", True), ("gamma", 2), ("gamma", math.nan), ("lora_rank", 1.5), ("model", 3),
      ("model", ["a"]), ("advantage", "none_such"), ("use_peft", 1), ("adap_kl_ctrl", "yes"), ("lora_keys", [3]),
-     ("lora_keys", "q_proj"), ("save_every", [1])],
+     ("lora_keys", "q_proj"), ("save_every", [1]), ("save_file", "a\0b")],
 )  # fmt: skip
 def test_a_resumed_run_s_flags_are_those_that_a_flag_gives(name, value):
     parser = PARSERS["ppo_training.py"]()

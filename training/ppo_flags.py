@@ -5,7 +5,7 @@ Not here: the defaults (training.settings), and which settings fit together (tra
 
 import argparse
 import math
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
@@ -179,7 +179,7 @@ def check_reward(args: argparse.Namespace) -> None:
     reward_weights(args)
     if args.answer and not args.prompts:
         raise UserError('--answer needs the answers; give --prompts FILE.jsonl with rows of "prompt" and "answer"')
-    if args.prompts and not Path(args.prompts).exists() and not is_hub_name(str(args.prompts)):
+    if args.prompts and not os.path.exists(args.prompts) and not is_hub_name(str(args.prompts)):
         raise UserError(f"--prompts {args.prompts} does not exist; check the path")
 
 
