@@ -147,6 +147,8 @@ def train(
 
     if checkpoint:
         progress.restore(ranks.from_writer(restore), folder)
+        if ranks.writes:
+            drop_other_bests(folder, progress.best.step)
     share_checkpoint(ranks, trainee, optimizer)
     log: RunLog | NoLog = NoLog()
     picture = LivePicture(folder)

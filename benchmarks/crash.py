@@ -119,7 +119,7 @@ sft_model: ../../model
 sft_iters: 4
 sft_flags: --save-every 2 --batch-size 2 --val-batches 1
 rl_tuning:
-  {{enable_rl_tuning: true, num_iterations: 2, batch_size: 4, rl_algorithm: ppo, update_every: 1,
+  {{enable_rl_tuning: true, num_iterations: 2, batch_size: 4, rl_algorithm: ppo, update_every: 2,
     validation_data_path: {root}/synth/tuning/examples/digits_valid.jsonl}}
 """
 

@@ -338,7 +338,13 @@ def test_lines_of_a_log_that_are_none_are_passed_over(resumable, name):
 def test_a_run_killed_after_its_last_checkpoint_says_all_when_resumed(resumable, name):
     copy, run, words = resumable(name)
     (copy / "summary.json").unlink()
+    # Killed before it deleted what it keeps no longer.
+    whole = sorted(path.name for path in (copy / "checkpoints").iterdir())
+    shutil.copytree(copy / "checkpoints" / whole[0], copy / "checkpoints" / "000001")
+    (copy / "best" / "000001").mkdir(parents=True)
     call(run.script.main, *words)
+    assert sorted(path.name for path in (copy / "checkpoints").iterdir()) == whole
+    assert not (copy / "best" / "000001").exists()
     first, second = (json.loads((folder / "summary.json").read_text()) for folder in (run.folder, copy))
     # Of the process and not of the run.
     own = dict.fromkeys(("seconds", "adapter", "picture", "tokens_per_second", "peak_memory_gb"))

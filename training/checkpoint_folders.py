@@ -57,7 +57,7 @@ def open_run_folder(args: argparse.Namespace, script: str, blas: str | None = No
     folder = Path(args.resume)
     lock = lock_run(folder)
     say_if_another_blas(folder, blas)
-    _tidy(folder)
+    _tidy(folder, args.keep_checkpoints)
     found = all_checkpoints(folder)
     if not found:
         print(f"{folder} was stopped before its first checkpoint, so the run begins anew")
@@ -113,12 +113,20 @@ def lock_run(folder: Path) -> IO[str]:
     return file
 
 
-def _tidy(folder: Path) -> None:
-    """Remove what killed processes left: temporary folders, and checkpoints that were being deleted."""
+def _tidy(folder: Path, keep: int) -> None:
+    """Remove what killed processes left: temporary folders, and checkpoints that were being or to be deleted."""
     sweep_all(folder)
     for child in (folder / "checkpoints").glob("[0-9]*"):
         if not (child / STATE_FILE).is_file():
             shutil.rmtree(child, ignore_errors=True)
+    _delete_old(folder, keep)
+
+
+def _delete_old(run_folder: str | Path, keep: int) -> None:
+    """Delete all checkpoints but the last `keep` (0: none)."""
+    for old in all_checkpoints(run_folder)[:-keep] if keep else []:
+        (old / STATE_FILE).unlink()  # half deleted, it is no checkpoint
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -127,9 +135,7 @@ def new_checkpoint(run_folder: str | Path, step: int, state: Mapping[str, Any], 
     with atomic_folder(Path(run_folder) / "checkpoints" / f"{step:06d}", CHECKPOINT) as temporary:
         yield temporary
         write_json(temporary / STATE_FILE, {"step": step, **state})
-    for old in all_checkpoints(run_folder)[:-keep] if keep else []:
-        (old / STATE_FILE).unlink()  # half deleted, it is no checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+    _delete_old(run_folder, keep)
 
 
 def best_folder(run_folder: str | Path, step: int) -> Path:

@@ -259,6 +259,7 @@ class PPORun:
         if run.checkpoint:
             # A run killed after its last step has none left to say how it ended.
             self.figures = figures_at(self.folder, self.progress.step)
+            drop_other_bests(self.folder, self.progress.best.step)
         else:
             self.save()
         self.picture = LivePicture(self.folder)
