@@ -20,8 +20,10 @@ from common.errors import UserError
 
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 40.0  # seconds without any, after which a process or its connection counts as gone
+STANDSTILL = 5.0  # seconds without a look at the others, after which this process itself has stood still
 CONNECTING = 30.0  # seconds
-ALIVE, DONE, FAILED, GONE = b".", b"q", b"e", b"x"  # what processes say: I live, I am done, I failed, another is gone
+# What processes say: I live, I am done, I failed, another is gone, I am cut off from another.
+ALIVE, DONE, FAILED, GONE, CUT = b".", b"q", b"e", b"x", b"c"
 LOST = 3  # exit code
 
 
@@ -107,6 +109,18 @@ class Watchdog:
         self._tell(FAILED)
         return self.first_failed.is_set()
 
+    def cut_off(self) -> NoReturn:
+        """A connection other than this watch's has broken, so all end: rank 0 says that of the rank that told it first.
+
+        Where a process has ended, which breaks connections as well, the watch ends this one before that.
+        """
+        time.sleep(2 * BEAT)
+        if self.rank:
+            self._tell(CUT)
+            time.sleep(SILENCE)
+        time.sleep(2 * BEAT)
+        self._end(0 if self.rank else 1)
+
     def _tell(self, word: bytes, but: int | None = None) -> None:
         for rank, peer in self.peers.items():
             if rank != but:
@@ -117,12 +131,15 @@ class Watchdog:
         with selectors.DefaultSelector() as selector:
             for rank, peer in self.peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
-            beaten = 0.0
+            beaten, looked = 0.0, time.monotonic()
             while not self.left.is_set() and selector.get_map():
                 for key, _ in selector.select(BEAT / 4):
                     if self._hear(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
+                if now - looked > STANDSTILL:  # this process stood still: what was said meanwhile is yet to be read
+                    self.heard = dict.fromkeys(self.heard, now)
+                looked = now
                 if now - beaten >= BEAT:
                     beaten = now
                     self._tell(ALIVE)
@@ -148,13 +165,13 @@ class Watchdog:
         if FAILED in said or GONE in said:  # whoever failed, or rank 0, says it
             self._tell(GONE, but=rank)
             os._exit(LOST)
-        if not said:
+        if not said or CUT in said:
             self._end(rank)
         return False
 
     def _end(self, lost: int) -> NoReturn:
-        """End this process, and tell the others; say why if it is the first that is left."""
-        self._tell(GONE, but=lost)
+        """End this process, and tell the others, the lost one, too; say why if it is the first that is left."""
+        self._tell(GONE)
         if self.rank == (1 if lost == 0 else 0):
             go_on = f"; the last checkpoint stands; continue with: {self.continued_by}" if self.continued_by else ""
             line = f"error: rank {lost} of {self.size} has ended or cannot be reached, so all end{go_on}\n"

@@ -1,15 +1,19 @@
 """What tests/test_many_macs.py runs by mlx.launch, and by itself in one process: short runs of every kind.
 
 mlx.launch -n 2 python -m tests.launched train FOLDER          writes FOLDER/weights-2.npz and FOLDER/found-2.json
-mlx.launch -n 2 python -m tests.launched kill RANK STEP ...    sft.py with the flags ..., until a rank kills itself
+mlx.launch -n 2 python -m tests.launched lose HOW RANK STEP ...    sft.py with the flags ..., until a rank is lost
 """
 
+import gc
 import itertools
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,6 +24,7 @@ import sft  # which calls cpu.enable() before mlx is imported
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from common import watchdog
 from common.cli import run
 from common.errors import UserError
 from models.adapters import AdapterConfig
@@ -65,6 +70,7 @@ PPO_RUNS: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {
 SHORT_PPO = {"num_steps": 3, "batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2, "max_completion_length": 8,
              "learning_rate": 1e-3, "optimizer": "adam", "step_kl": 0.0}  # fmt: skip
 PROMPTS = [str(number) for number in range(2, 24, 3)]
+SILENCE = 12.0  # seconds without a word after which a rank counts as lost here
 Trained = tuple[dict[str, mx.array], list[dict[str, float]]]  # weights by name, and the figures of every report
 
 
@@ -156,17 +162,39 @@ def main(folder: Path) -> None:
             (folder / f"found-{ranks.size}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
-def kill(rank: str, step: int) -> None:
-    """sft.py, of which `rank` ends after `step` steps as by `kill -9`, the others at work on the next."""
+def hang() -> None:
+    """Stand still as a machine that hangs, or whose cable is out, for longer than the others wait."""
+    subprocess.Popen(["sh", "-c", f"sleep {SILENCE + 6}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def cut() -> None:
+    """Close mlx's own connections, which alone are not Python's."""
+    ours = {each.fileno() for each in gc.get_objects() if type(each) is socket.socket}
+    for entry in Path("/proc/self/fd").iterdir():
+        if int(entry.name) not in ours and entry.is_socket():
+            with suppress(OSError), socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+LOSSES: dict[str, Callable[[], None]] = {
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hanging": hang,
+    "cut off": cut,
+}
+
+
+def lose(how: str, rank: str, step: int) -> None:
+    """sft.py, of which `rank` is lost after `step` steps in one of LOSSES, the others at work on the next."""
     is_victim = os.environ["MLX_RANK"] == rank
 
     def steps(*arguments: Any) -> Iterator[Any]:
         for each in sft_steps(*arguments):
             yield each
             if is_victim and each.number == step:
-                os.kill(os.getpid(), signal.SIGKILL)
+                LOSSES[how]()
 
-    with mock.patch.object(sft, "sft_steps", steps):
+    with mock.patch.object(sft, "sft_steps", steps), mock.patch.object(watchdog, "SILENCE", SILENCE):
         run(sft.main)
 
 
@@ -174,5 +202,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "train":
         main(Path(sys.argv[2]))
     else:
-        _, _, rank, step, *sys.argv[1:] = sys.argv
-        kill(rank, int(step))
+        _, _, how, rank, step, *sys.argv[1:] = sys.argv
+        lose(how, rank, int(step))

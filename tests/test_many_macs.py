@@ -133,13 +133,13 @@ def arrays_of(path):
     return {name: np.array(array) for name, array in read_adapter(path).weights.items()}
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_ends_all_and_any_number_of_processes_goes_on(folder, tmp_path, monkeypatch, lost):
+@pytest.mark.parametrize(("how", "lost"), [("killed", 0), ("hanging", 1), ("cut off", 1)])
+def test_a_lost_rank_ends_all_and_any_number_of_processes_goes_on(folder, tmp_path, monkeypatch, how, lost):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sft, "plot_run", lambda folder: "")
     flags = ["--train", "--model", folder / "model", "--data", folder, "--data-base", "texts_", "--iters", 8,
              "--steps-per-report", 2, "--steps-per-eval", 4, "--save-every", 3, "--batch-size", 4]  # fmt: skip
-    done = launch(2, "kill", lost, 4, *flags, "--save-file", "cut", "--output-dir", "run", cwd=tmp_path)
+    done = launch(2, "lose", how, lost, 4, *flags, "--save-file", "cut", "--output-dir", "run", cwd=tmp_path)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == [
         f"error: rank {lost} of 2 has ended or cannot be reached, so all end; the last checkpoint stands; continue "

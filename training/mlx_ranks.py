@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from common.errors import UserError, reason
-from common.watchdog import SILENCE, Watchdog
+from common.watchdog import Watchdog
 from training.ranks import ALONE, Ranks, digest_of
 
 LAUNCHED = "MLX_RANK"  # the environment variable by which the launcher says a process's rank
@@ -54,7 +54,12 @@ def launched() -> Iterator[Ranks]:
         return
     ranks = MLXRanks(group, host, local)
     with ranks.watchdog.ending_together():
-        yield ranks
+        try:
+            yield ranks
+        except RuntimeError as error:
+            if "connection to a peer was lost" in str(error):  # mlx's ring
+                ranks.watchdog.cut_off()
+            raise
 
 
 def _first_host() -> tuple[str, bool]:
@@ -83,7 +88,7 @@ class MLXRanks(Ranks):
 
     def sum(self, arrays: Sequence[mx.array]) -> list[mx.array]:
         """Each array summed over the ranks, in float32, as many at once as a bucket holds."""
-        self._evaluate(list(arrays))
+        mx.eval(list(arrays))
         summed: list[mx.array] = []
         for bucket in _buckets(arrays):
             whole = self._all_sum(mx.concatenate([array.astype(mx.float32).reshape(-1) for array in bucket]))
@@ -99,22 +104,14 @@ class MLXRanks(Ranks):
         return mx.distributed.all_sum(mx.zeros(count).at[places].add(values), group=self.group)
 
     def _all_sum(self, array: mx.array) -> mx.array:
-        self._evaluate(array)
+        mx.eval(array)
         started = time.perf_counter()
         whole = mx.distributed.all_sum(array, group=self.group)
-        self._evaluate(whole)
+        mx.eval(whole)
         self.waited += time.perf_counter() - started
         self.sums += 1
         self.summed_bytes += array.nbytes
         return whole
-
-    def _evaluate(self, arrays: Any) -> None:
-        try:
-            mx.eval(arrays)
-        except RuntimeError as error:
-            if "peer" in str(error):
-                time.sleep(SILENCE + 5)  # until the watchdog, which knows the rank, ends this process
-            raise
 
 
 def _buckets(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.errors import UserError, reason
-from common.watchdog import SILENCE, Watchdog
+from common.watchdog import Watchdog
 from training.ranks import ALONE, Ranks
 
 BUCKET = 64 * 2**20  # bytes that are summed at once, or one array where it is larger
@@ -86,8 +86,7 @@ class TorchRanks(Ranks):
         try:
             dist.all_reduce(tensor)
         except RuntimeError:
-            time.sleep(SILENCE + 5)  # until the watchdog, which knows the rank that is lost, ends this process
-            raise
+            self.watchdog.cut_off()
         self.waited += time.perf_counter() - started
         self.sums += 1
         self.summed_bytes += tensor.nbytes
