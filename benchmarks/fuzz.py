@@ -96,7 +96,8 @@ class Reader(NamedTuple):
 
 @dataclass
 class Found:
-    """What a reader went through. refused: inputs that ended in a UserError; slowest: seconds of one input."""
+    """What a reader went through. refused: inputs that ended in a UserError; slowest: seconds of one input, in which
+    this process had the CPU."""
 
     inputs: int = 0
     refused: int = 0
@@ -107,14 +108,14 @@ class Found:
         """Give the reader one input."""
         self.inputs += 1
         spent, refused = self._timed(reader, content)
-        if spent > SLOWEST / 2:  # perhaps another process was the slow one
+        if spent > SLOWEST / 2:  # perhaps it imported
             spent = min(spent, self._timed(reader, content)[0])
         self.slowest, self.refused = max(self.slowest, spent), self.refused + refused
         if spent > SLOWEST:
             self._broke(content, f"{spent:.1f} s")
 
     def _timed(self, reader: Reader, content: Any) -> tuple[float, bool]:
-        started, refused = time.perf_counter(), False
+        started, refused = time.process_time(), False
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         try:
             reader.read(content)
@@ -125,7 +126,7 @@ class Found:
             self._broke(content, f"{type(error).__name__}: {error!s:.200} ({Path(place.filename).name}:{place.lineno})")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        return time.perf_counter() - started, refused
+        return time.process_time() - started, refused
 
     def _broke(self, content: Any, why: str) -> None:
         if len(self.broken) < KEPT:

@@ -1,6 +1,7 @@
 """Reading YAML that may be anyone's: plain data only, of a limited size, and no key twice.
 
-    LARGEST characters, after aliases are replaced by what they stand for; DEEPEST levels; integers of 64 bits
+    LARGEST characters, after aliases are replaced by what they stand for; MOST values and keys; DEEPEST levels;
+    integers of 64 bits
 
 Only the types of JSON are read: tags are refused, and a date stays the text that it is.
 
@@ -15,6 +16,7 @@ import yaml
 from common.errors import UserError
 
 LARGEST = 1_000_000
+MOST = 50_000  # read in a third of a second
 DEEPEST = 32
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
@@ -67,7 +69,9 @@ def _check(text: str) -> None:
     sizes: dict[str | None, int] = {}  # of what an anchor names: characters, and one more for every node
     open_nodes: list[tuple[str | None, int]] = []  # anchor and size so far
     event: Any
-    for event in yaml.parse(text, Loader=_Loader):
+    for number, event in enumerate(yaml.parse(text, Loader=_Loader)):
+        if number > MOST:
+            raise _Refused(f"more than {MOST:,} values and keys", event)
         if getattr(event, "tag", None) not in (None, "!"):
             raise _Refused(f"it has the tag {event.tag:.60}", event)
         if isinstance(event, yaml.CollectionStartEvent):

@@ -22,6 +22,7 @@ REFUSED = {
     "alias in itself": ("a: &a [*a]", "line 1 cannot be taken (alias *a contains itself)"),
     "no such alias": ("a: 1\nb: *a", "line 2 is not valid YAML (found undefined alias"),
     "large": ("a" * (LARGEST + 1), "cannot be taken (over 1,000,000 characters)"),
+    "many keys": ("a:\n" * 300_000, "line 25000 cannot be taken (more than 50,000 values and keys)"),
     "deep flow": ("[" * 33 + "]" * 33, "line 1 cannot be taken (nested more than 32 levels deep)"),
     "deep block": ("a:\n " + "- " * 50_000, "line 2 cannot be taken (nested more than 32"),
     "long integer": ("a: 1\nb: " + "9" * 5000, "line 2 cannot be taken (integer 99999999999999999999… of more than 64"),

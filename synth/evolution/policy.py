@@ -62,9 +62,9 @@ class PolicySettings:
         if not 0 <= self.gamma <= 1:
             raise UserError(f"--gamma is {self.gamma}; it must be between 0 and 1")
         if not 1 <= self.hidden <= MOST_UNITS:
-            raise UserError(f"hidden is {self.hidden:.3g}; it must be between 1 and {MOST_UNITS}")
+            raise UserError(f"hidden is {self.hidden!s:.20}; it must be between 1 and {MOST_UNITS}")
         if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed is {self.seed:.3g}; it must be between 0 and 2^32 - 1")
+            raise UserError(f"seed is {self.seed!s:.20}; it must be between 0 and 2^32 - 1")
 
 
 DEFAULT = PolicySettings()
