@@ -15,17 +15,17 @@ import json
 import random
 import re
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.endpoint import Endpoint, completion, serve, serving
 from common.cli import run
 from common.errors import UserError
 from common.parser import Parser
@@ -38,7 +38,6 @@ from synth.teacher.cache import Cache
 from synth.teacher.client import Teacher
 
 TASK = Task("sums in words", "Solve the word problem.", answer=answer_type("number"))
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 SYLLABLES = [first + second for first in "bdfgklmnprstvw" for second in ("a", "e", "i", "o", "u", "an", "er", "il")]
 VOCABULARY = ["".join(random.Random(number).choices(SYLLABLES, k=3)) for number in range(20_000)]
 MEGABYTE = 1e6
@@ -61,45 +60,12 @@ def answer_to(body: dict, sample: int) -> str:
     return json.dumps({"input": text, "output": str(one + other), "waves": 3})
 
 
-class Answering(asyncio.Protocol):
-    """One connection of an endpoint. Parses no more of HTTP than the client sends."""
+class Answering(Endpoint):
+    """Answers by the number of the sample, which the client sends along."""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self.received = b""
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, end, rest = self.received.partition(b"\r\n\r\n")
-        fields = dict(line.split(b": ", 1) for line in head.lower().split(b"\r\n")[1:] if b": " in line)
-        if not end or len(rest) < int(fields.get(b"content-length", 0)):
-            return
-        self.received = b""  # clients wait for the answer before they send again
-        content = answer_to(json.loads(rest), int(fields.get(b"x-sample", 0)))
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
-        usage = {"prompt_tokens": len(rest) // 4, "completion_tokens": len(content) // 4}
-        body = json.dumps({"choices": [message], "usage": usage}).encode()
-        self.transport.write(HEAD % len(body) + body)
-
-
-async def serve() -> None:
-    """Serve until killed; the port is the first line on stdout."""
-    server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    """An endpoint in a process of its own; yields its URL."""
-    with subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise UserError("the server did not start; its error stands above")
-            yield f"http://127.0.0.1:{line.strip()}/v1"
-        finally:
-            process.kill()
+    def asked(self, first: bytes, fields: Mapping[bytes, bytes], body: bytes) -> None:
+        content = answer_to(json.loads(body), int(fields.get(b"x-sample", 0)))
+        self.send(completion(content, len(body) // 4, len(content) // 4))
 
 
 class Meter:
@@ -166,11 +132,11 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.serve:
-        asyncio.run(serve())
+        asyncio.run(serve(Answering))
         return
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        urls = [stack.enter_context(serving()) for _ in range(args.endpoints)]
+        urls = [f"{stack.enter_context(serving('--serve'))}/v1" for _ in range(args.endpoints)]
         found = []
         for name in ("asked", "from the cache"):
             print(f"{name}\nstage         calls   cached   peak MB  cache MB  seconds    cpu s")

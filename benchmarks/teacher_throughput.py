@@ -13,12 +13,10 @@ import argparse
 import asyncio
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -28,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from openai import AsyncOpenAI
 
+from benchmarks.endpoint import Endpoint, completion, serve, serving
 from common.cli import run
 from common.errors import UserError
 from common.parser import Parser
@@ -38,7 +37,6 @@ from synth.teacher.limits import Limits
 
 CLIENTS = ("teacher", "create")
 WORDS = "A train leaves at noon and travels at eighty kilometres an hour. " * 8
-HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 class Result(NamedTuple):
@@ -52,32 +50,15 @@ class Result(NamedTuple):
     load: float
 
 
-class Answering(asyncio.Protocol):
-    """One connection: answers every POST after the latency, and every GET with the counts. Parses no more than that."""
+class Answering(Endpoint):
+    """Answers every POST after the latency, and every GET with the counts."""
 
     latency = 0.4
     stats = {"calls": 0, "in_flight": 0, "peak": 0}  # noqa: RUF012  (shared by all connections)
-    usage = {"prompt_tokens": 9, "completion_tokens": 4}  # noqa: RUF012
-    body = json.dumps(
-        {
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "At two."}}],
-            **{"id": "c", "object": "chat.completion", "created": 1, "model": "m", "usage": usage},
-        }
-    ).encode()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self.received = b""
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        head, end, rest = self.received.partition(b"\r\n\r\n")
-        lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")]
-        if not end or len(rest) < int(lengths[0] if lengths else 0):
-            return
-        self.received = b""  # clients wait for the answer before they send again
-        if head.startswith(b"GET"):
-            self.send(json.dumps(self.stats).encode())
+    def asked(self, first: bytes, fields: Mapping[bytes, bytes], body: bytes) -> None:
+        if first.startswith(b"GET"):
+            self.send(self.stats)
             return
         self.stats["calls"] += 1
         self.stats["in_flight"] += 1
@@ -86,32 +67,7 @@ class Answering(asyncio.Protocol):
 
     def answer(self) -> None:
         self.stats["in_flight"] -= 1
-        self.send(self.body)
-
-    def send(self, body: bytes) -> None:
-        self.transport.write(HEAD % len(body) + body)
-
-
-async def serve(latency: float) -> None:
-    """Serve until killed; the port is the first line on stdout."""
-    Answering.latency = latency
-    server = await asyncio.get_running_loop().create_server(Answering, "127.0.0.1", 0, backlog=1024)
-    print(server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
-
-
-@contextmanager
-def serving(latency: float) -> Iterator[str]:
-    """A server in a process of its own; yields its address."""
-    command = [sys.executable, __file__, "--serve", "--latency", str(latency)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line:
-                raise UserError("the server did not start; its error stands above")
-            yield f"http://127.0.0.1:{line.strip()}"
-        finally:
-            process.kill()
+        self.send(completion("At two.", prompt_tokens=9, completion_tokens=4))
 
 
 async def ask_teacher(url: str, calls: int, concurrency: int, cache: Cache) -> float:
@@ -147,7 +103,8 @@ async def ask_create(url: str, calls: int, concurrency: int, cache: Cache) -> fl
 def measure(client: str, calls: int, latency: float, concurrency: int) -> Result:
     """One run of one client against a fresh server, with a fresh cache."""
     ask = {"teacher": ask_teacher, "create": ask_create}[client]
-    with serving(latency) as url, tempfile.TemporaryDirectory() as folder, Cache(Path(folder) / "cache") as cache:
+    server = serving("--serve", "--latency", str(latency))
+    with server as url, tempfile.TemporaryDirectory() as folder, Cache(Path(folder) / "cache") as cache:
         cpu = time.process_time()
         seconds = asyncio.run(ask(url, calls, concurrency, cache))
         cpu = 1000 * (time.process_time() - cpu) / calls
@@ -173,7 +130,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.serve:
-        asyncio.run(serve(args.latency))
+        Answering.latency = args.latency
+        asyncio.run(serve(Answering))
         return
     ideal = args.calls * args.latency / args.concurrency
     print(f"{args.calls} calls of {args.latency:g} s at {args.concurrency} at once: ideal {ideal:.2f} s")
