@@ -164,7 +164,8 @@ def _program() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.name != "__main__":
         return f"python -m {spec.name.removesuffix('.__main__')}"
-    return f"python {Path(sys.argv[0]).name}"
+    path = Path(sys.argv[0])
+    return f"python {path.name if path.is_absolute() else path}"
 
 
 def _key(word: str) -> str:

@@ -19,6 +19,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 
 from common.cli import run

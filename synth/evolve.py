@@ -18,10 +18,14 @@ The stages' own work is in synth/evolution.
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import cpu
 

@@ -9,9 +9,13 @@ the end. The stages' own work is in synth/pipeline.
 """
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import cpu
 

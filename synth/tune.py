@@ -6,10 +6,14 @@ python -m synth.tune --resume RUN_FOLDER                             after a sto
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import cpu
 

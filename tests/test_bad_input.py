@@ -6,36 +6,34 @@ and tests/test_faults.py. Rows, YAML, teachers and rewards have further cases in
 """
 
 import hashlib
+import importlib
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-import demo
-import evaluate
-import fuse
-import ppo_training
-import pytorch_ppo_training
-import sft
-import talk_to_model
-from data import check, generate_digit_data
-from synth import evolve, tune
-from synth import run as synth_run
-from synth.offline import server
-from synth.pipeline import difficulty, generate, train, verify
 from tests.scripts import ROOT, fails
 
-SCRIPTS = {
-    "sft.py": sft.main, "ppo_training.py": ppo_training.main, "pytorch_ppo_training.py": pytorch_ppo_training.main,
-    "evaluate.py": evaluate.main, "fuse.py": fuse.main, "talk_to_model.py": talk_to_model.main, "demo.py": demo.main,
-    "data.check": check.main, "data.generate_digit_data": generate_digit_data.main, "synth.run": synth_run.main,
-    "synth.evolve": evolve.main, "synth.tune": tune.main, "synth.offline": server.main,
-    "generate": generate.main, "verify": verify.main, "difficulty": difficulty.main, "train": train.main,
+# Every file of ours that is a command, but for one that takes no input.
+MODULES = {
+    **{f"{name}.py": name for name in ("sft", "ppo_training", "pytorch_ppo_training", "evaluate", "fuse", "talk_to_model", "demo", "demo_real")},
+    **{f"data.{name}": f"data.{name}" for name in ("check", "generate_digit_data", "generate_constraint_data")},
+    **{f"synth.{name}": f"synth.{name}" for name in ("run", "evolve", "tune")}, "synth.offline": "synth.offline.__main__",
+    **{name: f"synth.pipeline.{name}" for name in ("generate", "verify", "difficulty", "selection", "train", "report")},
+    **{name: f"training.{name}" for name in ("compare", "plots")},
+    **{name: f"models.{name}" for name in ("doctor", "locate", "tiny", "smollm2", "gguf_folder")},
 }  # fmt: skip
-WITH_YAML = [name for name in SCRIPTS if name not in ("demo.py", "synth.tune", "synth.offline")]
+SCRIPTS = {name: importlib.import_module(module).main for name, module in MODULES.items()}
+WITHOUT_YAML = {"demo.py", "synth.tune", "synth.offline", "report", "compare", "plots", "doctor", "locate", "tiny", "smollm2", "gguf_folder"}
+WITH_YAML = [name for name in SCRIPTS if name not in WITHOUT_YAML]
 TASK = "task.yaml"
-REQUIRED = {"generate": ("--task", "--out"), **dict.fromkeys(("verify", "difficulty"), ("--task", "--in", "--out"))}
+REQUIRED = {"generate": ("--task", "--out"), "selection": ("--in", "--out"),
+            **dict.fromkeys(("verify", "difficulty"), ("--task", "--in", "--out"))}  # fmt: skip
+NAMELESS = {"report": ["run"], "compare": ["run"], "plots": ["run"], "locate": ["model"], "gguf_folder": ["a.gguf"]}
 
 FILES: dict[str, str | bytes] = {
     "unknown.yaml": "no_such_flag: 1", "list.yaml": "- a", "empty.yaml": "", "utf8.yaml": b"seed: \xff",
@@ -162,8 +160,8 @@ OTHERS = [
 def cases():
     """(script, words, what the line says) of every case."""
     for name in SCRIPTS:
-        required = [word for flag in REQUIRED.get(name, ()) for word in (flag, "good.jsonl")]
-        yield name, [*required, "--no-such-flag\nof two lines"], "--no-such-flag\\nof two lines; see"
+        required = [word for flag in REQUIRED.get(name, ()) for word in (flag, "good.jsonl")] + NAMELESS.get(name, [])
+        yield name, [*required, "--no-such-flag\nof-two-lines"], "--no-such-flag\\nof-two-lines; see"
     for name in WITH_YAML:
         yield from ((name, ["-c", file], said) for file, said in YAML.items())
     for file, said in ROWS.items():
@@ -215,8 +213,31 @@ def tree(folder: Path) -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
+def commands():
+    """The text of every file with a main of its own, by its name."""
+    folders = ("common", "data", "models", "rewards", "training", "synth")
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+    return {name: text for name, text in texts.items() if re.search(r'^if __name__ == "__main__":\n.*\(', text, re.M)
+            and re.search("^def main|import main$", text, re.M)}  # fmt: skip
+
+
 def test_there_are_enough():
     assert len(CASES) >= 250 and {script for script, _, _ in CASES} == set(SCRIPTS)
+    files = {f"{module.replace('.', '/')}.py" for module in MODULES.values()}
+    assert files == commands().keys() - {"models/cpu/blas.py"}
+
+
+def test_every_module_runs_by_its_path_too():
+    """python synth/run.py is what python -m synth.run is: the root is on Python's path before anything is imported."""
+    for name, text in commands().items():
+        ours = re.search(r"^(from|import) (common|data|models|rewards|training|synth)\b", text, re.M)
+        if "/" in name and ours:
+            assert "    sys.path.insert(0, str(Path(__file__).resolve().parent" in text[: ours.start()], name
+    words = ["synth/offline/__main__.py", "--x"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    said = "error: unrecognized arguments: --x; see python synth/offline/__main__.py --help\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.mark.parametrize(("script", "words", "said"), CASES)

@@ -6,9 +6,13 @@ Of SFT, PPO and the tuner: whatever has a metrics.jsonl. A metric that several r
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.cli import run
 from common.errors import UserError

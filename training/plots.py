@@ -3,13 +3,20 @@
 python -m training.plots RUN_FOLDER
 """
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.cli import run
+from common.errors import UserError
 from common.files import atomic_file
+from common.parser import Parser
 from training.console import title as title_of
 from training.metrics import read_metrics
 
@@ -155,5 +162,14 @@ def points_of(rows: Sequence[Mapping[str, float]], name: str) -> list[tuple[floa
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
+def main() -> None:
+    parser = Parser(__doc__, yaml_file=False)
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, with a metrics.jsonl")
+    folder = Path(parser.parse_args().run_folder)
+    if not os.path.isfile(folder / "metrics.jsonl"):
+        raise UserError(f"{folder} holds no run (no metrics.jsonl); check the path")
+    print(plot_run(folder) or "nothing to draw")
+
+
 if __name__ == "__main__":
-    print(plot_run(sys.argv[1]) or "nothing to draw")
+    run(main)

@@ -15,10 +15,14 @@ Not here: which samples are trained on (see synth/pipeline/selection.py).
 import argparse
 import asyncio
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import cpu
 

@@ -10,9 +10,13 @@ there. Whether outputs are right is for synth/pipeline/verify.py.
 """
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run
 from common.errors import UserError

@@ -12,8 +12,13 @@ Not here: measuring pass rates (see synth/pipeline/pass_rates.py).
 """
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run
 from common.errors import UserError

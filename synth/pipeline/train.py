@@ -10,11 +10,15 @@ run's. Rows need id, input and output only.
 import argparse
 import math
 import random
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from models import cpu
 

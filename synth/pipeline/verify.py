@@ -15,10 +15,14 @@ import argparse
 import asyncio
 import itertools
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+if not __package__:  # run by its path, where Python searches this folder alone
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from common.cli import run
 from common.errors import UserError
