@@ -1495,8 +1495,8 @@ def test_a_resumed_run_is_extended_by_more_steps(flags, capsys):
 def test_the_rate_that_a_model_s_size_chose_is_kept_by_a_resume(flags, monkeypatch, capsys):
     monkeypatch.setattr(optimizer_groups, "LARGE", 1000)
     call(ppo_training.main, *flags("--num-steps", 1))
-    assert "by Adam, learning rate 1.4e-05 (chosen by the model's size; " in capsys.readouterr().out
-    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 1.4e-5
+    assert "by Adam, learning rate 5e-05 (chosen by the model's size; " in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 5e-5
     monkeypatch.setattr(optimizer_groups, "LARGE", 10**9)
     rates: list[float] = []
     real = ppo_learner.make_optimizer
@@ -1507,7 +1507,7 @@ def test_the_rate_that_a_model_s_size_chose_is_kept_by_a_resume(flags, monkeypat
 
     monkeypatch.setattr(ppo_learner, "make_optimizer", recorded)
     call(ppo_training.main, "--resume", "run", "--num-steps", 2)
-    assert rates == [1.4e-5] and "by Adam, learning rate 1.4e-05\n" in capsys.readouterr().out
+    assert rates == [5e-5] and "by Adam, learning rate 5e-05\n" in capsys.readouterr().out
 
 
 def test_resuming_a_finished_run_changes_nothing(flags):

@@ -33,9 +33,9 @@ LARGE_SFT_OPTIMIZERS = SFT_OPTIMIZERS | {
     "none": ("adam", 1e-4),
 }
 LARGE_DPO_SHARE = 0.05  # 5e-7 for all weights (Zephyr, arXiv:2310.16944), 5e-6 for LoRA (its alignment-handbook)
-# LoRA: the default of TRL's PPO, which its LoRA examples take; all weights: Llama 2's. --step-kl adapts them from
-# there, within a factor of 32.
-LARGE_PPO_OPTIMIZERS = PPO_OPTIMIZERS | {"lora": ("adam", 1.4e-5), "dora": ("adam", 1.4e-5), "full": ("adam", 1e-6)}
+# LoRA: between TRL's PPO, 1.4e-5, and the 2e-4 to 4e-4 at which --step-kl held SmolLM2-135M (docs/real_model.md); all
+# weights: Llama 2's. --step-kl adapts them from there, within a factor of 32.
+LARGE_PPO_OPTIMIZERS = PPO_OPTIMIZERS | {"lora": ("adam", 5e-5), "dora": ("adam", 5e-5), "full": ("adam", 1e-6)}
 
 
 def optimizer_and_rate(settings: Settings, defaults: Mapping[str, tuple[str, float]], kind: str) -> tuple[str, float]:
