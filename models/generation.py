@@ -26,6 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from common.errors import UserError
 from data.batching import TOKENS_A_PASS, encode_prompt
 from data.chat import render
+from models.cpu.process import on_one_core
 from models.gpu import release_memory
 from models.row_keys import KeyedModel, Keys, draw, next_keys
 from models.soft_prompt import check_ids, soft_prompt_ids
@@ -52,6 +53,7 @@ def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
     return lambda logprobs: mx.random.categorical(logprobs / temperature)
 
 
+@on_one_core()
 def sample(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],

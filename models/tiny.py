@@ -61,6 +61,7 @@ from common.parser import Parser
 from common.progress import progress
 from common.ranges import SEED
 from data.batching import Batch, Example, collate
+from models.cpu.process import on_one_core
 from models.random_state import kept_random_state
 from models.tiny_measures import MEASURES
 from models.tiny_texts import TEXT_SOURCES
@@ -346,10 +347,11 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Model:
     with progress(recipe.steps, title, "step") as bar:
         for step in range(recipe.steps):
             batch, mean_targets = next(batches)
-            loss, grads = loss_and_grad(model, mx.array(batch.tokens), mx.array(batch.targets), mean_targets)
-            grads, _ = optim.clip_grad_norm(grads, recipe.max_grad_norm)
-            optimizer.update(model, grads)
-            mx.eval(loss, model.state, optimizer.state)
+            with on_one_core():
+                loss, grads = loss_and_grad(model, mx.array(batch.tokens), mx.array(batch.targets), mean_targets)
+                grads, _ = optim.clip_grad_norm(grads, recipe.max_grad_norm)
+                optimizer.update(model, grads)
+                mx.eval(loss, model.state, optimizer.state)
             if step % 20 == 0:
                 own_mean = loss.item() * mean_targets / batch.targets.sum()
                 bar.set_postfix_str(f"loss {own_mean:.3f}", refresh=False)

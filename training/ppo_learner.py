@@ -19,6 +19,7 @@ from mlx.utils import tree_map
 
 from data.batching import in_order
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dropout_off
+from models.cpu.process import on_one_core
 from models.frozen_layers import from_states, lower_states, num_frozen_layers, shares_lower_layers
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
@@ -121,6 +122,7 @@ class PPOLearner:
         """The rows, of `count`, that are this rank's."""
         return ppo_step.own_rows(self.settings, self.ranks, count)
 
+    @on_one_core()
     def experience(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], scores: np.ndarray
     ) -> tuple[Rollout, mx.array]:
@@ -179,6 +181,7 @@ class PPOLearner:
         values = mx.zeros_like(kl) if values is None else values
         return [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
 
+    @on_one_core()
     def update(
         self,
         step: int,

@@ -23,6 +23,7 @@ from common.errors import UserError
 from common.schemas import conforming
 from data.sources import Source
 from models.adapters import AdapterConfig, attach_adapter, load_adapter
+from models.cpu.process import on_one_core
 from models.grad_checkpoint import checkpoint_layers
 from models.loading import LoadedModel
 from models.packing import check_packing
@@ -223,9 +224,10 @@ def sft_steps(
         # Dropout, if there is any, leaves out other features on every rank.
         mx.random.seed(step_seed(settings.seed, progress.step) + DROPOUT_STRIDE * ranks.rank)
         module.train()
-        loss, figures, gradients = accumulated(module, gradients_of, training, progress.step, settings)
+        with on_one_core():
+            loss, figures, gradients = accumulated(module, gradients_of, training, progress.step, settings)
+            norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
         progress.tokens += training.num_tokens(progress.step)
-        norm = update(module, optimizer, loss, gradients, settings.max_grad_norm, progress.step)
         del gradients  # or they would stay in memory beside those of the next step
         progress.step += 1
         skipped = norm != norm
@@ -297,6 +299,7 @@ def validate(module: nn.Module, validation: Objective, settings: SFTSettings) ->
     return evaluate(module, validation, settings.val_batches)
 
 
+@on_one_core()
 def evaluate(module: nn.Module, objective: Objective, num_batches: int = -1, split: str = "valid") -> dict[str, float]:
     """Mean loss, accuracy and the like over `num_batches` batches of rows of all lengths (-1: all), dropout off."""
     module.eval()

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
+THREAD_COUNTS = ("openblas_get_num_threads", "MKL_Get_Max_Threads")
 ADVICE = (
     "warning: no fast BLAS found, so a PPO step takes up to 15 times as long; "
     "install OpenBLAS (Debian: apt install libopenblas0-pthread) or, on x86-64, run: pip install mkl"
@@ -66,6 +67,13 @@ def _one_thread_serves_best() -> bool:
     layers of 576), and half as long beside other work.
     """
     return not {"MKL_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys() and len(os.sched_getaffinity(0)) <= 2
+
+
+def has_one_thread() -> bool:
+    """Whether the BLAS that is loaded computes by the thread that calls it alone; False where it cannot be asked."""
+    library = ctypes.CDLL(None)
+    counts = [getattr(library, name)() for name in THREAD_COUNTS if hasattr(library, name)]
+    return set(counts) == {1}
 
 
 def _torch() -> str | None:
