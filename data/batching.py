@@ -3,20 +3,31 @@
 The order is a function of (seed, step) alone, so a resumed run sees the same batches.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.errors import UserError
 
+LARGEST_ID = 2**31
 TOKENS_A_PASS = 2**13  # of all rows together, where a forward pass may be split: what it needs grows with them
 
 
-def check_eos(tokenizer: Any, name: str) -> None:
-    """Raise UserError for a tokenizer without an EOS token, which ends every text in training and in sampling."""
+def check_eos(tokenizer: Any, name: str, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a tokenizer without an EOS token, which ends every text in training and in sampling, and for
+    an "eos_token_id" of the model's `config` that is none of its "vocab_size" tokens.
+    """
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} names no EOS token; set eos_token in its tokenizer_config.json")
+    ids, rows = config.get("eos_token_id"), config.get("vocab_size")
+    rows = rows if isinstance(rows, int) else LARGEST_ID  # of models that see, too, it is elsewhere
+    for own in [] if ids is None else ids if isinstance(ids, list) else [ids]:
+        if type(own) is not int or not 0 <= own < rows:
+            raise UserError(
+                f"{name} has {own!r:.40} as eos_token_id, which is none of its {rows:,} tokens; correct it in its "
+                "config.json and generation_config.json"
+            )
 
 
 class Example(NamedTuple):

@@ -8,6 +8,7 @@ Text is used as it is; messages are rendered by the chat template (data.chat).
 from collections.abc import Sequence
 from typing import Any
 
+from common.errors import UserError
 from data.batching import Example, encode_pair, encode_text
 from data.chat import Message, encode_messages, render
 from data.records import Row
@@ -43,17 +44,22 @@ def language_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = (), mask
 def preference_examples(tokenizer: Any, row: Row, prefix: Sequence[int] = ()) -> list[Example]:
     """Chosen and rejected text of a row of PREFERENCE_ROWS, each after the prompt; or the text of a scored row.
 
-    Trained, for who trains tokens, is what follows the prompt.
+    Trained, for who trains tokens, is what follows the prompt. Raises UserError for a pair of equal texts, which
+    prefers nothing.
     """
     if "text" in row:
         return [encode_text(tokenizer, row["text"], prefix)]
     prompt: Any = row.get("messages", row.get("prompt", ""))
     replies = [row["chosen"], row["rejected"]]
     if all(isinstance(part, str) for part in (prompt, *replies)):
-        return [encode_pair(tokenizer, prompt, reply, prefix) for reply in replies]
-    before = as_messages(prompt, "user") if prompt else []
-    whole = [[*before, *as_messages(reply, "assistant")] for reply in replies]
-    return [encode_messages(tokenizer, each, row.get("tools"), prefix, len(each) - 1)[0] for each in whole]
+        pair = [encode_pair(tokenizer, prompt, reply, prefix) for reply in replies]
+    else:
+        before = as_messages(prompt, "user") if prompt else []
+        whole = [[*before, *as_messages(reply, "assistant")] for reply in replies]
+        pair = [encode_messages(tokenizer, each, row.get("tools"), prefix, len(each) - 1)[0] for each in whole]
+    if pair[0] == pair[1]:
+        raise UserError("chosen and rejected are the same; take the row out, or correct one of them")
+    return pair
 
 
 def row_prompt(tokenizer: Any, row: Row) -> str:

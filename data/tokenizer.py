@@ -21,9 +21,10 @@ def open_tokenizer(name: str) -> Any:
     not found or its tokenizer cannot be opened.
     """
     folder = locate(name)
+    config = _configured(folder)
     with opening(f"the tokenizer of {name}"):
-        tokenizer = _open(folder, _configured_eos(folder))
-    check_eos(tokenizer, name)
+        tokenizer = _open(folder, config["eos_token_id"])
+    check_eos(tokenizer, name, config)
     return tokenizer
 
 
@@ -41,11 +42,11 @@ def transformers_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def _configured_eos(folder: Path) -> int | list[int] | None:
-    """generation_config.json takes precedence over config.json, as in mlx-lm."""
-    generation = folder / "generation_config.json"
+def _configured(folder: Path) -> dict[str, Any]:
+    """config.json, with the EOS of generation_config.json, which takes precedence, as in mlx-lm."""
+    config, generation = read_as(dict[str, Any], folder / "config.json"), folder / "generation_config.json"
     named = read_as(dict[str, Any], generation).get("eos_token_id") if generation.is_file() else None
-    return named or read_as(dict[str, Any], folder / "config.json").get("eos_token_id")
+    return {**config, "eos_token_id": named or config.get("eos_token_id")}
 
 
 def _open(folder: Path, eos: int | list[int] | None) -> Any:

@@ -113,7 +113,7 @@ def load(name: str) -> LoadedModel:
         with kept_random_state():  # mlx's layers draw initial weights
             model, config = mlx_lm.utils.load_model(path, trust_remote_code=False)
         tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
-    check_eos(tokenizer, name)
+    check_eos(tokenizer, name, config)
     check_finite(name, dict(tree_flatten(model.parameters())), "check that it is complete")
     dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)

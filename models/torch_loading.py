@@ -39,10 +39,14 @@ class LoadedModel:
     name: str
 
     @property
+    def own_eos(self) -> Any:
+        """The token, or list of tokens, by which the model's configuration ends a completion; None if it names none."""
+        return getattr(getattr(self.model, "generation_config", None) or self.model.config, "eos_token_id", None)
+
+    @property
     def eos_token_ids(self) -> set[int]:
         """All tokens that end a completion: the tokenizer's and those of the model's configuration."""
-        settings = getattr(self.model, "generation_config", None) or self.model.config
-        named = settings.eos_token_id
+        named = self.own_eos
         ids = set(named if isinstance(named, list) else [named]) | {self.tokenizer.eos_token_id}
         return ids - {None}
 
@@ -118,13 +122,14 @@ def load(name: str, device: torch.device, tokenizer: str | None = None, classifi
         )
     with opening(f"the tokenizer of {tokenizer or name}"):
         opened = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
-    check_eos(opened, tokenizer or name)
     _check_whole(name, report)
     check_finite(name, dict(model.named_parameters()), "check that it is complete")
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows, loaded = model.get_input_embeddings().weight.shape[0], LoadedModel(model, opened, name)
+    check_eos(opened, tokenizer or name, {"eos_token_id": loaded.own_eos, "vocab_size": rows})
     if tokenizer and len(opened) > rows:
         raise UserError(f"--tokenizer {tokenizer} has {len(opened)} tokens, {name} only {rows}; use the model's own")
-    return LoadedModel(model.to(device).eval().requires_grad_(False), opened, name)
+    model.to(device).eval().requires_grad_(False)
+    return loaded
 
 
 def _check_whole(name: str, report: dict[str, Any]) -> None:

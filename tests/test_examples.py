@@ -117,6 +117,13 @@ def test_chosen_and_rejected_as_text(read):
     assert TOKENIZER.decode(example.tokens) == "<s>2<|im_end|>"
 
 
+@pytest.mark.parametrize("rejected", [" 4", [{"role": "assistant", "content": " 4"}]])
+def test_a_pair_of_equal_texts_is_refused(read, rejected):
+    row = read({"prompt": [USER], "chosen": " 4", "rejected": rejected}, PREFERENCE_ROWS)
+    with pytest.raises(UserError, match="^chosen and rejected are the same; take the row out"):
+        preference_examples(TOKENIZER, row)
+
+
 def test_a_prompt_is_all_before_the_last_reply(read):
     asked = "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     for row in ({"messages": [USER]}, {"messages": [USER, REPLY]}, {"prompt": [USER]}, {"prompt": USER, "answer": 4}):

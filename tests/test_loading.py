@@ -133,10 +133,17 @@ DAMAGES = {
     "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
     "no heads": lambda folder: change_config(folder, num_attention_heads=0),
     "no EOS": lambda folder: without_eos(folder),
+    "EOS that is no token": lambda folder: with_ends(folder, 10**12),
+    "one of two EOS that is no token": lambda folder: with_ends(folder, [1, -1]),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("tokenizer*")],
     "malformed tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{"),
     "another tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'),
 }
+
+
+def with_ends(folder, ends):
+    change_config(folder, eos_token_id=ends)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
 
 
 def without_eos(folder):

@@ -47,6 +47,13 @@ def test_without_mlx_lm_it_is_transformers_with_the_same_ends(two_ends, monkeypa
     assert type(tokenizer).__module__.startswith("transformers") and tokenizer.eos_token_ids == ends
 
 
+def test_an_end_that_is_no_token_is_one_line(two_ends):
+    folder, _ = two_ends
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 1000000000000]}')
+    with pytest.raises(UserError, match="has 1000000000000 as eos_token_id, which is none of its .* tokens"):
+        open_tokenizer(str(folder))
+
+
 def test_a_damaged_tokenizer_is_one_line(tiny_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_folder, folder)

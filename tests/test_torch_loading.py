@@ -28,6 +28,11 @@ def test_a_whole_folder_is_opened(tmp_path, tied):
     assert all(torch.equal(opened[name], weight) for name, weight in weights.items())
 
 
+def test_an_eos_that_is_no_token_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="has 1000 as eos_token_id, which is none of its .* tokens; correct it"):
+        load(random_llama(tmp_path, eos_token_id=1000), CPU)
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", "auto"), ("mps", "auto")])
 def test_a_gpu_holds_the_weights_as_they_were_saved(device, dtype):
     """In float32 a model of 7 B takes 30 GB, more than most Macs have."""
