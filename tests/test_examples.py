@@ -120,7 +120,7 @@ def test_chosen_and_rejected_as_text(read):
 @pytest.mark.parametrize("rejected", [" 4", [{"role": "assistant", "content": " 4"}]])
 def test_a_pair_of_equal_texts_is_refused(read, rejected):
     row = read({"prompt": [USER], "chosen": " 4", "rejected": rejected}, PREFERENCE_ROWS)
-    with pytest.raises(UserError, match="^chosen and rejected are the same; take the row out"):
+    with pytest.raises(UserError, match=r"^chosen and rejected are the same; take the row out"):
         preference_examples(TOKENIZER, row)
 
 

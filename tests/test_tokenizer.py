@@ -50,7 +50,7 @@ def test_without_mlx_lm_it_is_transformers_with_the_same_ends(two_ends, monkeypa
 def test_an_end_that_is_no_token_is_one_line(two_ends):
     folder, _ = two_ends
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 1000000000000]}')
-    with pytest.raises(UserError, match="has 1000000000000 as eos_token_id, which is none of its .* tokens"):
+    with pytest.raises(UserError, match=r"has 1000000000000 as eos_token_id, which is none of its .* tokens"):
         open_tokenizer(str(folder))
 
 

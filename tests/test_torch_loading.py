@@ -29,7 +29,7 @@ def test_a_whole_folder_is_opened(tmp_path, tied):
 
 
 def test_an_eos_that_is_no_token_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="has 1000 as eos_token_id, which is none of its .* tokens; correct it"):
+    with pytest.raises(UserError, match=r"has 1000 as eos_token_id, which is none of its .* tokens; correct it"):
         load(random_llama(tmp_path, eos_token_id=1000), CPU)
 
 
