@@ -172,6 +172,7 @@ def evaluate_all(stages: Stages, folder: Path, replies: int) -> dict[str, dict[s
     for name, adapter in adapters.items():
         kept = folder / "results" / f"{name}.json"
         if not kept.exists():
+            print(f"\n=== held-out replies: {name}", flush=True)
             data = folder / "data/test.jsonl"
             write_json(kept, held_out_figures(base, folder / "sft", adapter, data, replies, stages.flags["seed"]))
         results[name] = read_json(kept)

@@ -61,7 +61,7 @@ def sample(
     max_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 128,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], object] | None = None,
     keys: np.ndarray | None = None,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.

@@ -52,7 +52,7 @@ def sample(
     max_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 128,
-    on_token: Callable[[int], None] | None = None,
+    on_token: Callable[[int], object] | None = None,
     among: tuple[slice, int] | None = None,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
@@ -126,7 +126,7 @@ def _passes_ahead(device: torch.device) -> int:
     return 0 if device.type == "cpu" else 1
 
 
-def _left(token: _OnItsWay, on_token: Callable[[int], None] | None) -> int:
+def _left(token: _OnItsWay, on_token: Callable[[int], object] | None) -> int:
     """The rows that go on after a token; `on_token` is told of those that it was drawn for."""
     drawn_for, left = token.read()
     if on_token and drawn_for:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
+from common import progress
 from data.digits import DigitRule
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS
 from data.records import read_rows
@@ -43,6 +44,14 @@ def test_the_figures_are_those_of_the_scores(loaded):
     assert result.perfect_share is None  # this reward declares no top
     assert result.standard_error == pytest.approx(np.std(scores, ddof=1) / 12**0.5)
     assert all(text.startswith(prompt) for text, prompt in zip(result.texts, PROMPTS, strict=True))
+
+
+def test_sampling_shows_how_far_it_is(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
+    result = evaluated(loaded)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampling, at most: ")]
+    tokens = sum(row["tokens"] for row in result.rows)
+    assert lines[-1].startswith(f"sampling, at most: {tokens} of 72 tokens") and len(lines) > 1
 
 
 @pytest.mark.parametrize(("top", "share"), [(1.0, 1 / 3), (2.0, 0.0)])

@@ -3,12 +3,14 @@ models is better on the same prompts.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from common.progress import progress
 from data.batching import encode_prompt
 from data.decoding import completion_texts
 from models.generation import sample
@@ -63,7 +65,10 @@ def evaluate_model(
     own, keys = ranks.share(len(prompts)), row_keys(len(prompts))
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[own]]
     limits = (max_tokens, temperature, batch_size)
-    completions = sample(model, prompt_ids, tokenizer.eos_token_ids, *limits, keys=keys[own])
+    most = len(prompt_ids) * max_tokens
+    with progress(most, "sampling, at most", "token", scale=True) if ranks.writes else nullcontext() as bar:
+        told = None if bar is None else bar.update
+        completions = sample(model, prompt_ids, tokenizer.eos_token_ids, *limits, told, keys[own])
     texts = completion_texts(tokenizer, prompt_ids, completions)
     scored = gathered(score(reward, (known_prompts or prompts)[own], texts), ranks)
     scores, top = np.asarray(scored.scores, dtype=np.float64), top_of(reward)
