@@ -59,7 +59,8 @@ def columns_from(given: Any, place: str) -> tuple[Columns, ...]:
         texts = isinstance(one, dict) and all(isinstance(one.get(key), str) for key in KEYS[:2])
         options = one.get("options", "") if isinstance(one, dict) else ""
         options = tuple(options) if isinstance(options, list) else options
-        if not texts or set(one) - set(KEYS) or not all(isinstance(name, str) for name in options):
+        named = isinstance(options, str) or (isinstance(options, tuple) and len(options) <= len(string.ascii_uppercase))
+        if not texts or set(one) - set(KEYS) or not named or not all(isinstance(name, str) for name in options):
             raise UserError(f"{place} has {one!r:.80} as columns; write `columns: {{input: question, output: answer}}`")
         found.append(Columns(one["input"], one["output"], options))
     return tuple(found)
@@ -85,6 +86,6 @@ def _letter(output: Any, options: Sequence[str], letters: str, place: str) -> st
         return letters[list(options).index(text)]
     if len(text) == 1 and text.upper() in letters:
         return text.upper()
-    if text.isdecimal() and int(text) < len(options):
+    if len(text) <= 2 and text.isdecimal() and int(text) < len(options):
         return letters[int(text)]
     raise UserError(f"{place} has the output {text!r:.60}, which is none of its {len(options)} options; check columns")

@@ -284,7 +284,9 @@ def test_columns_and_a_function_of_ones_own(write, tmp_path):
     said = one_line_error(load_task, write(MINIMAL + "rows: own.py:broken\nevaluation: d.jsonl\n", **files))
     assert "the rows function broken failed: KeyError: 'none' (own.py, line 4)" in said
     assert "columns: {input: question" in one_line_error(load_task, write(MINIMAL + "columns: {input: a}\n"))
-    assert "as columns" in one_line_error(load_task, write(MINIMAL + "columns: {input: a, output: b, answer: c}\n"))
+    for more in ("answer: c", "options: null", "options: 3", "options: {a: b}", f"options: [{'a, ' * 27}]"):
+        broken = f"columns: {{input: a, output: b, {more}}}\n"
+        assert "as columns" in one_line_error(load_task, write(MINIMAL + broken)), more
     said = one_line_error(load_task, write(MINIMAL + columns + "evaluation: [{x: 1}]\n"))
     assert "or the columns a, b, c" in said and "`columns: {input: ..., output: ...}`" in said
     wrong = "columns: {input: q, options: o, output: r}\nevaluation: [{q: a, o: [x, y], r: z}]\n"

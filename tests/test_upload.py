@@ -253,6 +253,7 @@ def test_a_base_s_provenance_that_is_none_is_one_line(tmp_path, content):
 
 
 def test_a_reward_model_and_an_adapter_of_unknown_making_have_cards(tmp_path):
+    write_card(tmp_path, "judge", "a/" + "b" * 300, [], is_reward_model=True)  # a name that no file can have
     write_card(tmp_path, "judge", "tiny-digits", [], is_reward_model=True)
     text = (tmp_path / "README.md").read_text()
     assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-classification" and "How it was made" not in text

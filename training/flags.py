@@ -226,7 +226,9 @@ def resumed(parser: Parser, args: argparse.Namespace, config: dict[str, Any]) ->
     """
     unknown = sorted(config.keys() - vars(args).keys())
     if unknown:
-        raise UserError(f"{args.resume} was written by another version or script (flags {', '.join(unknown)})")
+        raise UserError(
+            f"{args.resume} was begun by another version or script (flags {', '.join(unknown)}); resume it by that one"
+        )
     parser.check_values(config, Path(args.resume) / "config.json")
     return argparse.Namespace(**{**vars(args), **config, "resume": args.resume, "output_dir": args.resume})
 

@@ -8,6 +8,7 @@ is read as markdown or HTML.
 
 import html
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def write_card(folder: Path, name: str, base: str, runs: list[dict[str, Any]], i
     write_json(folder / PROVENANCE_FILE, runs)
     on_hub = base.count("/") == 1 and not base.startswith((".", "~")) and not base.endswith("/")
     data = ModelCardData(
-        base_model=base if on_hub and not Path(base).exists() else None,
+        base_model=base if on_hub and not os.path.exists(base) else None,
         library_name="mlx",
         pipeline_tag="text-classification" if is_reward_model else "text-generation",
         tags=["mlx", *(["reward-model"] if is_reward_model else [])],
