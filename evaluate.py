@@ -34,15 +34,20 @@ from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.gpu import memory_meter
 from models.loading import LoadedModel, load, resolve, twin
+from models.sharding import add_shard_flag, check_shard, files_digest, load_share
 from rewards.build import build_reward
+from rewards.combined import Reward
 from training import console, ppo_flags
 from training.evaluation import Evaluation, evaluate_model, per_prompt, score_difference, score_interval
 from training.flags import add_logits_memory
-from training.mlx_ranks import launched, weights_digest
+from training.mlx_ranks import MLXRanks, launched, weights_digest
 from training.planning import add_plan_flags, planned_peak, show_plan
-from training.ranks import Ranks, digest_of
+from training.ranks import ALONE, Ranks, digest_of
 from training.samples import text_table
 from training.settings import Settings
+
+# The reward, the reference, and the models to evaluate by their titles.
+Opened = tuple[Reward, LoadedModel | None, dict[str, LoadedModel]]
 
 
 def parse_args() -> argparse.Namespace:
@@ -79,6 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-samples", metavar="FILE.jsonl", help='write rows with "text" and "reward"')
     add_logits_memory(parser, Settings.logits_memory)
     add_plan_flags(parser)
+    add_shard_flag(parser)
     parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling")
     parser.show_first(
         *("--model", "--resume-file", "--against", "--ground-truth-reward", "--reward-model", "--reward-function"),
@@ -133,6 +139,31 @@ def open_beside(name: str, base: LoadedModel) -> LoadedModel:
     """The model `name`, sharing the weights of `base` if it is the same. base: without an adapter so far."""
     same = resolve(name).resolve() == base.path.resolve()
     return replace(base, model=twin(base.model)) if same else load(name)
+
+
+def open_whole(args: argparse.Namespace) -> Opened:
+    """What the flags name; models and adapters on the same base share its weights."""
+    loaded = load(args.model)
+    reward = build_reward(args, loaded)
+    reference = open_beside(args.reference, loaded) if args.reference else None
+    candidates = {title_of(args.model, args.resume_file): loaded}
+    if args.against:
+        candidates[title_of(args.against, args.against_adapter)] = open_beside(args.against, loaded)
+    for candidate, adapter in zip(candidates.values(), (args.resume_file, args.against_adapter), strict=False):
+        if adapter:
+            load_adapter(candidate.model, adapter)
+    return reward, reference, candidates
+
+
+def open_shares(args: argparse.Namespace, ranks: Ranks) -> Opened:
+    """What the flags name, of each model this process's share; the reward is whole, and for rank 0 alone."""
+    assert isinstance(ranks, MLXRanks)  # by check_shard
+    named = [(args.model, args.resume_file), (args.against, args.against_adapter), (args.reference, None)]
+    shares = [load_share(name, adapter, args.shard, ranks.group) if name else None for name, adapter in named]
+    candidates = {title_of(*names): share for names, share in zip(named[:2], shares, strict=False) if share}
+    first = next(iter(candidates.values()))
+    reward = build_reward(args, first, shared=False) if ranks.writes else lambda prompts, completions: []
+    return reward, shares[2], candidates
 
 
 def check_reference(reference: LoadedModel, candidate: LoadedModel) -> None:
@@ -196,7 +227,10 @@ def evaluate(ranks: Ranks) -> None:
     args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     if not args.plan:
         check(args)
-    if args.num_samples < ranks.size:
+    elif args.shard:
+        raise UserError("--plan counts a process that holds the whole model; leave out --shard")
+    check_shard(args.shard, ranks.size, "evaluate.py")
+    if args.num_samples < ranks.size and not args.shard:
         raise UserError(f"--num-samples {args.num_samples} is less than the {ranks.size} processes; raise it")
     if args.against_adapter:
         args.against = base_of(args.against or args.model, args.against_adapter, resolve)
@@ -204,24 +238,20 @@ def evaluate(ranks: Ranks) -> None:
     if show_plan("evaluate.py", args):
         return
     check_against(args)
-    planned = planned_peak("evaluate.py", args)
-    loaded = load(args.model)
-    reward = build_reward(args, loaded)
-    reference = open_beside(args.reference, loaded) if args.reference else None
-    candidates = {title_of(args.model, args.resume_file): loaded}
-    if args.against:
-        candidates[title_of(args.against, args.against_adapter)] = open_beside(args.against, loaded)
-    for candidate, adapter in zip(candidates.values(), (args.resume_file, args.against_adapter), strict=False):
-        if reference:
+    planned = None if args.shard else planned_peak("evaluate.py", args)
+    reward, reference, candidates = open_shares(args, ranks) if args.shard else open_whole(args)
+    loaded = next(iter(candidates.values()))
+    if reference:
+        for candidate in candidates.values():
             check_reference(reference, candidate)
-        if adapter:
-            load_adapter(candidate.model, adapter)
     prompts = choose_prompts(args, loaded.tokenizer)
     context = loaded.config.get("max_position_embeddings")
     say_beyond_context(loaded.tokenizer, prompts, args.max_completion_length, context)
     if ranks.size > 1:
-        models = {f"model_{number}": weights_digest(each.model) for number, each in enumerate(candidates.values(), 1)}
+        digests = [files_digest(one.path) if args.shard else weights_digest(one.model) for one in candidates.values()]
+        models = {f"model_{number}": digest for number, digest in enumerate(digests, 1)}
         ranks.check_same(data=digest_of(prompts), **models)
+    ranks, together = (ALONE, ranks) if args.shard else (ranks, ALONE)
     results, memory, started = {}, memory_meter(), time.perf_counter()
     for title, candidate in candidates.items():
         results[title] = evaluate_model(
@@ -236,6 +266,7 @@ def evaluate(ranks: Ranks) -> None:
             known_prompts=prompts,
             logits_bytes=args.logits_memory * 10**6,
             ranks=ranks,
+            together=together,
         )
         show(title, prompts, results[title], args.show_samples, with_kl=reference is not None)
     if len(results) > 1:
@@ -246,7 +277,7 @@ def evaluate(ranks: Ranks) -> None:
     tokens = sum(row["tokens"] for result in results.values() for row in result.rows)
     figures = {"tokens_per_second": tokens / (time.perf_counter() - started), "peak_memory_gb": memory() / 1e9}
     print(console.speed({**figures, **({"planned_memory_gb": planned / 1e9} if planned else {})}))
-    if args.save_samples and ranks.writes:
+    if args.save_samples and ranks.writes and together.writes:
         save_samples(args.save_samples, results)
 
 

@@ -16,7 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +31,9 @@ from models.adapter_base import MODEL_HELP, base_of
 from models.adapters import load_adapter
 from models.generation import ChatSession, TooLong
 from models.loading import LoadedModel, load, resolve, twin
+from models.sharding import add_shard_flag, check_shard, files_digest, load_share
+from training.mlx_ranks import MLXRanks, launched
+from training.ranks import ALONE, Ranks
 
 HELP = """/reset      forget the conversation
 /save FILE  append the conversation to FILE.jsonl, as a row for sft.py
@@ -55,7 +58,22 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--system-prompt", help="system prompt that precedes the conversation")
     parser.add_argument("--seed", type=SEED, default=0, help="seed of sampling")
+    add_shard_flag(parser)
     return parser.parse_args()
+
+
+def open_shares(args: argparse.Namespace, model: str, ranks: Ranks) -> Sessions:
+    """The conversations that the flags ask for, with this process's share of each model."""
+    assert isinstance(ranks, MLXRanks)  # by check_shard
+    named = {args.resume_file or model: (model, args.resume_file)}
+    if args.compare:
+        named[args.compare] = (args.compare, None)
+    sessions: Sessions = {}
+    for title, (name, adapter) in named.items():
+        share = load_share(name, adapter, args.shard, ranks.group)
+        ranks.check_same(model=files_digest(share.path))
+        sessions[title] = ChatSession(share.model, share.tokenizer, args.system_prompt, ranks.of_first)
+    return sessions
 
 
 def open_sessions(model: str, adapter: str | None, compare: str | None, system_prompt: str | None) -> Sessions:
@@ -81,26 +99,36 @@ def _open_beside(loaded: LoadedModel, adapter: str | None, compare: str) -> Load
     return replace(loaded, model=twin(loaded.model), name=compare)
 
 
-def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
-    """Read lines and stream replies until /quit, Ctrl-D, or the end of the input."""
+def read_line(interactive: bool) -> str:
+    """What is typed next; /quit at Ctrl-D, and at the end of the input."""
+    try:
+        return input("> " if interactive else "").strip()
+    except EOFError:
+        if interactive:
+            print()  # so that the shell's prompt starts on a new line
+        return "/quit"
+    except KeyboardInterrupt:
+        if not interactive:
+            return "/quit"
+        print("\n/quit or Ctrl-D ends the chat", file=sys.stderr)
+        return ""
+
+
+def chat(sessions: Sessions, max_tokens: int, temperature: float, ranks: Ranks = ALONE) -> None:
+    """Read lines and stream replies until /quit, Ctrl-D, or the end of the input.
+
+    ranks: the processes that share the models, of which the first one reads.
+    """
     interactive = sys.stdin.isatty()
     while True:
-        try:
-            text = input("> " if interactive else "").strip()
-        except EOFError:
-            if interactive:
-                print()  # so that the shell's prompt starts on a new line
-            return
-        except KeyboardInterrupt:
-            if not interactive:
-                return
-            print("\n/quit or Ctrl-D ends the chat", file=sys.stderr)
-            continue
+        text = ranks.from_writer(lambda: read_line(interactive))
         if text == "/quit":
             return
         if not text:
             continue
         if COMMAND.fullmatch(text.split()[0]):
+            if not ranks.writes and not text.startswith("/reset"):
+                continue
             try:
                 obey(text, sessions)
             except UserError as error:
@@ -110,13 +138,18 @@ def chat(sessions: Sessions, max_tokens: int, temperature: float) -> None:
             if len(sessions) > 1:
                 print(f"[{name}]", flush=True)
             try:
-                say(session, text, max_tokens, temperature, explain=interactive)
+                say(session, text, max_tokens, temperature, explain=interactive, alone=ranks.size == 1)
             except TooLong as error:
                 print(f"error: {error}", file=sys.stderr)
 
 
-def say(session: ChatSession, text: str, max_tokens: int, temperature: float, explain: bool) -> None:
-    """Stream the reply to `text`. Ctrl-C ends it; what was said is kept. explain: why it is empty or was cut."""
+def say(
+    session: ChatSession, text: str, max_tokens: int, temperature: float, explain: bool, alone: bool = True
+) -> None:
+    """Stream the reply to `text`. Ctrl-C ends it, what was said is kept; or where not alone, it ends all processes.
+
+    explain: why it is empty or was cut.
+    """
     reply = session.reply(text, max_tokens, temperature)
     empty = True
     try:
@@ -124,6 +157,8 @@ def say(session: ChatSession, text: str, max_tokens: int, temperature: float, ex
             empty = empty and not piece
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
+        if not alone:
+            raise
         reply.close()
         print(flush=True)
         return
@@ -198,13 +233,26 @@ def greeting(sessions: Sessions) -> str:
 
 
 def main() -> None:
-    args = parse_args()
+    # What other ranks than the first print goes nowhere.
+    with launched() as ranks, nullcontext() if ranks.writes else redirect_stderr(sys.stdout):
+        talk(ranks)
+
+
+def talk(ranks: Ranks) -> None:
+    """What the flags ask for, by all processes of a launch together."""
+    args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
+    check_shard(args.shard, ranks.size, "talk_to_model.py")
+    if ranks.size > 1 and not args.shard:
+        raise UserError(f"{ranks.size} processes cannot hold one chat with a whole model each; add --shard tensor")
     mx.random.seed(args.seed)
     model = base_of(args.model, args.resume_file, resolve, lambda line: print(line, file=sys.stderr))
-    sessions = open_sessions(model, args.resume_file, args.compare, args.system_prompt)
+    if args.shard:
+        sessions = open_shares(args, model, ranks)
+    else:
+        sessions = open_sessions(model, args.resume_file, args.compare, args.system_prompt)
     print(greeting(sessions), file=sys.stderr)
     with line_editing(user_cache() / "talk_to_model_history") if sys.stdin.isatty() else nullcontext():
-        chat(sessions, args.max_tokens, args.temp)
+        chat(sessions, args.max_tokens, args.temp, ranks)
 
 
 if __name__ == "__main__":

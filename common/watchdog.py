@@ -86,7 +86,7 @@ class Watchdog:
             if self.rank:
                 raise SystemExit(130) from None
             raise
-        except SystemExit:
+        except (SystemExit, KeyboardInterrupt):
             self.fail()  # as of --help, for which the others would wait
             raise
         except UserError as error:

@@ -41,6 +41,7 @@ PADS_HIDDEN = ("mamba2", "qwen3_5", "qwen3_next", "falcon_h1", "granitemoehybrid
 
 CACHE_STEP = 256  # positions by which a cache grows; fewer if fewer suffice
 PREFILL = 2048  # tokens of a prompt processed per forward pass
+Agree = Callable[[mx.array], mx.array]
 
 
 def temperature_sampler(temperature: float) -> Callable[[mx.array], mx.array]:
@@ -63,13 +64,15 @@ def sample(
     batch_size: int = 128,
     on_token: Callable[[int], object] | None = None,
     keys: np.ndarray | None = None,
+    agree: Agree = lambda tokens: tokens,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
     prompts: token ids, at least one each; the model's soft prompt is prepended here. batch_size: prompts in flight.
     on_token: called with the number of tokens of each decoding step, for progress. keys: (len(prompts), 2) uint32, the
     random key of each, by which it is drawn whatever else is drawn (models.row_keys); without, mlx's global stream is
-    drawn from. Runs in eval mode, so without dropout, and restores the model's mode.
+    drawn from. agree: of tokens drawn by keys, those that all processes take which share the model. Runs in eval mode,
+    so without dropout, and restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -84,7 +87,7 @@ def sample(
             decode = _decode_by_length
         else:
             decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
-        sampler = temperature_sampler(temperature) if keys is None else RowSampler(keys, temperature)
+        sampler = temperature_sampler(temperature) if keys is None else RowSampler(keys, temperature, agree)
         return decode(model, prompts, set(eos_token_ids), max_tokens, sampler, batch_size, on_token)
     finally:
         model.train(was_training)
@@ -94,19 +97,19 @@ def sample(
 class RowSampler:
     """Draws by the keys of rows. Those who call it say which rows the logits are of, and which token of each is drawn.
 
-    keys: (B, 2) of all rows.
+    keys: (B, 2) of all rows; agree: as of `sample`.
     """
 
-    def __init__(self, keys: np.ndarray, temperature: float):
-        self.keys, self.temperature = keys, temperature
+    def __init__(self, keys: np.ndarray, temperature: float, agree: Agree):
+        self.keys, self.temperature, self.agree = keys, temperature, agree
 
     def of(self, rows: Sequence[int] | np.ndarray) -> "RowSampler":
         """The sampler of these rows alone."""
-        return RowSampler(self.keys[rows], self.temperature)
+        return RowSampler(self.keys[rows], self.temperature, self.agree)
 
     def draw(self, logits: mx.array, rows: np.ndarray, place: int) -> mx.array:
         """The tokens of `place` (from 0) in `rows`, by logits (len(rows), V)."""
-        return draw(logits, next_keys(self.keys[rows], place + 1), self.temperature)
+        return self.agree(draw(logits, next_keys(self.keys[rows], place + 1), self.temperature))
 
 
 Sampler = Callable[[mx.array], mx.array] | RowSampler
@@ -146,8 +149,9 @@ def _decode_by_mlx_lm(
     caches = None
     if isinstance(sampler, RowSampler):
         caches = [[*make_prompt_cache(model), Keys(sampler.keys[row : row + 1])] for row in range(len(prompts))]
-        model = KeyedModel(model, sampler.temperature)
-        sampler = model.draw
+        agree, model = sampler.agree, KeyedModel(model, sampler.temperature)
+        drawn = model.draw
+        sampler = lambda logprobs: agree(drawn(logprobs))  # noqa: E731
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
@@ -285,8 +289,15 @@ class ChatSession:
     in training, and every later turn on a new line.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: TokenizerWrapper, system_prompt: str | None = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: TokenizerWrapper,
+        system_prompt: str | None = None,
+        agree: Agree = lambda tokens: tokens,
+    ):
+        """agree: of a token drawn, the one that all processes take which share the model."""
+        self.model, self.tokenizer, self.agree = model, tokenizer, agree
         self.opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
         self.messages = list(self.opening)
         self.cache = make_prompt_cache(model)
@@ -336,13 +347,14 @@ class ChatSession:
         check_ids(self.model, [tokens])
         common = self._reuse_cache(tokens)
         pieces: list[str] = []
+        sampler = make_sampler(temperature, top_p)
         try:
             for response in stream_generate(
                 self.model,
                 self.tokenizer,
                 tokens[common:],
                 max_tokens=max_tokens,
-                sampler=make_sampler(temperature, top_p),
+                sampler=lambda logprobs: self.agree(sampler(logprobs)),
                 prompt_cache=self.cache,
             ):
                 tokens.append(response.token)

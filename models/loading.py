@@ -6,6 +6,7 @@ models.value_head).
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ def is_made_here(name: str) -> bool:
     return name in (*TINY_NAMES, *SMOLLM2_NAMES) or is_gguf(name)
 
 
-def load(name: str) -> LoadedModel:
+def load(name: str, divide: Callable[[nn.Module], None] | None = None) -> LoadedModel:
     """Open the model `name` (see `resolve`); mlx's global random stream is left as it was.
 
-    On a GPU, memory stays resident from here on (models.gpu).
+    On a GPU, memory stays resident from here on (models.gpu). divide: called with the model before its weights are
+    read; only those are read that it leaves there, one at a time (models.sharding).
 
     Raises UserError if the model is missing or cannot be opened.
     """
@@ -111,11 +113,16 @@ def load(name: str) -> LoadedModel:
         for file in path.glob("model*.safetensors"):
             check_whole(file)
         with kept_random_state():  # mlx's layers draw initial weights
-            model, config = mlx_lm.utils.load_model(path, trust_remote_code=False)
+            model, config = mlx_lm.utils.load_model(path, lazy=divide is not None, trust_remote_code=False)
+            if divide:
+                divide(model)
+        weights = {key: array for key, array in tree_flatten(model.parameters()) if array is not None}
+        for array in weights.values():
+            mx.eval(array)
         tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
     check_eos(tokenizer, name, config)
-    check_finite(name, dict(tree_flatten(model.parameters())), "check that it is complete")
-    dtypes = {name: array.dtype for name, array in tree_flatten(model.parameters())}
+    check_finite(name, weights, "check that it is complete")
+    dtypes = {key: array.dtype for key, array in weights.items()}
     return LoadedModel(model, tokenizer, config, path, name, dtypes)
 
 

@@ -7,6 +7,10 @@ from rewards.combined import Reward, rewards_from_flags
 from rewards.reward_model import load_reward_model
 
 
-def build_reward(args: argparse.Namespace, base: LoadedModel) -> Reward:
-    """f(prompts, completions) -> scores, by the reward flags. base: the open model, without an adapter as yet."""
-    return rewards_from_flags(args, base.tokenizer, lambda path: load_reward_model(path, base).reward)
+def build_reward(args: argparse.Namespace, base: LoadedModel, shared: bool = True) -> Reward:
+    """f(prompts, completions) -> scores, by the reward flags.
+
+    base: the open model, without an adapter as yet; shared: whether reward models may be adapters on its weights.
+    """
+    beside = base if shared else None
+    return rewards_from_flags(args, base.tokenizer, lambda path: load_reward_model(path, beside).reward)

@@ -5,6 +5,7 @@ mlx.launch -n 2 python -m tests.launched lose HOW RANK STEP ...    sft.py with t
 """
 
 import gc
+import io
 import itertools
 import json
 import os
@@ -13,28 +14,33 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import sft  # which calls cpu.enable() before mlx is imported
+import evaluate  # which calls cpu.enable() before mlx is imported
 
 # isort: split
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+import ppo_training
+import sft
+import talk_to_model
 from common import watchdog
 from common.cli import run
 from common.errors import UserError
 from models.adapters import AdapterConfig
 from models.loading import load
+from models.sharding import load_share
 from synth.pipeline import many
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.rollouts import Draw
+from tests.scripts import with_words
 from training import ppo_learner
 from training.evaluation import evaluate_model
-from training.mlx_ranks import launched
+from training.mlx_ranks import MLXRanks, launched
 from training.ppo_learner import build_policies, train_ppo
 from training.ranks import ALONE, Ranks
 from training.settings import PPOSettings, SFTSettings
@@ -71,6 +77,7 @@ SHORT_PPO = {"num_steps": 3, "batch_size": 8, "mini_batch_size": 4, "ppo_epochs"
              "learning_rate": 1e-3, "optimizer": "adam", "step_kl": 0.0}  # fmt: skip
 PROMPTS = [str(number) for number in range(2, 24, 3)]
 SILENCE = 12.0  # seconds without a word after which a rank counts as lost here
+FAMILIES = {"tensor": "model", "pipeline": "qwen2"}  # way of dividing → folder of a model whose family has it
 Trained = tuple[dict[str, mx.array], list[dict[str, float]]]  # weights by name, and the figures of every report
 
 
@@ -138,6 +145,44 @@ def shared_rollouts(folder: Path, ranks: Ranks) -> list[str]:
     return texts
 
 
+def divided(folder: Path, way: str, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """What evaluate.py and talk_to_model.py print of a model with an adapter, and evaluate.py's rows.
+
+    The model is divided among the ranks; a single process holds it whole.
+    """
+    name, rows = folder / FAMILIES[way], folder / f"{way}-{ranks.size}.jsonl"
+    model = ["--model", name, "--resume-file", f"{name}-adapter", *(["--shard", way] if ranks.size > 1 else [])]
+    compared = ["--against", name, "--reference", name, "--reward-model", folder / "reward"]
+    limits = ["--num-samples", 11, "--max-completion-length", 8, "--temperature", 0.9, "--save-samples", rows]
+    typed = ["2 4", "/reset", "3 5", "6", "/quit"]
+    evaluated, talked = io.StringIO(), io.StringIO()
+    with redirect_stdout(evaluated):
+        with_words(lambda: evaluate.evaluate(ranks), *model, *compared, *limits)
+    with redirect_stdout(talked), mock.patch.object(talk_to_model, "read_line", side_effect=typed):
+        with_words(lambda: talk_to_model.talk(ranks), *model, "--temp", 0.9, "--max-tokens", 12)
+    return {"evaluated": evaluated.getvalue(), "talked": talked.getvalue()}
+
+
+def share_sizes(folder: Path, ranks: MLXRanks) -> dict[str, list[int]]:
+    """The numbers of weights that each rank holds of a divided model, by how it is divided."""
+
+    def size(way: str) -> int:
+        share = load_share(str(folder / FAMILIES[way]), None, way, ranks.group)
+        return sum(array.size for _, array in tree_flatten(share.model.parameters()) if array is not None)
+
+    return {way: ranks.gather([size(way)]) for way in FAMILIES}
+
+
+def ppo_by_script(folder: Path, name: str, ranks: Ranks, *more: object) -> None:
+    """ppo_training.py: the run FOLDER/NAME."""
+    size = ("--batch-size", 8, "--mini-batch-size", 4, "--max-completion-length", 5, "--learning-rate", 1e-3)
+    paths = ("--model", folder / "model", "--output-dir", folder / name, "--save-file", folder / f"{name}-adapter")
+    kept = ("--ground-truth-reward", "--save-every", 2, "--lr-schedule", "constant", "--adap-kl-ctrl")
+    words = ("--resume", folder / name) if (folder / name).exists() else (*paths, *size, *kept)
+    with mock.patch.object(ppo_training, "plot_run", lambda folder: folder / "curves.png"):
+        with_words(lambda: ppo_training.train(ranks), *words, *more)
+
+
 def refusal(ranks: Ranks) -> str:
     """What is said where a rank has other data."""
     try:
@@ -156,6 +201,10 @@ def main(folder: Path) -> None:
             weights |= {f"{name}/{key}": array for key, array in trained.items()}
         found["evaluation"] = evaluated(folder, ranks)
         found["rollouts"] = shared_rollouts(folder, ranks)
+        found["divided"] = {way: divided(folder, way, ranks) for way in FAMILIES}
+        found["share sizes"] = share_sizes(folder, ranks) if isinstance(ranks, MLXRanks) else {}
+        ppo_by_script(folder, "begun by one", ranks, "--num-steps", 4)
+        ppo_by_script(folder, "begun by two", ranks, "--num-steps", 2)
         found["refusal"] = ranks.gather([refusal(ranks)])
         if ranks.writes:
             mx.savez(str(folder / f"weights-{ranks.size}.npz"), **weights)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,12 +14,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import evaluate
 import sft
-from models.adapters import read_adapter
+import talk_to_model
+from common.errors import UserError
+from common.files import read_json, write_json
+from models.adapters import AdapterConfig, adapter_weights, attach_adapter, read_adapter, write_adapter
+from models.loading import load
+from models.sharding import check_family
+from models.value_head import new_value_head
 from tests import launched
+from tests.architectures import build
 from tests.conftest import tiny_random_folder
-from tests.scripts import ROOT, call
+from tests.scripts import ROOT, call, fails
 from training.metrics import read_metrics
+from training.ranks import ALONE
 
 LAUNCHER = (sys.executable, "-c", "from mlx._distributed_utils.launch import main; main()")  # mlx.launch
 TIMES = ("steps_per_second", "tokens_per_second", "waiting_share", "peak_memory_gb", "rollout_seconds",
@@ -69,15 +79,51 @@ def folder(tmp_path_factory):
         write_rows(folder / f"rewards_{split}.jsonl", rewards)
         pairs = [{"prompt": "2 4", "chosen": f" {text()}", "rejected": f" {text()}"} for _ in range(count)]
         write_rows(folder / f"pairs_{split}.jsonl", pairs)
+    write_qwen2(folder / "model", folder / "qwen2")
+    for name in ("model", "qwen2"):
+        write_adapter_of(folder / name, folder / f"{name}-adapter")
+    write_adapter_of(folder / "other", folder / "reward", with_head=True)
     return folder
+
+
+def write_qwen2(llama, folder):
+    """The same weights as a Qwen 2, which has biases besides."""
+    shutil.copytree(llama, folder)
+    config = read_json(folder / "config.json") | {"model_type": "qwen2"}
+    write_json(folder / "config.json", config)
+    weights = mx.load(str(folder / "model.safetensors"))
+    for name in [name for name in weights if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+        weights[name.replace("weight", "bias")] = mx.random.normal(weights[name].shape[:1], key=mx.random.key(3))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+
+def write_adapter_of(model, path, with_head=False):
+    """A LoRA on a model folder, as if trained, with a value head or not."""
+    loaded, config = load(str(model)), AdapterConfig(model=str(model))
+    attach_adapter(loaded.model, config)
+    moved = {
+        name: mx.random.normal(array.shape, scale=0.3, key=mx.random.key(number))
+        for number, (name, array) in enumerate(adapter_weights(loaded.model).items())
+    }
+    write_adapter(path, moved, config, new_value_head(loaded.model, std=None) if with_head else None)
 
 
 @pytest.fixture(scope="module")
 def of_two(folder):
     """What two processes trained: weights by run and name, and what was found."""
+    launched.ppo_by_script(folder, "begun by one", ALONE, "--num-steps", 2)
     done = launch(2, "train", folder)
     assert (folder / "found-2.json").is_file(), done.stdout + done.stderr
     return mx.load(str(folder / "weights-2.npz")), json.loads((folder / "found-2.json").read_text(encoding="utf-8"))
+
+
+def arrays_of(path):
+    return {name: np.array(array) for name, array in read_adapter(path).weights.items()}
+
+
+def without_times(row):
+    """The figures of a report that do not depend on how long it took."""
+    return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def assert_same_run(of_two, name, weights, history):
@@ -87,8 +133,7 @@ def assert_same_run(of_two, name, weights, history):
         np.testing.assert_allclose(np.array(trained[f"{name}/{key}"]), np.array(array), rtol=0, atol=1e-5)
     assert len(found[name]) == len(history)
     for row, expected in zip(found[name], history, strict=True):
-        figures = {key: value for key, value in expected.items() if key not in TIMES}
-        assert {key: value for key, value in row.items() if key not in TIMES} == pytest.approx(figures, 1e-5, 1e-5)
+        assert without_times(row) == pytest.approx(without_times(expected), 1e-5, 1e-5)
 
 
 @pytest.mark.parametrize("name", launched.SFT_RUNS)
@@ -123,14 +168,71 @@ def test_two_processes_draw_the_rollouts_of_one(folder, of_two):
     assert launched.rollouts(folder) == of_two[1]["rollouts"] and len(set(of_two[1]["rollouts"])) > 10
 
 
+def test_ppo_goes_on_with_another_number_of_processes(folder, of_two):
+    launched.ppo_by_script(folder, "begun by two", ALONE, "--num-steps", 4)
+    launched.ppo_by_script(folder, "whole", ALONE, "--num-steps", 4)
+    expected = [without_times(row) for row in read_metrics(folder / "whole")]
+    assert len(expected) == 4
+    for name in ("begun by one", "begun by two"):
+        for key, array in arrays_of(folder / "whole-adapter").items():
+            np.testing.assert_allclose(arrays_of(folder / f"{name}-adapter")[key], array, rtol=0, atol=1e-5)
+        for row, figures in zip(read_metrics(folder / name), expected, strict=True):
+            assert without_times(row) == pytest.approx(figures, 1e-5, 1e-5, nan_ok=True)
+
+
+def figures_of(printed):
+    """What evaluate.py prints of each model and of their difference."""
+    lines = printed["evaluated"].splitlines()
+    return [line for line in lines if re.match(r"\s*(score|length|KL|first less|the first) ", line)]
+
+
+@pytest.mark.parametrize("way", launched.FAMILIES)
+def test_a_divided_model_says_what_a_whole_one_does(folder, of_two, way):
+    divided, whole = of_two[1]["divided"][way], launched.divided(folder, way)
+    rows = [(folder / f"{way}-{size}.jsonl").read_text(encoding="utf-8").splitlines() for size in (1, 2)]
+    assert len(rows[0]) == 22 and len(set(rows[0])) > 15
+    for row, expected in zip(*(map(json.loads, some) for some in rows), strict=True):
+        assert row.pop("reward") == pytest.approx(expected.pop("reward"), abs=1e-5) and row == expected
+    assert figures_of(divided) == figures_of(whole) and len(figures_of(whole)) > 6
+    assert divided["talked"] == whole["talked"] and len(set(whole["talked"].splitlines())) == 3
+
+
+def test_a_process_holds_its_share_of_a_divided_model_alone(folder, of_two):
+    whole = {name: array.size for name, array in mx.load(str(folder / "qwen2" / "model.safetensors")).items()}
+    layers = [sum(size for name, size in whole.items() if f"layers.{layer}." in name) for layer in (0, 1)]
+    outside = sum(whole.values()) - sum(layers)
+    assert of_two[1]["share sizes"]["pipeline"] == [outside + layers[1], outside + layers[0]]
+    first, second = of_two[1]["share sizes"]["tensor"]
+    norms = 2 * 2 * 64  # are whole on both; Llama has no biases
+    matrices = sum(size for name, size in whole.items() if "layers." in name and "proj.weight" in name)
+    assert first == second == outside + norms + matrices // 2
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "size", "said"),
+    [
+        ("model", "pipeline", 2, "no pipeline sharding for .*llama.*; use --shard tensor"),
+        ("model", "tensor", 4, "has 2 key-value heads, which 4 processes cannot share equally; start another number"),
+        ("gpt2", "tensor", 2, "no tensor sharding for .*gpt2.*; use a model of another family"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_in_one_line(name, way, size, said):
+    model = build({"model": "llama-tied"}.get(name, name))
+    with pytest.raises(UserError, match=said):
+        check_family(model, name, way, size)
+
+
+@pytest.mark.parametrize("script", [evaluate, talk_to_model])
+def test_a_single_process_divides_nothing(folder, capsys, script):
+    reward = ["--ground-truth-reward"] if script is evaluate else []
+    said = fails(capsys, script.main, "--model", folder / "model", *reward, "--shard", "tensor")
+    assert "start them by: mlx.launch -n 2 -- python" in said
+
+
 def test_other_data_on_a_rank_is_refused_on_all_with_its_name(of_two):
     first, second = of_two[1]["refusal"]
     assert first == second
     assert re.fullmatch(r"rank 1 has another data than rank 0 .*; start every process with .* the same files", first)
-
-
-def arrays_of(path):
-    return {name: np.array(array) for name, array in read_adapter(path).weights.items()}
 
 
 @pytest.mark.parametrize(("how", "lost"), [("killed", 0), ("hanging", 1), ("cut off", 1)])

@@ -89,7 +89,7 @@ def share_checkpoint(ranks: Ranks, trainee: Trainee, optimizer: optim.Optimizer)
     """Give all ranks the trained weights and the optimizer state that rank 0 has."""
     if ranks.size > 1:
         trainee.module.update(from_first(ranks, trainee.module.trainable_parameters()))
-        optimizer.state = from_first(ranks, optimizer.state)
+        optimizer.state = from_first(ranks, optimizer_arrays(optimizer))
 
 
 def save_best(run_folder: str | Path, step: int, trainee: Trainee) -> None:

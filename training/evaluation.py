@@ -54,23 +54,27 @@ def evaluate_model(
     known_prompts: Sequence[str] | None = None,
     logits_bytes: int = LOGITS_BYTES,
     ranks: Ranks = ALONE,
+    together: Ranks = ALONE,
 ) -> Evaluation:
     """Sample one completion per prompt and score it. prompts: repeat one to sample it more often.
 
     reference: a model over the same vocabulary; its KL is estimated as the mean log ratio of the samples.
     known_prompts: the prompts as the reward knows them, if another tokenizer rendered them for it. logits_bytes: of all
     logits at once, where the KL is computed. ranks: each samples and scores its share of the prompts, at least one.
+    together: those that the models are divided among (models.sharding): all sample all, and the first one scores.
     """
     mx.random.seed(seed)
     own, keys = ranks.share(len(prompts)), row_keys(len(prompts))
     prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[own]]
     limits = (max_tokens, temperature, batch_size)
-    most = len(prompt_ids) * max_tokens
-    with progress(most, "sampling, at most", "token", scale=True) if ranks.writes else nullcontext() as bar:
+    most, shows = len(prompt_ids) * max_tokens, ranks.writes and together.writes
+    with progress(most, "sampling, at most", "token", scale=True) if shows else nullcontext() as bar:
         told = None if bar is None else bar.update
-        completions = sample(model, prompt_ids, tokenizer.eos_token_ids, *limits, told, keys[own])
+        drawn_by = (told, keys[own], together.of_first)
+        completions = sample(model, prompt_ids, tokenizer.eos_token_ids, *limits, *drawn_by)
     texts = completion_texts(tokenizer, prompt_ids, completions)
-    scored = gathered(score(reward, (known_prompts or prompts)[own], texts), ranks)
+    known = (known_prompts or prompts)[own]
+    scored = gathered(Scored(*together.from_writer(lambda: score(reward, known, texts))), ranks)
     scores, top = np.asarray(scored.scores, dtype=np.float64), top_of(reward)
     kl = 0.0
     if reference is not None:

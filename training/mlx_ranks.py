@@ -79,6 +79,7 @@ class MLXRanks(Ranks):
     def __init__(self, group: Any, host: str, local: bool):
         """host: of rank 0, as the others reach it; local: whether all processes are on one machine."""
         self.group, self.rank, self.size = group, group.rank(), group.size()
+        self.ahead = mx.array(0)  # the last `of_first`: samplers evaluate ahead, on a stream of their own
         self.launcher = f"mlx.launch -n {self.size} python" if local else "mlx.launch --hostfile HOSTS python"
         self.watchdog = Watchdog(self.rank, self.size, host)
         self.watchdog.start(self.from_writer)
@@ -103,7 +104,13 @@ class MLXRanks(Ranks):
     def placed(self, values: mx.array, places: mx.array, count: int) -> mx.array:
         return mx.distributed.all_sum(mx.zeros(count).at[places].add(values), group=self.group)
 
+    def of_first(self, tokens: mx.array) -> mx.array:
+        # A product, as zeros of their own would not wait for the sums that the tokens are made by.
+        self.ahead = mx.distributed.all_sum(tokens.astype(mx.int32) * int(self.writes), group=self.group)
+        return self.ahead
+
     def _all_sum(self, array: mx.array) -> mx.array:
+        mx.eval(self.ahead)
         mx.eval(array)
         started = time.perf_counter()
         whole = mx.distributed.all_sum(array, group=self.group)
@@ -129,10 +136,10 @@ def _buckets(arrays: Sequence[mx.array]) -> Iterator[list[mx.array]]:
 
 
 def sum_tree(ranks: Ranks, tree: Any) -> Any:
-    """The sums of a tree's arrays over the ranks."""
+    """The sums of a tree's arrays over the ranks, where one that is read from a file may have another order."""
     if ranks.size == 1:
         return tree
-    names, arrays = zip(*tree_flatten(tree), strict=True)
+    names, arrays = zip(*sorted(tree_flatten(tree), key=lambda named: named[0]), strict=True)
     return tree_unflatten(list(zip(names, ranks.sum(arrays), strict=True)))
 
 

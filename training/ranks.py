@@ -93,6 +93,10 @@ class Ranks:
             raise SystemExit(2)
         return found[0]
 
+    def of_first(self, tokens: Array) -> Array:
+        """Rank 0's tokens, as part of what is yet to be evaluated. tokens: of the same shape on all ranks."""
+        return tokens
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return bool(self.sum_host(np.array([flag], dtype=np.int32))[0])
