@@ -69,8 +69,10 @@ from training.flags import resumed
 from training.metrics import read_metrics, resumed_config
 from training.ppo_flags import ppo_parser, ppo_settings
 from training.ppo_loop import PPOState
+from training.settings import PPOSettings
 from training.sft_flags import sft_parser, sft_settings
 from training.sft_loop import SFTState
+from training.signs import Signs
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWEST = 1.0  # seconds
@@ -228,7 +230,7 @@ def readers(folder: Path) -> dict[str, Reader]:
     saved_tuner = (folder / "tuner/tuner.json").read_text(encoding="utf-8")
     save_policy(folder / "policy", make_policy("ppo"))
     saved_policy = (folder / "policy/policy.json").read_text(encoding="utf-8")
-    metrics = [{"step": n, "loss": 0.5, "tokens_per_second": None, "lr": 1e-5} for n in range(3)]
+    metrics = [{"step": n, "mean_score": 0.5, "kl": 0.1, "tokens_per_second": None, "lr": 1e-5} for n in range(31)]
     return {
         "rows": Reader(in_file(folder / "rows.jsonl", rows), [*map(json.dumps, ROWS), *lines(
             "data/increasing_mult_2_train.jsonl", "data/arithmetic_test.jsonl"), b'{"text": "\xff"}']),
@@ -267,7 +269,7 @@ def readers(folder: Path) -> dict[str, Reader]:
                                   [json.dumps(new_row("1", "a", "b", "generated"))]),
         "a data set's description": Reader(in_file(folder / "arrow/state.json", lambda at: list(contents(at))),
                                            ['{"_data_files": [{"filename": "a.arrow"}]}']),
-        "metrics.jsonl on resume": Reader(in_file(folder / "ppo/metrics.jsonl", read_metrics),
+        "metrics.jsonl on resume": Reader(in_file(folder / "ppo/metrics.jsonl", lambda at: Signs(PPOSettings(), read_metrics(at))),
                                           ["\n".join(map(json.dumps, metrics)), json.dumps(metrics[0])]),
     }  # fmt: skip
 

@@ -171,5 +171,6 @@ def _number(value: Any, place: str) -> float:
 
 
 def _example(keys: Sequence[str], features: Mapping[str, str] | None) -> str:
+    keys = keys or ("input", "output")  # of a task, which may name its columns
     values: dict[str, Any] = {"reward": 1.0, "messages": [{"role": "user", "content": "..."}]}
     return json.dumps({(features or {}).get(key, key): values.get(key, "...") for key in keys})

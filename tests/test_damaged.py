@@ -317,8 +317,8 @@ def test_where_every_checkpoint_is_damaged_it_is_one_line_and_nothing_is_moved(r
     assert sorted(copy.rglob("*")) == before
 
 
-LINES = ["", "{", "[]", "3", "null", '{"step": "1"}', '{"step": true}', '{"score": 1}', '{"step": 2, "loss": "low"}',
-         '{"step": 2, "loss": [1]}']  # fmt: skip
+LINES = ["", "{", "[]", "3", "null", '{"step": "1"}', '{"step": true}', '{"score": 1}', '{"step": 2, "loss": NaN}',
+         f'{{"step": 2, "loss": {10**400}}}', '{"step": 2, "loss": "low"}', '{"step": 2, "loss": [1]}']  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo"])
@@ -328,7 +328,7 @@ def test_lines_of_a_log_that_are_none_are_passed_over(resumable, name):
     (copy / "metrics.jsonl").write_bytes("\n".join([*LINES, rows]).encode() + b"\xff\xfe{")
     if name == "ppo":
         samples = (copy / "samples.jsonl").read_text()
-        (copy / "samples.jsonl").write_text("\n".join([*LINES[:-2], samples]))
+        (copy / "samples.jsonl").write_text("\n".join([*LINES[:-4], samples]))
     call(run.script.main, *words)
     assert read_metrics(copy) == read_metrics(run.folder)
     assert read_samples(copy) == read_samples(run.folder)

@@ -84,3 +84,8 @@ def test_a_step_without_updates_has_no_sign_of_standing_still():
     watch = signs.Signs(PPOSettings())
     figures = {"kl": 1.0, "kl_coef": 0.01, "completion_length": 5.0, "entropy": 1.0, "score_std": 0.1}
     assert not any(watch.see({**figures, "mean_score": 0.5 + 0.01 * (step % 2)}) for step in range(40))
+
+
+def test_rows_of_a_resumed_run_that_are_no_steps_are_passed_over():
+    rows = [{"step": 1}, {"step": 1, "mean_score": None}, {"step": 1, "mean_score": 0.5}]
+    assert signs.Signs(PPOSettings(), rows).first == [0.5]

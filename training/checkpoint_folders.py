@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from common.errors import UserError
-from common.files import Kind, atomic_folder, expanded, sweep_all, write_json, writing
+from common.files import Kind, atomic_folder, check_file, expanded, sweep_all, write_json, writing
 from common.schemas import Schema, read_as
 from training.flags import default_output_dir
 from training.metrics import METRICS, SAMPLES, say_if_another_blas, start_run_folder
@@ -101,6 +101,7 @@ def stopped_words(script: str, folder: Path, done: int, planned: int, adapter: s
 
 def lock_run(folder: Path) -> IO[str]:
     """Keep other processes from training in `folder` until the file returned is closed or this process ends."""
+    check_file(folder / "lock")  # to open a pipe would wait for its other end
     with writing(folder):
         file = (folder / "lock").open("a")
     try:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -202,7 +203,12 @@ def _finite(value: Any) -> Any:
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of a run's `metrics.jsonl`: of a line that is none, as a kill may leave one, nothing is taken."""
     rows = _read(Path(folder) / METRICS)
-    return [row for row in rows if all(isinstance(value, int | float | None) for value in row.values())]
+    return [row for row in rows if all(_is_figure(value) for value in row.values())]
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a row may have it: a finite number, or null."""
+    return value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max)
 
 
 def figures_at(folder: str | Path, step: int) -> dict[str, float]:
@@ -216,7 +222,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
     with reading(path, "move it away"):
         # Not splitlines, which also ends a line at characters that JSON leaves as they are.
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     for line in lines:
         with suppress(ValueError, RecursionError):
             row = json.loads(line)

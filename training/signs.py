@@ -125,7 +125,8 @@ class Signs:
         self.first: list[float] = []
         self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         for row in rows:
-            self.see(row)
+            if row.get("mean_score") is not None:  # else it is no step's, or damaged
+                self.see(row)
 
     def see(self, figures: Mapping[str, float]) -> list[str]:
         """The lines that one more step's figures give reason to; none in most."""
