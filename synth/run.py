@@ -29,7 +29,7 @@ from models.folders import check_name
 from synth.estimate import table
 from synth.examples import Example
 from synth.pipeline.flags import RunSettings, agree, paper_line, parse_run_args, run_settings, task_from
-from synth.pipeline.many import with_all
+from synth.pipeline.many import continued_by, with_all
 from synth.pipeline.samples import left, make_samples, sample_bounds
 from synth.pipeline.selection import selected_or_lowest
 from synth.pipeline.train import check_training, draw_held_out, train_and_evaluate
@@ -100,6 +100,7 @@ def main() -> None:
     folder = Path(args.resume or start_run_folder(args.output_dir or name, vars(args)))
     keep_task(task, folder)
     go_on = f"python -m synth.run --resume {folder}"
+    continued_by(go_on)
     with alone(folder) as lock, Cache(folder / "rollouts.sqlite") as store:
         samples = asyncio.run(make_samples(settings.samples, task, base, teacher, folder, store))
         held_out, selected = split(settings, samples, folder, task.validation)

@@ -1,6 +1,7 @@
 """What tests/test_many_macs.py runs by mlx.launch, and by itself in one process: short runs of every kind.
 
 mlx.launch -n 2 python -m tests.launched train FOLDER          writes FOLDER/weights-2.npz and FOLDER/found-2.json
+mlx.launch -n 2 python -m tests.launched synth ...             synth.run with the flags ...
 mlx.launch -n 2 python -m tests.launched lose HOW RANK STEP ...    sft.py with the flags ..., until a rank is lost
 """
 
@@ -34,7 +35,8 @@ from common.errors import UserError
 from models.adapters import AdapterConfig
 from models.loading import load
 from models.sharding import load_share
-from synth.pipeline import many
+from synth import run as synth_run
+from synth.pipeline import base_model, many
 from synth.pipeline.pass_rates import BaseModelSettings
 from synth.pipeline.rollouts import Draw
 from tests.scripts import with_words
@@ -247,8 +249,23 @@ def lose(how: str, rank: str, step: int) -> None:
         run(sft.main)
 
 
+def synthesize() -> None:
+    """synth.run, of which rank 0 alone reads the run folder, as on several machines."""
+    real, first = base_model.load_adapter, os.environ["MLX_RANK"] == "0"
+
+    def loaded(model: Any, path: Path) -> Any:
+        assert ("run-2" in Path(path).parts) == first, path
+        return real(model, path)
+
+    with mock.patch.object(base_model, "load_adapter", loaded):
+        run(lambda: many.with_all(synth_run.main))
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "train":
+    if sys.argv[1] == "synth":
+        del sys.argv[1]
+        synthesize()
+    elif sys.argv[1] == "train":
         main(Path(sys.argv[2]))
     else:
         _, _, how, rank, step, *sys.argv[1:] = sys.argv

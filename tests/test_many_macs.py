@@ -23,10 +23,13 @@ from models.adapters import AdapterConfig, adapter_weights, attach_adapter, read
 from models.loading import load
 from models.sharding import check_family
 from models.value_head import new_value_head
+from synth import run as synth_run
+from synth.offline.server import OfflineTeacher
 from tests import launched
 from tests.architectures import build
 from tests.conftest import tiny_random_folder
 from tests.scripts import ROOT, call, fails
+from tests.test_run import SUMS, TINY, asked_of, in_this_process
 from training.metrics import read_metrics
 from training.ranks import ALONE
 
@@ -233,6 +236,29 @@ def test_other_data_on_a_rank_is_refused_on_all_with_its_name(of_two):
     first, second = of_two[1]["refusal"]
     assert first == second
     assert re.fullmatch(r"rank 1 has another data than rank 0 .*; start every process with .* the same files", first)
+
+
+def test_a_whole_synthesis_is_that_of_one_process(folder, tmp_path, monkeypatch):
+    evaluation = tmp_path / "evaluation.jsonl"
+    write_rows(evaluation, [{"input": f"{n} + 1 =", "output": str(n + 1)} for n in range(5)])
+    in_this_process(monkeypatch)
+    with OfflineTeacher() as teacher:
+        words = [*SUMS, *TINY, *asked_of(teacher), "--base-model", folder / "model", "--dataset-path", evaluation]
+        # None is held out, so that the last checkpoint is chosen.
+        words += ["--train-by", "sft", "--learning-rate", 0.05, "--held-out", 0]
+        done = launch(2, "synth", *words, "--output-dir", tmp_path / "run-2")
+        call(synth_run.main, *words, "--output-dir", tmp_path / "run-1")
+    runs = [tmp_path / f"run-{size}" for size in (1, 2)]
+    assert (runs[1] / "report.html").is_file(), done.stdout + done.stderr
+    files = [f"{name}.jsonl" for name in ("generate", "verify", "difficulty", "selection", "prompts", "evaluation")]
+    for name in (*files, "checkpoints.json", "evaluation.json"):
+        alone, together = ((run / name).read_text(encoding="utf-8") for run in runs)
+        assert together == alone != "", name
+    answers = [json.loads(line) for line in (runs[1] / "evaluation.jsonl").read_text().splitlines()]
+    assert any(row["base"] != row["trained"] for row in answers)
+    for name, array in arrays_of(runs[0] / "adapter").items():
+        np.testing.assert_allclose(arrays_of(runs[1] / "adapter")[name], array, rtol=0, atol=1e-5)
+    assert done.stdout.count("pass rates before:") == done.stdout.count("checkpoint: step") == 1
 
 
 @pytest.mark.parametrize(("how", "lost"), [("killed", 0), ("hanging", 1), ("cut off", 1)])

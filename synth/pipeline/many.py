@@ -1,14 +1,17 @@
 """The base model's rollouts over the processes of mlx.launch: rank 0 does all of a command, the others draw with it.
 
-    mlx.launch -n 2 -- python -m synth.pipeline.difficulty --task my_task.yaml --in verified.jsonl ...
+    mlx.launch -n 2 -- python -m synth.run --task my_task.yaml ...
 
-A rollout is the same whoever draws it (synth/pipeline/base_model.py). Not here: training, which rank 0 starts alone.
+A rollout is the same whoever draws it (synth/pipeline/base_model.py). Only rank 0 needs the files of the run: an
+adapter is sent to the others. Not here: training, which rank 0 starts alone, while the others wait.
 """
 
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from common.cli import Stopped
@@ -40,33 +43,82 @@ def with_all(main: Callable[[], None]) -> None:
         ranks.gather([None])
 
 
+def continued_by(command: str) -> None:
+    """The command that goes on where this run ends, which the rank says that is left should one be lost."""
+    ranks, words = RANKS.get(), command.removeprefix("python ")
+    if ranks.size > 1:
+        ranks.gather([{"continued_by": words}])
+        ranks.continued_by(words)
+
+
 def serve(ranks: Ranks) -> None:
     """Do what rank 0 asks for until there is nothing more."""
     model: Completer | None = None
     while (request := ranks.gather([])[0]) is not None:
         if "settings" in request:
-            model = _open(request["settings"])
+            model = _open_sent(ranks, **request)
+        elif "continued_by" in request:
+            ranks.continued_by(request["continued_by"])
         elif model is not None:
             draw_together(ranks, model, [Draw(*row) for row in request["rows"]])
 
 
 def open_model(settings: Any) -> Completer:
     """The model of `synth.pipeline.pass_rates.BaseModelSettings`, which all processes of a launch open."""
-    ranks, fields = RANKS.get(), {name: _plain(value) for name, value in asdict(settings).items()}
-    if ranks.size == 1:
-        return _open(fields)
-    ranks.gather([{"settings": fields}])
-    return SharedModel(ranks, _open(fields), settings.batch_size)
+    from synth.pipeline.base_model import BaseModel  # takes mlx's time, which other stages need not wait for
+
+    ranks = RANKS.get()
+    if ranks.size > 1:
+        _send(ranks, {name: _plain(value) for name, value in asdict(settings).items()})
+    model = BaseModel(**asdict(settings))
+    return model if ranks.size == 1 else SharedModel(ranks, _same(ranks, model), settings.batch_size)
 
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, os.PathLike) else value
 
 
-def _open(fields: dict[str, Any]) -> Completer:
-    from synth.pipeline.base_model import BaseModel  # takes mlx's time, which other stages need not wait for
+def _send(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """Have the others open the model, with the weights of its adapter, which lies where rank 0 is."""
+    from models.adapters import read_adapter
+    from training.mlx_ranks import from_first
 
-    return BaseModel(**fields)
+    path = settings.pop("adapter")
+    if not path:
+        ranks.gather([{"settings": settings, "adapter": None, "shapes": {}}])
+        return
+    saved = read_adapter(path)
+    shapes = {name: weight.shape for name, weight in saved.weights.items()}
+    ranks.gather([{"settings": settings, "adapter": vars(saved.config), "shapes": shapes}])
+    from_first(ranks, saved.weights)
+
+
+def _open_sent(
+    ranks: Ranks, settings: dict[str, Any], adapter: dict[str, Any] | None, shapes: dict[str, list[int]]
+) -> Completer:
+    """The model that rank 0 opens, as `_send` says."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from models.adapters import AdapterConfig, write_adapter
+    from synth.pipeline.base_model import BaseModel
+    from training.mlx_ranks import from_first
+
+    if adapter is None:
+        return _same(ranks, BaseModel(**settings))
+    weights = dict(tree_flatten(from_first(ranks, {name: mx.zeros(shape) for name, shape in shapes.items()})))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter"
+        write_adapter(path, weights, AdapterConfig(**adapter))
+        return _same(ranks, BaseModel(**settings, adapter=path))
+
+
+def _same(ranks: Ranks, model: Any) -> Any:
+    """The model, which all ranks have opened. Raises UserError where they are not the same."""
+    from training.mlx_ranks import weights_digest
+
+    ranks.check_same(base_model=weights_digest(model.model))
+    return model
 
 
 def draw_together(ranks: Ranks, model: Completer, rows: Sequence[Draw]) -> list[str]:

@@ -34,6 +34,7 @@ from common.schemas import read_as
 from models.adapter_config import WEIGHT_TYPES
 from models.export.model_card import FUSED
 from synth.pipeline.evaluation import choose_checkpoint, evaluate, evaluation_line
+from synth.pipeline.many import continued_by, with_all
 from synth.pipeline.pass_rates import BaseModelSettings, add_base_model_flags, base_model_settings
 from synth.pipeline.report import write_report
 from synth.pipeline.script import run_script
@@ -362,8 +363,9 @@ def main() -> None:
         write_rows(folder / "selection.jsonl", rows)
         write_rows(folder / "held_out.jsonl", held_out)
         go_on = f"python -m synth.pipeline.train --resume {folder}"
+        continued_by(go_on)
         train_and_evaluate(settings, task, rows, held_out, folder, lock, store, go_on)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: with_all(main))
