@@ -547,6 +547,16 @@ def test_a_resumed_run_says_what_it_takes_anew_and_keeps_it(stopped, tmp_path, c
     assert stopped().save_every == 5 and capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "target"),
+    [(["--ground-truth-reward"], None), (["--reward-model", "r"], 6.0), (["--reward-model", "r", "--target", 4], 4.0)],
+)
+def test_the_kl_is_held_at_a_target_where_a_reward_model_scores(words, target):
+    args = ppo(*words)
+    assert ppo_flags.ppo_settings(args).target == target
+    assert args.target == target  # for config.json
+
+
 @pytest.mark.parametrize("words", [["--learning-rate", "0.1"], ["--target", "6"], ["--reward-model", "a", "b"],
                                    ["--seed", "1"], ["--no-center-values"],
                                    ["--save-every", "5", "--gamma", "0.9"]])  # fmt: skip

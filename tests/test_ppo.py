@@ -15,7 +15,8 @@ import torch
 
 from tests import numpy_ppo
 from tests.frameworks import FRAMEWORKS
-from training import ppo
+from training import ppo, ppo_step
+from training.settings import PPOSettings
 
 ROOT = Path(__file__).parent.parent
 ORACLE = json.loads((ROOT / "tests/oracles/ppo_cases.json").read_text(encoding="utf-8"))
@@ -151,6 +152,21 @@ def test_kl_controllers():
         fixed.update(kl, batch_size)
         assert adaptive.value == pytest.approx(expected, rel=1e-12)
     assert fixed.value == case["init"]
+
+
+def test_a_kl_coefficient_may_have_a_limit():
+    limited = ppo.AdaptiveKLController(0.1, target=6.0, horizon=100, most=0.1)
+    for kl, expected in ((3.0, 0.09), (30.0, 0.099), (30.0, 0.1), (30.0, 0.1), (3.0, 0.09)):  # ± 10 % of 50 completions
+        limited.update(kl, 50)
+        assert limited.value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("target", "reached"), [(None, 0.1), (6.0, 0.1 * 1.1**10)])
+def test_a_coefficient_exceeds_its_first_value_only_for_a_target_that_was_given(target, reached):
+    controller = ppo_step.make_controller(PPOSettings(init_kl_coef=0.1, target=target, horizon=1000))
+    for _ in range(10):
+        controller.update(30.0, 500)
+    assert controller.value == pytest.approx(reached)
 
 
 def test_the_step_size_follows_the_root_of_the_kl_within_its_limits():

@@ -53,6 +53,7 @@ class Falls:
         (odd_checksum, {"target": 0.01}, "and the KL is", "a higher --target"),
         (odd_checksum, {"temperature": 1e-3, "learning_rate": 1e-9, "step_kl": 0.0}, "the entropy is", "--entropy-"),
         (Falls(), {}, "the score has fallen from 1", "a lower --step-kl"),
+        (Falls(), {"target": 1e-4, "horizon": 16}, "the score has fallen from 1", "a higher --target leaves"),
     ],
 )  # fmt: skip
 def test_a_run_that_does_not_learn_names_the_cause_and_the_flag_once(reward, settings, cause, flag):

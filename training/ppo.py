@@ -199,20 +199,21 @@ class FixedKLController:
 class AdaptiveKLController:
     """A KL coefficient that grows while the KL is above its target and shrinks while it is below.
 
-    target: nats per completion; horizon: completions over which the coefficient changes by at most 20 %. `value` is
-    the coefficient and the whole state, which a checkpoint saves and restores.
-    Source: arXiv:1909.08593, section 2.2; TRL 0.11, `AdaptiveKLController`.
+    target: nats per completion; horizon: completions over which the coefficient changes by at most 20 %; most: what it
+    never exceeds. `value` is the coefficient and the whole state, which a checkpoint saves and restores.
+    Source: arXiv:1909.08593, section 2.2; TRL 0.11, `AdaptiveKLController`; `most` is ours.
     """
 
-    def __init__(self, init_kl_coef: float, target: float, horizon: float) -> None:
+    def __init__(self, init_kl_coef: float, target: float, horizon: float, most: float = math.inf) -> None:
         self.value = init_kl_coef
         self.target = target
         self.horizon = horizon
+        self.most = most
 
     def update(self, kl: float, n: int) -> None:
         """Adapt to the mean KL, in nats per completion, of `n` completions."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        self.value *= 1 + error * n / self.horizon
+        self.value = min(self.value * (1 + error * n / self.horizon), self.most)
 
 
 # --- how far a step moves the policy ---

@@ -23,18 +23,19 @@ from training.settings import PPOSettings
 
 Array = Any
 Stats = Any  # models.token_stats.TokenStats or its twin, each figure (B, C)
+KL_TARGET = 6.0  # nats per completion, where none is given
 LOSS_KINDS = ("k3", "abs", "mse")  # of KL that has a gradient towards the reference where it is a term of the loss
 
 
 def check_settings(settings: PPOSettings) -> None:
     """Raise UserError for settings that cannot work, alone or together."""
     for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "num_steps",
-                 "max_completion_length", "temperature", "horizon", "target", "logits_memory"):  # fmt: skip
+                 "max_completion_length", "temperature", "horizon", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
     for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
                  "step_kl", "steps_per_eval", "early_stopping"):  # fmt: skip
         positive(_flag(name), getattr(settings, name), zero=True)
-    for name in ("learning_rate", "value_head_learning_rate"):
+    for name in ("learning_rate", "value_head_learning_rate", "target"):
         if getattr(settings, name) is not None:
             positive(_flag(name), getattr(settings, name))
     pieces = settings.gradient_accumulation_steps
@@ -113,9 +114,10 @@ def check_ranks(settings: PPOSettings, ranks: Ranks) -> None:
 
 def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.FixedKLController:
     """The controller of the KL coefficient."""
-    if settings.adap_kl_ctrl:
-        return ppo.AdaptiveKLController(settings.init_kl_coef, settings.target, settings.horizon)
-    return ppo.FixedKLController(settings.init_kl_coef)
+    if not settings.adap_kl_ctrl:
+        return ppo.FixedKLController(settings.init_kl_coef)
+    target, most = (KL_TARGET, settings.init_kl_coef) if settings.target is None else (settings.target, math.inf)
+    return ppo.AdaptiveKLController(settings.init_kl_coef, target, settings.horizon, most)
 
 
 def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:

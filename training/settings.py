@@ -99,11 +99,13 @@ class PPOSettings(Settings):
     ratio_threshold: float = 10.0  # a mini batch with a higher mean ratio is skipped
 
     # KL to the reference policy. The coefficient, in score units per nat, is fixed or adapted to `target` nats per
-    # completion over `horizon` completions (arXiv:1909.08593). kl_penalty: a kind of ppo.kl_penalty; None: k1 where the
-    # KL is part of the rewards, k3 where it is part of the loss. use_peft: the reference is the base, adapter off.
+    # completion over `horizon` completions (arXiv:1909.08593). target None: 6, but the coefficient never exceeds
+    # init_kl_coef; held at 6 nats, a policy that needs 20 for a rule loses again what it has learned. The scripts set 6
+    # for a reward model. kl_penalty: a kind of ppo.kl_penalty; None: k1 where the KL is part of the rewards, k3 where
+    # it is part of the loss. use_peft: the reference is the base, adapter off.
     init_kl_coef: float = 0.01
     adap_kl_ctrl: bool = True
-    target: float = 6.0
+    target: float | None = None
     horizon: float = 2000
     kl_penalty: str | None = None
     use_peft: bool = False

@@ -70,12 +70,16 @@ def alike_in_groups(window: Window) -> str:
 
 def fallen(window: Window) -> str:
     """The score is below half of what it was."""
-    score = window.recent("mean_score").mean()
+    score, coef = window.recent("mean_score").mean(), window.recent("kl_coef").mean()
     if not 0 <= score < 0.5 * window.best:
         return ""
+    if coef > 2 * window.settings.init_kl_coef:
+        cure = f"its KL penalty has grown to {coef:.2g} a nat; a higher --target leaves the policy what it has learned"
+    else:
+        cure = "a lower --step-kl or --learning-rate, a higher --init-kl-coef or a lower --target holds the policy"
     return (
-        f"the score has fallen from {window.best:.3g} to {score:.3g}: a lower --step-kl or --learning-rate, a "
-        "higher --init-kl-coef or a lower --target holds the policy; checkpoints from before may still be there"
+        f"the score has fallen from {window.best:.3g} to {score:.3g}: {cure}; "
+        "checkpoints from before may still be there"
     )
 
 
@@ -92,7 +96,7 @@ def unmoved(window: Window) -> str:
 def held_by_kl(window: Window) -> str:
     """The score is flat, and the KL is at its target."""
     settings, kl, coef = window.settings, window.recent("kl").mean(), window.recent("kl_coef").mean()
-    at_target = settings.adap_kl_ctrl and kl > 0.9 * settings.target
+    at_target = settings.adap_kl_ctrl and settings.target is not None and kl > 0.9 * settings.target
     if window.rises or not (at_target or coef * kl > window.recent("score_std").mean() > 0):
         return ""
     return (
