@@ -442,10 +442,11 @@ def ppo_loss(
     )
     xp = array_module(logprobs)
     n = xp.clip(count_tokens(mask), 1, None) if denominator is None else denominator
+    real = mask > 0
 
     def at_real(x: Array) -> Array:
         # Inputs pass through here before any arithmetic: behind it, a pad's gradient could be 0 × inf.
-        return xp.where(mask > 0, x, 0.0)
+        return xp.where(real, x, 0.0)
 
     def mean(x: Array) -> Array:
         return at_real(x).sum() / n

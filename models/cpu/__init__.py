@@ -1,5 +1,5 @@
 """Speed-ups for mlx on Linux CPU: a fast BLAS, process settings, and faster attention, rotary embedding,
-SwiGLU, exp and linear layers.
+RMSNorm, SwiGLU, exp and linear layers.
 
 Entry points call `enable()` once, before mlx is imported. It does nothing on a Mac or with a CUDA build. The rest of
 the project runs without it, more slowly.
@@ -59,13 +59,14 @@ def enable() -> None:
         return
     import mlx.core as mx
 
-    from models.cpu import attention, exponential, linear, rope, swiglu
+    from models.cpu import attention, exponential, linear, norm, rope, swiglu
 
     # On CPU mx.compile calls a C++ compiler, which takes a second for a function of six operations.
     mx.disable_compile()
     attention.install()
     exponential.install()
     linear.install()
+    norm.install()
     rope.install()
     swiglu.install()
     if blas.has_one_thread():

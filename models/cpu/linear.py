@@ -24,8 +24,12 @@ def _product_vjp(primals, cotangent, output):
 
 
 def linear(layer: nn.Linear, x: mx.array) -> mx.array:
-    """Apply `layer` to x (..., inputs). Returns (..., outputs)."""
-    if "bias" in layer or not x.dtype == layer.weight.dtype == mx.float32:
+    """Apply `layer` to x (..., inputs). Returns (..., outputs).
+
+    A frozen weight has no gradient to lie in any way, so that mlx's own product, of fewer operations, serves.
+    """
+    frozen = "weight" in layer._no_grad
+    if frozen or "bias" in layer or not x.dtype == layer.weight.dtype == mx.float32:
         return _original(layer, x)
     return _product(x, layer.weight)
 
