@@ -7,12 +7,13 @@ the policy, its reference and every epoch of an update.
 As in models.value_head, no family's body is called by hand: layers stand in for themselves during the model's call.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from models.modules import outer_modules
@@ -31,6 +32,14 @@ class _StandIn:
 
     def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         return self.call(hidden)
+
+
+class _Listener(_StandIn):
+    """Hands what a layer is given to `call` as well, and is that layer."""
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        self.call(hidden)
+        return self.layer(hidden, *args, **kwargs)
 
 
 class _Reached(Exception):
@@ -53,9 +62,11 @@ def _layer_list(model: nn.Module) -> list | None:
 
 
 @contextmanager
-def _standing_in(layers: list, stand_ins: dict[int, Callable[[mx.array], mx.array]]) -> Iterator[None]:
+def _standing_in(
+    layers: list, stand_ins: dict[int, Callable[[mx.array], Any]], kind: type[_StandIn] = _StandIn
+) -> Iterator[None]:
     kept = list(layers)
-    layers[:] = [_StandIn(layer, stand_ins[i]) if i in stand_ins else layer for i, layer in enumerate(kept)]
+    layers[:] = [kind(layer, stand_ins[i]) if i in stand_ins else layer for i, layer in enumerate(kept)]
     try:
         yield
     finally:
@@ -135,3 +146,56 @@ def from_states(model: nn.Module, states: mx.array | None, count: int) -> Iterat
     through: dict[int, Callable[[mx.array], mx.array]] = dict.fromkeys(range(count - 1), lambda hidden: hidden)
     with _standing_in(layers, {**through, count - 1: lambda hidden: states}):
         yield
+
+
+class SampledStates:
+    """The states that entered a layer while completions were sampled, of every token that was read.
+
+    They are `lower_states` of the same rows but for rounding, without another pass. models.generation.sample fills them
+    in: `listening` while it samples, `prompts_read` and `tokens_read` after each pass.
+    """
+
+    def __init__(self, count: int):
+        """count: the layer, by its number."""
+        self.count = count
+        self._passes: list[mx.array] = []  # states (rows of the pass, its tokens, H)
+        self._size = 0  # states in all passes
+        self._index = np.zeros((0, 0), dtype=np.int64)  # (B, L) of each token's state among them, -1: none
+
+    @contextmanager
+    def listening(self, model: nn.Module, rows: int, longest: int) -> Iterator[None]:
+        """Within it, calls of the model leave their states here. rows: of the batch; longest: tokens of one."""
+        self._passes, self._size, self._index = [], 0, np.full((rows, longest), -1)
+        layers = _layer_list(model)
+        assert layers is not None, "num_frozen_layers has found them"
+        with _standing_in(layers, {self.count: self._passes.append}, _Listener):
+            yield
+
+    def prompts_read(self, numbers: np.ndarray, lengths: np.ndarray, start: int) -> None:
+        """The last pass read tokens from `start` on. numbers, lengths (B,): of each row its place in the pass, and the
+        tokens that it has."""
+        count, tokens, _ = self._passes[-1].shape
+        places = np.arange(start, start + tokens)
+        found = self._size + numbers[:, None] * tokens + np.arange(tokens)
+        known = self._index[:, start : start + tokens]
+        self._index[:, start : start + tokens] = np.where(places < lengths[:, None], found, known)
+        self._size += count * tokens
+
+    def tokens_read(self, rows: np.ndarray, places: np.ndarray) -> None:
+        """The last pass read one token of each of these rows, at these places."""
+        self._index[rows, places] = self._size + np.arange(len(rows))
+        self._size += len(rows)
+
+    def of(self, lengths: Sequence[int], width: int) -> mx.array | None:
+        """States (B, width, H) of rows of these lengths, 0 at pads; None where a token was not read."""
+        if not self._passes:
+            return None
+        index = np.full((len(lengths), width), -1)
+        known = self._index[:, :width]
+        index[:, : known.shape[1]] = known
+        index[np.arange(width) >= np.array(lengths)[:, None]] = self._size
+        if (index < 0).any():
+            return None
+        size = self._passes[0].shape[-1]
+        flat = [states.reshape(-1, size) for states in self._passes]
+        return mx.concatenate([*flat, mx.zeros((1, size), flat[0].dtype)])[mx.array(index)]

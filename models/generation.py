@@ -27,6 +27,7 @@ from common.errors import UserError
 from data.batching import TOKENS_A_PASS, encode_prompt
 from data.chat import render
 from models.cpu.process import on_one_core
+from models.frozen_layers import SampledStates
 from models.gpu import release_memory
 from models.row_keys import KeyedModel, Keys, draw, next_keys
 from models.soft_prompt import check_ids, soft_prompt_ids
@@ -65,14 +66,16 @@ def sample(
     on_token: Callable[[int], object] | None = None,
     keys: np.ndarray | None = None,
     agree: Agree = lambda tokens: tokens,
+    states: SampledStates | None = None,
 ) -> list[list[int]]:
     """One completion per prompt, each through its first EOS (which is kept) or cut at `max_tokens`.
 
     prompts: token ids, at least one each; the model's soft prompt is prepended here. batch_size: prompts in flight.
     on_token: called with the number of tokens of each decoding step, for progress. keys: (len(prompts), 2) uint32, the
     random key of each, by which it is drawn whatever else is drawn (models.row_keys); without, mlx's global stream is
-    drawn from. agree: of tokens drawn by keys, those that all processes take which share the model. Runs in eval mode,
-    so without dropout, and restores the model's mode.
+    drawn from. agree: of tokens drawn by keys, those that all processes take which share the model. states: to be
+    filled with those of this sampling, if all prompts are in flight at once. Runs in eval mode, so without dropout, and
+    restores the model's mode.
     """
     if any(len(prompt) == 0 for prompt in prompts):
         raise UserError("a prompt is empty, and the model has no BOS token to begin with; give every prompt some text")
@@ -88,7 +91,11 @@ def sample(
         else:
             decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
         sampler = temperature_sampler(temperature) if keys is None else RowSampler(keys, temperature, agree)
-        return decode(model, prompts, set(eos_token_ids), max_tokens, sampler, batch_size, on_token)
+        task = (model, prompts, set(eos_token_ids), max_tokens, sampler, batch_size, on_token)
+        if states is None or decode is not _decode:
+            return decode(*task)
+        with states.listening(model, len(prompts), max(map(len, prompts)) + max_tokens):
+            return _decode(*task, states)
     finally:
         model.train(was_training)
         release_memory()  # the caches; an update's arrays have other sizes
@@ -174,7 +181,10 @@ def _decode_by_mlx_lm(
     return [completions[uid] for uid in ids]
 
 
-def _decode(model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token) -> list[list[int]]:
+def _decode(
+    model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token,
+    states: SampledStates | None = None,
+) -> list[list[int]]:  # fmt: skip
     """Decode all prompts at once, without BatchGenerator's overhead per row and token; unequal prompts only with plain
     key-value caches.
 
@@ -182,10 +192,13 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_s
     """
     if not prompts:
         return []
-    caches, padding = _read_prompts(model, prompts, max_tokens)
+    caches, padding = _read_prompts(model, prompts, max_tokens, states)
+    last = np.array([len(prompt) - 1 for prompt in prompts])
 
     def drawn_after(tokens: mx.array, place: int) -> mx.array:
         logits = model(tokens[:, None], cache=caches)[:, -1]
+        if states is not None:
+            states.tokens_read(rows, last[rows] + place)
         drawn = sampler.draw(logits, rows, place) if isinstance(sampler, RowSampler) else sampler(logits)
         mx.async_eval(drawn)  # so that the next pass is built while this one runs
         return drawn
@@ -213,7 +226,9 @@ def _decode(model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_s
     return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
 
 
-def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> tuple[list, np.ndarray]:
+def _read_prompts(
+    model, prompts: list[list[int]], max_tokens: int, states: SampledStates | None = None
+) -> tuple[list, np.ndarray]:
     """Caches of all prompts without their last tokens, and the padding on the left of each, which makes them equal.
 
     A prompt that several rows have is read once, if its cache can be copied.
@@ -233,17 +248,19 @@ def _read_prompts(model, prompts: list[list[int]], max_tokens: int) -> tuple[lis
     tokens = mx.array(
         [prompt[:-1] + (0,) * pads for prompt, pads in zip(distinct, padding.tolist(), strict=True)], mx.int32
     )
+    number = {prompt: index for index, prompt in enumerate(distinct)}
+    rows = np.arange(len(prompts)) if len(distinct) == len(prompts) else np.array([number[tuple(p)] for p in prompts])
     step = prefill_length(len(distinct))
     for start in range(0, longest, step):
         model(tokens[:, start : start + step], cache=caches)
+        if states is not None:
+            states.prompts_read(rows, lengths[rows], start)
         mx.eval([cache.state for cache in caches])
     if ragged:
         for cache in caches:
             cache.finalize()
     if len(distinct) == len(prompts):
         return caches, padding
-    number = {prompt: index for index, prompt in enumerate(distinct)}
-    rows = np.array([number[tuple(prompt)] for prompt in prompts])
     return caches, _keep_rows(caches, rows, padding) if longest else padding[rows]
 
 

@@ -7,7 +7,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter
-from models.frozen_layers import from_states, lower_states, num_frozen_layers
+from models.frozen_layers import SampledStates, from_states, lower_states, num_frozen_layers
+from models.generation import sample
 from models.loading import twin
 from tests.architectures import ARCHITECTURES, build
 
@@ -95,6 +96,40 @@ def test_the_lower_layers_are_run_once_and_the_upper_ones_not_at_all_for_their_s
     run.clear()
     model(TOKENS)
     assert run == [0, 1, 2, 3]
+
+
+SAMPLED = {
+    "of one length": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [4, 5, 7]],
+    "of a token": [[1], [2], [3], [4]],
+    "of many lengths": [[1, 2, 3, 4], [5], [6, 7], [9] * 7, [3, 3]],
+    "several times": [[6, 7], [6, 7], [5], [5], [5], [1, 2, 3]],
+}
+
+
+@pytest.mark.parametrize("step", [2048, 2])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_states_of_sampling_are_those_of_a_pass_over_whole_rows(name, step, monkeypatch):
+    """Prompts are read whole or two tokens a pass, rows end at different tokens and are dropped, pads are 0."""
+    monkeypatch.setattr("models.generation.PREFILL", step)
+    model, states, prompts = adapted("llama-tied", num_hidden_layers=4), SampledStates(3), SAMPLED[name]
+    mx.random.seed(1)
+    completions = sample(model, prompts, set(range(0, 60, 5)), 12, 1.0, states=states)
+    assert len(set(map(len, completions))) > 1
+    rows = [(prompt + completion)[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows)) + 5
+    found = np.array(states.of([len(row) for row in rows], width))
+    expected = np.array(lower_states(model, mx.array([row + [0] * (width - len(row)) for row in rows]), 3))
+    for row, (ours, plain) in enumerate(zip(found, expected, strict=True)):
+        length = len(rows[row])
+        np.testing.assert_allclose(ours[:length], plain[:length], atol=1e-5)
+        assert not ours[length:].any()
+    assert states.of([width] * len(rows), width) is None  # of tokens that nobody read
+
+
+def test_prompts_that_are_not_all_in_flight_leave_no_states():
+    states = SampledStates(1)
+    sample(adapted("llama-tied"), [[1, 2], [3, 4], [5]], set(), 3, 1.0, batch_size=2, states=states)
+    assert states.of([4, 4, 3], 4) is None
 
 
 def test_no_gradient_goes_into_the_states():

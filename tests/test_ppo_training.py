@@ -892,13 +892,42 @@ def test_kept_states_change_neither_scores_nor_gradients(setting, monkeypatch, c
     plain = trained_last_layer(setting, case, monkeypatch, kept=False)
     expected = plain.roll_out()
     assert expected.states is None
+    real = np.array(rollout.mask) > 0  # at pads nothing was sampled, so no state is known
     for name in Rollout._fields[:-1]:
-        np.testing.assert_allclose(np.array(getattr(rollout, name)), np.array(getattr(expected, name)), atol=1e-5)
-    assert np.abs(np.array(rollout.kl)).max() > 1e-3
+        found, plainly = (np.array(getattr(each, name)) for each in (rollout, expected))
+        at = real if found.shape == real.shape else ...
+        np.testing.assert_allclose(found[at], plainly[at], atol=1e-5, err_msg=name)
+    assert np.abs(np.array(rollout.kl)[real]).max() > 1e-3
     loss, stats, gradients = run.gradient(rollout, kl_coef=0.1, rows=[np.arange(8, 16), np.arange(8)])
     other_loss, other_stats, others = plain.gradient(expected, kl_coef=0.1, rows=[np.arange(8, 16), np.arange(8)])
     assert loss == pytest.approx(other_loss, abs=1e-5) and stats == pytest.approx(other_stats, abs=1e-5)
     assert_close(gradients, others)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_layers_below_are_not_run_again_on_what_was_sampled(setting, monkeypatch, sampled):
+    """Completions that are not those of the last sampling, here with another token, are run."""
+    run, prompts = trained_last_layer(setting, "lora", monkeypatch), [[1, 5]] * 12 + [[4], [4, 4, 6], [4], [2]]
+    learner = run.learner()
+    mx.random.seed(3)
+    completions = learner.sample(prompts)
+    assert len({len(completion) for completion in completions}) > 2
+    if not sampled:
+        completions[0] = [7]
+    runs: list[mx.array] = []
+    real = ppo_learner.lower_states
+
+    def counted(*given):
+        runs.append(real(*given))
+        return runs[-1]
+
+    monkeypatch.setattr(ppo_learner, "lower_states", counted)
+    rollout, _ = learner.experience(prompts, completions, np.ones(16, np.float32))
+    assert bool(runs) is not sampled
+    lengths = [len(prompt) + len(found) - 1 for prompt, found in zip(prompts, completions, strict=True)]
+    read = np.arange(rollout.tokens.shape[1]) < np.array(lengths)[:, None]
+    difference = np.array(rollout.states - real(run.trainee.model, rollout.tokens, learner.frozen_layers))
+    assert np.abs(difference[read]).max() < 1e-5
 
 
 @pytest.mark.parametrize(("kept", "times"), [(True, 2), (False, 2 * 2 + 2 * 2)])

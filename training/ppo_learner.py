@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from data.batching import in_order
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dropout_off
 from models.cpu.process import on_one_core
-from models.frozen_layers import from_states, lower_states, num_frozen_layers, shares_lower_layers
+from models.frozen_layers import SampledStates, from_states, lower_states, num_frozen_layers, shares_lower_layers
 from models.generation import sample
 from models.grad_checkpoint import checkpoint_layers
 from models.gradient_trace import as_in_a_gradient
@@ -105,6 +105,7 @@ class PPOLearner:
         self.frozen_layers = num_frozen_layers(policy.model)
         self.kept_for_reference = shares_lower_layers(policy.model, reference, self.frozen_layers)
         self.gradients_of = loss_and_gradients(policy, make_loss(settings, self.frozen_layers))
+        self._sampled: tuple = (None, None, None)  # prompts and completions of the last sampling, and its states
 
     def seed(self, step: int) -> None:
         """Seed mlx's random numbers for `step`, so that a resumed run draws what it would have drawn."""
@@ -114,9 +115,24 @@ class PPOLearner:
         """One completion per prompt, as token ids, its EOS included."""
         limits = (self.settings.max_completion_length, self.settings.temperature, len(prompts))
         own, keys = self._own(len(prompts)), row_keys(len(prompts))
-        return self.ranks.gather(
-            sample(self.policy.model, prompts[own], self.eos_token_ids, *limits, keys=keys[own])
+        states = SampledStates(self.frozen_layers) if self.frozen_layers else None
+        completions = sample(
+            self.policy.model, prompts[own], self.eos_token_ids, *limits, keys=keys[own], states=states
         )  # fmt: skip
+        self._sampled = (prompts[own], completions, states)
+        return self.ranks.gather(completions)
+
+    def _sampled_states(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: list[int], width: int
+    ) -> mx.array | None:
+        """Of this rank's rows, the states (B, width, H) of the frozen layers, if it has sampled these last. They are
+        given away, as nothing else needs them."""
+        (asked, sampled, states), self._sampled = self._sampled, (None, None, None)
+        if states is None or (asked, sampled) != (prompts, completions):
+            return None
+        rows = zip(prompts, completions, strict=True)
+        lengths = [len(prefix) + len(prompt) + len(completion) - 1 for prompt, completion in rows]
+        return states.of(lengths, width)
 
     def _own(self, count: int) -> slice:
         """The rows, of `count`, that are this rank's."""
@@ -128,7 +144,8 @@ class PPOLearner:
     ) -> tuple[Rollout, mx.array]:
         """The rollout of completions with their scores (B,), by forward passes of policy and reference.
 
-        Layers below the first trained one are run once, for both of them and for the update.
+        Layers below the first trained one are run once, for both of them and for the update: as `sample` has run them,
+        where these are its completions.
 
         prompts, completions: token ids, without the soft prompt. Returns the entropy (B, C) of the policy as well.
         """
@@ -137,15 +154,17 @@ class PPOLearner:
         packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=compiling_pays())
         tokens, positions, ids, mask = (mx.array(field) for field in packed)
         own, pieces = self._own(len(prompts)), []
+        states = self._sampled_states(prompts[own], completions[own], prefix, tokens.shape[1])
         for rows_of in in_order(own.stop - own.start, ppo_step.rows_to_score(self.settings)):
             piece = slice(own.start + rows_of.start, own.start + rows_of.stop)
-            pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix))
+            kept = None if states is None else states[rows_of.start : rows_of.stop]
+            pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix, kept))
             mx.eval(pieces[-1])
-        logprobs, ref_logprobs, kl, values, entropy, *states = map(mx.concatenate, zip(*pieces, strict=True))
+        logprobs, ref_logprobs, kl, values, entropy, *kept = map(mx.concatenate, zip(*pieces, strict=True))
         computed = [logprobs, ref_logprobs, kl, values, entropy]
         logprobs, ref_logprobs, kl, values, entropy = self._of_all(computed, own, len(prompts))
         estimates = (logprobs, ref_logprobs, kl, values, mx.array(scores))
-        return Rollout(tokens, positions, ids, mask, *estimates, *states), entropy
+        return Rollout(tokens, positions, ids, mask, *estimates, *kept), entropy
 
     def _of_all(self, estimates: list[mx.array], own: slice, count: int) -> list[mx.array]:
         """The estimates (count, C) of all rows, of which this rank has computed those of its `own`."""
@@ -156,10 +175,15 @@ class PPOLearner:
             array[own] = computed
         return self.ranks.sum(whole)
 
-    def _score(self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]) -> list[mx.array]:
-        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept."""
-        count = self.frozen_layers
-        states = lower_states(self.policy.model, tokens, count) if count else None
+    def _score(
+        self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int], states: mx.array | None
+    ) -> list[mx.array]:
+        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept.
+
+        states: those of the frozen layers, where they are known.
+        """
+        if self.frozen_layers and states is None:
+            states = lower_states(self.policy.model, tokens, self.frozen_layers)
         found = as_in_a_gradient(lambda: self._estimates(states, tokens, positions, ids, prefix))
         return found if states is None else [*found, states]
 
