@@ -18,9 +18,10 @@ from models.token_stats import ALIVE_ON_CPU, ALIVE_ON_GPU, LOGITS_BYTES
 
 FLOAT = 4  # bytes of a float32
 # Of what a forward pass has in flight: gradients stand beside what they are made of, and what is recomputed, too.
-BACKWARD, CHECKPOINTED = 1.4, 1.9
-# Arrays (n, V) in float32 that live at once: of a single piece, and where the next is queued before it is done.
-LOGITS, QUEUED_LOGITS = 5, 8
+BACKWARD, CHECKPOINTED = 1.4, 2.35
+# Arrays (n, V) in float32 that live at once: of a single piece, and where the next are queued before it is done, at
+# most so many a piece. With a gradient more are queued, and most where a compiled loss has few operations.
+LOGITS, OF_A_PIECE, FORWARD, QUEUED_ON_CPU, QUEUED_ON_GPU = 5, 3, 6, 9.3, 13
 SAMPLING_ARRAYS = 5  # arrays (B, V) in float32 of two steps of decoding: logits, log probabilities, noise, their sum
 
 
@@ -121,7 +122,10 @@ def plan_ppo(outline: Outline, work: PPOWork, on_gpu: bool) -> MemoryPlan:
     return MemoryPlan(
         held,
         {
-            "sampling": sampling(outline, work.batch, work.distinct, prompt, work.completion, on_gpu),
+            "sampling": {
+                **states,
+                **sampling(outline, work.batch, work.distinct, prompt, work.completion, on_gpu),
+            },
             "scoring": {
                 **states,
                 **_passing(outline, tokens, length, positions, work.logits_bytes, on_gpu, models=2),
@@ -236,32 +240,34 @@ def _passing(
 
     Logits and the layers' results are never there at once, so only what these take beyond the logits is added.
     """
-    of_logits = logits(outline, positions, logits_bytes, on_gpu, in_flight > 1) * (1 + models) // 2
-    of_layers = int(working(outline, tokens, length, on_gpu) * in_flight)
+    of_logits = logits(outline, positions, logits_bytes, on_gpu, in_flight > 1) * models
+    of_layers = working(outline, tokens, length, on_gpu, in_flight)
     return {"logits": of_logits, "working arrays": max(of_layers - of_logits, 0)}
 
 
-def working(outline: Outline, tokens: int, length: int, on_gpu: bool) -> int:
-    """Results that are alive for a moment: those of the operations that mlx has queued, about a layer's.
+def working(outline: Outline, tokens: int, length: int, on_gpu: bool, in_flight: float = 1.0) -> int:
+    """Results that are alive for a moment: those of the operations that mlx has queued, of about half a layer.
 
-    How many arrays of each width these are was measured; models.cpu.attention makes several of a token's places.
+    That is either SwiGLU or attention, whose scores are the largest arrays of long texts. How many arrays of each width
+    these are was measured; models.cpu.attention makes several of a token's places.
     """
     o, queries, keys = outline, outline.heads * outline.head_dim, outline.kv_heads * outline.head_dim
-    places = o.heads * length
-    if on_gpu or o.size != FLOAT:
-        inner = 5 * o.intermediate + 5 * queries + 5 * keys + places
-    else:
-        inner = 6 * o.intermediate + 6 * queries + 3 * keys + 3 * places
-    return tokens * (FLOAT * 8 * o.hidden + o.size * inner)
+    ours = not on_gpu and o.size == FLOAT
+    wide = (6 * o.intermediate + 6 * queries + 3 * keys) if ours else 5 * (o.intermediate + queries + keys)
+    swiglu = in_flight * (FLOAT * 8 * o.hidden + o.size * wide)
+    scores = in_flight * o.size * (3 if ours else 1) * o.heads * length
+    attention = FLOAT * 8 * o.hidden + o.size * 4 * (queries + keys) + scores
+    return int(tokens * max(swiglu, attention))
 
 
 def logits(outline: Outline, positions: int, logits_bytes: int, on_gpu: bool, training: bool = False) -> int:
     """Arrays of logits in float32, in pieces of as many positions as --logits-memory allows (models.token_stats). Where
     the table is trained, also the sum of its gradients."""
     row = FLOAT * outline.vocabulary
-    rows = max(1, logits_bytes // (row * (ALIVE_ON_GPU if on_gpu else ALIVE_ON_CPU)))
-    of_pieces = LOGITS * row * positions if positions <= rows else QUEUED_LOGITS * row * rows
-    return of_pieces + outline.table * training
+    pieces = -(-positions // max(1, logits_bytes // (row * (ALIVE_ON_GPU if on_gpu else ALIVE_ON_CPU))))
+    most = (QUEUED_ON_GPU if on_gpu else QUEUED_ON_CPU) if training else FORWARD
+    arrays = LOGITS if pieces <= 1 else min(most, OF_A_PIECE * pieces)
+    return int(arrays * row * positions / max(pieces, 1)) + outline.table * training
 
 
 def sampling(

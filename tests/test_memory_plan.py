@@ -116,11 +116,25 @@ def test_the_kv_cache_is_that_of_the_completions_in_flight():
     assert long["KV cache"] == 2 * 4 * 4 * 512 * 4 * 4  # it grows by 256
 
 
-def test_logits_stay_within_their_budget():
+def test_logits_are_those_of_the_pieces_that_are_queued():
     outline = outline_of(SHAPE, lora())
-    assert memory_plan.logits(outline, 10, 10**9, True) == 5 * 4 * 50 * 10
-    assert memory_plan.logits(outline, 10**6, 10**6, True) <= 10**6
-    assert memory_plan.logits(outline, 10**6, 10**6, False) == pytest.approx(10**6 / 2, rel=0.01)
+    row, budget = 4 * 50, 10**6
+    assert memory_plan.logits(outline, 10, budget, on_gpu=True) == 5 * row * 10  # a single piece
+    rows = budget // (8 * row)  # 625, as eight arrays are counted on a GPU
+    assert memory_plan.logits(outline, 2 * rows, budget, on_gpu=True, training=True) == 3 * 2 * row * rows
+    many = 100 * rows
+    assert memory_plan.logits(outline, many, budget, on_gpu=True) == 6 * row * rows
+    assert memory_plan.logits(outline, many, budget, on_gpu=True, training=True) == 13 * row * rows
+    on_cpu = memory_plan.logits(outline, many, budget, on_gpu=False, training=True)
+    assert on_cpu == pytest.approx(9.3 / 16 * budget, rel=0.01)
+
+
+def test_working_arrays_are_those_of_the_wider_half_of_a_layer():
+    outline = outline_of(SHAPE, lora())
+    short, long, longer = (memory_plan.working(outline, 10, length, on_gpu=True) for length in (1, 1000, 2000))
+    assert short == 10 * 4 * (8 * 8 + 5 * (outline.intermediate + 2 * 4 + 4))
+    assert longer - long == 10 * 4 * outline.heads * 1000
+    assert memory_plan.working(outline, 10, 1, True, in_flight=2.0) == 2 * short
 
 
 def test_only_layers_that_learn_keep_anything_and_their_input_is_kept_for_the_rollout():
