@@ -97,7 +97,7 @@ def train_by_ppo(folder: Path, scale: Scale, seed: int) -> dict[str, float]:
         "--save-file", folder / "ppo_adapter", "--output-dir", folder / "runs/ppo",
     )  # fmt: skip
     seconds["ppo learned"] = stage(
-        "PPO on the learned reward", *ppo, "--reward_model", reward, "--init-kl-coef", 0.1, "--target", 4,
+        "PPO on the learned reward", *ppo, "--reward_model", reward,
         "--save-file", folder / "ppo_learned_adapter", "--output-dir", folder / "runs/ppo_learned",
     )  # fmt: skip
     stage("fuse PPO", "fuse.py", "--model", sft, "--adapter-file", folder / "ppo_adapter",

@@ -39,7 +39,7 @@ FROM_SFT = ["--model", "{folder}/sft_fine_tune"]
 VARIANTS = {
     "lora": [*FROM_SFT, "--ground_truth_reward"],
     # The learned scores have a wider scale than the rule's 0 to 1, and are not to be followed too far.
-    "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model", "--init-kl-coef", "0.1", "--target", "4"],
+    "learned": [*FROM_SFT, "--reward_model", "{folder}/reward_model"],
     # It cannot be fused: PPO continues with the one that SFT trained. It learns more slowly, and a larger
     # batch keeps its rise through the goal steady.
     "soft_prompt": ["--resume-file", "{folder}/soft_prompt", "--ground_truth_reward", "--ppo-epochs", "4"],

@@ -548,13 +548,18 @@ def test_a_resumed_run_says_what_it_takes_anew_and_keeps_it(stopped, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("words", "target"),
-    [(["--ground-truth-reward"], None), (["--reward-model", "r"], 6.0), (["--reward-model", "r", "--target", 4], 4.0)],
-)
-def test_the_kl_is_held_at_a_target_where_a_reward_model_scores(words, target):
+    ("words", "expected"),
+    [
+        (["--ground-truth-reward"], (None, None)), (["--reward-model", "r"], (0.1, 4.0)),
+        (["--reward-model", "r", "--target", 5], (0.1, 5.0)),
+        (["--reward-model", "r", "--init-kl-coef", 0], (0.0, 4.0)),
+    ],
+)  # fmt: skip
+def test_the_kl_is_held_at_a_target_where_a_reward_model_scores(words, expected):
     args = ppo(*words)
-    assert ppo_flags.ppo_settings(args).target == target
-    assert args.target == target  # for config.json
+    settings = ppo_flags.ppo_settings(args)
+    assert (settings.init_kl_coef, settings.target) == expected
+    assert (args.init_kl_coef, args.target) == expected  # for config.json
 
 
 @pytest.mark.parametrize("words", [["--learning-rate", "0.1"], ["--target", "6"], ["--reward-model", "a", "b"],

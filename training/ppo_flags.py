@@ -25,10 +25,12 @@ from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import HEAD_RATE, LARGE_PPO_OPTIMIZERS, PPO_OPTIMIZERS
 from training.ppo import KL_KINDS
-from training.ppo_step import KL_TARGET, check_settings
+from training.ppo_step import KL_COEF, KL_TARGET, check_settings
 from training.settings import PPOSettings
 
 ADVANTAGES = tuple(ESTIMATORS)
+# A reward model is right only near what it was trained on, so that the KL is held, and tighter (docs/ppo_training.md).
+MODEL_S_KL = {"init_kl_coef": 0.1, "target": 4.0}
 
 
 MAIN_FLAGS = (
@@ -164,11 +166,14 @@ def _add_ppo_flags(parser: Parser) -> None:
 
 def _add_kl_flags(parser: Parser) -> None:
     group = parser.add_argument_group("KL to the reference policy")
-    group.add_argument("--init-kl-coef", type=NOT_NEGATIVE, help="penalty per nat, in score units")
+    group.add_argument("--init-kl-coef", type=NOT_NEGATIVE,
+                       help=f"penalty per nat, in score units (default: {KL_COEF:g}; with a reward model "
+                       f"{MODEL_S_KL['init_kl_coef']:g})")  # fmt: skip
     group.add_argument("--adap-kl-ctrl", type=boolean, nargs="?", const=True,
                        help="adapt the coefficient to --target (True or False)")  # fmt: skip
-    group.add_argument("--target", type=POSITIVE, help=f"target KL, nats per completion (default: {KL_TARGET:g}; "
-                       "without a reward model the coefficient then never exceeds --init-kl-coef)")  # fmt: skip
+    group.add_argument("--target", type=POSITIVE,
+                       help=f"target KL, nats per completion (default: {MODEL_S_KL['target']:g} with a reward model; "
+                       f"else {KL_TARGET:g}, and the coefficient never exceeds --init-kl-coef)")  # fmt: skip
     group.add_argument("--horizon", type=POSITIVE, help="completions over which the coefficient adapts")
     group.add_argument("--kl-penalty", choices=KL_KINDS, help="KL per token (default: k1; k3 with group and rloo)")
 
@@ -198,13 +203,11 @@ def check(args: argparse.Namespace) -> None:
 
 
 def ppo_settings(args: argparse.Namespace) -> PPOSettings:
-    """The settings that the flags say; sets in `args` what follows from others. Raises UserError as `check` does.
-
-    A reward model is right only near what it was trained on, so that the KL is held at its target there.
-    """
+    """The settings that the flags say; sets in `args` what follows from others. Raises UserError as `check` does."""
     check(args)
-    if args.reward_model and args.target is None:
-        args.target = KL_TARGET
+    for name, value in MODEL_S_KL.items() if args.reward_model else ():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     return PPOSettings.from_flags(args)
 
 

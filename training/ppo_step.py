@@ -23,7 +23,7 @@ from training.settings import PPOSettings
 
 Array = Any
 Stats = Any  # models.token_stats.TokenStats or its twin, each figure (B, C)
-KL_TARGET = 6.0  # nats per completion, where none is given
+KL_COEF, KL_TARGET = 0.01, 6.0  # score units per nat, and nats per completion, where none are given
 LOSS_KINDS = ("k3", "abs", "mse")  # of KL that has a gradient towards the reference where it is a term of the loss
 
 
@@ -32,12 +32,12 @@ def check_settings(settings: PPOSettings) -> None:
     for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "num_steps",
                  "max_completion_length", "temperature", "horizon", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
-    for name in ("init_kl_coef", "clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
+    for name in ("clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
                  "step_kl", "steps_per_eval", "early_stopping"):  # fmt: skip
         positive(_flag(name), getattr(settings, name), zero=True)
-    for name in ("learning_rate", "value_head_learning_rate", "target"):
+    for name in ("learning_rate", "value_head_learning_rate", "target", "init_kl_coef"):
         if getattr(settings, name) is not None:
-            positive(_flag(name), getattr(settings, name))
+            positive(_flag(name), getattr(settings, name), zero=name == "init_kl_coef")
     pieces = settings.gradient_accumulation_steps
     _check_divides("batch-size", settings.batch_size, "mini-batch-size", settings.mini_batch_size)
     _check_divides("mini-batch-size", settings.mini_batch_size, "gradient-accumulation-steps", pieces)
@@ -114,10 +114,16 @@ def check_ranks(settings: PPOSettings, ranks: Ranks) -> None:
 
 def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.FixedKLController:
     """The controller of the KL coefficient."""
+    first = first_kl_coef(settings)
     if not settings.adap_kl_ctrl:
-        return ppo.FixedKLController(settings.init_kl_coef)
-    target, most = (KL_TARGET, settings.init_kl_coef) if settings.target is None else (settings.target, math.inf)
-    return ppo.AdaptiveKLController(settings.init_kl_coef, target, settings.horizon, most)
+        return ppo.FixedKLController(first)
+    target, most = (KL_TARGET, first) if settings.target is None else (settings.target, math.inf)
+    return ppo.AdaptiveKLController(first, target, settings.horizon, most)
+
+
+def first_kl_coef(settings: PPOSettings) -> float:
+    """The KL coefficient of the first step, in score units per nat."""
+    return KL_COEF if settings.init_kl_coef is None else settings.init_kl_coef
 
 
 def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:

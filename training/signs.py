@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from training.ppo_step import first_kl_coef
 from training.settings import PPOSettings
 
 WINDOW = 10  # steps that are compared: the first with the last ones
@@ -73,7 +74,7 @@ def fallen(window: Window) -> str:
     score, coef = window.recent("mean_score").mean(), window.recent("kl_coef").mean()
     if not 0 <= score < 0.5 * window.best:
         return ""
-    if coef > 2 * window.settings.init_kl_coef:
+    if coef > 2 * first_kl_coef(window.settings):
         cure = f"its KL penalty has grown to {coef:.2g} a nat; a higher --target leaves the policy what it has learned"
     else:
         cure = "a lower --step-kl or --learning-rate, a higher --init-kl-coef or a lower --target holds the policy"
