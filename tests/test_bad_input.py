@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ FILES: dict[str, str | bytes] = {
     "rows_role.jsonl": '{"messages": [{"from": ["human"], "value": "a"}]}', "rows_none.jsonl": '{"messages": []}',
     "rows_content.jsonl": '{"messages": [{"role": "user", "content": 1}]}',
     "answers.jsonl": '{"prompt": "2", "answer": "1"}', "good.jsonl": '{"prompt": "2 4 6"}', "two.jsonl": '{"prompt": "2", "answer": "1"}\n{"prompt": "2", "answer": "3"}',
-    "rewards.py": """import sys
+    "rewards.py": """import sys, time
 def exits(p, c): sys.exit(0)
 def raises(p, c): raise ValueError("two\\nlines")
 def few(p, c): return [1.0]
@@ -58,7 +59,7 @@ def nan(p, c): return [float("nan")] * len(c)
 def large(p, c): return [1e39] * len(c)
 def none(p, c): return None
 def hangs(p, c):
-    while True: pass
+    while True: time.sleep(1)  # and leaves the other cases the interpreter
 number = 3
 """,
     "exits.py": "import sys\nsys.exit(0)", "cut.py": "def score(", "words.txt": "no python",
@@ -156,6 +157,61 @@ OTHERS = [
     ("data.check", ["--data", "gone"], "is not a folder"), ("data.check", ["--data", "gone.jsonl"], "gone.jsonl"),
 ]  # fmt: skip
 
+# Where an output cannot go, and what makes one.
+PLACES = ["/dev/null", "pipe", "link", "dangling", "a_file/new", "/proc/new", "~nosuchuser/new", "x" * 300, "/dev/null/new"]
+OUTPUTS = [
+    *((script, [*words, "--save-file"]) for script, words in (
+        ("sft.py", ["--train", *DATA]), ("ppo_training.py", PPO), ("pytorch_ppo_training.py", PPO))),
+    ("evaluate.py", ["--ground-truth-reward", "--num-samples", "2", "--save-samples"]),
+    ("data.generate_digit_data", ["--increasing", "--num-samples", "3", "--output-dir"]),
+    ("data.generate_constraint_data", ["--num-samples", "6", "--output-dir"]),
+    ("synth.run", [*SYNTH, "--output-dir"]), ("synth.evolve", ["--rounds", "1", "--output-dir"]),
+    ("demo.py", ["--output-dir"]), ("demo_real.py", ["--short", "--model", "tiny-digits", "--output-dir"]),
+]  # fmt: skip
+ADAPTER = {"fine_tune_type": "lora", "num_layers": 1, "model": "tiny-digits",
+           "lora_parameters": {"rank": 8, "scale": 1.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}}  # fmt: skip
+CONFIGS: dict[str, tuple[object, str]] = {
+    "list": ([], "has something else: input should be an object"), "null": (None, "has None: input should be an object"),
+    "type": ({**ADAPTER, "fine_tune_type": 7}, "has 7 as fine_tune_type"),
+    "layers": ({**ADAPTER, "num_layers": 10**30}, "as num_layers: input should be less"),
+    "keys": ({**ADAPTER, "lora_parameters": {**ADAPTER["lora_parameters"], "keys": [1]}}, "has 1 as lora_parameters.keys.0"),  # type: ignore[dict-item]
+    "rank": ({**ADAPTER, "lora_parameters": {**ADAPTER["lora_parameters"], "rank": "8"}}, "has '8' as lora_parameters.rank"),  # type: ignore[dict-item]
+    "scale": ({**ADAPTER, "lora_parameters": {**ADAPTER["lora_parameters"], "scale": None}}, "has None as lora_parameters.scale"),  # type: ignore[dict-item]
+    "provenance": ({**ADAPTER, "provenance": [{"script": 1}]}, "has 1 as provenance.0.script"),
+}  # fmt: skip
+WEIGHTS = {"empty": b"", "cut": b"\x10\0\0\0", "huge": b"\xff" * 8 + b"{}", "zero": b"\0" * 64, "text": b"hello world"}
+READ_ADAPTERS = [("talk_to_model.py", ["--resume-file"]), ("evaluate.py", ["--ground-truth-reward", "--resume-file"]),
+                 ("ppo_training.py", [*PPO, "--resume-file"]), ("pytorch_ppo_training.py", [*PPO, "--resume-file"]),
+                 ("sft.py", ["--train", *DATA, "--resume-adapter-file"]), ("fuse.py", ["--adapter-file"]),
+                 ("ppo_training.py", ["--num-steps", "1", "--reward-model"])]  # fmt: skip
+RUNS = ["", "{", "[]", "3", '{"no_such_flag": 1}', '{"seed": -1}', '{"seed": "7"}', '{"seed": NaN}', '{"model": ["a"]}', "[" * 5000]
+RESUMED = ("sft.py", "ppo_training.py", "pytorch_ppo_training.py", "synth.run", "synth.evolve", "synth.tune")
+NUMBERS = [
+    *((script, flag, text) for script in ("sft.py", "ppo_training.py", "pytorch_ppo_training.py") for flag, text in (
+        ("--learning-rate", "inf"), ("--max-grad-norm", "-1"), ("--weight-decay", "-1"), ("--seed", str(2**64)),
+        ("--warmup-steps", "-1"), ("--keep-checkpoints", "-1"), ("--lora-scale", "nan"), ("--batch-size", "0"))),
+    *((script, flag, text) for script in ("ppo_training.py", "pytorch_ppo_training.py") for flag, text in (
+        ("--gamma", "2"), ("--gae-lambda", "5"), ("--ratio-threshold", "0"), ("--temperature", "inf"), ("--num-steps", "1" + "0" * 30))),
+    ("evaluate.py", "--temperature", "nan"), ("evaluate.py", "--num-samples", "0"), ("talk_to_model.py", "--seed", "-1"),
+    ("fuse.py", "--max-fuse-kl", "nan"), ("synth.run", "--answer-tokens", "0"), ("synth.run", "--concurrency", "0"),
+    ("synth.run", "--timeout", "1e400"), ("synth.evolve", "--rounds", "-1"), ("synth.offline", "--port", "-1"),
+    ("data.generate_digit_data", "--noise", "2"), ("data.generate_constraint_data", "--num-samples", "0"),
+    ("data.check", "--rows", "-1"), ("tiny", "--seed", "nan"), ("demo.py", "--seed", "-1"), ("demo_real.py", "--seed", "x"),
+]  # fmt: skip
+NOT_THERE = [
+    *((name, [*(word for flag in REQUIRED[name] for word in (flag, "gone.jsonl"))], "gone") for name in REQUIRED),
+    ("selection", ["--in", "rows_json.jsonl", "--out", "new.jsonl"], "rows_json.jsonl:1 has the keys"),
+    ("selection", ["--in", "good.jsonl", "--out", "new.jsonl"], "good.jsonl"), ("train", ["--task", "gone.yaml", "--in", "good.jsonl"], "gone"),
+    ("train", ["--task", TASK], "a task and samples are needed; give"),
+    ("report", ["gone"], "gone is not a folder"), ("report", ["a_file"], "a_file is not a folder"),
+    ("compare", ["gone"], "gone holds no run"), ("compare", ["a_file", "gone"], "holds no run"),
+    ("plots", ["gone"], "gone holds no run"), ("plots", ["a_file"], "a_file holds no run"),
+    ("gguf_folder", ["gone.gguf"], "gone.gguf is no file"), ("gguf_folder", ["a_file"], "a_file"),
+    ("gguf_folder", ["cut.gguf"], "cut.gguf"), ("smollm2", ["--dtype", "int3"], "invalid choice: 'int3'"),
+    ("tiny", ["--name", "none"], "invalid choice: 'none'"), ("sft.py", ["--dpo", "--train", "--data", "equal", "--data-base", ""],
+                                                             "train.jsonl:1: chosen and rejected are the same; take the row"),
+]  # fmt: skip
+
 
 def cases():
     """(script, words, what the line says) of every case."""
@@ -169,8 +225,8 @@ def cases():
         yield "ppo_training.py", [*PPO, "--prompts", file], said
     for file in ("rows_type", "rows_role", "rows_none", "rows_content"):
         yield "sft.py", ["--train", "--data", file], "train.jsonl:1 has"
-    for script in ("ppo_training.py", "evaluate.py"):
-        words = ["--reward-timeout", "0.3", *(["--num-steps", "1"] if script == "ppo_training.py" else ["--num-samples", "2"])]
+    for script in ("ppo_training.py", "pytorch_ppo_training.py", "evaluate.py"):
+        words = ["--reward-timeout", "0.3", *(["--num-samples", "2"] if script == "evaluate.py" else ["--num-steps", "1"])]
         for spec, said in REWARDS.items():
             yield script, [*words, "--prompts", "good.jsonl", "--reward-function", spec], said
     for url in URLS:
@@ -184,15 +240,32 @@ def cases():
         if name.startswith("instructions_"):
             yield "synth.evolve", ["--instructions", name], name
     yield from OTHERS
+    for script, words in OUTPUTS:
+        for place in PLACES:
+            if place != "link" or words[-1] != "--output-dir":  # files may go to a folder by its link
+                yield script, [*words, place], place.removesuffix("/new").removeprefix("~")
+    for script, words in READ_ADAPTERS:
+        yield from ((script, [*words, f"config_{name}"], said) for name, (_, said) in CONFIGS.items())
+        yield from ((script, [*words, f"weights_{name}"], "adapters.safetensors cannot be read") for name in WEIGHTS)
+    for number in range(len(RUNS)):
+        yield from ((script, ["--resume", f"run{number}"], f"run{number}") for script in RESUMED)
+    for script, flag, text in NUMBERS:
+        needed = {"sft.py": ["--train"], "evaluate.py": PPO[:1], "ppo_training.py": PPO, "pytorch_ppo_training.py": PPO}
+        yield script, [*needed.get(script, []), flag, text], f"{flag} is {text}; it has to be a"
+    yield from NOT_THERE
+    for file, said in ROWS.items():
+        yield "pytorch_ppo_training.py", [*PPO, "--prompts", file], said
+        yield "evaluate.py", [*PPO[:1], "--prompts", file], said
 
 
 CASES = list(cases())
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tiny_folder, tmp_path_factory):
     """Every file that a case names."""
     folder = tmp_path_factory.mktemp("bad")
+    shutil.copytree(tiny_folder, folder / "model")
     files = dict(FILES)
     files |= {f"task{n}.yaml": text for n, text in enumerate(TASKS)} | {f"tune{n}.yaml": t for n, t in enumerate(TUNE)}
     files["arithmetic.yaml"] = (ROOT / "synth/tasks/arithmetic.yaml").read_text(encoding="utf-8").replace(
@@ -200,6 +273,16 @@ def folder(tmp_path_factory):
     for name in [*ROWS, "rows_type.jsonl", "rows_role.jsonl", "rows_none.jsonl", "rows_content.jsonl"]:
         for split in ("train", "valid"):
             files[f"{name.removesuffix('.jsonl')}/increasing_mult_2_{split}.jsonl"] = FILES[name]
+    files |= {f"config_{name}/adapter_config.json": json.dumps(content) for name, (content, _) in CONFIGS.items()}
+    files |= {f"config_{name}/adapters.safetensors": b"\x02\0\0\0\0\0\0\0{}" for name in CONFIGS}
+    files |= {f"weights_{name}/adapter_config.json": json.dumps(ADAPTER) for name in WEIGHTS}
+    files |= {f"weights_{name}/adapters.safetensors": content for name, content in WEIGHTS.items()}
+    files |= {f"run{number}/config.json": content for number, content in enumerate(RUNS)}
+    files |= {f"equal/{split}.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "b"}' for split in ("train", "valid")}
+    files["cut.gguf"] = "GGUF"
+    os.mkfifo(folder / "pipe")
+    (folder / "link").symlink_to("adapter")
+    (folder / "dangling").symlink_to("nowhere")
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
@@ -209,7 +292,7 @@ def folder(tmp_path_factory):
 
 def tree(folder: Path) -> str:
     """A hash of all names and contents below a folder."""
-    found = [(str(path), path.read_bytes() if path.is_file() else b"") for path in sorted(folder.rglob("*"))]
+    found = [(str(path), path.lstat().st_mode, path.read_bytes() if path.is_file() else b"") for path in sorted(folder.rglob("*"))]
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
@@ -245,6 +328,8 @@ def test_is_a_line_and_changes_nothing(folder, monkeypatch, capsys, script, word
     monkeypatch.chdir(folder)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if script == "pytorch_ppo_training.py" and not {"--model", "--resume"} & set(words):
+        words = [*words, "--model", "model"]  # by its name a process of its own would find one
     before = tree(folder)
     line = fails(capsys, SCRIPTS[script], *words)
     assert said in line and line.isprintable() and len(line) < 5000
