@@ -225,9 +225,9 @@ def main() -> None:
 def evaluate(ranks: Ranks) -> None:
     """What the flags ask for, by all processes of a launch together."""
     args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
-    if not args.plan:
+    if not args.plan and ranks.writes:
         check(args)
-    elif args.shard:
+    elif args.plan and args.shard:
         raise UserError("--plan counts a process that holds the whole model; leave out --shard")
     check_shard(args.shard, ranks.size, "evaluate.py")
     if args.num_samples < ranks.size and not args.shard:

@@ -71,8 +71,9 @@ def train(ranks: Ranks) -> None:
     if show_plan("ppo_training.py", args):
         return
     check_ranks(settings, ranks)
-    check_adapter_path(args.save_file)
-    say_replaced(args.save_file)
+    if ranks.writes:
+        check_adapter_path(args.save_file)
+        say_replaced(args.save_file)
 
     # Model, prompts, reward, policy and reference
     planned_memory = planned_peak("ppo_training.py", args) if ranks.writes else None
@@ -86,7 +87,8 @@ def train(ranks: Ranks) -> None:
         try_once(reward, prompts.batch(0))
     adapter = args.resume_file or AdapterConfig(**adapter_settings(args))
     policy, reference = build_policies(loaded, settings, adapter, args.grad_checkpoint)
-    check_fused_model(args, policy.adapter)
+    if ranks.writes:
+        check_fused_model(args, policy.adapter)
     optimizer = make_ppo_optimizer(policy, settings)
     learner = PPOLearner(policy.module, reference, loaded.tokenizer, optimizer, settings, ranks)
     if ranks.size > 1:

@@ -71,8 +71,9 @@ def train(ranks: Ranks) -> None:
     args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
     settings = ppo_flags.ppo_settings(args)
     check_ranks(settings, ranks)
-    check_adapter_path(args.save_file)
-    say_replaced(args.save_file)
+    if ranks.writes:
+        check_adapter_path(args.save_file)
+        say_replaced(args.save_file)
     args.model = base_of(args.model, args.resume_file, resolve)
 
     # Model, prompts, reward, policy and reference

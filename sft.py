@@ -249,8 +249,8 @@ def main() -> None:
 def train_and_test(ranks: Ranks) -> None:
     """What the flags ask for, by all processes of a launch together."""
     args = argparse.Namespace(**ranks.from_writer(lambda: vars(parse_args())))
-    settings = sft_settings(args)
-    if args.train and not args.plan:
+    settings = sft_settings(args, files=ranks.writes)
+    if args.train and not args.plan and ranks.writes:
         say_replaced(args.save_file)
     args.model = base_of(args.model, args.resume_adapter_file, resolve)
     args.data_base = base_in(args.data, args.data_base)

@@ -181,7 +181,10 @@ def sweep(folder: Path, name: str | None = None) -> None:
     for child in folder.glob(".*.tmp"):
         found = re.fullmatch(r"\.(.+)\.(\d+)\.tmp", child.name)
         if found and name in (None, found[1]) and child.is_dir() and not child.is_symlink():
-            inside = {file.name for file in child.iterdir()}
+            try:
+                inside = {file.name for file in child.iterdir()}
+            except FileNotFoundError:  # its process has just removed it
+                continue
             if inside <= {found[1], f"{found[1]}.old", child.name} and not _is_running(int(found[2])):
                 _clear(child, found[1])
 

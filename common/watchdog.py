@@ -22,8 +22,8 @@ BEAT = 1.0  # seconds between signs of life
 SILENCE = 40.0  # seconds without any, after which a process or its connection counts as gone
 STANDSTILL = 5.0  # seconds without a look at the others, after which this process itself has stood still
 CONNECTING = 30.0  # seconds
-# What processes say: I live, I am done, I failed, another is gone, I am cut off from another.
-ALIVE, DONE, FAILED, GONE, CUT = b".", b"q", b"e", b"x", b"c"
+# What processes say: I live, I wait for the others, I am done, I failed, another is gone, I am cut off from another.
+ALIVE, WAITING, DONE, FAILED, GONE, CUT = b".", b"w", b"q", b"e", b"x", b"c"
 LOST = 3  # exit code
 
 
@@ -34,8 +34,10 @@ class Watchdog:
         """host: of rank 0, as the others reach it."""
         self.rank, self.size, self.host = rank, size, host
         self.continued_by = ""  # the command that goes on where this run ends
+        self.exchange = 0  # the number of what this process does with all others now, in which it waits; 0: nothing
         self.peers: dict[int, socket.socket] = {}
-        self.heard: dict[int, float] = {}
+        self.heard: dict[int, float] = {}  # when each spoke last
+        self.moved: dict[int, float] = {}  # when each last did something else than wait, as rank 0 knows it
         self.left, self.failing, self.first_failed = (threading.Event() for _ in range(3))
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -52,6 +54,7 @@ class Watchdog:
         for peer in self.peers.values():
             peer.settimeout(0)
         self.heard = dict.fromkeys(self.peers, time.monotonic())
+        self.moved = dict.fromkeys(range(self.size), time.monotonic())
         self.thread.start()
 
     def _accept(self, server: socket.socket, token: bytes) -> None:
@@ -110,7 +113,7 @@ class Watchdog:
         return self.first_failed.is_set()
 
     def cut_off(self) -> NoReturn:
-        """A connection other than this watch's has broken, so all end: rank 0 says that of the rank that told it first.
+        """A connection other than this watch's has broken, so all end; rank 0 names the rank that told it first.
 
         Where a process has ended, which breaks connections as well, the watch ends this one before that.
         """
@@ -119,7 +122,12 @@ class Watchdog:
             self._tell(CUT)
             time.sleep(SILENCE)
         time.sleep(2 * BEAT)
-        self._end(0 if self.rank else 1)
+        self._end(0 if self.rank else self._other)
+
+    @property
+    def _other(self) -> int | None:
+        """The rank that is not 0, if there is but one."""
+        return 1 if self.size == 2 else None
 
     def _tell(self, word: bytes, but: int | None = None) -> None:
         for rank, peer in self.peers.items():
@@ -131,18 +139,23 @@ class Watchdog:
         with selectors.DefaultSelector() as selector:
             for rank, peer in self.peers.items():
                 selector.register(peer, selectors.EVENT_READ, rank)
-            beaten, looked = 0.0, time.monotonic()
+            beaten, looked, exchange = 0.0, time.monotonic(), 0
             while not self.left.is_set() and selector.get_map():
                 for key, _ in selector.select(BEAT / 4):
                     if self._hear(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
                 if now - looked > STANDSTILL:  # this process stood still: what was said meanwhile is yet to be read
-                    self.heard = dict.fromkeys(self.heard, now)
+                    self.heard, self.moved = dict.fromkeys(self.heard, now), dict.fromkeys(self.moved, now)
                 looked = now
                 if now - beaten >= BEAT:
                     beaten = now
-                    self._tell(ALIVE)
+                    waits, exchange = self.exchange == exchange != 0, self.exchange
+                    self._tell(WAITING if waits else ALIVE)
+                    if not waits:
+                        self.moved[self.rank] = now
+                    if self.rank == 0 and now - max(self.moved.values()) > SILENCE:
+                        self._end(self._other)  # all wait for each other, for longer than any exchange takes
                     for key in list(selector.get_map().values()):
                         if now - self.heard[key.data] > SILENCE:
                             self._end(key.data)
@@ -156,6 +169,8 @@ class Watchdog:
         except OSError:
             said = b""
         self.heard[rank] = time.monotonic()
+        if ALIVE in said:
+            self.moved[rank] = self.heard[rank]
         if DONE in said:
             return True
         if self.failing.is_set():
@@ -169,11 +184,17 @@ class Watchdog:
             self._end(rank)
         return False
 
-    def _end(self, lost: int) -> NoReturn:
-        """End this process, and tell the others, the lost one, too; say why if it is the first that is left."""
+    def _end(self, lost: int | None) -> NoReturn:
+        """End this process, and tell the others, the lost one, too; say why if it is the first that is left.
+
+        lost: the rank, or None where it is known only that some cannot reach each other.
+        """
         self._tell(GONE)
         if self.rank == (1 if lost == 0 else 0):
             go_on = f"; the last checkpoint stands; continue with: {self.continued_by}" if self.continued_by else ""
-            line = f"error: rank {lost} of {self.size} has ended or cannot be reached, so all end{go_on}\n"
+            which = f"rank {lost} of {self.size} has ended or cannot be reached"
+            if lost is None:
+                which = f"some of the {self.size} ranks cannot reach each other"
+            line = f"error: {which}, so all end{go_on}\n"
             os.write(2, (("\n" if sys.stderr.isatty() else "") + line).encode())
         os._exit(LOST)

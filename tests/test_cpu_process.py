@@ -45,7 +45,7 @@ def test_after_an_error_they_may_run_anywhere(another):
 def test_the_ranks_of_a_launch_have_cores_of_their_own(another, monkeypatch):
     cores: list[int] = []
     for rank in range(2 * len(CORES)):
-        monkeypatch.setenv("MLX_RANK", str(rank))
+        monkeypatch.setattr(process, "_rank", str(rank))
         with process.on_one_core():
             cores += os.sched_getaffinity(0)
     assert cores == 2 * sorted(CORES)

@@ -14,10 +14,12 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (requireme
 from safetensors.torch import load_file
 
 import pytorch_ppo_training as script
+from common.errors import UserError
 from models.torch_adapters import read_adapter
 from tests import launched_torch
 from tests.scripts import ROOT, call
 from tests.torch_models import random_llama
+from training import torch_ranks
 from training.metrics import read_metrics
 
 TIMES = {"seconds", "rollout_seconds", "update_seconds", "tokens_per_second", "peak_memory_gb", "waiting_share"}
@@ -90,6 +92,14 @@ def test_what_would_go_wrong_is_refused_on_all_ranks(folder):
     assert re.fullmatch(r"rank 1 has another data than rank 0 .*; start every process with .* the same files", first[0])
     assert "--mini-batch-size gives 1 rows to share, fewer than the 2 processes" in first[1]
     assert "--batch-size gives 1 prompts to share" in first[2]
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_a_configuration_of_accelerate_that_divides_the_model_is_refused(monkeypatch, name):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(UserError, match=f"asks for {name}, which divides a model"), torch_ranks.launched():
+        pass
 
 
 def adapter(path):

@@ -113,10 +113,12 @@ class MLXRanks(Ranks):
         mx.eval(self.ahead)
         mx.eval(array)
         started = time.perf_counter()
+        self.sums += 1
+        self.watchdog.exchange = self.sums
         whole = mx.distributed.all_sum(array, group=self.group)
         mx.eval(whole)
+        self.watchdog.exchange = 0
         self.waited += time.perf_counter() - started
-        self.sums += 1
         self.summed_bytes += array.nbytes
         return whole
 

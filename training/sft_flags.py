@@ -69,8 +69,8 @@ def add_dpo_flags(parser: Parser) -> None:
     group.add_argument("--label-smoothing", type=FINITE, help="sigmoid: share of pairs whose labels may be wrong")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that cannot work, before anything is loaded."""
+def check(args: argparse.Namespace, files: bool = True) -> None:
+    """Raise UserError for flags that cannot work, and `files` that cannot be written, before anything is loaded."""
     if not (args.train or args.test):
         raise UserError("neither --train nor --test is given, so there is nothing to do; add one or both")
     check_settings(SFTSettings.from_flags(args))
@@ -80,7 +80,7 @@ def check(args: argparse.Namespace) -> None:
     if args.pack and (args.reward_model or args.grad_checkpoint):
         other = "--reward-model" if args.reward_model else "--grad-checkpoint"
         raise UserError(f"--pack does not work with {other}; leave one out")
-    if args.train:
+    if args.train and files:
         check_adapter_path(args.save_file)
 
 
@@ -117,8 +117,8 @@ def _check_dpo(settings: SFTSettings) -> None:
         raise UserError(f"--label-smoothing does not serve --loss {settings.loss}; leave it out")
 
 
-def sft_settings(args: argparse.Namespace) -> SFTSettings:
+def sft_settings(args: argparse.Namespace, files: bool = True) -> SFTSettings:
     """The settings that the flags say. Raises UserError as `check` does."""
-    check(args)
+    check(args, files)
     settings = SFTSettings.from_flags(args)
     return replace(settings, epochs=0.0) if args.resume else settings  # the run knows its --iters, perhaps extended

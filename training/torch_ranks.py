@@ -83,12 +83,14 @@ class TorchRanks(Ranks):
     def _all_sum(self, tensor: Tensor) -> Tensor:
         """The sum, in the memory of `tensor`."""
         started = time.perf_counter()
+        self.sums += 1
+        self.watchdog.exchange = self.sums
         try:
             dist.all_reduce(tensor)
         except RuntimeError:
             self.watchdog.cut_off()
+        self.watchdog.exchange = 0
         self.waited += time.perf_counter() - started
-        self.sums += 1
         self.summed_bytes += tensor.nbytes
         return tensor
 

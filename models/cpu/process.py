@@ -12,6 +12,7 @@ LARGEST_MMAP_THRESHOLD, KEPT_BYTES = 2**25, 2**30
 
 
 NAP = 1e-4  # seconds
+_rank = os.environ.get("MLX_RANK")  # which training.mlx_ranks takes out, as it is no matter of scripts started here
 _mlx_threads: set[int] = set()  # those that compute, where `on_one_core` has an effect
 
 
@@ -53,8 +54,8 @@ def on_one_core() -> Iterator[None]:
 
 def _core(allowed: list[int]) -> int:
     """The core to compute on, of those allowed."""
-    if rank := os.environ.get("MLX_RANK"):
-        return allowed[int(rank) % len(allowed)]
+    if _rank:
+        return allowed[int(_rank) % len(allowed)]
     return ctypes.CDLL(None).sched_getcpu()
 
 
