@@ -44,7 +44,7 @@ ANSWER = "constraints"
 MAX_TOKENS = 48  # of a reply
 LAYERS = ("--lora-layers", 8)  # those below are computed once a step
 TRAINED = ("SFT", "PPO", "DPO")
-# For these layers of 135 million weights; the defaults are for larger ones. From 2e-4 --step-kl lets PPO's rate rise to 4e-4.
+# For these layers of 135 million weights; the defaults are for larger ones. --step-kl lets PPO's rise to 4e-4.
 SFT_RATE, PPO_RATE, DPO_RATE = (("--learning-rate", rate) for rate in (5e-4, 2e-4, 2e-4))
 # Instructions differ in difficulty more than replies to one of them: each is compared with others to its own.
 GROUPS = ("--advantage", "group", "--num-generations", 4)
