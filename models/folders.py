@@ -20,6 +20,8 @@ HUB_FILES = [
     *("*.jinja", HEAD_FILE),
 ]
 
+MOST_LAYERS = 10_000  # of a model; the deepest that are published have some 130
+
 
 def model_folder(name: str) -> Path:
     """The folder `name`, or the hub's model of that name in the hub's cache, downloaded if missing.
@@ -53,10 +55,24 @@ def _local_folder(name: str) -> Path | None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{name} contains no config.json, so it is not a model folder; name one that fuse.py wrote")
+        _check_layers(folder / "config.json")
         return folder
     if folder.exists() or _is_path(name):
         raise UserError(f"{name} is not a model folder; check --model, or omit it for tiny-digits")
     return None
+
+
+def _check_layers(path: Path) -> None:
+    """Raise UserError where a config.json says so many layers that the libraries would never be done building them.
+
+    What else is wrong with the file is found where it is read.
+    """
+    try:
+        layers = read_as(dict[str, Any], path).get("num_hidden_layers")
+    except UserError:
+        return
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise UserError(f"{path} says num_hidden_layers is {layers}, more than {MOST_LAYERS}; correct it")
 
 
 def check_name(name: str) -> None:

@@ -131,6 +131,7 @@ DAMAGES = {
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "cut weights": lambda folder: cut(folder / "model.safetensors"),
     "empty weights": lambda folder: (folder / "model.safetensors").write_bytes(b""),
+    "layers without an end": lambda folder: change_config(folder, num_hidden_layers=10**9),
     "no heads": lambda folder: change_config(folder, num_attention_heads=0),
     "no EOS": lambda folder: without_eos(folder),
     "EOS that is no token": lambda folder: with_ends(folder, 10**12),
