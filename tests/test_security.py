@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from synth.offline.server import OfflineTeacher
 from tests.scripts import ROOT
 
 CODE = "from pathlib import Path\nPath(__file__).with_name('executed').touch()\nclass Own: pass\n"
-OPENERS = {
+OPENERS: dict[str, Callable[[str], object]] = {
     "mlx": load,
     "torch": lambda name: torch_loading.load(name, torch.device("cpu")),
     "torch classifier": lambda name: torch_loading.load(name, torch.device("cpu"), classifier=True),

@@ -1,5 +1,7 @@
 """What a run that does not learn says of itself: every cause provoked in a run of its own, and none where it learns."""
 
+from typing import Any
+
 import pytest
 
 from data.digits import DigitRule, digit_prompts
@@ -88,5 +90,5 @@ def test_a_step_without_updates_has_no_sign_of_standing_still():
 
 
 def test_rows_of_a_resumed_run_that_are_no_steps_are_passed_over():
-    rows = [{"step": 1}, {"step": 1, "mean_score": None}, {"step": 1, "mean_score": 0.5}]
+    rows: list[dict[str, Any]] = [{"step": 1}, {"step": 1, "mean_score": None}, {"step": 1, "mean_score": 0.5}]
     assert signs.Signs(PPOSettings(), rows).first == [0.5]
