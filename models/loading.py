@@ -21,6 +21,7 @@ from common.errors import opening
 from data.batching import check_eos
 from data.tokenizer import mlx_tokenizer
 from models.arrays import check_finite, check_whole
+from models.cpu import process
 from models.folders import folder_config, model_folder
 from models.four_bit import GROUP_SIZE, four_bit_folder
 from models.gguf_folder import gguf_file, gguf_folder, is_gguf
@@ -107,6 +108,7 @@ def load(name: str, divide: Callable[[nn.Module], None] | None = None) -> Loaded
 
     Raises UserError if the model is missing or cannot be opened.
     """
+    process.start_computing()
     path = resolve(name)
     wire_memory()
     with opening(name):

@@ -60,16 +60,20 @@ def test_a_thread_that_has_ended_is_no_error(monkeypatch):
 
 @pytest.mark.parametrize(("threads", "held"), [("1", 1), ("2", 0)])
 def test_mlx_has_its_thread_held_where_the_blas_has_one(threads, held):
-    """In a process of its own, as this one has loaded its BLAS."""
+    """In a process of its own, as this one has its BLAS. Imports start no thread, so that forks can compute."""
     code = (
         "from models import cpu; cpu.enable()\n"
+        "import mlx.core, ppo_training, synth.run\n"
         "from models.cpu import blas, process\n"
-        "print(int(blas.has_one_thread()), len(process._mlx_threads))"
+        "before = process.threads()\n"
+        "process.start_computing(); process.start_computing()\n"
+        "print(int(blas.has_one_thread()), len(before), len(process._mlx_threads))"
     )
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     environment = {**os.environ, "TUNER_SIMULATE_GPU": "0", **dict.fromkeys(names, threads)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    one_thread, threads_held = map(int, done.stdout.split())
-    assert threads_held == one_thread <= 1
+    one_thread, threads_before, threads_held = map(int, done.stdout.split())
     if one_thread:
-        assert held == 1
+        assert (threads_before, threads_held, held) == (1, 1, 1)
+    else:
+        assert threads_held == 0

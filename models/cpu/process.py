@@ -5,7 +5,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LARGEST_MMAP_THRESHOLD, KEPT_BYTES = 2**25, 2**30
@@ -13,7 +13,8 @@ LARGEST_MMAP_THRESHOLD, KEPT_BYTES = 2**25, 2**30
 
 NAP = 1e-4  # seconds
 _rank = os.environ.get("MLX_RANK")  # which training.mlx_ranks takes out, as it is no matter of scripts started here
-_mlx_threads: set[int] = set()  # those that compute, where `on_one_core` has an effect
+_start: Callable[[], None] | None = None  # what makes mlx start its threads, where `on_one_core` shall have an effect
+_mlx_threads: set[int] = set()  # those threads, once started
 
 
 def threads() -> set[int]:
@@ -21,15 +22,29 @@ def threads() -> set[int]:
     return {int(name) for name in os.listdir("/proc/self/task")}
 
 
-def compute_by(thread_ids: set[int]) -> None:
-    """Let `on_one_core` hold these threads, by which mlx computes, together with the one that calls it."""
-    _mlx_threads.update(thread_ids)
+def compute_after(start: Callable[[], None]) -> None:
+    """Let `on_one_core` hold the threads that `start` starts, by which mlx computes, together with its caller."""
+    global _start
+    _start = start
+
+
+def start_computing() -> None:
+    """Start mlx's threads and note them, once. Before anything is computed, or they are not told from others.
+
+    Not as soon as mlx is imported: a process that is forked off later has none of these threads, and its mlx would wait
+    for them without an end.
+    """
+    global _start
+    if _start:
+        start, _start, others = _start, None, threads()
+        start()
+        _mlx_threads.update(threads() - others)
 
 
 @contextlib.contextmanager
 def on_one_core() -> Iterator[None]:
     """Within it, the thread that builds the graph and the one that computes share a core, where mlx's BLAS has one
-    thread (`compute_by`); elsewhere nothing is done.
+    thread (`compute_after`, `start_computing`); elsewhere nothing is done.
 
     mlx hands each operation to the other thread, and on two cores most are done before the next is there: each side
     waits for the other and is woken, for longer than a small model's operation takes. A PPO step of a model of hidden
