@@ -141,13 +141,17 @@ class Worker:
         self.ready = self._answer()
 
     def step(self) -> dict[str, float]:
-        """One step's figures. Raises UserError with the end of the worker's log if it has died."""
+        """One step's figures."""
+        return self.ask("step")
+
+    def ask(self, line: str) -> Any:
+        """The answer to a line. Raises UserError with the end of the worker's log if it has died."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has died, so its answer is missing too
-            print("step", file=self.process.stdin, flush=True)
+            print(line, file=self.process.stdin, flush=True)
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if line:
