@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.digits_seeds import script
-from benchmarks.family_tasks import FIRST_NUMBERS, HALVES, Task, noisy_text, sum_rows
+from benchmarks.family_tasks import FIRST_NUMBERS, HALVES, NAMES, Task, noisy_text, sum_rows
 from common.cli import run
 from common.files import atomic_file, write_json
 from common.parser import Parser
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--half", choices=tuple(HALVES), default="choosing", help="of the tasks")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="of the half only these")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", choices=NAMES, help="of the half only these")
     parser.add_argument("--methods", nargs="+", choices=("gae", "group", "rloo"), default=["gae"])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
@@ -109,7 +109,7 @@ def learned_reward(work: Path, task: Task, log: Path) -> list[object]:
               "--data", work, "--data-base", f"reward_{task.digit_rule.name}_", "--iters", 300, "--batch-size", 32,
               "--fine-tune-type", "full", "--learning-rate", 2e-3, "--lr-schedule", "cosine",
               "--save-file", adapter)  # fmt: skip
-    return ["--reward-model", adapter, "--init-kl-coef", 0.1, "--target", 4]  # docs/ppo_training.md says why
+    return ["--reward-model", adapter]
 
 
 def write_texts(work: Path, task: Task, log: Path) -> None:

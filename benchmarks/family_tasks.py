@@ -154,3 +154,4 @@ HALVES = {
         _digits(True, 3, learned=True),
     ],
 }  # fmt: skip
+NAMES = [task.name for half in HALVES.values() for task in half]

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.families import BATCH_SIZE, COMPLETIONS, DEFAULTS, finished, measure, prepare
-from benchmarks.family_tasks import HALVES, Task
+from benchmarks.family_tasks import HALVES, NAMES, Task
 from benchmarks.ppo_step import Worker
 from common.cli import run
 from common.errors import UserError
@@ -35,7 +35,7 @@ from training import ppo_flags
 from training.metrics import METRICS, SUMMARY
 from training.ppo_step import KL_COEF, Prompts
 
-TASKS = ("decreasing mult 3", "decreasing mult 6", "total", "length whole")
+TASKS = ("decreasing_mult_3", "decreasing_mult_6", "total", "length whole")
 RATES = (3e-4, 1e-3, 3e-3)
 LORA = {"r": 8, "lora_alpha": 80, "lora_dropout": 0.0}  # as ppo_training.py's: scale 10
 
@@ -43,7 +43,7 @@ LORA = {"r": 8, "lora_alpha": 80, "lora_dropout": 0.0}  # as ppo_training.py's: 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__, yaml_file=False)
     parser.add_argument("--trl-python", metavar="PATH", help="Python of an environment that has TRL 0.11.4")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", choices=NAMES, default=list(TASKS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--completions", type=int, default=COMPLETIONS, help="sampled in each run")
