@@ -188,12 +188,16 @@ class SampledStates:
 
     def of(self, lengths: Sequence[int], width: int) -> mx.array | None:
         """States (B, width, H) of rows of these lengths, 0 at pads; None where a token was not read."""
+        places = np.arange(width)
+        return self.at(np.arange(len(lengths))[:, None], places, places < np.array(lengths)[:, None])
+
+    def at(self, rows: np.ndarray, places: np.ndarray, real: np.ndarray | bool = True) -> mx.array | None:
+        """The states (..., H) of tokens by row and place, 0 where not `real`; None where a token was not read."""
         if not self._passes:
             return None
-        index = np.full((len(lengths), width), -1)
-        known = self._index[:, :width]
-        index[:, : known.shape[1]] = known
-        index[np.arange(width) >= np.array(lengths)[:, None]] = self._size
+        within = places < self._index.shape[1]
+        found = np.where(within, self._index[rows, np.where(within, places, 0)], -1)
+        index = np.where(real, found, self._size)
         if (index < 0).any():
             return None
         size = self._passes[0].shape[-1]

@@ -32,6 +32,11 @@ def checkpoint_layers(model: nn.Module, dropout: float = 0.0) -> None:
         layer.__class__ = classes[type(layer)]
 
 
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether layers are recomputed in the backward pass, when nothing stands in for their parts any more."""
+    return any(getattr(layer, "recomputed", False) for layer in getattr(model, "layers", None) or ())
+
+
 def _checkpointed(layer_class: type) -> type:
     """A subclass whose calls are recomputed in the backward pass."""
 
@@ -49,4 +54,8 @@ def _checkpointed(layer_class: type) -> type:
 
         return mx.checkpoint(with_weights)(self.trainable_parameters(), args, kwargs)
 
-    return type(layer_class.__name__, (layer_class,), {"__call__": call, "__module__": layer_class.__module__})
+    return type(
+        layer_class.__name__,
+        (layer_class,),
+        {"__call__": call, "__module__": layer_class.__module__, "recomputed": True},
+    )

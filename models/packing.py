@@ -6,7 +6,7 @@
 
 All that works on single tokens sees no pads. Attention gets every row by itself, padded: no row sees another. Rotary
 embeddings are told each token's position in its row. That needs a family that calls mlx-lm's attention and a rotary
-embedding, which is tried out on a few tokens (`check_packing`).
+embedding, which is tried out on a few tokens (`packs`). Rows that begin alike can share their beginning (`Sharing`).
 """
 
 import sys
@@ -25,13 +25,22 @@ from models.value_head import forward, standing_in
 TOLERANCE = 1e-4  # of the largest hidden state, between rows packed and padded
 
 
+class Sharing(NamedTuple):
+    """Tokens that several rows begin with: the first S of T. Each belongs to one of G beginnings."""
+
+    rows: mx.array  # (G, B) 1 where a row has the beginning, else 0
+    slots: mx.array  # (S,) index into G · L
+    is_own: mx.array  # (B, L) whether there is a token that no row before has
+
+
 class Layout(NamedTuple):
     """Where the tokens of B rows lie: end to end in T places, and side by side in (B, L)."""
 
     places: mx.array  # (B, L) index into T; 0 at pads
     is_row: mx.array  # (B, L) whether there is a token
-    slots: mx.array  # (T,) index into B · L; 0 past the last row
+    slots: mx.array  # (T,) index into B · L, of the first row that has the token; 0 past the last row
     is_token: mx.array  # (T,) whether there is a token
+    sharing: Sharing | None = None
 
     @classmethod
     def of(cls, lengths: Sequence[int], width: int, multiple: int = 8) -> "Layout":
@@ -56,14 +65,28 @@ class Layout(NamedTuple):
 
         @spread.vjp
         def backward(primals, cotangent, output):
-            found = cotangent.swapaxes(0, 1).reshape(cotangent.shape[1], rows * length, -1)[:, self.slots]
-            return mx.where(self.is_token[:, None], found, 0)[None]
+            return mx.where(self.is_token[:, None], self._summed(cotangent), 0)[None]
 
         return spread(packed)
+
+    def _summed(self, rows: mx.array) -> mx.array:
+        """(B, heads, L, D) → (heads, T, D), the sum over all rows that have a token."""
+        heads, length = rows.shape[1:3]
+
+        def at(arrays: mx.array, slots: mx.array) -> mx.array:
+            return arrays.swapaxes(0, 1).reshape(heads, len(arrays) * length, -1)[:, slots]
+
+        if self.sharing is None:
+            return at(rows, self.slots)
+        # A product with the one-hot rows: mlx's own gradient adds up the rows in varying order on a GPU.
+        sums = self.sharing.rows.astype(rows.dtype) @ rows.reshape(len(rows), -1)
+        shared = at(sums.reshape(-1, *rows.shape[1:]), self.sharing.slots)
+        return mx.concatenate([shared, at(rows, self.slots[shared.shape[1] :])], axis=1)
 
     def end_to_end(self, rows: mx.array) -> mx.array:
         """(B, heads, L, D) → (1, heads, T, D), the opposite."""
         count, length = self.places.shape
+        is_own = self.is_row if self.sharing is None else self.sharing.is_own
 
         @mx.custom_function
         def join(x: mx.array) -> mx.array:
@@ -72,7 +95,7 @@ class Layout(NamedTuple):
         @join.vjp
         def backward(primals, cotangent, output):
             found = cotangent[0][:, self.places.reshape(-1)].reshape(-1, count, length, cotangent.shape[-1])
-            return mx.where(self.is_row[:, None, :, None], found.swapaxes(0, 1), 0)
+            return mx.where(is_own[:, None, :, None], found.swapaxes(0, 1), 0)
 
         return join(rows)
 
@@ -141,8 +164,8 @@ def _families(model: nn.Module) -> list[ModuleType]:
     return [sys.modules[name] for name in names if hasattr(sys.modules[name], "scaled_dot_product_attention")]
 
 
-def check_packing(model: nn.Module) -> None:
-    """Raise UserError for a model whose rows cannot be packed, by three rows both ways."""
+def packs(model: nn.Module) -> bool:
+    """Whether a model's rows can be packed, by three rows both ways."""
     lengths, width = [5, 2, 7], 16
     tokens = np.arange(1, width + 1, dtype=np.int32)[None] % 7
     was_training = model.training
@@ -156,11 +179,16 @@ def check_packing(model: nn.Module) -> None:
         with packed(model, Layout.of(lengths, width)):
             _, found = forward(model, mx.array(tokens))
         apart = mx.abs(found[0, : sum(lengths)] - mx.concatenate(alone)).max()
-        same = (apart <= TOLERANCE * mx.abs(mx.concatenate(alone)).max()).item()
+        same = bool((apart <= TOLERANCE * mx.abs(mx.concatenate(alone)).max()).item())
     except (AttributeError, IndexError, TypeError, ValueError):  # attention that is called in another way
         same = False
     model.train(was_training)
-    if not same:
+    return same
+
+
+def check_packing(model: nn.Module) -> None:
+    """Raise UserError for a model whose rows cannot be packed."""
+    if not packs(model):
         raise UserError(
             f"--pack does not serve {type(model).__module__}: a row would see its neighbours (layers that are not "
             "mlx-lm's attention), or positions would not begin anew in each; leave it out"

@@ -145,6 +145,7 @@ def test_both_scripts_take_the_flag(tiny_folder, tmp_path, monkeypatch, capsys):
         call(sft.main, *words, "--output-dir", f"sft-{run}", *flag)
         call(ppo_training.main, *ppo_words, "--output-dir", f"ppo-{run}", *flag)
     assert losses_of("sft-plain", "train_loss") == losses_of("sft-checkpointed", "train_loss")
-    assert losses_of("ppo-plain", "grad_norm") == losses_of("ppo-checkpointed", "grad_norm")
+    # Checkpointed rows have pads, plain ones lie end to end.
+    assert losses_of("ppo-plain", "grad_norm") == pytest.approx(losses_of("ppo-checkpointed", "grad_norm"), rel=1e-5)
     line = fails(capsys, sft.main, *words, "--grad-checkpoint", "--lora-dropout", 0.1)
     assert line.startswith("--grad-checkpoint cannot repeat")

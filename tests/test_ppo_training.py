@@ -40,6 +40,7 @@ from training.checkpoint_folders import last_checkpoint
 from training.flags import adapter_settings
 from training.metrics import read_metrics
 from training.optimizer import gradient_norm, loss_and_gradients, make_optimizer, optimizer_arrays, update
+from training.passes import PackedRows, PaddedRows
 from training.ppo_learner import (
     PPOLearner,
     accumulate,
@@ -458,7 +459,8 @@ def test_the_order_of_the_batch_changes_nothing(setting, advantage):
     # The completions of a prompt stay side by side.
     order = np.concatenate([4 * group + np.random.default_rng(group).permutation(4) for group in groups])
     loss, stats, gradients = run.gradient(rollout, kl_coef=0.1)
-    other_loss, other_stats, other = run.gradient(rollout.rows(mx.array(order)), kl_coef=0.1)
+    reordered = rollout._replace(passes=None).rows(mx.array(order))
+    other_loss, other_stats, other = run.gradient(reordered, kl_coef=0.1)
     assert other_loss == pytest.approx(loss, abs=1e-6)
     assert other_stats == pytest.approx(stats, abs=1e-5)
     assert_close(other, gradients)
@@ -473,7 +475,7 @@ def wider(rollout, by, pad):
 
     fillings = dict.fromkeys(Rollout._fields[:-2], 9.0) | {"tokens": pad, "completions": pad, "positions": 0, "mask": 0}
     fields = {name: widened(getattr(rollout, name), value) for name, value in fillings.items()}
-    return rollout._replace(**fields)
+    return rollout._replace(**fields, passes=None)
 
 
 @pytest.mark.parametrize("advantage", ["gae", "group"])
@@ -556,7 +558,7 @@ def test_states_after_eos_get_no_gradient_and_tokens_there_no_say(setting):
     end = np.array(rollout.positions)[:, :1] + 1 + np.array(rollout.mask).sum(axis=1, keepdims=True)
     behind = mx.array(np.arange(rollout.tokens.shape[1])[None] >= end)
     noise = mx.random.randint(0, 40, rollout.tokens.shape)
-    noisy = rollout._replace(tokens=mx.where(behind, noise, rollout.tokens))
+    noisy = rollout._replace(tokens=mx.where(behind, noise, rollout.tokens), passes=None)
     assert_close(run.gradient(noisy, kl_coef=0.1)[2], run.gradient(rollout, kl_coef=0.1)[2], 1e-6)
 
 
@@ -813,8 +815,9 @@ def test_scores_loss_and_gradients_are_those_of_whole_logits(setting, monkeypatc
     kind = ppo_step.kl_kind(settings)
     kl = full if kind == "full" else ppo.kl_penalty(plain[0], plain[1], kind)
     found = rollout.old_logprobs, rollout.ref_logprobs, rollout.kl
+    real = np.array(rollout.mask) > 0
     for array, expected in zip(found, (*plain, kl), strict=True):
-        np.testing.assert_allclose(np.array(array), np.array(expected), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.array(array)[real], np.array(expected)[real], rtol=0, atol=1e-5)
     entropy = ppo.masked_mean(ppo.entropy_from_logits(logits, settings.temperature), rollout.mask)
     assert run.figures["entropy"] == pytest.approx(entropy.item(), abs=1e-5)
 
@@ -888,10 +891,11 @@ def test_kept_states_change_neither_scores_nor_gradients(setting, monkeypatch, c
     rollout = run.roll_out()
     layers = run.trainee.model.layers
     assert run.learner().frozen_layers == len(layers) - 1 > 0
-    assert rollout.states.shape == (*rollout.tokens.shape, 64)
+    assert isinstance(rollout.passes, PaddedRows if checkpointed else PackedRows)
+    assert rollout.passes.states.shape[-1] == 64
     plain = trained_last_layer(setting, case, monkeypatch, kept=False)
     expected = plain.roll_out()
-    assert expected.states is None
+    assert expected.passes.states is None
     real = np.array(rollout.mask) > 0  # at pads nothing was sampled, so no state is known
     for name in Rollout._fields[:-1]:
         found, plainly = (np.array(getattr(each, name)) for each in (rollout, expected))
@@ -924,10 +928,9 @@ def test_the_layers_below_are_not_run_again_on_what_was_sampled(setting, monkeyp
     monkeypatch.setattr(ppo_learner, "lower_states", counted)
     rollout, _ = learner.experience(prompts, completions, np.ones(16, np.float32))
     assert bool(runs) is not sampled
-    lengths = [len(prompt) + len(found) - 1 for prompt, found in zip(prompts, completions, strict=True)]
-    read = np.arange(rollout.tokens.shape[1]) < np.array(lengths)[:, None]
-    difference = np.array(rollout.states - real(run.trainee.model, rollout.tokens, learner.frozen_layers))
-    assert np.abs(difference[read]).max() < 1e-5
+    expected = np.array(real(run.trainee.model, rollout.tokens, learner.frozen_layers))
+    rows, places = rollout.passes.rows_and_places()
+    np.testing.assert_allclose(np.array(rollout.passes.states), expected[rows, places], atol=1e-5)
 
 
 @pytest.mark.parametrize(("kept", "times"), [(True, 2), (False, 2 * 2 + 2 * 2)])
@@ -962,7 +965,8 @@ def test_a_reference_of_other_weights_is_scored_by_its_own_layers(setting, folde
     expected = ppo.logprobs_from_logits(
         forward(run.reference, rollout.tokens, rollout.positions)[0], rollout.completions
     )
-    np.testing.assert_allclose(np.array(rollout.ref_logprobs), np.array(expected), atol=1e-5)
+    real = np.array(rollout.mask) > 0
+    np.testing.assert_allclose(np.array(rollout.ref_logprobs)[real], np.array(expected)[real], atol=1e-5)
     assert np.abs(np.array(rollout.kl)).max() > 1e-3
 
 
@@ -1074,13 +1078,14 @@ def test_updates_that_are_not_made_do_not_delay_the_learning_rate(flags, monkeyp
 def test_a_scoring_pass_takes_what_an_update_pass_takes(monkeypatch, setting):
     run = setting("--gradient-accumulation-steps", 2)
     rows: list[int] = []
-    plain = PPOLearner._score
+    plain = PPOLearner._estimates
 
-    def recorded(self, tokens, *rest):
-        rows.append(tokens.shape[0])
-        return plain(self, tokens, *rest)
+    def recorded(self, part, prefix):
+        found = plain(self, part, prefix)
+        rows.append(len(found[0]))
+        return found
 
-    monkeypatch.setattr(PPOLearner, "_score", recorded)
+    monkeypatch.setattr(PPOLearner, "_estimates", recorded)
     run.roll_out()
     assert rows == [4] * 4  # half of a mini batch of 8, of 16
 

@@ -119,6 +119,6 @@ def test_rows_picks_the_same_rows_of_every_field():
     picked = rollout.rows(np.array([2, 0]))
     assert isinstance(picked, Rollout)
     assert picked.scores.tolist() == [2.0, 0.0]
-    assert rollout._replace(states=None).rows(np.array([2, 0])).states is None
+    assert rollout._replace(passes=None).rows(np.array([2, 0])).passes is None
     for field, whole in zip(picked, rollout, strict=True):
         assert (field == whole[[2, 0]]).all()

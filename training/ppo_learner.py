@@ -20,11 +20,12 @@ from mlx.utils import tree_map
 from data.batching import in_order
 from models.adapters import AdapterConfig, attach_adapter, load_adapter, turn_dropout_off
 from models.cpu.process import on_one_core
-from models.frozen_layers import SampledStates, from_states, lower_states, num_frozen_layers, shares_lower_layers
+from models.frozen_layers import SampledStates, lower_states, num_frozen_layers, shares_lower_layers
 from models.generation import sample
-from models.grad_checkpoint import checkpoint_layers
+from models.grad_checkpoint import checkpoint_layers, is_checkpointed
 from models.gradient_trace import as_in_a_gradient
 from models.loading import LoadedModel, twin
+from models.packing import packs
 from models.row_keys import row_keys
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import TokenStats, token_stats
@@ -37,9 +38,10 @@ from training.flags import step_seed
 from training.mlx_ranks import sum_tree
 from training.optimizer import Optimizer, compiling_pays, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
+from training.passes import PaddedRows, Pass, reading, rows_of
 from training.ppo_loop import Progress, ppo_steps
 from training.ranks import ALONE, Ranks
-from training.rollout import Rollout, pack
+from training.rollout import Rollout, pack, through_eos
 from training.settings import PPOSettings
 
 
@@ -104,6 +106,8 @@ class PPOLearner:
         self.eos_token_ids, self.pad_token_id = tokenizer.eos_token_ids, tokenizer.pad_token_id or 0
         self.frozen_layers = num_frozen_layers(policy.model)
         self.kept_for_reference = shares_lower_layers(policy.model, reference, self.frozen_layers)
+        prefix_for_one = settings.use_peft and soft_prompt_ids(policy.model)  # the reference does not see it
+        self.may_pack = not prefix_for_one and not is_checkpointed(policy.model) and packs(policy.model)
         self.gradients_of = loss_and_gradients(policy, make_loss(settings, self.frozen_layers))
         self._sampled: tuple = (None, None, None)  # prompts and completions of the last sampling, and its states
 
@@ -123,16 +127,12 @@ class PPOLearner:
         return self.ranks.gather(completions)
 
     def _sampled_states(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], prefix: list[int], width: int
-    ) -> mx.array | None:
-        """Of this rank's rows, the states (B, width, H) of the frozen layers, if it has sampled these last. They are
-        given away, as nothing else needs them."""
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> SampledStates | None:
+        """The states of the frozen layers of this rank's rows, if it has sampled these last. They are given away, as
+        nothing else needs them."""
         (asked, sampled, states), self._sampled = self._sampled, (None, None, None)
-        if states is None or (asked, sampled) != (prompts, completions):
-            return None
-        rows = zip(prompts, completions, strict=True)
-        lengths = [len(prefix) + len(prompt) + len(completion) - 1 for prompt, completion in rows]
-        return states.of(lengths, width)
+        return states if (asked, sampled) == (prompts, completions) else None
 
     def _own(self, count: int) -> slice:
         """The rows, of `count`, that are this rank's."""
@@ -149,22 +149,32 @@ class PPOLearner:
 
         prompts, completions: token ids, without the soft prompt. Returns the entropy (B, C) of the policy as well.
         """
-        prefix = soft_prompt_ids(self.policy.model)
-        rows = [prefix + list(prompt) for prompt in prompts]
-        packed = pack(rows, completions, self.eos_token_ids, self.pad_token_id, few_shapes=compiling_pays())
-        tokens, positions, ids, mask = (mx.array(field) for field in packed)
-        own, pieces = self._own(len(prompts)), []
-        states = self._sampled_states(prompts[own], completions[own], prefix, tokens.shape[1])
-        for rows_of in in_order(own.stop - own.start, ppo_step.rows_to_score(self.settings)):
-            piece = slice(own.start + rows_of.start, own.start + rows_of.stop)
-            kept = None if states is None else states[rows_of.start : rows_of.stop]
-            pieces.append(self._score(tokens[piece], positions[piece], ids[piece], prefix, kept))
-            mx.eval(pieces[-1])
-        logprobs, ref_logprobs, kl, values, entropy, *kept = map(mx.concatenate, zip(*pieces, strict=True))
-        computed = [logprobs, ref_logprobs, kl, values, entropy]
+        prefix, few_shapes = soft_prompt_ids(self.policy.model), compiling_pays()
+        asked = [prefix + list(prompt) for prompt in prompts]
+        ended = [through_eos(completion, self.eos_token_ids) for completion in completions]
+        arrays = pack(asked, ended, self.eos_token_ids, self.pad_token_id, few_shapes=few_shapes)
+        tokens, positions, ids, mask = map(mx.array, arrays)
+        own, states, pieces = self._own(len(prompts)), [], []
+        sampled, padded = (
+            self._sampled_states(prompts[own], completions[own]),
+            PaddedRows(tokens[own], positions[own], ids[own]),
+        )
+        rows = rows_of(padded, asked[own], ended[own], sampled, self.may_pack, few_shapes)
+        for index in map(np.array, in_order(own.stop - own.start, ppo_step.rows_to_score(self.settings))):
+            part = rows[index]
+            if self.frozen_layers and part.states is None:
+                with reading(self.policy.model, part, 0):
+                    part = part._replace(states=lower_states(self.policy.model, part.tokens, self.frozen_layers))
+                states.append((index, part.states))
+            pieces.append(as_in_a_gradient(partial(self._estimates, part, prefix)))
+            mx.eval(pieces[-1], part.states)
+        if states:
+            rows.keep(states)
+        computed = [mx.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         logprobs, ref_logprobs, kl, values, entropy = self._of_all(computed, own, len(prompts))
-        estimates = (logprobs, ref_logprobs, kl, values, mx.array(scores))
-        return Rollout(tokens, positions, ids, mask, *estimates, *kept), entropy
+        return Rollout(
+            tokens, positions, ids, mask, logprobs, ref_logprobs, kl, values, mx.array(scores), rows
+        ), entropy
 
     def _of_all(self, estimates: list[mx.array], own: slice, count: int) -> list[mx.array]:
         """The estimates (count, C) of all rows, of which this rank has computed those of its `own`."""
@@ -175,35 +185,21 @@ class PPOLearner:
             array[own] = computed
         return self.ranks.sum(whole)
 
-    def _score(
-        self, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int], states: mx.array | None
-    ) -> list[mx.array]:
-        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C); states, if kept.
-
-        states: those of the frozen layers, where they are known.
-        """
-        if self.frozen_layers and states is None:
-            states = lower_states(self.policy.model, tokens, self.frozen_layers)
-        found = as_in_a_gradient(lambda: self._estimates(states, tokens, positions, ids, prefix))
-        return found if states is None else [*found, states]
-
-    def _estimates(
-        self, states: mx.array | None, tokens: mx.array, positions: mx.array, ids: mx.array, prefix: list[int]
-    ) -> list[mx.array]:
-        """What `_score` gives, from the states of the frozen layers, where they are kept."""
+    def _estimates(self, part: Pass, prefix: list[int]) -> list[mx.array]:
+        """Logprobs of policy and reference, KL, values (0 without a head) and entropy, all (B, C)."""
         settings, count = self.settings, self.frozen_layers
-        with from_states(self.policy.model, states, count):
-            hidden, values = self.policy(tokens, positions)
-        with from_states(self.reference, states if self.kept_for_reference else None, count):
-            ref_hidden = reference_states(settings, self.reference, tokens, positions, prefix)
+        with reading(self.policy.model, part, count):
+            hidden, values = self.policy(part.tokens, part.positions)
+        with reading(self.reference, part, count, self.kept_for_reference):
+            ref_hidden = reference_states(settings, self.reference, part.tokens, part.positions, prefix)
         whole = (self.reference, ref_hidden) if ppo_step.kl_kind(settings) == "full" else None
-        stats = stats_of(settings, self.policy.model, hidden, ids, entropy=True, reference=whole)
+        stats = stats_of(settings, self.policy.model, hidden, part.targets, entropy=True, reference=whole)
         if whole is None:
-            ref_stats = stats_of(settings, self.reference, ref_hidden, ids)
+            ref_stats = stats_of(settings, self.reference, ref_hidden, part.targets)
             stats = stats._replace(ref_logprobs=ref_stats.logprobs)
         kl = ppo_step.token_kl(settings, stats)
         values = mx.zeros_like(kl) if values is None else values
-        return [stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy]
+        return [part.by_row(each) for each in (stats.logprobs, stats.ref_logprobs, kl, values, stats.entropy)]
 
     @on_one_core()
     def update(
@@ -250,10 +246,13 @@ def make_loss(settings: PPOSettings, frozen_layers: int = 0) -> Callable:
     """PPO's loss as a function of the policy and arrays alone. frozen_layers: those that a rollout's states replace."""
 
     def loss(policy: Policy, rollout: Rollout, advantages, returns, denominator, kl_coef):
-        with from_states(policy.model, rollout.states, frozen_layers):
-            hidden, values = policy(rollout.tokens, rollout.positions)
+        part = rollout.passes or Pass(rollout.tokens, rollout.positions, rollout.completions)
+        with reading(policy.model, part, frozen_layers):
+            hidden, values = policy(part.tokens, part.positions)
         which = {"entropy": bool(settings.entropy_coef), "training": True}
-        stats = stats_of(settings, policy.model, hidden, rollout.completions, **which)
+        stats = stats_of(settings, policy.model, hidden, part.targets, **which)
+        stats = TokenStats(*(None if figures is None else part.by_row(figures) for figures in stats))
+        values = None if values is None else part.by_row(values)
         return ppo_step.policy_loss(settings, stats, values, rollout, advantages, returns, denominator, kl_coef)
 
     return loss
@@ -299,9 +298,9 @@ def own_parts(
     mine = rows[(own.start <= rows) & (rows < own.stop)]
     for piece in np.split(mine, range(size, len(mine), size)) if len(mine) else [np.array([own.start])]:
         index = mx.array(piece)
-        part = rollout._replace(states=None).rows(index)
-        if rollout.states is not None:
-            part = part._replace(states=rollout.states[mx.array(piece - own.start)])
+        part = rollout._replace(passes=None).rows(index)
+        if rollout.passes is not None:
+            part = part._replace(passes=rollout.passes[piece - own.start])
         yield index, part if len(mine) else part._replace(mask=0 * part.mask)
 
 

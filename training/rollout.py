@@ -39,7 +39,7 @@ class Rollout(NamedTuple):
     kl: Array  # (B, C) nats per token, policy against reference
     old_values: Array  # (B, C) score units; zero without a value head
     scores: Array  # (B,) one per completion
-    states: Array | None = None  # (B, L - 1, H) that enter the first trained layer, where they are kept
+    passes: Any = None  # MLX: what training.passes reads of the rows
 
     def rows(self, index: Array) -> "Rollout":
         """The rollout of the rows in `index`."""
@@ -63,10 +63,10 @@ def pack(
     """
     completions = [through_eos(completion, eos_token_ids) for completion in completions]
     multiple = max(multiple, 16) if few_shapes else multiple
-    width = _rounded(max([1, *map(len, completions)]), multiple)
+    width = rounded(max([1, *map(len, completions)]), multiple)
     longest = max(len(prompt) for prompt in prompts) + width
     if few_shapes:
-        longest = 1 + _rounded(longest - 1, multiple)
+        longest = 1 + rounded(longest - 1, multiple)
     tokens = np.full((len(prompts), longest), pad_token_id, dtype=np.int32)
     completion_ids = np.full((len(prompts), width), pad_token_id, dtype=np.int32)
     mask = np.zeros((len(prompts), width), dtype=np.float32)
@@ -81,7 +81,8 @@ def pack(
     return Packed(tokens[:, :-1], positions, completion_ids, mask)
 
 
-def _rounded(length: int, multiple: int) -> int:
+def rounded(length: int, multiple: int) -> int:
+    """The next multiple of `multiple`, or of an eighth to a sixteenth of the length where that is more."""
     step = max(multiple, 2 ** (length.bit_length() - 4))
     return -(-length // step) * step
 
