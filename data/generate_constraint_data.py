@@ -1,6 +1,7 @@
 """Write rows of instructions with constraints that a program can check, and replies that satisfy them.
 
     python -m data.generate_constraint_data --output-dir data/constraints
+    python -m data.generate_constraint_data --output-dir data/short --kinds sentence count lower upper
 
     train.jsonl, valid.jsonl, test.jsonl                {"messages": [user, assistant], "answer": constraints as JSON}
     pairs_train.jsonl, pairs_valid.jsonl, pairs_test.jsonl     {"messages": [user], "chosen", "rejected"}
@@ -12,7 +13,7 @@ subject and no wording is in two of the three splits. The rule is data/constrain
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 
 from common import ranges
 from common.cli import run
+from common.errors import UserError
 from common.files import atomic_file
 from common.parser import Parser
 from data.constraints import Constraints
@@ -58,8 +60,8 @@ def _included(rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
 
 NAMES, NOTES = ["name", "subject", "topic"], ["fact", "note"]  # keys of JSON objects
 ENDINGS = ["That is all.", "I hope this helps.", "Thank you for asking."]
-KINDS = [
-    Kind(
+KINDS = {
+    "sentence": Kind(
         _words(
             "Answer in one sentence of at most {max_words} words.",
             "Use a single sentence, {max_words} words or fewer.",
@@ -68,7 +70,7 @@ KINDS = [
         ),
         lambda rng, subject: {"sentences": 1, "max_words": int(rng.integers(14, 20))},
     ),
-    Kind(
+    "count": Kind(
         _words(
             "Answer in exactly {sentences} sentences.",
             "Use {sentences} sentences, no more and no fewer.",
@@ -77,7 +79,7 @@ KINDS = [
         ),
         lambda rng, subject: {"sentences": int(rng.integers(2, 4))},
     ),
-    Kind(
+    "lower": Kind(
         _words(
             "Use only lowercase letters.",
             "Write everything in lowercase.",
@@ -86,7 +88,7 @@ KINDS = [
         ),
         lambda rng, subject: {"case": "lower"},
     ),
-    Kind(
+    "upper": Kind(
         _words(
             "Use only capital letters.",
             "Write everything in uppercase.",
@@ -95,7 +97,7 @@ KINDS = [
         ),
         lambda rng, subject: {"case": "upper"},
     ),
-    Kind(
+    "words": Kind(
         _words(
             'Mention "{include}" and do not mention "{exclude}".',
             'Use the word "{include}" but not "{exclude}".',
@@ -104,7 +106,7 @@ KINDS = [
         ),
         _included,
     ),
-    Kind(
+    "bullets": Kind(
         _words(
             "Answer as a list of {bullets} bullet points.",
             "Give {bullets} bullet points and nothing else.",
@@ -113,7 +115,7 @@ KINDS = [
         ),
         lambda rng, subject: {"bullets": int(rng.integers(2, 4))},
     ),
-    Kind(
+    "json": Kind(
         _words(
             "Answer in JSON with the keys {json_keys}.",
             "Reply with a JSON object that has the keys {json_keys}.",
@@ -122,7 +124,7 @@ KINDS = [
         ),
         lambda rng, subject: {"json_keys": (str(rng.choice(NAMES)), str(rng.choice(NOTES)))},
     ),
-    Kind(
+    "ending": Kind(
         _words(
             'End with "{ending}"',
             'Your last words must be "{ending}"',
@@ -131,13 +133,14 @@ KINDS = [
         ),
         lambda rng, subject: {"ending": str(rng.choice(ENDINGS))},
     ),
-]
-SENTENCE, COUNT, LOWER, UPPER, WORDS, BULLETS, OBJECT, ENDING = range(len(KINDS))
+}
 # Kinds that go together.
 COMBINATIONS = [
-    *((SENTENCE,), (COUNT,), (WORDS,), (BULLETS,), (OBJECT,), (SENTENCE, LOWER), (SENTENCE, UPPER), (COUNT, LOWER)),
-    *((WORDS, SENTENCE), (BULLETS, LOWER), (COUNT, ENDING), (WORDS, ENDING)),
+    *(("sentence",), ("count",), ("words",), ("bullets",), ("json",), ("sentence", "lower"), ("sentence", "upper")),
+    *(("count", "lower"), ("words", "sentence"), ("bullets", "lower"), ("count", "ending"), ("words", "ending")),
 ]
+ALONE = [combination[0] for combination in COMBINATIONS if len(combination) == 1]
+MISSES = 1000  # instructions in a row that were there already, until it is thought that there are no more
 
 
 class Row(NamedTuple):
@@ -149,24 +152,34 @@ class Row(NamedTuple):
     rejected: str
 
 
-def draw_row(rng: np.random.Generator, split: str) -> Row:
-    """One row of a split."""
+def combinations_of(kinds: Collection[str]) -> list[tuple[str, ...]]:
+    """Those that have no other kinds. Raises UserError where there are none."""
+    found = [combination for combination in COMBINATIONS if set(kinds).issuperset(combination)]
+    if not found:
+        raise UserError(f"--kinds {' '.join(kinds)} asks for nothing by itself; add {' or '.join(ALONE)}")
+    return found
+
+
+def draw_row(rng: np.random.Generator, split: str, combinations: Sequence[tuple[str, ...]] = COMBINATIONS) -> Row:
+    """One row of a split, of one of the combinations of kinds."""
     subject = SUBJECTS[SHARES[split]][int(rng.integers(len(SUBJECTS[SHARES[split]])))]
     asking = str(rng.choice(ASKING[split])).format(subject.name)
-    constraints, wordings = draw_constraints(rng, split, subject)
+    constraints, wordings = draw_constraints(rng, split, subject, combinations)
     chosen = reply(rng, subject, constraints)
     return Row(" ".join([asking, *wordings]), constraints, chosen, spoilt(rng, subject, constraints))
 
 
-def draw_constraints(rng: np.random.Generator, split: str, subject: Subject) -> tuple[Constraints, list[str]]:
+def draw_constraints(
+    rng: np.random.Generator, split: str, subject: Subject, combinations: Sequence[tuple[str, ...]] = COMBINATIONS
+) -> tuple[Constraints, list[str]]:
     """One combination of constraints for a subject, and how a split asks for them."""
     given: dict[str, Any] = {}
     wordings = []
-    for number in COMBINATIONS[int(rng.integers(len(COMBINATIONS)))]:
-        kind = KINDS[number]
+    for name in combinations[int(rng.integers(len(combinations)))]:
+        kind = KINDS[name]
         fields = kind.draw(rng, subject)
-        named = {name: " and ".join(f"{v}" for v in value) if isinstance(value, tuple) else value
-                 for name, value in fields.items()}  # fmt: skip
+        named = {field: " and ".join(f"{v}" for v in value) if isinstance(value, tuple) else value
+                 for field, value in fields.items()}  # fmt: skip
         wordings.append(str(rng.choice(kind.wordings[split])).format(**named))
         given |= fields
     return Constraints(**given), wordings
@@ -201,13 +214,19 @@ def spoilt(rng: np.random.Generator, subject: Subject, constraints: Constraints)
     return " ".join([opening, *(f"It {fact}." for fact in facts), "There is more to say about it, of course."])
 
 
-def write_split(folder: Path, split: str, count: int, seed: int) -> None:
-    """Write the two files of a split, without the same instruction twice."""
+def write_split(folder: Path, split: str, count: int, seed: int, kinds: Collection[str] = KINDS) -> None:
+    """Write the two files of a split, without the same instruction twice. Raises UserError where there are too few."""
+    combinations = combinations_of(kinds)
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     rows: dict[str, Row] = {}
+    misses = 0
     while len(rows) < count:
-        row = draw_row(rng, split)
+        row = draw_row(rng, split, combinations)
+        misses = misses + 1 if row.prompt in rows else 0
         rows.setdefault(row.prompt, row)
+        if misses > MISSES:
+            what = f"--kinds {' '.join(kinds)} have about {len(rows):,} instructions in {split}"
+            raise UserError(f"{what}; ask for fewer --num-samples, or for more kinds")
     turns = [[{"role": "user", "content": row.prompt}] for row in rows.values()]
     replies = [[{"role": "assistant", "content": row.chosen}] for row in rows.values()]
     write_rows(folder / f"{split}.jsonl", [
@@ -231,6 +250,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-samples", type=ranges.COUNT, default=600, help="rows of train; valid and test have a sixth"
     )
+    parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="only these kinds of constraints")
     parser.add_argument("--output-dir", type=Path, default=Path("data/constraints"), help="folder to write to")
     parser.add_argument("--seed", type=ranges.SEED, default=0, help="random seed")
     args = parser.parse_args()
@@ -241,7 +261,8 @@ def main() -> None:
     args = parse_args()
     fewer = -(-args.num_samples // 6)
     for split in SPLITS:
-        write_split(args.output_dir, split, args.num_samples if split == "train" else fewer, args.seed)
+        count = args.num_samples if split == "train" else fewer
+        write_split(args.output_dir, split, count, args.seed, args.kinds or KINDS)
     print(f"{args.output_dir}: {args.num_samples} rows of train, {fewer} each of valid and test, and as many pairs")
 
 

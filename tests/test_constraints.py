@@ -13,7 +13,7 @@ from data.prompts import read_answers
 from data.subjects import SUBJECTS
 from rewards.answer_reward import AnswerReward
 from rewards.answers import answer_type
-from tests.scripts import call
+from tests.scripts import call, fails
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_every_reply_that_can_be_drawn_satisfies_its_constraints():
 
 
 def test_splits_share_neither_subject_nor_wording(written):
-    wordings = [(*kind.wordings[split],) for kind in generate.KINDS for split in generate.SPLITS]
+    wordings = [(*kind.wordings[split],) for kind in generate.KINDS.values() for split in generate.SPLITS]
     wordings += generate.ASKING.values()
     every = [wording for group in wordings for wording in group]
     assert len(every) == len(set(every))
@@ -157,3 +157,25 @@ def test_sentences_end_before_white_space_and_bullets_begin_lines():
     assert not Constraints(sentences=3).met("One. Two. three")["sentences"]
     assert Constraints(bullets=2).met("first\n\n - a b\n\n* c d\n-e")["bullets"]
     assert Constraints(json_keys=("a b c",)).met('```json\n{"a b c": 1}\n```')["json_keys"]
+
+
+def test_only_kinds_that_are_named_are_asked_for(tmp_path):
+    words = ("--num-samples", 60, "--output-dir", tmp_path, "--kinds", "sentence", "count", "lower")
+    call(generate.main, *words)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    asked = {tuple(sorted(json.loads(row["answer"]))) for row in rows}
+    plain = {("max_words", "sentences"), ("sentences",)}
+    assert asked == plain | {("case", *fields) for fields in plain}
+    assert not any(json.loads(row["answer"]).get("case") == "upper" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--kinds", "lower"], "--kinds lower asks for nothing by itself; add sentence or count or words"),
+        (["--kinds", "json", "--num-samples", 4000], "--kinds json have about "),
+    ],
+)
+def test_kinds_that_make_too_few_instructions(capsys, tmp_path, words, line):
+    assert fails(capsys, generate.main, "--output-dir", tmp_path / "new", *words).startswith(line)
+    assert not (tmp_path / "new").exists()

@@ -1,17 +1,16 @@
-"""PPO's scoring and update with the layers below the first trained one run once a rollout, and run every time.
+"""PPO's scoring and update with what saves work there, one thing after the other.
 
-    python benchmarks/frozen_layers.py
-    python benchmarks/frozen_layers.py --hidden 576 --rounds 3
+    python benchmarks/ppo_passes.py
+    python benchmarks/ppo_passes.py --hidden 576 --vocabulary 49152 --rounds 3
 
-A random Llama with a LoRA on its last layers. Both ways score the same completions and take the same update in turn, in
-one process, so that what else the machine does falls on both; the ratio is the median over rounds. Leaves out sampling,
-which is the same in both, and memory.
+A random Llama with a LoRA on its last layers; prompts that have several completions each, of lengths as they vary
+(geometric). All ways score the same completions and take the same update in turn, in one process, so that what else the
+machine does falls on all; ratios are medians over rounds. Leaves out sampling, which is the same in all, and memory.
 """
 
 import argparse
 import os
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -35,11 +34,11 @@ from training.advantages import advantages_and_returns
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
 from training.settings import PPOSettings
 
-WAYS = ("every time", "once")
+WAYS = ("all layers every time", "those below the trained ones once", "and rows end to end")
 
 
 class NoEnd:
-    """A tokenizer as the learner needs it: without an EOS, so that every completion is as long as it may be."""
+    """A tokenizer as the learner needs it: without an EOS, so that a completion is as long as it is given."""
 
     eos_token_ids: frozenset[int] = frozenset()
     pad_token_id = 0
@@ -55,22 +54,24 @@ def build_learner(args: argparse.Namespace, way: str) -> PPOLearner:
     tokenizer = NoEnd()
     loaded = LoadedModel(model, tokenizer, {}, Path(), "random")
     rollout = {"batch_size": args.completions, "mini_batch_size": args.mini_batch, "max_completion_length": args.length}
-    ppo = PPOSettings(num_steps=1000, **rollout)
+    ppo = PPOSettings(num_steps=1000, advantage="group", num_generations=args.of_a_prompt, **rollout)
     adapter = AdapterConfig("lora", args.trained_layers, {"rank": 8, "scale": 10.0, "dropout": 0.0})
     policy, reference = build_policies(loaded, ppo, adapter)
     learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, ppo), ppo)
-    if way == "every time":
+    if way == WAYS[0]:
         learner.frozen_layers = 0
+    learner.may_pack = way == WAYS[2]
     mx.eval(policy.module.parameters(), reference.parameters())
     return learner
 
 
 def measure(learner: PPOLearner, args: argparse.Namespace, step: int) -> tuple[float, float]:
-    """Seconds of scoring and of the update of one rollout, the same in both ways."""
+    """Seconds of scoring and of the update of one rollout, the same in all ways."""
     rng = np.random.default_rng(step)
-    prompts, completions = (
-        rng.integers(1, args.vocabulary, (args.completions, length)).tolist() for length in (args.prompt, args.length)
-    )
+    asked = rng.integers(1, args.vocabulary, (args.completions // args.of_a_prompt, args.prompt)).tolist()
+    prompts = [prompt for prompt in asked for _ in range(args.of_a_prompt)]
+    lengths = np.minimum(rng.geometric(1 / args.mean_length, args.completions), args.length)
+    completions = [rng.integers(1, args.vocabulary, length).tolist() for length in lengths]
     started = time.perf_counter()
     rollout, _ = learner.experience(prompts, completions, rng.normal(size=args.completions).astype(np.float32))
     mx.synchronize()
@@ -86,10 +87,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=30, help="of the model")
     parser.add_argument("--trained-layers", type=int, default=8, help="of these the last, with a LoRA")
     parser.add_argument("--vocabulary", type=int, default=4096, help="size of the vocabulary")
-    parser.add_argument("--completions", type=int, default=16, help="of a rollout")
-    parser.add_argument("--mini-batch", type=int, default=8, help="completions an update takes at a time")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--length", type=int, default=48, help="tokens of a completion")
+    parser.add_argument("--completions", type=int, default=32, help="of a rollout")
+    parser.add_argument("--of-a-prompt", type=int, default=8, help="completions that a prompt has")
+    parser.add_argument("--mini-batch", type=int, default=16, help="completions an update takes at a time")
+    parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
+    parser.add_argument("--mean-length", type=int, default=20, help="tokens of a completion on average")
+    parser.add_argument("--length", type=int, default=48, help="tokens of a completion at most")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is not")
     return parser.parse_args()
 
@@ -102,14 +105,17 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for way in WAYS if number % 2 else WAYS[::-1]:
             seconds[way].append(measure(learners[way], args, number))
-    print(f"{args.trained_layers} of {args.layers} layers trained, hidden {args.hidden}, "
-          f"{args.completions} completions of {args.prompt} + {args.length} tokens, {args.rounds} rounds; "
+    print(f"{args.trained_layers} of {args.layers} layers trained, hidden {args.hidden}, vocabulary {args.vocabulary}; "
+          f"{args.completions} completions of {args.mean_length} tokens on average, {args.length} at most, "
+          f"{args.of_a_prompt} to a prompt of {args.prompt}, {args.mini_batch} a mini batch; {args.rounds} rounds; "
           f"{platform.machine()}, {os.cpu_count()} cores, BLAS {cpu.BLAS}, mlx {mx.__version__}")  # fmt: skip
-    print("| stage | every time, s | once, s | times as fast |\n|---|---|---|---|")
-    for index, stage in enumerate(("scoring", "update")):
-        plain, kept = ([times[index] for times in seconds[way][1:]] for way in WAYS)
-        ratio = statistics.median(a / b for a, b in zip(plain, kept, strict=True))
-        print(f"| {stage} | {statistics.median(plain):.2f} | {statistics.median(kept):.2f} | {ratio:.2f} |")
+    print("| | scoring, s | times as fast | update, s | times as fast |\n|---|---|---|---|---|")
+    first = np.array(seconds[WAYS[0]][1:])
+    for way in WAYS:
+        times = np.array(seconds[way][1:])
+        ratios = np.median(first / times, axis=0)
+        cells = [f"{np.median(times[:, stage]):.2f} | {ratios[stage]:.2f}" for stage in (0, 1)]
+        print(f"| {way} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
