@@ -47,7 +47,8 @@ TRAINED = ("SFT", "PPO", "DPO")
 # For these layers of 135 million weights; the defaults are for larger ones. --step-kl lets PPO's rise to 4e-4.
 SFT_RATE, PPO_RATE, DPO_RATE = (("--learning-rate", rate) for rate in (5e-4, 2e-4, 2e-4))
 # Instructions differ in difficulty more than replies to one of them: each is compared with others to its own.
-GROUPS = ("--advantage", "group", "--num-generations", 4)
+GROUPS = ("--advantage", "group", "--num-generations", 8)
+KINDS = ("--kinds", "sentence", "count", "lower", "upper")  # few, so that each is met often enough to be learned
 
 
 class Scale(NamedTuple):
@@ -62,8 +63,8 @@ class Scale(NamedTuple):
     replies: int
 
 
-FULL = Scale(rows=288, sft_iters=40, ppo_batch_size=32, replies=2)
-SHORT = Scale(rows=12, sft_iters=2, ppo_batch_size=12, replies=1)
+FULL = Scale(rows=1024, sft_iters=30, ppo_batch_size=64, replies=1)
+SHORT = Scale(rows=12, sft_iters=2, ppo_batch_size=16, replies=1)
 
 
 def parse_args() -> argparse.Namespace:
@@ -119,7 +120,7 @@ def train(stages: Stages, folder: Path, scale: Scale) -> None:
     model, seed = stages.flags["model"], ("--seed", stages.flags["seed"])
     data, start, prompts = folder / "data", folder / "sft", ("--prompts", folder / "data/train.jsonl")
     short = ("--max-completion-length", MAX_TOKENS, "--answer", ANSWER)
-    stages.run("data", "data/generate_constraint_data.py", "--num-samples", scale.rows, "--output-dir", data, *seed)
+    stages.run("data", "data/generate_constraint_data.py", "--num-samples", scale.rows, *KINDS, "--output-dir", data, *seed)
     stages.run(
         "SFT", "sft.py", "--train", "--model", model, "--data", data, "--iters", scale.sft_iters, "--batch-size", 8,
         "--val-batches", 4, *SFT_RATE, *LAYERS, *seed, "--save-file", start, run_folder=folder / "runs/sft",

@@ -45,6 +45,7 @@ from demo_real import (
     DPO_RATE,
     FULL,
     GROUPS,
+    KINDS,
     LAYERS,
     MAX_TOKENS,
     PPO_RATE,
@@ -111,7 +112,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> None:
     """The constraint task's data and the SFT adapter that all start from, made once; measures base and start."""
     log, data, start = folder / "logs/prepare.log", folder / "data", folder / "start"
     if not data.exists():
-        script(log, 1, "data/generate_constraint_data.py", "--num-samples", args.rows, "--output-dir", data)
+        script(log, 1, "data/generate_constraint_data.py", "--num-samples", args.rows, *KINDS, "--output-dir", data)
     if not start.exists():
         train(log, folder / "runs/start", "sft.py", "--train", "--model", args.model, "--data", data, "--iters",
               args.sft_iters, "--batch-size", 8, *SFT_RATE, *LAYERS, "--save-file", start)  # fmt: skip
