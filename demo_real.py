@@ -120,7 +120,8 @@ def train(stages: Stages, folder: Path, scale: Scale) -> None:
     model, seed = stages.flags["model"], ("--seed", stages.flags["seed"])
     data, start, prompts = folder / "data", folder / "sft", ("--prompts", folder / "data/train.jsonl")
     short = ("--max-completion-length", MAX_TOKENS, "--answer", ANSWER)
-    stages.run("data", "data/generate_constraint_data.py", "--num-samples", scale.rows, *KINDS, "--output-dir", data, *seed)
+    rows = ("--num-samples", scale.rows, *KINDS)
+    stages.run("data", "data/generate_constraint_data.py", *rows, "--output-dir", data, *seed)
     stages.run(
         "SFT", "sft.py", "--train", "--model", model, "--data", data, "--iters", scale.sft_iters, "--batch-size", 8,
         "--val-batches", 4, *SFT_RATE, *LAYERS, *seed, "--save-file", start, run_folder=folder / "runs/sft",

@@ -25,13 +25,13 @@ cpu.enable()  # before mlx is imported
 import mlx.core as mx
 from tqdm import tqdm
 
-from benchmarks.frozen_layers import build_learner, measure
+from benchmarks.ppo_passes import WAYS, build_learner, measure
 from common.cli import run
 from common.parser import Parser, positive
 from training.plots import Panel, plot_panels
 
 BASE = {"completions": 8, "length": 64, "layers": 8, "trained_layers": 4, "vocabulary": 8192}
-OTHERS = {"hidden": 256, "prompt": 16}
+OTHERS = {"hidden": 256, "prompt": 16, "of_a_prompt": 1, "mean_length": 0}
 NAMES = {
     "completions": "completions",
     "length": "tokens of a completion, beside 16 of its prompt",
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 def measure_at(sizes: dict[str, int], rounds: int) -> tuple[float, float]:
     """Median seconds of scoring and update together, after one that is not counted, and the peak in GB."""
     args = argparse.Namespace(**OTHERS, **sizes, mini_batch=sizes["completions"])
-    learner = build_learner(args, "once")
+    learner = build_learner(args, WAYS[-1])
     seconds = [sum(measure(learner, args, 0))]
     mx.reset_peak_memory()
     seconds += [sum(measure(learner, args, number + 1)) for number in range(rounds)]

@@ -54,7 +54,8 @@ def build_learner(args: argparse.Namespace, way: str) -> PPOLearner:
     tokenizer = NoEnd()
     loaded = LoadedModel(model, tokenizer, {}, Path(), "random")
     rollout = {"batch_size": args.completions, "mini_batch_size": args.mini_batch, "max_completion_length": args.length}
-    ppo = PPOSettings(num_steps=1000, advantage="group", num_generations=args.of_a_prompt, **rollout)
+    compared = {"advantage": "group", "num_generations": args.of_a_prompt} if args.of_a_prompt > 1 else {}
+    ppo = PPOSettings(num_steps=1000, **compared, **rollout)
     adapter = AdapterConfig("lora", args.trained_layers, {"rank": 8, "scale": 10.0, "dropout": 0.0})
     policy, reference = build_policies(loaded, ppo, adapter)
     learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, ppo), ppo)
@@ -70,7 +71,9 @@ def measure(learner: PPOLearner, args: argparse.Namespace, step: int) -> tuple[f
     rng = np.random.default_rng(step)
     asked = rng.integers(1, args.vocabulary, (args.completions // args.of_a_prompt, args.prompt)).tolist()
     prompts = [prompt for prompt in asked for _ in range(args.of_a_prompt)]
-    lengths = np.minimum(rng.geometric(1 / args.mean_length, args.completions), args.length)
+    lengths = np.full(args.completions, args.length)
+    if args.mean_length:
+        lengths = np.minimum(rng.geometric(1 / args.mean_length, args.completions), args.length)
     completions = [rng.integers(1, args.vocabulary, length).tolist() for length in lengths]
     started = time.perf_counter()
     rollout, _ = learner.experience(prompts, completions, rng.normal(size=args.completions).astype(np.float32))
@@ -91,7 +94,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--of-a-prompt", type=int, default=8, help="completions that a prompt has")
     parser.add_argument("--mini-batch", type=int, default=16, help="completions an update takes at a time")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
-    parser.add_argument("--mean-length", type=int, default=20, help="tokens of a completion on average")
+    parser.add_argument(
+        "--mean-length", type=int, default=20, help="tokens of a completion on average; 0: all --length"
+    )
     parser.add_argument("--length", type=int, default=48, help="tokens of a completion at most")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is not")
     return parser.parse_args()

@@ -30,7 +30,7 @@ from common.cli import run
 from common.errors import UserError
 from common.files import atomic_file, write_json
 from common.parser import Parser
-from rewards.combined import rewards_from_flags
+from rewards.combined import Reward, rewards_from_flags
 from training import ppo_flags
 from training.metrics import METRICS, SUMMARY
 from training.ppo_step import KL_COEF, Prompts
@@ -63,7 +63,7 @@ def run_cell(args: argparse.Namespace, start: list[object], task: Task, rate: fl
     flags = ppo_flags.ppo_parser(None).parse_args(ours)
     settings = ppo_flags.ppo_settings(flags)
     prompts = Prompts(ppo_flags.choose_prompts(flags, None), settings)
-    reward = rewards_from_flags(flags, None, lambda path: None)
+    reward = rewards_from_flags(flags, None, no_reward_model)
     setup = {"model": flags.model, "seed": seed, "max_new_tokens": settings.max_completion_length, "lora": LORA,
              "settings": {"learning_rate": rate, "batch_size": BATCH_SIZE, "init_kl_coef": KL_COEF}}  # fmt: skip
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -81,6 +81,11 @@ def run_cell(args: argparse.Namespace, start: list[object], task: Task, rate: fl
     with atomic_file(cell / METRICS) as temporary:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_json(cell / SUMMARY, {**setup, "versions": worker.ready})
+
+
+def no_reward_model(path: str) -> Reward:
+    """For tasks whose reward is learned, which TRL is not run on."""
+    raise UserError(f"TRL is not run on a reward model, as {path} is; name other --tasks")
 
 
 def label(rate: float) -> str:

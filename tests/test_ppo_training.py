@@ -892,7 +892,7 @@ def test_kept_states_change_neither_scores_nor_gradients(setting, monkeypatch, c
     layers = run.trainee.model.layers
     assert run.learner().frozen_layers == len(layers) - 1 > 0
     assert isinstance(rollout.passes, PaddedRows if checkpointed else PackedRows)
-    assert rollout.passes.states.shape[-1] == 64
+    assert rollout.passes.states is not None and rollout.passes.states.shape[-1] == 64
     plain = trained_last_layer(setting, case, monkeypatch, kept=False)
     expected = plain.roll_out()
     assert expected.passes.states is None

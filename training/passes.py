@@ -160,7 +160,7 @@ class PackedRows:
         of_prompt, of_row = _starts(before)[group], shared + _starts(own) - mine
         places = np.where(is_own, of_row[:, None], of_prompt[:, None]) + within
         ends = len(is_token) - shared
-        slots = [_spans(first * length, before, shared), _spans(rows * length + mine, own, ends)]
+        slots = np.concatenate([_spans(first * length, before, shared), _spans(rows * length + mine, own, ends)])
         sharing = None
         if shared and len(prompts) < len(rows):
             is_own |= (rows == first[group])[:, None]
@@ -168,7 +168,7 @@ class PackedRows:
             sharing = Sharing(
                 mx.array((prompts[:, None] == group).astype(np.float32)), _index(of_prompts), mx.array(is_row & is_own)
             )
-        places, slots = np.where(is_row, places, 0), np.concatenate(slots)
+        places = np.where(is_row, places, 0)
         return Layout(_index(places), mx.array(is_row), _index(slots), mx.array(is_token), sharing)
 
 
