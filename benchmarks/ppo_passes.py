@@ -95,7 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mini-batch", type=int, default=16, help="completions an update takes at a time")
     parser.add_argument("--prompt", type=int, default=48, help="tokens of a prompt")
     parser.add_argument(
-        "--mean-length", type=int, default=20, help="tokens of a completion on average; 0: all --length"
+        "--mean-length", type=int, default=20, help="of a completion on average; 0: all are --length"
     )
     parser.add_argument("--length", type=int, default=48, help="tokens of a completion at most")
     parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is not")
