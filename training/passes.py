@@ -1,6 +1,6 @@
 """A rollout as PPO's passes read it: rows with pads beside each other, or end to end without pads.
 
-    rows = in_passes(model, prompts, completions, ...)
+    rows = rows_of(padded, prompts, completions, ...)
     part = rows[index]  # of a mini batch
     with reading(model, part, frozen_layers):
         _, hidden = forward(model, part.tokens, part.positions)
@@ -172,11 +172,6 @@ class PackedRows:
         return Layout(_index(places), mx.array(is_row), _index(slots), mx.array(is_token), sharing)
 
 
-def _index(numbers: np.ndarray) -> mx.array:
-    """As indices: 0 where there is no number."""
-    return mx.array(np.maximum(numbers, 0).astype(np.int32))
-
-
 def rows_of(
     padded: PaddedRows,
     prompts: Sequence[Sequence[int]],
@@ -198,6 +193,11 @@ def rows_of(
     lengths = [len(prompt) + len(completion) - 1 for prompt, completion in zip(prompts, completions, strict=True)]
     padded.states = None if sampled is None else sampled.of(lengths, length)
     return padded
+
+
+def _index(numbers: np.ndarray) -> mx.array:
+    """As indices: 0 where there is no number."""
+    return mx.array(np.maximum(numbers, 0).astype(np.int32))
 
 
 def _lengths(texts: Iterable[Sequence[int]]) -> np.ndarray:

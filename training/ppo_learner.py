@@ -155,10 +155,8 @@ class PPOLearner:
         arrays = pack(asked, ended, self.eos_token_ids, self.pad_token_id, few_shapes=few_shapes)
         tokens, positions, ids, mask = map(mx.array, arrays)
         own, states, pieces = self._own(len(prompts)), [], []
-        sampled, padded = (
-            self._sampled_states(prompts[own], completions[own]),
-            PaddedRows(tokens[own], positions[own], ids[own]),
-        )
+        sampled = self._sampled_states(prompts[own], completions[own])
+        padded = PaddedRows(tokens[own], positions[own], ids[own])
         rows = rows_of(padded, asked[own], ended[own], sampled, self.may_pack, few_shapes)
         for index in map(np.array, in_order(own.stop - own.start, ppo_step.rows_to_score(self.settings))):
             part = rows[index]
@@ -172,9 +170,8 @@ class PPOLearner:
             rows.keep(states)
         computed = [mx.concatenate(arrays) for arrays in zip(*pieces, strict=True)]
         logprobs, ref_logprobs, kl, values, entropy = self._of_all(computed, own, len(prompts))
-        return Rollout(
-            tokens, positions, ids, mask, logprobs, ref_logprobs, kl, values, mx.array(scores), rows
-        ), entropy
+        estimates = (logprobs, ref_logprobs, kl, values, mx.array(scores))
+        return Rollout(tokens, positions, ids, mask, *estimates, rows), entropy
 
     def _of_all(self, estimates: list[mx.array], own: slice, count: int) -> list[mx.array]:
         """The estimates (count, C) of all rows, of which this rank has computed those of its `own`."""
