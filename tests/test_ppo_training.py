@@ -1131,16 +1131,18 @@ class Toy(nn.Module):
         return self.lm_head(mx.tanh(self.embed_tokens(tokens)))
 
 
-def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monkeypatch, compiling):
+@pytest.mark.parametrize("end_to_end", [False, True])
+def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monkeypatch, compiling, end_to_end):
     mx.random.seed(0)
     policy = Policy(Toy(), ValueHead(4, std=1.0))
-    packed = pack([[1, 2], [3], [4], [5, 6, 7]], [[8, 9], [10], [11, 12, 13], [14]], {15}, 0)
-    tokens, positions, ids, mask = (mx.array(field) for field in packed)
+    texts = [[1, 2], [1, 2], [3], [5, 6, 7]], [[8, 9], [10], [11, 12, 13], [14]]
+    tokens, positions, ids, mask = map(mx.array, pack(*texts, {15}, 0))
     logprobs = ppo.logprobs_from_logits(forward(policy.model, tokens, positions)[0], ids)
     values = policy(tokens, positions)[1]
     kl = mx.zeros_like(mask)
     scores = mx.array([0.1, 0.5, 0.9, 0.3])
-    rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores)
+    rows = PackedRows(*texts, ids.shape[1], few_shapes=True) if end_to_end else None
+    rollout = Rollout(tokens, positions, ids, mask, logprobs, logprobs, kl, values, scores, rows)
     settings = settings_of("--batch-size", 4, "--mini-batch-size", 4)
     advantages, returns = advantages_and_returns(rollout, settings, 0.0)
     monkeypatch.setattr(training_optimizer, "compiling_pays", lambda: False)
