@@ -1,6 +1,7 @@
 """The benchmarks' own arithmetic, on runs made by hand."""
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.llama import ModelArgs
 
-from benchmarks import crash, digits_dpo, growth, rollouts, scaling, sft_step, synth_ablation, synth_scale
+from benchmarks import crash, digits_dpo, growth, ppo_passes, rollouts, scaling, sft_step, synth_ablation, synth_scale
 from benchmarks.digits_seeds import measure, table
 from benchmarks.mlx_step import Stepper
 from benchmarks.ppo_step import MODELS, SMALL_TASK, Comparison, Worker, check_whole, compare, write_tokenizer
@@ -24,6 +25,7 @@ from common.errors import UserError
 from common.files import write_json
 from synth import prompts
 from synth.near_duplicates import find_duplicates
+from tests.scripts import call
 
 
 def rows(scores):
@@ -299,7 +301,7 @@ def test_growth_is_measured_once_where_curves_meet(monkeypatch):
         seen.append(args)
         return measure_at(*args)
 
-    monkeypatch.setattr(growth, "OTHERS", {"hidden": 64, "prompt": 2})
+    monkeypatch.setattr(growth, "OTHERS", {**growth.OTHERS, "hidden": 64, "prompt": 2})
     base = {"completions": 2, "length": 3, "layers": 2, "trained_layers": 1, "vocabulary": 50}
     monkeypatch.setattr(growth, "measure_at", measured_at)
     found = growth.curves(base, {"completions": (2, 4), "trained_layers": (1, 2)}, rounds=1)
@@ -308,6 +310,15 @@ def test_growth_is_measured_once_where_curves_meet(monkeypatch):
     assert all(point.seconds > 0 and point.peak > 0 for points in found.values() for point in points)
     left, right, *_ = growth.panels(found)
     assert left.curves[""][1] == (4, found["completions"][1].seconds) and right.unit == "GB"
+
+
+def test_ppo_s_passes_are_measured_three_ways(capsys):
+    sizes = {"hidden": 64, "layers": 3, "trained-layers": 1, "vocabulary": 50, "completions": 4, "of-a-prompt": 2}
+    sizes |= {"mini-batch": 2, "prompt": 4, "mean-length": 3, "length": 5, "rounds": 1}
+    call(ppo_passes.main, *itertools.chain(*((f"--{name}", value) for name, value in sizes.items())))
+    lines = capsys.readouterr().out.splitlines()[3:]
+    assert [line.split(" | ")[0] for line in lines] == [f"| {way}" for way in ppo_passes.WAYS]
+    assert all(float(cell) > 0 for line in lines for cell in line.strip("| ").split(" | ")[1:])
 
 
 def test_the_table_of_growth_divides_by_the_point_before():

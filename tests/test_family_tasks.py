@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import families, family_tasks
+from benchmarks import families, family_tasks, trl_families
 from benchmarks.families import measure, table, verdicts
 
 
@@ -101,3 +101,20 @@ def test_a_cell_that_was_cut_goes_on(monkeypatch, tmp_path):
         ("ppo_training.py", "--seed", 1, "--output-dir", tmp_path / "run"),
         ("ppo_training.py", "--resume", tmp_path / "run"),
     ]
+
+
+def test_trl_s_best_rate_stands_beside_ours():
+    """Of 40 steps of 128 completions: a mean of 5 steps reaches the goal with the fifth step behind the rise."""
+
+    def rows(before, after, rise):
+        scores = [before] * rise + [after] * (40 - rise)
+        return [{"mean_score": score, "kl": 1.0, "seconds": float(i)} for i, score in enumerate(scores)]
+
+    key = ("total", "gae", 0)
+    runs = {
+        "defaults": {key: rows(0.0, 1.0, 10), ("length", "gae", 0): rows(0.0, 1.0, 5)},
+        "TRL_0.001": {key: rows(0.0, 0.8, 2)},
+        "TRL_0.01": {key: rows(0.0, 0.2, 1)},
+    }
+    lines = trl_families.table(runs, ["total", "length"]).splitlines()[2:]
+    assert lines == ["| total, 0 | 1.000 | 1,920 | 0.800, 0.001 | 896 | never |"]
