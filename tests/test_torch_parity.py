@@ -200,8 +200,11 @@ def test_a_whole_step(case, base, tmp_path, monkeypatch):
     (expected, texts, figures), (actual, torch_texts, torch_figures) = found
     assert torch_texts == texts
     assert any(score > 0 for score in expected.scores.tolist())
-    for name in expected._fields[:-1]:  # but for the states, which PyTorch does not keep
-        agree(getattr(actual, name), getattr(expected, name))
+    real = np.array(expected.mask) > 0  # what stands at pads is nobody's business
+    for name in expected._fields[:-1]:  # but for the passes, which are MLX's alone
+        torch_array, mlx_array = np.array(getattr(actual, name)), np.array(getattr(expected, name))
+        at = real if mlx_array.shape == real.shape else ...
+        agree(torch_array[at], mlx_array[at])
     agree(list(torch_figures.values()), list(figures.values()))
     assert torch_figures.keys() == figures.keys()
     if "base" in case:
