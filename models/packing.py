@@ -141,12 +141,25 @@ def packed(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 @contextmanager
 def _attention_of(module: ModuleType, layout: Layout) -> Iterator[None]:
-    plain = module.scaled_dot_product_attention
-    module.scaled_dot_product_attention = _packed_attention(plain, layout)  # type: ignore[attr-defined]
+    stand_ins = {"scaled_dot_product_attention": _packed_attention, "create_attention_mask": _mask_of_a_row}
+    plain = {name: getattr(module, name) for name in stand_ins if hasattr(module, name)}
+    for name, function in plain.items():
+        setattr(module, name, stand_ins[name](function, layout))
     try:
         yield
     finally:
-        module.scaled_dot_product_attention = plain  # type: ignore[attr-defined]
+        for name, function in plain.items():
+            setattr(module, name, function)
+
+
+def _mask_of_a_row(create_mask: Callable, layout: Layout) -> Callable:
+    """mlx-lm's mask, made for L tokens: with a window, one for all T would have T² elements."""
+    row = mx.zeros((1, layout.places.shape[1], 1))
+
+    def create(hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return create_mask(row, *args, **kwargs)
+
+    return create
 
 
 def _ropes(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import base
 
 from models.frozen_layers import lower_states
 from models.value_head import Policy, new_value_head
@@ -125,3 +126,17 @@ def test_random_rows_agree():
         found, ours = of_rows(policy, rows[index], mask[mx.array(index)])
         np.testing.assert_allclose(found, expected, atol=1e-4)
         close(ours, gradients)
+
+
+def test_a_mask_with_a_window_is_of_a_row_and_not_of_all_tokens(monkeypatch):
+    """With one of all tokens, a rollout of some thousand would need gigabytes."""
+    made, plain = [], base.create_causal_mask
+
+    def recorded(count, *args, **kwargs):
+        made.append(count)
+        return plain(count, *args, **kwargs)
+
+    monkeypatch.setattr(base, "create_causal_mask", recorded)
+    policy, (_, rows, mask) = policy_of("gemma3"), both()
+    of_rows(policy, rows[np.arange(len(PROMPTS))], mask)
+    assert made and set(made) == {rows.longest}
