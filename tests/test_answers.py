@@ -1,7 +1,6 @@
 """Reading answers: golden cases per type, known faults of other readers, and bounds on malicious input."""
 
 import random
-import time
 from fractions import Fraction
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 from common.errors import UserError
 from rewards.answers import answer_type
 from rewards.expressions import canonical, rational, value
+from tests.timing import takes_under
 
 CHOICE = answer_type("choice")
 LABEL = answer_type("label", labels=["entailment", "neutral", "contradiction"])
@@ -192,10 +192,9 @@ def test_json():
 
 
 def test_json_of_any_depth_and_length_comes_to_an_end():
-    started = time.perf_counter()
     for text in ("[" * 100_000, "{" * 100_000, '{"a":' * 20_000, "[1," * 30_000):
         assert answer_type("json").extract(text) is None
-    assert time.perf_counter() - started < 5
+        assert takes_under(2.0, answer_type("json").extract, text)
 
 
 def test_custom_reader_and_comparison(tmp_path):
@@ -297,6 +296,4 @@ def test_nothing_a_model_writes_makes_a_reader_hang():
     for text in hostile:
         for kind in SIMPLE_TYPES:
             for shown in (text, f"<answer>{text}</answer>", f"The answer is {text}"):
-                started = time.process_time()
-                kind.extract(shown)
-                assert time.process_time() - started < 1.0, (kind.name, text[:20], shown[:20])
+                assert takes_under(1.0, kind.extract, shown), (kind.name, text[:20], shown[:20])
