@@ -35,7 +35,16 @@ from data.subjects import SUBJECTS, Subject
 SPLITS = ("train", "valid", "test")
 SHARES = {"train": slice(0, 32), "valid": slice(32, 38), "test": slice(38, 48)}  # of SUBJECTS
 ASKING = {
-    "train": ("Tell me about {}.", "Describe {}.", "What is {}?", "Write something about {}."),
+    "train": (
+        *(
+            "Tell me about {}.",
+            "Describe {}.",
+            "What is {}?",
+            "Write something about {}.",
+            "What do you know about {}?",
+        ),
+        *("Define {}.", "Inform me about {}.", "What can be said about {}?"),
+    ),
     "valid": ("Say what {} is.", "I would like to know about {}."),
     "test": ("Explain to a child what {} is.", "Give me a few facts about {}."),
 }
@@ -48,8 +57,8 @@ class Kind(NamedTuple):
     draw: Callable[[np.random.Generator, Subject], dict[str, Any]]  # → fields of Constraints
 
 
-def _words(*train: str, valid: str, test: str) -> dict[str, tuple[str, ...]]:
-    return {"train": train, "valid": (valid,), "test": (test,)}
+def _words(*train: str, valid: tuple[str, ...], test: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    return {"train": train, "valid": valid, "test": test}
 
 
 def _included(rng: np.random.Generator, subject: Subject) -> dict[str, Any]:
@@ -65,8 +74,15 @@ KINDS = {
         _words(
             "Answer in one sentence of at most {max_words} words.",
             "Use a single sentence, {max_words} words or fewer.",
-            valid="One sentence only, no longer than {max_words} words.",
-            test="Keep it to one sentence with a maximum of {max_words} words.",
+            "Write one sentence and no more than {max_words} words.",
+            "A single sentence with up to {max_words} words will do.",
+            "Your answer is one sentence; it may have {max_words} words at most.",
+            "Give me just one sentence, not over {max_words} words.",
+            valid=("One sentence only, no longer than {max_words} words.",),
+            test=(
+                "Keep it to one sentence with a maximum of {max_words} words.",
+                "Stay within one sentence and {max_words} words.",
+            ),
         ),
         lambda rng, subject: {"sentences": 1, "max_words": int(rng.integers(14, 20))},
     ),
@@ -74,8 +90,12 @@ KINDS = {
         _words(
             "Answer in exactly {sentences} sentences.",
             "Use {sentences} sentences, no more and no fewer.",
-            valid="Your reply has to have {sentences} sentences.",
-            test="Write precisely {sentences} sentences.",
+            "Your answer is {sentences} sentences long.",
+            "Reply with {sentences} sentences.",
+            "I want {sentences} sentences, not one more.",
+            "Make it {sentences} sentences in all.",
+            valid=("Your reply has to have {sentences} sentences.",),
+            test=("Write precisely {sentences} sentences.", "Take {sentences} sentences for it."),
         ),
         lambda rng, subject: {"sentences": int(rng.integers(2, 4))},
     ),
@@ -83,8 +103,12 @@ KINDS = {
         _words(
             "Use only lowercase letters.",
             "Write everything in lowercase.",
-            valid="No capital letters at all.",
-            test="Every letter must be small.",
+            "Your answer has no uppercase letters.",
+            "All of it is in small letters.",
+            "Do not capitalize anything.",
+            "Reply in lowercase, from the first letter on.",
+            valid=("No capital letters at all.",),
+            test=("Every letter must be small.", "Avoid capital letters."),
         ),
         lambda rng, subject: {"case": "lower"},
     ),
@@ -92,8 +116,12 @@ KINDS = {
         _words(
             "Use only capital letters.",
             "Write everything in uppercase.",
-            valid="No lowercase letters at all.",
-            test="Every letter must be a capital.",
+            "Your answer has no lowercase letters.",
+            "All of it is in capitals.",
+            "Capitalize every letter of every word.",
+            "Reply in uppercase, to the last letter.",
+            valid=("No lowercase letters at all.",),
+            test=("Every letter must be a capital.", "Avoid small letters."),
         ),
         lambda rng, subject: {"case": "upper"},
     ),
@@ -101,8 +129,15 @@ KINDS = {
         _words(
             'Mention "{include}" and do not mention "{exclude}".',
             'Use the word "{include}" but not "{exclude}".',
-            valid='It has to contain "{include}" and must not contain "{exclude}".',
-            test='The word "{include}" should appear, while "{exclude}" should not.',
+            'Your answer contains "{include}"; it does not contain "{exclude}".',
+            'Say "{include}", and never say "{exclude}".',
+            'Include "{include}" and leave out "{exclude}".',
+            'Do not write "{exclude}", but do write "{include}".',
+            valid=('It has to contain "{include}" and must not contain "{exclude}".',),
+            test=(
+                'The word "{include}" should appear, while "{exclude}" should not.',
+                'Work "{include}" in, and avoid "{exclude}".',
+            ),
         ),
         _included,
     ),
@@ -110,8 +145,12 @@ KINDS = {
         _words(
             "Answer as a list of {bullets} bullet points.",
             "Give {bullets} bullet points and nothing else.",
-            valid="Format your reply as {bullets} bullets.",
-            test="List {bullets} points, one bullet each.",
+            "Your answer is a list with {bullets} bullets.",
+            "Use {bullets} bullet points.",
+            "Put it into {bullets} points, each after a dash.",
+            "Write a bulleted list of {bullets} items.",
+            valid=("Format your reply as {bullets} bullets.",),
+            test=("List {bullets} points, one bullet each.", "Break it into {bullets} bulleted points."),
         ),
         lambda rng, subject: {"bullets": int(rng.integers(2, 4))},
     ),
@@ -119,8 +158,12 @@ KINDS = {
         _words(
             "Answer in JSON with the keys {json_keys}.",
             "Reply with a JSON object that has the keys {json_keys}.",
-            valid="Your reply is a JSON object; its keys are {json_keys}.",
-            test="Return JSON whose keys are {json_keys}.",
+            "Give a JSON object; its two keys are {json_keys}.",
+            "Use JSON, and the keys {json_keys}.",
+            "Your answer is one JSON object with {json_keys} as its keys.",
+            "Write it as JSON whose fields are {json_keys}.",
+            valid=("Your reply is a JSON object; its keys are {json_keys}.",),
+            test=("Return JSON whose keys are {json_keys}.", "Format it as a JSON object of {json_keys}."),
         ),
         lambda rng, subject: {"json_keys": (str(rng.choice(NAMES)), str(rng.choice(NOTES)))},
     ),
@@ -128,8 +171,12 @@ KINDS = {
         _words(
             'End with "{ending}"',
             'Your last words must be "{ending}"',
-            valid='Finish your reply by saying "{ending}"',
-            test='Close with the words "{ending}"',
+            'The final words are "{ending}"',
+            'At the end, write "{ending}"',
+            'After your answer, add "{ending}"',
+            'Your answer stops after the words "{ending}"',
+            valid=('Finish your reply by saying "{ending}"',),
+            test=('Close with the words "{ending}"', 'Let it end in "{ending}"'),
         ),
         lambda rng, subject: {"ending": str(rng.choice(ENDINGS))},
     ),
