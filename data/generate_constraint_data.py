@@ -261,8 +261,8 @@ def spoilt(rng: np.random.Generator, subject: Subject, constraints: Constraints)
     return " ".join([opening, *(f"It {fact}." for fact in facts), "There is more to say about it, of course."])
 
 
-def write_split(folder: Path, split: str, count: int, seed: int, kinds: Collection[str] = KINDS) -> None:
-    """Write the two files of a split, without the same instruction twice. Raises UserError where there are too few."""
+def draw_split(split: str, count: int, seed: int, kinds: Collection[str] = KINDS) -> list[Row]:
+    """The rows of a split, without the same instruction twice. Raises UserError where there are too few."""
     combinations = combinations_of(kinds)
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     rows: dict[str, Row] = {}
@@ -274,15 +274,20 @@ def write_split(folder: Path, split: str, count: int, seed: int, kinds: Collecti
         if misses > MISSES:
             what = f"--kinds {' '.join(kinds)} have about {len(rows):,} instructions in {split}"
             raise UserError(f"{what}; ask for fewer --num-samples, or for more kinds")
-    turns = [[{"role": "user", "content": row.prompt}] for row in rows.values()]
-    replies = [[{"role": "assistant", "content": row.chosen}] for row in rows.values()]
+    return list(rows.values())
+
+
+def write_split(folder: Path, split: str, rows: Sequence[Row]) -> None:
+    """Write the two files of a split."""
+    turns = [[{"role": "user", "content": row.prompt}] for row in rows]
+    replies = [[{"role": "assistant", "content": row.chosen}] for row in rows]
     write_rows(folder / f"{split}.jsonl", [
         {"messages": asked + said, "answer": row.constraints.to_json()}
-        for asked, said, row in zip(turns, replies, rows.values(), strict=True)
+        for asked, said, row in zip(turns, replies, rows, strict=True)
     ])  # fmt: skip
     write_rows(folder / f"pairs_{split}.jsonl", [
         {"messages": asked, "chosen": row.chosen, "rejected": row.rejected}
-        for asked, row in zip(turns, rows.values(), strict=True)
+        for asked, row in zip(turns, rows, strict=True)
     ])  # fmt: skip
 
 
@@ -307,9 +312,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     fewer = -(-args.num_samples // 6)
-    for split in SPLITS:
-        count = args.num_samples if split == "train" else fewer
-        write_split(args.output_dir, split, count, args.seed, args.kinds or KINDS)
+    counts = {"train": args.num_samples, "valid": fewer, "test": fewer}
+    drawn = {split: draw_split(split, count, args.seed, args.kinds or KINDS) for split, count in counts.items()}
+    for split, rows in drawn.items():
+        write_split(args.output_dir, split, rows)
     print(f"{args.output_dir}: {args.num_samples} rows of train, {fewer} each of valid and test, and as many pairs")
 
 

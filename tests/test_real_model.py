@@ -29,7 +29,7 @@ import sft
 import talk_to_model
 from data import check
 from data.constraints import Constraints
-from data.generate_constraint_data import write_split
+from data.generate_constraint_data import draw_split, write_split
 from models.adapters import AdapterConfig, load_adapter, read_adapter
 from models.generation import ChatSession
 from models.gguf_folder import gguf_folder
@@ -58,7 +58,7 @@ def rows(tmp_path_factory):
     """Two rows a split, and two pairs: of the constraint task."""
     folder = tmp_path_factory.mktemp("constraints")
     for split in ("train", "valid"):
-        write_split(folder, split, 2, 0)
+        write_split(folder, split, draw_split(split, 2, 0))
     return folder
 
 
