@@ -262,18 +262,15 @@ def spoilt(rng: np.random.Generator, subject: Subject, constraints: Constraints)
 
 
 def draw_split(split: str, count: int, seed: int, kinds: Collection[str] = KINDS) -> list[Row]:
-    """The rows of a split, without the same instruction twice. Raises UserError where there are too few."""
+    """`count` rows of a split, or as many as there are, without the same instruction twice."""
     combinations = combinations_of(kinds)
     rng = np.random.default_rng((seed, SPLITS.index(split)))
     rows: dict[str, Row] = {}
     misses = 0
-    while len(rows) < count:
+    while len(rows) < count and misses <= MISSES:
         row = draw_row(rng, split, combinations)
         misses = misses + 1 if row.prompt in rows else 0
         rows.setdefault(row.prompt, row)
-        if misses > MISSES:
-            what = f"--kinds {' '.join(kinds)} have about {len(rows):,} instructions in {split}"
-            raise UserError(f"{what}; ask for fewer --num-samples, or for more kinds")
     return list(rows.values())
 
 
@@ -300,7 +297,10 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--num-samples", type=ranges.COUNT, default=600, help="rows of train; valid and test have a sixth"
+        "--num-samples",
+        type=ranges.COUNT,
+        default=600,
+        help="rows of train; valid and test have a sixth, if there are so many",
     )
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), help="only these kinds of constraints")
     parser.add_argument("--output-dir", type=Path, default=Path("data/constraints"), help="folder to write to")
@@ -311,12 +311,16 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    fewer = -(-args.num_samples // 6)
+    kinds, fewer = args.kinds or KINDS, -(-args.num_samples // 6)
     counts = {"train": args.num_samples, "valid": fewer, "test": fewer}
-    drawn = {split: draw_split(split, count, args.seed, args.kinds or KINDS) for split, count in counts.items()}
+    drawn = {split: draw_split(split, count, args.seed, kinds) for split, count in counts.items()}
+    if len(drawn["train"]) < args.num_samples:
+        what = f"--kinds {' '.join(kinds)} have about {len(drawn['train']):,} instructions in train"
+        raise UserError(f"{what}; ask for fewer --num-samples, or for more kinds")
     for split, rows in drawn.items():
         write_split(args.output_dir, split, rows)
-    print(f"{args.output_dir}: {args.num_samples} rows of train, {fewer} each of valid and test, and as many pairs")
+    written = ", ".join(f"{len(rows)} rows of {split}" for split, rows in drawn.items())
+    print(f"{args.output_dir}: {written}, and as many pairs")
 
 
 if __name__ == "__main__":

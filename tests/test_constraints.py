@@ -167,11 +167,18 @@ def test_only_kinds_that_are_named_are_asked_for(tmp_path):
     assert not any(json.loads(row["answer"]).get("case") == "upper" for row in rows)
 
 
+def test_held_out_rows_are_as_many_as_there_are(capsys, tmp_path):
+    call(generate.main, "--output-dir", tmp_path, "--kinds", "count", "lower", "--num-samples", 600)
+    said = capsys.readouterr().out
+    assert "600 rows of train, 48 rows of valid, 100 rows of test" in said  # of 48 and 240 instructions that there are
+    assert [len(rows(tmp_path / f"{split}.jsonl")) for split in ("train", "valid", "test")] == [600, 48, 100]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--kinds", "lower"], "--kinds lower asks for nothing by itself; add sentence or count or words"),
-        (["--kinds", "json", "--num-samples", 4000], "--kinds json have about "),
+        (["--kinds", "json", "--num-samples", 20_000], "--kinds json have about "),
     ],
 )
 def test_kinds_that_make_too_few_instructions(capsys, tmp_path, words, line):
