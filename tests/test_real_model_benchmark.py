@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import openai
 import pytest
 
 import evaluate
@@ -88,24 +89,49 @@ def test_where_the_true_score_was_highest():
     assert line == "| ppo-0 | 7 | 0.400 | 0.700 | 4.0 | 0.700 | 4.0 | 2.00 | 4.00 |"
 
 
+def write_run(run: Path) -> None:
+    """What a synth.run leaves: a row generated, of two one verified, and the accuracies."""
+    rows = [{"id": "a", "input": "1", "output": "1"}, {"id": "b", "input": "2", "output": "2", "dropped": "none"}]
+    for stage in ("generate", "verify", "difficulty"):
+        write_rows(run / f"{stage}.jsonl", rows[: 1 if stage == "generate" else 2])
+    write_json(run / "evaluation.json", {"base": {"mean": 0.25}, "trained": {"mean": 0.5}})
+
+
+STAGES = "generate: 1 kept; verify: 1 kept, 1 none; difficulty: 1 kept, 1 none"
+
+
 def test_synthesis_says_what_was_kept_and_why_not(model, tmp_path, monkeypatch, capsys):
     asked = []
 
     def module(log, name, *words):
-        run = Path(str(words[words.index("--output-dir") + 1]))
+        write_run(Path(str(words[words.index("--output-dir") + 1])))
         asked.append((name, words[words.index("--seed") + 1]))
-        rows = [{"id": "a", "input": "1", "output": "1"}, {"id": "b", "input": "2", "output": "2", "dropped": "none"}]
-        for stage in ("generate", "verify", "difficulty"):
-            write_rows(run / f"{stage}.jsonl", rows[: 1 if stage == "generate" else 2])
-        write_json(run / "evaluation.json", {"base": {"mean": 0.25}, "trained": {"mean": 0.5}})
 
     monkeypatch.setattr(real_model, "module", module)
     words = ("synthesis", "--seeds", 2, "--model", model, *TINY, "--output-dir", tmp_path)
     call(real_model.main, *words)
     call(real_model.main, *words)
     assert asked == [("synth.run", 0), ("synth.run", 1)]
-    stages = "generate: 1 kept; verify: 1 kept, 1 none; difficulty: 1 kept, 1 none"
-    assert f"| offline teacher-0 | 0.250 | 0.500 | {stages} |" in capsys.readouterr().out
+    assert f"| offline teacher-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
+
+
+def test_the_model_is_its_own_teacher(model, tmp_path, monkeypatch, capsys):
+    answered = []
+
+    def module(log, name, *words):
+        url, served = (words[words.index(flag) + 1] for flag in ("--teacher-url", "--teacher-model"))
+        client = openai.OpenAI(base_url=url, api_key="none")
+        turns = [{"role": "user", "content": "a"}]
+        reply = client.chat.completions.create(model=served, messages=turns, max_tokens=3)
+        answered.append(reply.usage.completion_tokens)
+        write_run(Path(str(words[words.index("--output-dir") + 1])))
+
+    monkeypatch.setattr(real_model, "module", module)
+    words = ("teacher", "--model", model, *TINY, "--output-dir", tmp_path)
+    call(real_model.main, *words)
+    call(real_model.main, *words)
+    assert len(answered) == 1 and 1 <= answered[0] <= 3
+    assert f"| itself-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
 
 
 def test_logiqa_out_of_the_wheel(model, started, tmp_path, monkeypatch, capsys):
