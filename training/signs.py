@@ -89,7 +89,7 @@ def unmoved(window: Window) -> str:
     if window.rises or not window.moved < MOVES:
         return ""
     return (
-        f"the score has not risen in {window.steps} steps, and a step moves the policy by {window.moved:.2g} nats "
+        f"the score has not clearly risen in {window.steps} steps, and a step moves the policy by {window.moved:.2g} nats "
         "a completion only: raise --learning-rate, or --step-kl, or --ppo-epochs"
     )
 
@@ -101,7 +101,7 @@ def held_by_kl(window: Window) -> str:
     if window.rises or not (at_target or coef * kl > window.recent("score_std").mean() > 0):
         return ""
     return (
-        f"the score has not risen in {window.steps} steps, and the KL is {kl:.2g} nats a completion at a penalty "
+        f"the score has not clearly risen in {window.steps} steps, and the KL is {kl:.2g} nats a completion at a penalty "
         f"of {coef:.2g} each: a higher --target or a lower --init-kl-coef lets the policy move on"
     )
 
@@ -112,7 +112,7 @@ def no_entropy(window: Window) -> str:
     if window.rises or not entropy < NO_ENTROPY:
         return ""
     return (
-        f"the score has not risen in {window.steps} steps, and the entropy is {entropy:.2g} nats a token: sampling "
+        f"the score has not clearly risen in {window.steps} steps, and the entropy is {entropy:.2g} nats a token: sampling "
         "tries nothing new; --entropy-coef 0.01, a higher --temperature or a lower --step-kl keeps it open"
     )
 
