@@ -43,6 +43,11 @@ class Window(NamedTuple):
         return last.mean() - first.mean() > 2 * math.sqrt((first.var(ddof=1) + last.var(ddof=1)) / WINDOW)
 
     @property
+    def no_rise(self) -> str:
+        """What is said where it does not."""
+        return f"the score has not clearly risen in {self.steps} steps"
+
+    @property
     def moved(self) -> float:
         """Nats per completion that a step's updates move the policy, on average over the last steps."""
         return float(np.mean(self.recent("approx_kl") * self.recent("completion_length")))
@@ -89,7 +94,7 @@ def unmoved(window: Window) -> str:
     if window.rises or not window.moved < MOVES:
         return ""
     return (
-        f"the score has not clearly risen in {window.steps} steps, and a step moves the policy by {window.moved:.2g} nats "
+        f"{window.no_rise}, and a step moves the policy by {window.moved:.2g} nats "
         "a completion only: raise --learning-rate, or --step-kl, or --ppo-epochs"
     )
 
@@ -101,7 +106,7 @@ def held_by_kl(window: Window) -> str:
     if window.rises or not (at_target or coef * kl > window.recent("score_std").mean() > 0):
         return ""
     return (
-        f"the score has not clearly risen in {window.steps} steps, and the KL is {kl:.2g} nats a completion at a penalty "
+        f"{window.no_rise}, and the KL is {kl:.2g} nats a completion at a penalty "
         f"of {coef:.2g} each: a higher --target or a lower --init-kl-coef lets the policy move on"
     )
 
@@ -112,7 +117,7 @@ def no_entropy(window: Window) -> str:
     if window.rises or not entropy < NO_ENTROPY:
         return ""
     return (
-        f"the score has not clearly risen in {window.steps} steps, and the entropy is {entropy:.2g} nats a token: sampling "
+        f"{window.no_rise}, and the entropy is {entropy:.2g} nats a token: sampling "
         "tries nothing new; --entropy-coef 0.01, a higher --temperature or a lower --step-kl keeps it open"
     )
 
