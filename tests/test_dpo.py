@@ -126,8 +126,9 @@ def tuning(loaded, path, batch_size=4, max_length=2048, **settings):
 def test_only_completions_and_their_eos_count(loaded, tmp_path):
     row = {"prompt": "2 4", "chosen": " 6 8", "rejected": " 5"}
     objective = tuning(loaded, write_rows(tmp_path / "a.jsonl", [row]))
-    tokens, positions, mask, owners, _ = (np.array(array) for array in objective.batch(0))
-    found = [tokens[:, 1:].ravel()[positions[(mask > 0) & (owners == text)]].tolist() for text in (0, 1)]
+    texts, _ = objective.batch(0)
+    targets, mask, owners = (np.array(array) for array in (texts.ids, texts.mask, texts.owners))
+    found = [targets[(mask > 0) & (owners == text)].tolist() for text in (0, 1)]
     ids, start = loaded.tokenizer.encode, len(loaded.tokenizer.encode("2 4"))
     eos = loaded.tokenizer.eos_token_id
     assert found == [[*ids("2 4 6 8")[start:], eos], [*ids("2 4 5")[start:], eos]]
@@ -203,6 +204,48 @@ def test_loss_rewards_and_gradient_are_those_of_texts_alone(loaded, tmp_path, lo
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(np.linalg.norm(gradient), rel=2e-2)
 
 
+LONG = "2 4 6 8 10 12 14 16 18 20 22"
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo"])
+@pytest.mark.parametrize("prompts", ["shared", "of one token", "soft"])
+def test_a_prompt_that_is_read_once_changes_nothing(loaded, tmp_path, loss, prompts):
+    """Loss, figures, gradients and the reference are those of texts with pads; one completion is cut away whole."""
+    config = AdapterConfig("soft_prompt", num_prompt_tokens=3) if prompts == "soft" else AdapterConfig("full")
+    attach_adapter(loaded.model, config)
+    starts = ["2", "4", "6"] if prompts == "of one token" else [LONG, LONG[:8], f"{LONG} {LONG} {LONG}"]
+    ends = [(" x" * 20, " y"), (" x", " y y"), (" x", " y")]
+    rows = [{"prompt": a, "chosen": b, "rejected": c} for a, (b, c) in zip(starts, ends, strict=True)]
+    path, most = write_rows(tmp_path / "a.jsonl", rows), len(loaded.tokenizer.encode(f"{LONG} {LONG}"))
+    found = []
+    for may_pack in (False, True):
+        objective = tuning(loaded, path, max_length=most, loss=loss, may_pack=may_pack)
+        objective.refer_to(Reference(loaded.model, False))
+        (arrays,) = objective.batches()
+        assert (arrays[0].layout is None) != may_pack and (len(arrays[0].tokens) == 1) == may_pack
+        arrays = arrays[0], arrays[1] + mx.arange(6) / 10  # else all log ratios are 0
+        (value, figures), gradients = nn.value_and_grad(loaded.model, objective.loss)(loaded.model, *arrays)
+        gradient = np.concatenate([np.array(array).ravel() for _, array in tree_flatten(gradients)])
+        found.append((objective.reference, value.item(), stacked(figures).tolist(), gradient))
+    assert len(objective.examples[4].tokens) == len(objective.examples[5].tokens) == most or prompts == "of one token"
+    for padded, packed in zip(*found, strict=True):
+        np.testing.assert_allclose(packed, padded, atol=2e-4, rtol=1e-4)
+    assert np.abs(found[0][3]).max() > 1e-3
+
+
+def test_what_is_not_trained_within_a_completion_stays_so_end_to_end(loaded, tmp_path):
+    row = {"prompt": "2 4 6", "chosen": " 8 10", "rejected": " 9 11"}
+    objective = tuning(loaded, write_rows(tmp_path / "a.jsonl", [row] * 4))
+    objective.examples = [e._replace(gaps=((e.first_target + 1, e.first_target + 2),)) for e in objective.examples]
+    sums = []
+    for objective.may_pack in (False, True):
+        texts, _ = objective.batch(0)
+        total, count, _ = objective._sums(loaded.model, texts, 8)
+        assert count.tolist() == [num_targets(objective.examples[i]) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+        sums.append(total)
+    assert texts.layout is not None and mx.allclose(*sums, atol=1e-4)
+
+
 def test_swapping_chosen_and_rejected_turns_the_gradient_round(loaded, tmp_path):
     attach_adapter(loaded.model, AdapterConfig("full"))
     rows = pairs(4, seed=0)
@@ -230,10 +273,11 @@ def test_no_logits_of_prompts_and_no_whole_array_of_logits(loaded, tmp_path, mon
     rows = [{"prompt": "2 4 6 8 10 12 14 16 18 20 22", "chosen": " 24", "rejected": " 23"}] * 16
     objective = tuning(loaded, write_rows(tmp_path / "a.jsonl", rows), batch_size=16)
     objective.refer_to(Reference(loaded.model, True))
-    tokens, *arrays = objective.batch(0)
-    objective.loss(loaded.model, tokens, *arrays)
+    texts, reference = objective.batch(0)
+    objective.loss(loaded.model, texts, reference)
     targets = sum(map(num_targets, objective.examples))
-    assert all(targets <= rows < targets + 32 for rows in reached) and len(reached) == 2 and targets < tokens.size // 4
+    assert all(targets <= rows < targets + 32 for rows in reached) and len(reached) == 2
+    assert targets < texts.tokens.size // 4
 
 
 def test_rows_with_rewards_make_pairs_that_are_drawn_anew(loaded, tmp_path):
@@ -244,8 +288,8 @@ def test_rows_with_rewards_make_pairs_that_are_drawn_anew(loaded, tmp_path):
     objective.refer_to(Reference(loaded.model, True))
     drawn = set()
     for step in range(12):
-        tokens, *_, reference = objective.batch(step)
-        assert mx.array_equal(tokens, model.batch(step)[0])  # the pairs are those of a reward model
+        (texts, reference), tokens = objective.batch(step), model.batch(step)[0]
+        assert mx.array_equal(texts.tokens, tokens[:, :-1])  # the pairs are those of a reward model
         known = {tuple(e.tokens): r for e, r in zip(objective.examples, objective.reference.tolist(), strict=True)}
         texts = [tuple(row[: row.index(loaded.tokenizer.eos_token_id) + 1]) for row in tokens.tolist()]
         assert [known[text] for text in texts] == reference.tolist()

@@ -1,10 +1,12 @@
 """DPO and its like: a language model learns from preference pairs, without a reward model (arXiv:2305.18290).
 
 The reference policy is what the policy was before its first step, and never changes. So the log probabilities of all
-texts under it are computed once (`refer_to`), and no second model is kept.
+texts under it are computed once (`refer_to`), and no second model is kept. The two texts of a pair read their prompt
+once, end to end (training.passes), where a model allows it and that saves enough.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -15,13 +17,16 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_file
-from data.batching import Example, collate, in_order, num_targets
+from data.batching import Batch, Example, collate, in_order, num_targets
 from data.sources import Source
+from models.packing import Layout, packed
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
 from training.checkpoint import Trainee
 from training.losses import dpo_losses, ipo_losses, odds_ratio_losses, sft_loss
-from training.objectives import Arrays, Figures, Objective, PreferencePairs, padded_positions
+from training.objectives import Figures, Objective, PreferencePairs, padded_positions
+from training.optimizer import compiling_pays
+from training.passes import SAVED, PackedRows
 from training.ranks import Ranks
 
 REFERENCE_FILE = "reference.safetensors"  # in the run folder: of each split, the logprob of every text
@@ -32,6 +37,17 @@ class Reference(NamedTuple):
 
     model: nn.Module
     soft_prompt: bool
+
+
+class Texts(NamedTuple):
+    """B texts as a forward pass reads them: beside each other with pads, or end to end; and their n targets, padded."""
+
+    tokens: mx.array  # (R, T) that something is predicted from
+    positions: mx.array  # (n,) index into R · T
+    ids: mx.array  # (n,) the targets; 0 at pads
+    mask: mx.array  # (n,)
+    owners: mx.array  # (n,) which of the texts a target is of
+    layout: Layout | None  # end to end: R is 1
 
 
 def start_reference(trainee: Trainee) -> Reference:
@@ -46,7 +62,8 @@ class PreferenceTuning(PreferencePairs):
     """DPO, IPO or ORPO on preference pairs: only what follows the prompt counts, its EOS included.
 
     loss: of losses.PREFERENCE_LOSSES; beta, label_smoothing: see training.losses. Implicit rewards are beta times the
-    log ratio of policy to reference (ORPO, without a reference: times the mean logprob of a token).
+    log ratio of policy to reference (ORPO, without a reference: times the mean logprob of a token). may_pack: whether
+    the model can read texts end to end (`models.packing.packs`).
     """
 
     more: tuple[str, ...] = ("chosen_reward", "rejected_reward", "reward_margin")
@@ -63,9 +80,11 @@ class PreferenceTuning(PreferencePairs):
         beta: float = 0.1,
         label_smoothing: float = 0.0,
         logits_bytes: int = LOGITS_BYTES,
+        may_pack: bool = False,
     ):
         super().__init__(tokenizer, prefix, batch_size, max_length, seed, features)
         self.kind, self.beta, self.label_smoothing, self.logits_bytes = loss, beta, label_smoothing, logits_bytes
+        self.may_pack = may_pack
         self.reference: np.ndarray | None = None
 
     @property
@@ -96,62 +115,60 @@ class PreferenceTuning(PreferencePairs):
         model.eval()
         for indices in islice(in_order(len(order), 2 * self.batch_size), self.ranks.rank, None, self.ranks.size):
             rows = order[indices.start : indices.stop]
-            arrays = self._tokens([examples[i] for i in rows])
-            found[rows] = np.array(self._sums(model, *arrays)[0])
+            texts = self._texts([examples[i] for i in rows])
+            found[rows] = np.array(self._sums(model, texts, len(rows))[0])
         model.train(was_training)
         self.reference = self.ranks.sum_host(found)
 
-    def _tokens(self, examples: Sequence[Example]) -> Arrays:
-        """Tokens (B, L), and of their n targets, padded, positions, mask and the text that each is of, all (n,)."""
+    def _texts(self, examples: Sequence[Example]) -> Texts:
+        """Texts end to end, if that saves enough, or else with pads."""
         batch = collate(examples, self.tokenizer.pad_token_id or 0)
+        if self.may_pack:
+            prompts = [example.tokens[: example.first_target] for example in examples]
+            completions = [example.tokens[example.first_target :] for example in examples]
+            rows = PackedRows(prompts, completions, batch.targets.shape[1], compiling_pays())
+            if len(rows.tokens) <= (1 - SAVED) * batch.targets.size:
+                return _end_to_end(rows, batch)
         positions, mask = padded_positions(batch.targets)
-        owners = positions // batch.targets.shape[1]
-        return mx.array(batch.tokens), mx.array(positions), mx.array(mask), mx.array(owners)
+        ids = np.where(mask > 0, batch.tokens[:, 1:].reshape(-1)[positions], 0)  # what is at pads may be no id
+        owners = mx.array(positions // batch.targets.shape[1])
+        return Texts(mx.array(batch.tokens[:, :-1]), mx.array(positions), mx.array(ids), mx.array(mask), owners, None)
 
-    def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> Arrays:
-        """`_tokens` of the 2B texts, the B chosen first, and their logprobs under the reference (2B,)."""
+    def _arrays(self, pairs: list[tuple[int, int]], rewards: list[float] | None = None) -> tuple[Texts, mx.array]:
+        """The 2B texts, the B chosen first, and their logprobs under the reference (2B,)."""
         order = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
         known = np.zeros(len(self.examples), dtype=np.float32) if self.reference is None else self.reference
-        return *self._tokens([self.examples[i] for i in order]), mx.array(known[order])
+        return self._texts([self.examples[i] for i in order]), mx.array(known[order])
 
-    def _sums(
-        self, model: nn.Module, tokens: mx.array, positions: mx.array, mask: mx.array, owners: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Logprob of each text's targets together and their number, both (B,), and the logprob of each target (n,).
+    def _sums(self, model: nn.Module, texts: Texts, count: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Logprob of each text's targets together and their number, both (count,), and each target's logprob (n,).
 
         No logits of the prompts are computed.
         """
-        _, hidden = forward(model, tokens[:, :-1])  # (B, L - 1, H)
-        rows = hidden.reshape(-1, hidden.shape[-1])[positions]
-        ids = mx.where(mask > 0, tokens[:, 1:].reshape(-1)[positions], 0)  # what is at pads may be no id of the logits
-        stats = token_stats(model, rows, ids, training=model.training, logits_bytes=self.logits_bytes)
-        logprobs = mx.where(mask > 0, stats.logprobs, 0.0)
-        return _by_text(logprobs, owners, len(tokens)), _by_text(mask, owners, len(tokens)), logprobs
+        with packed(model, texts.layout) if texts.layout else nullcontext():
+            _, hidden = forward(model, texts.tokens)  # (R, T, H)
+        rows = hidden.reshape(-1, hidden.shape[-1])[texts.positions]
+        stats = token_stats(model, rows, texts.ids, training=model.training, logits_bytes=self.logits_bytes)
+        logprobs = mx.where(texts.mask > 0, stats.logprobs, 0.0)
+        return _by_text(logprobs, texts.owners, count), _by_text(texts.mask, texts.owners, count), logprobs
 
     def loss(
-        self,
-        module: nn.Module,
-        tokens: mx.array,
-        positions: mx.array,
-        mask: mx.array,
-        owners: mx.array,
-        reference: mx.array,
-        total: mx.array | None = None,
+        self, module: nn.Module, texts: Texts, reference: mx.array, total: mx.array | None = None
     ) -> tuple[mx.array, Figures]:
         """Mean loss per pair; `correct` counts pairs whose chosen text has the higher implicit reward (a tie is half).
 
-        owners: (n,) which of the 2B texts a target is of; reference: (2B,) nats. total: `_total` of the whole batch,
-        where this is a piece of it.
+        texts: 2B, the chosen first; reference: (2B,) nats. total: `_total` of the whole batch, where this is a piece of
+        it.
         """
-        sums, lengths, logprobs = self._sums(module, tokens, positions, mask, owners)
-        lengths, texts = mx.maximum(lengths, 1), len(tokens)
+        sums, lengths, logprobs = self._sums(module, texts, len(reference))
+        lengths = mx.maximum(lengths, 1)
         ratios = sums / lengths if self.kind == "orpo" else sums - reference
         chosen, rejected = mx.split(ratios, 2)
-        count = mx.array(float(texts // 2))
+        count = mx.array(float(len(reference) // 2))
         pairs, tokens_chosen = (count, None) if total is None else (total[0], mx.maximum(total[1], 1))
         loss = self._losses(ratios, lengths).sum() / pairs
         if self.kind == "orpo":
-            of_chosen = mx.where(owners < texts // 2, mask, 0.0)
+            of_chosen = mx.where(texts.owners < len(reference) // 2, texts.mask, 0.0)
             loss = loss + sft_loss(logprobs, of_chosen, tokens_chosen)[0]
         correct = 0.5 * ((chosen > rejected).astype(mx.float32) + (chosen >= rejected).astype(mx.float32)).sum()
         rewards = [self.beta * chosen.sum(), self.beta * rejected.sum(), self.beta * (chosen - rejected).sum()]
@@ -169,6 +186,18 @@ class PreferenceTuning(PreferencePairs):
         if self.kind == "orpo":
             return odds_ratio_losses(chosen, rejected, self.beta)
         return dpo_losses(chosen, rejected, self.beta, self.label_smoothing)
+
+
+def _end_to_end(rows: PackedRows, batch: Batch) -> Texts:
+    """All rows of a batch. What follows the prompts predicts a token of a completion each, trained or not."""
+    part = rows[np.arange(len(rows.lengths))]
+    count = int(rows.lengths.sum())
+    owners, mask = (np.zeros(part.positions.shape[1], dtype) for dtype in (np.int32, np.float32))
+    owners[:count] = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
+    first = rows.prompt_lengths[rows.prompt_of]  # of a text's tokens, the one that predicts its completion's first
+    spans = zip(batch.targets, first, rows.lengths, strict=True)
+    mask[:count] = np.concatenate([targets[start : start + length] for targets, start, length in spans])
+    return Texts(part.tokens, part.positions[0], part.targets[0], mx.array(mask), mx.array(owners), part.layout)
 
 
 def _by_text(values: mx.array, owners: mx.array, count: int) -> mx.array:

@@ -24,9 +24,9 @@ from common.schemas import conforming
 from data.sources import Source
 from models.adapters import AdapterConfig, attach_adapter, load_adapter
 from models.cpu.process import on_one_core
-from models.grad_checkpoint import checkpoint_layers
+from models.grad_checkpoint import checkpoint_layers, is_checkpointed
 from models.loading import LoadedModel
-from models.packing import check_packing
+from models.packing import check_packing, packs
 from models.soft_prompt import check_ids, soft_prompt_ids
 from models.value_head import ScoringModel, hidden_size, load_value_head, new_value_head
 from training.best import Best, SavedBest
@@ -106,7 +106,8 @@ def _objective(
     logits_bytes = settings.logits_memory * 10**6
     if settings.dpo:
         loss = (settings.loss, settings.beta, settings.label_smoothing)
-        return PreferenceTuning(*shared, features, *loss, logits_bytes)
+        may_pack = not is_checkpointed(trainee.model) and packs(trainee.model)
+        return PreferenceTuning(*shared, features, *loss, logits_bytes, may_pack)
     if settings.pack:
         check_packing(trainee.model)
     kind = PackedLanguageModelling if settings.pack else LanguageModelling
