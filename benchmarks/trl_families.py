@@ -33,10 +33,11 @@ from common.parser import Parser
 from rewards.combined import Reward, rewards_from_flags
 from training import ppo_flags
 from training.metrics import METRICS, SUMMARY
-from training.ppo_step import KL_COEF, Prompts
+from training.ppo_step import Prompts
 
 TASKS = ("decreasing_mult_3", "decreasing_mult_6", "total", "length whole")
 RATES = (3e-4, 1e-3, 3e-3)
+KL_COEF = 0.01  # first, in score units per nat: what ppo_training.py began with when this was measured
 LORA = {"r": 8, "lora_alpha": 80, "lora_dropout": 0.0}  # as ppo_training.py's: scale 10
 
 

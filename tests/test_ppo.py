@@ -169,6 +169,26 @@ def test_a_coefficient_exceeds_its_first_value_only_for_a_target_that_was_given(
     assert controller.value == pytest.approx(reached)
 
 
+@pytest.mark.parametrize(
+    ("settings", "unit"),
+    [
+        ({}, 0.5),
+        ({"advantage": "rloo"}, 0.5),
+        ({"advantage": "group", "no_group_scale": True}, 0.5),
+        ({"advantage": "group"}, 1.0),  # these are in deviations already
+        ({"scale_scores": True}, 1.0),
+        ({"normalize_scores": True}, 1.0),
+        ({"init_kl_coef": 0.02}, 1.0),  # in the user's own units
+    ],
+)
+def test_the_default_kl_coefficient_is_in_deviations_of_the_scores(settings, unit):
+    moments = ppo.RunningMoments()
+    moments.update([0.0, 0.5, 1.0])  # std 0.5
+    assert ppo_step.kl_unit(PPOSettings(**settings), moments) == pytest.approx(unit)
+    in_groups = settings == {"advantage": "group"}
+    assert ppo_step.make_controller(PPOSettings(**settings)).value == (0.01 if in_groups else 0.02)
+
+
 def test_the_step_size_follows_the_root_of_the_kl_within_its_limits():
     controller = ppo.StepSizeController(0.4)
     # moved, entropy, share → change of the factor; of an entropy of 16 nats 0.2 may be moved

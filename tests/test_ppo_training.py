@@ -1168,6 +1168,25 @@ def test_the_compiled_path_gives_the_same_gradients_and_follows_the_weights(monk
 # --- from Python ---
 
 
+@pytest.mark.parametrize("advantage", ["gae", "group"])
+def test_a_reward_in_another_unit_makes_the_same_policy(folder, advantage):
+    """By default nothing depends on the unit of the scores but the value head, which does not learn here."""
+    ends = []
+    for unit in (1.0, 100.0):
+        settings = PPOSettings(
+            num_steps=3, batch_size=16, mini_batch_size=8, max_completion_length=6, advantage=advantage, vf_coef=0.0
+        )
+        loaded = load(str(folder))
+        policy, reference = build_policies(loaded, settings, AdapterConfig())
+
+        def reward(prompts, completions, unit=unit):
+            return [unit * (len(text) % 5) for text in completions]
+
+        history = train_ppo(policy, reference, loaded.tokenizer, ["2 4", "6"], reward, settings)
+        ends.append([history[-1]["mean_score"] / unit, history[-1]["kl"], history[-1]["policy_loss"]])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-3) and ends[0][1] > 0
+
+
 @pytest.mark.parametrize("advantage", ["gae", "rloo"])
 def test_train_ppo_is_the_script_without_files(flags, folder, advantage):
     call(ppo_training.main, *flags("--advantage", advantage))

@@ -25,7 +25,7 @@ from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
 from training.optimizer_groups import HEAD_RATE, LARGE_PPO_OPTIMIZERS, PPO_OPTIMIZERS
 from training.ppo import KL_KINDS
-from training.ppo_step import KL_COEF, KL_TARGET, check_settings
+from training.ppo_step import GROUP_KL_COEF, KL_COEF, KL_TARGET, check_settings
 from training.settings import PPOSettings
 
 ADVANTAGES = tuple(ESTIMATORS)
@@ -167,8 +167,8 @@ def _add_ppo_flags(parser: Parser) -> None:
 def _add_kl_flags(parser: Parser) -> None:
     group = parser.add_argument_group("KL to the reference policy")
     group.add_argument("--init-kl-coef", type=NOT_NEGATIVE,
-                       help=f"penalty per nat, in score units (default: {KL_COEF:g}; with a reward model "
-                       f"{MODEL_S_KL['init_kl_coef']:g})")  # fmt: skip
+                       help=f"penalty per nat, in score units (default: {KL_COEF:g} standard deviations of the scores; "
+                       f"group: {GROUP_KL_COEF:g}; with a reward model {MODEL_S_KL['init_kl_coef']:g})")  # fmt: skip
     group.add_argument("--adap-kl-ctrl", type=boolean, nargs="?", const=True,
                        help="adapt the coefficient to --target (True or False)")  # fmt: skip
     group.add_argument("--target", type=POSITIVE,

@@ -39,6 +39,7 @@ from training.plots import LivePicture
 from training.ppo_step import (
     Prompts,
     group_figures,
+    kl_unit,
     make_controller,
     make_step_size,
     own_rows,
@@ -147,11 +148,12 @@ def ppo_steps(
     """
     settings = learner.settings
     while not finished(settings, progress):
-        started, kl_coef, lr_factor = time.perf_counter(), progress.controller.value, progress.step_size.value
+        started, lr_factor = time.perf_counter(), progress.step_size.value
         waited = learner.ranks.waited
         learner.seed(progress.step)
         rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
         sampled = time.perf_counter()
+        kl_coef = progress.controller.value * kl_unit(settings, progress.moments)
         advantages, returns = advantages_and_returns(rollout, settings, kl_coef)
         stats = learner.update(progress.step, rollout, advantages, returns, kl_coef, lr_factor)
         progress.controller.update(figures["kl"], settings.batch_size)

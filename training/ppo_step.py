@@ -23,7 +23,9 @@ from training.settings import PPOSettings
 
 Array = Any
 Stats = Any  # models.token_stats.TokenStats or its twin, each figure (B, C)
-KL_COEF, KL_TARGET = 0.01, 6.0  # score units per nat, and nats per completion, where none are given
+# Where none are given. The coefficient per nat: in standard deviations of the scores or, if advantages are divided by
+# that of their group, in these units. The target: nats per completion.
+KL_COEF, GROUP_KL_COEF, KL_TARGET = 0.02, 0.01, 6.0
 LOSS_KINDS = ("k3", "abs", "mse")  # of KL that has a gradient towards the reference where it is a term of the loss
 
 
@@ -122,8 +124,25 @@ def make_controller(settings: PPOSettings) -> ppo.AdaptiveKLController | ppo.Fix
 
 
 def first_kl_coef(settings: PPOSettings) -> float:
-    """The KL coefficient of the first step, in score units per nat."""
-    return KL_COEF if settings.init_kl_coef is None else settings.init_kl_coef
+    """The first value of the controller of the KL coefficient, in units of `kl_unit` per nat."""
+    if settings.init_kl_coef is not None:
+        return settings.init_kl_coef
+    return GROUP_KL_COEF if _has_group_units(settings) else KL_COEF
+
+
+def _has_group_units(settings: PPOSettings) -> bool:
+    return settings.advantage == "group" and not settings.no_group_scale
+
+
+def kl_unit(settings: PPOSettings, moments: ppo.RunningMoments) -> float:
+    """What the controller's value is multiplied by to be a KL coefficient: 1 if the first was given, in score units.
+
+    By default it is the standard deviation of the scores so far, where advantages are in units of the scores. So a
+    reward that is nearly always 0, of which a nat gains little at first, is not held down, and a reward is the same in
+    any unit.
+    """
+    in_deviations = settings.scale_scores or settings.normalize_scores or _has_group_units(settings)
+    return 1.0 if settings.init_kl_coef is not None or in_deviations else moments.std
 
 
 def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:

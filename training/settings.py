@@ -99,11 +99,11 @@ class PPOSettings(Settings):
     ratio_threshold: float = 10.0  # a mini batch with a higher mean ratio is skipped
 
     # KL to the reference policy. The coefficient, in score units per nat, is fixed or adapted to `target` nats per
-    # completion over `horizon` completions (arXiv:1909.08593). init_kl_coef None: 0.01. target None: 6, but the
-    # coefficient never exceeds its first value; held at 6 nats, a policy that needs 20 for a rule loses again what it
-    # has learned. A reward model wants both held tighter, which the scripts do (training.ppo_flags). kl_penalty: a kind
-    # of ppo.kl_penalty; None: k1 where the KL is part of the rewards, k3 where it is part of the loss. use_peft: the
-    # reference is the base, adapter off.
+    # completion over `horizon` completions (arXiv:1909.08593). init_kl_coef None: 0.02 standard deviations of the
+    # scores so far (ppo_step.kl_unit), of group 0.01. target None: 6, but the coefficient never exceeds its first
+    # value; held at 6 nats, a policy that needs 20 for a rule loses again what it has learned. A reward model wants
+    # both held tighter, which the scripts do (training.ppo_flags). kl_penalty: a kind of ppo.kl_penalty; None: k1 where
+    # the KL is part of the rewards, k3 where it is part of the loss. use_peft: the reference is the base, adapter off.
     init_kl_coef: float | None = None
     adap_kl_ctrl: bool = True
     target: float | None = None

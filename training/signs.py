@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training.ppo_step import first_kl_coef
 from training.settings import PPOSettings
 
 WINDOW = 10  # steps that are compared: the first with the last ones
@@ -30,6 +29,7 @@ class Window(NamedTuple):
     steps: int
     first: Sequence[float]  # scores of the first `WINDOW` steps
     best: float  # mean score of any `WINDOW` steps in a row
+    first_coef: float  # the KL coefficient of the first step
     rows: Sequence[Mapping[str, float]]  # figures of the last `WINDOW` steps
 
     def recent(self, name: str) -> np.ndarray:
@@ -79,7 +79,7 @@ def fallen(window: Window) -> str:
     score, coef = window.recent("mean_score").mean(), window.recent("kl_coef").mean()
     if not 0 <= score < 0.5 * window.best:
         return ""
-    if coef > 2 * first_kl_coef(window.settings):
+    if window.settings.target is not None and coef > 2 * window.first_coef:
         cure = f"its KL penalty has grown to {coef:.2g} a nat; a higher --target leaves the policy what it has learned"
     else:
         cure = "a lower --step-kl or --learning-rate, a higher --init-kl-coef or a lower --target holds the policy"
@@ -131,7 +131,7 @@ class Signs:
     def __init__(self, settings: PPOSettings, rows: Sequence[Mapping[str, float]] = ()) -> None:
         """rows: the figures of the steps that a resumed run has behind it, whose signs have been said."""
         self.settings, self.left = settings, list(SIGNS)
-        self.steps, self.best = 0, -math.inf
+        self.steps, self.best, self.first_coef = 0, -math.inf, math.nan
         self.first: list[float] = []
         self.rows: deque[Mapping[str, float]] = deque(maxlen=WINDOW)
         for row in rows:
@@ -142,13 +142,15 @@ class Signs:
         """The lines that one more step's figures give reason to; none in most."""
         self.steps += 1
         self.rows.append(figures)
+        if self.steps == 1:
+            self.first_coef = figures.get("kl_coef", math.nan)
         if self.steps <= WINDOW:
             self.first.append(figures["mean_score"])
         if self.steps >= WINDOW:
             self.best = max(self.best, float(np.mean([row["mean_score"] for row in self.rows])))
         if self.steps < PATIENCE:
             return []
-        window = Window(self.settings, self.steps, self.first, self.best, list(self.rows))
+        window = Window(self.settings, self.steps, self.first, self.best, self.first_coef, list(self.rows))
         found = {sign: line for sign in self.left if (line := sign(window))}
         self.left = [sign for sign in self.left if sign not in found]
         return list(found.values())
