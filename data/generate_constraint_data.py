@@ -36,14 +36,14 @@ SPLITS = ("train", "valid", "test")
 SHARES = {"train": slice(0, 32), "valid": slice(32, 38), "test": slice(38, 48)}  # of SUBJECTS
 ASKING = {
     "train": (
-        *(
-            "Tell me about {}.",
-            "Describe {}.",
-            "What is {}?",
-            "Write something about {}.",
-            "What do you know about {}?",
-        ),
-        *("Define {}.", "Inform me about {}.", "What can be said about {}?"),
+        "Tell me about {}.",
+        "Describe {}.",
+        "What is {}?",
+        "Write something about {}.",
+        "What do you know about {}?",
+        "Define {}.",
+        "Inform me about {}.",
+        "What can be said about {}?",
     ),
     "valid": ("Say what {} is.", "I would like to know about {}."),
     "test": ("Explain to a child what {} is.", "Give me a few facts about {}."),

@@ -44,7 +44,7 @@ class Window(NamedTuple):
 
     @property
     def no_rise(self) -> str:
-        """What is said where it does not."""
+        """How it is said that the score does not rise."""
         return f"the score has not clearly risen in {self.steps} steps"
 
     @property
