@@ -2,12 +2,13 @@
 
     python benchmarks/rollouts.py
     python benchmarks/rollouts.py --shapes "hidden 192" --prompts 8 --repeats 8        as for --advantage group
+    python benchmarks/rollouts.py --shapes "hidden 192" --prompts 256 --in-flight 64   more than are sampled at once
 
 A random Llama samples from its whole vocabulary, but its logits are bent so that each token says how many follow: every
 side gets completions of the lengths drawn here, geometric as those that an EOS ends, cut at --max-tokens. Prompts are
 of unequal lengths, each --repeats times. mlx-lm runs by its defaults (32 completions in flight, 8 prompts read at a
-time), and with all at once, as we do. Sides take turns in one process, with the same BLAS; what counts is the ratio
-within a round.
+time), and with as many as we have, by default all. Sides take turns in one process, with the same BLAS; what counts is
+the ratio within a round.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from models.generation import sample, temperature_sampler
 
 SHAPES = {"hidden 192": MODEL, "real shape": {"model_type": "llama", "rms_norm_eps": 1e-5, **MODELS["real shape"]}}
 EOS = 0
-OURS, THEIRS, AT_ONCE = "ours", "mlx_lm.batch_generate", "the same, all at once"
+OURS, THEIRS, AS_WE_DO = "ours", "mlx_lm.batch_generate", "the same, as many in flight"
 CERTAIN = 1e4  # a logit that is always drawn
 
 Side = Callable[[], list[int]]  # gives the number of tokens of each completion, its EOS left out
@@ -71,11 +72,11 @@ def make_prompts(args: argparse.Namespace, vocabulary: int) -> list[list[int]]:
     return [[*prompt, int(end)] for prompt, row in zip(prompts, ends, strict=True) for end in row]
 
 
-def make_sides(model: Countdown, prompts: list[list[int]], max_tokens: int) -> dict[str, Side]:
-    """What is compared, each at temperature 1."""
+def make_sides(model: Countdown, prompts: list[list[int]], max_tokens: int, in_flight: int) -> dict[str, Side]:
+    """What is compared, each at temperature 1. in_flight: completions at once, of ours and of mlx-lm's second way."""
 
     def ours() -> list[int]:
-        found = sample(model, prompts, {EOS}, max_tokens, batch_size=len(prompts))
+        found = sample(model, prompts, {EOS}, max_tokens, batch_size=in_flight)
         return [len(completion) - (completion[-1] == EOS) for completion in found]
 
     def theirs(**widths: int) -> list[int]:
@@ -85,8 +86,8 @@ def make_sides(model: Countdown, prompts: list[list[int]], max_tokens: int) -> d
         )
         return [len(completion) for completion in found.token_ids or []]
 
-    every = {"completion_batch_size": len(prompts), "prefill_batch_size": len(prompts)}
-    return {OURS: ours, THEIRS: theirs, AT_ONCE: lambda: theirs(**every)}
+    as_we_do = {"completion_batch_size": in_flight, "prefill_batch_size": in_flight}
+    return {OURS: ours, THEIRS: theirs, AS_WE_DO: lambda: theirs(**as_we_do)}
 
 
 def measure(sides: dict[str, Side], rounds: int) -> tuple[dict[str, list[float]], int]:
@@ -119,6 +120,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES), help="of the model")
     parser.add_argument("--prompts", type=int, default=64, help="different ones")
     parser.add_argument("--repeats", type=int, default=1, help="completions of each prompt")
+    parser.add_argument("--in-flight", type=int, default=0, help="completions sampled at once; 0: all")
     parser.add_argument("--prompt-length", type=int, default=32, help="mean tokens of a prompt")
     parser.add_argument("--mean-length", type=int, default=32, help="of a completion, before it is cut")
     parser.add_argument("--max-tokens", type=int, default=96, help="of a completion")
@@ -139,7 +141,8 @@ def main() -> None:
         model.eval()
         mx.eval(model.parameters())
         prompts = make_prompts(args, SHAPES[shape]["vocab_size"])
-        seconds, tokens = measure(make_sides(model, prompts, args.max_tokens), args.rounds)
+        sides = make_sides(model, prompts, args.max_tokens, args.in_flight or len(prompts))
+        seconds, tokens = measure(sides, args.rounds)
         found += lines(shape, seconds, tokens)
         print(f"{shape}: {len(prompts)} prompts of {sum(map(len, prompts))} tokens, {tokens} sampled", flush=True)
     print(f"{os.cpu_count()} cores, BLAS {cpu.BLAS}, mlx {mx.__version__}, {args.rounds} rounds\n")

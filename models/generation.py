@@ -85,14 +85,12 @@ def sample(
     was_training = model.training
     model.eval()
     try:
-        plain = all(type(cache) is KVCache for cache in make_prompt_cache(model))
+        decode = _decode if all(type(cache) is KVCache for cache in make_prompt_cache(model)) else _decode_by_mlx_lm
         if not takes_unequal_prompts(model):
             decode = _decode_by_length
-        else:
-            decode = _decode if plain and len(prompts) <= batch_size else _decode_by_mlx_lm
         sampler = temperature_sampler(temperature) if keys is None else RowSampler(keys, temperature, agree)
         task = (model, prompts, set(eos_token_ids), max_tokens, sampler, batch_size, on_token)
-        if states is None or decode is not _decode:
+        if states is None or decode is not _decode or len(prompts) > batch_size:
             return decode(*task)
         with states.listening(model, len(prompts), max(map(len, prompts)) + max_tokens):
             return _decode(*task, states)
@@ -114,9 +112,9 @@ class RowSampler:
         """The sampler of these rows alone."""
         return RowSampler(self.keys[rows], self.temperature, self.agree)
 
-    def draw(self, logits: mx.array, rows: np.ndarray, place: int) -> mx.array:
-        """The tokens of `place` (from 0) in `rows`, by logits (len(rows), V)."""
-        return self.agree(draw(logits, next_keys(self.keys[rows], place + 1), self.temperature))
+    def draw(self, logits: mx.array, rows: np.ndarray, places: np.ndarray) -> mx.array:
+        """The tokens of these places (from 0) in `rows`, by logits (len(rows), V)."""
+        return self.agree(draw(logits, next_keys(self.keys[rows], places + 1), self.temperature))
 
 
 Sampler = Callable[[mx.array], mx.array] | RowSampler
@@ -185,59 +183,82 @@ def _decode(
     model, prompts, eos_token_ids, max_tokens, sampler: Sampler, batch_size, on_token,
     states: SampledStates | None = None,
 ) -> list[list[int]]:  # fmt: skip
-    """Decode all prompts at once, without BatchGenerator's overhead per row and token; unequal prompts only with plain
-    key-value caches.
+    """Decode without BatchGenerator's overhead per row and token; unequal prompts, and more than `batch_size`, only
+    with plain key-value caches.
 
-    Finished rows are dropped once they are an eighth of all, since dropping copies the caches.
+    Caches are copied where rows leave or enter: so finished rows are dropped once they are an eighth of all, and
+    prompts that wait enter, equal ones together, once half of `batch_size` is free. states: only if none waits.
     """
     if not prompts:
         return []
-    caches, padding = _read_prompts(model, prompts, max_tokens, states)
-    last = np.array([len(prompt) - 1 for prompt in prompts])
-
-    def drawn_after(tokens: mx.array, place: int) -> mx.array:
-        logits = model(tokens[:, None], cache=caches)[:, -1]
-        if states is not None:
-            states.tokens_read(rows, last[rows] + place)
-        drawn = sampler.draw(logits, rows, place) if isinstance(sampler, RowSampler) else sampler(logits)
-        mx.async_eval(drawn)  # so that the next pass is built while this one runs
-        return drawn
-
+    waits = len(prompts) > batch_size
+    waiting = _equal_together(prompts) if waits else list(range(len(prompts)))
     ends = np.array(sorted(eos_token_ids), dtype=np.int64)
     completions = np.zeros((len(prompts), max_tokens), dtype=np.int64)
     lengths = np.zeros(len(prompts), dtype=np.int64)
-    rows, going = np.arange(len(prompts)), np.ones(len(prompts), dtype=bool)  # per row of the current batch
-    drawn = drawn_after(mx.array([prompt[-1] for prompt in prompts]), 0)
-    for count in range(max_tokens):
-        following = drawn_after(drawn, count + 1) if count + 1 < max_tokens else drawn
-        completions[rows, count] = np.asarray(drawn)  # the next pass has been given to the device
-        lengths[rows[going]] = count + 1
+
+    def drawn_after(tokens: mx.array, caches: list, rows: np.ndarray, places: np.ndarray) -> mx.array:
+        logits = model(tokens[:, None], cache=caches)[:, -1]
+        if states is not None:
+            states.tokens_read(rows, np.array([len(prompts[row]) - 1 for row in rows]) + places)
+        drawn = sampler.draw(logits, rows, places) if isinstance(sampler, RowSampler) else sampler(logits)
+        mx.async_eval(drawn)  # so that the next pass is built while this one runs
+        return drawn
+
+    def enter(count: int) -> tuple[list, np.ndarray, np.ndarray, np.ndarray, mx.array]:
+        entering = [prompts[row] for row in waiting[:count]]
+        rows, places = np.array(waiting[:count]), np.zeros(len(entering), dtype=np.int64)
+        del waiting[:count]
+        caches, padding = _read_prompts(model, entering, max_tokens, states, batched=waits)
+        return caches, padding, rows, places, drawn_after(mx.array([p[-1] for p in entering]), caches, rows, places)
+
+    caches, padding, rows, places, drawn = enter(batch_size)
+    going = np.ones(len(rows), dtype=bool)
+    while True:
+        more = (going & (places + 1 < max_tokens)).any()
+        following = drawn_after(drawn, caches, rows, places + 1) if more else drawn
+        tokens = np.asarray(drawn)  # the next pass has been given to the device
+        completions[rows[going], places[going]] = tokens[going]
+        lengths[rows[going]] += 1
         if on_token:
             on_token(int(going.sum()))
-        going &= ~np.isin(completions[rows, count], ends)
+        places = places + 1
+        going &= ~np.isin(tokens, ends) & (places < max_tokens)
+        room = batch_size - int(going.sum())
+        entry = bool(waiting) and 2 * room >= batch_size
         if not going.any():
-            break
-        if 8 * (~going).sum() >= len(rows) and _have_rows(caches):
+            if not waiting:
+                break
+            caches, padding, rows, places, following = enter(room)
+            going = np.ones(len(rows), dtype=bool)
+        elif (entry or 8 * (~going).sum() >= len(rows)) and _have_rows(caches):
             kept = np.flatnonzero(going)
             padding = _keep_rows(caches, kept, padding)
-            following, rows, going = following[mx.array(kept)], rows[kept], going[kept]
+            following, rows, places, going = following[mx.array(kept)], rows[kept], places[kept], going[kept]
             mx.async_eval(following)  # by itself, or it would be known only when the next pass is
+            if entry:
+                others, *entered = enter(room)
+                padding = _join(caches, padding, others, entered[0])
+                rows, places = np.append(rows, entered[1]), np.append(places, entered[2])
+                following, going = mx.concatenate([following, entered[3]]), np.ones(len(rows), dtype=bool)
         drawn = following
     return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
 
 
 def _read_prompts(
-    model, prompts: list[list[int]], max_tokens: int, states: SampledStates | None = None
+    model, prompts: list[list[int]], max_tokens: int, states: SampledStates | None = None, batched: bool = False
 ) -> tuple[list, np.ndarray]:
     """Caches of all prompts without their last tokens, and the padding on the left of each, which makes them equal.
 
-    A prompt that several rows have is read once, if its cache can be copied.
+    A prompt that several rows have is read once, if its cache can be copied. batched: others are to join them, so that
+    caches know of padding even where there is none yet.
     """
     caches: list = make_prompt_cache(model)
-    distinct = _distinct(prompts) if _have_rows(caches) else [tuple(prompt) for prompt in prompts]
+    once = _have_rows(caches) and max(map(len, prompts)) > 1
+    distinct = _distinct(prompts) if once else [tuple(prompt) for prompt in prompts]
     lengths = np.array([len(prompt) - 1 for prompt in distinct])
     longest, padding = int(lengths.max()), lengths.max() - lengths
-    ragged = bool(padding.any())
+    ragged = batched or bool(padding.any())
     if ragged:
         caches = [BatchKVCache([0] * len(distinct)) for _ in caches]
     for cache in caches:
@@ -261,11 +282,17 @@ def _read_prompts(
             cache.finalize()
     if len(distinct) == len(prompts):
         return caches, padding
-    return caches, _keep_rows(caches, rows, padding) if longest else padding[rows]
+    return caches, _keep_rows(caches, rows, padding)
 
 
 def _distinct(prompts: list[list[int]]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(map(tuple, prompts)))
+
+
+def _equal_together(prompts: list[list[int]]) -> list[int]:
+    """The rows of all prompts, those of equal ones side by side, by first appearance."""
+    first = {prompt: number for number, prompt in enumerate(_distinct(prompts))}
+    return sorted(range(len(prompts)), key=lambda row: first[tuple(prompts[row])])
 
 
 def prefill_length(rows: int) -> int:
@@ -293,6 +320,15 @@ def _keep_rows(caches: list, rows: np.ndarray, padding: np.ndarray) -> np.ndarra
         else:
             cache.keys, cache.values = cache.keys[index], cache.values[index]
     return padding[rows] - common
+
+
+def _join(caches: list, padding: np.ndarray, others: list, more: np.ndarray) -> np.ndarray:
+    """Append the rows of other batch caches, and return the padding of all; `padding` and `more` are of each before."""
+    size, size_of_others = caches[0].size(), others[0].size()
+    for cache, other in zip(caches, others, strict=True):
+        cache.extend(other)
+    longest = max(size, size_of_others)
+    return np.append(padding + longest - size, more + longest - size_of_others)
 
 
 class TooLong(UserError):

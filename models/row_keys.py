@@ -10,6 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from models.cpu.exponential import exp
+
 
 def row_keys(count: int) -> np.ndarray:
     """The keys (count, 2) uint32 of so many rows, drawn from mlx's global stream, as mx.random.seed has set it."""
@@ -18,9 +20,12 @@ def row_keys(count: int) -> np.ndarray:
     return np.array(keys, dtype=np.uint32).reshape(count, 2)
 
 
-def next_keys(keys: np.ndarray, tokens: int = 1) -> np.ndarray:
-    """The keys (B, 2) of the token that is so many after those of `keys`: the second half is counted up, and wraps."""
-    return keys + np.array([0, tokens], dtype=np.uint32)
+def next_keys(keys: np.ndarray, tokens: int | np.ndarray = 1) -> np.ndarray:
+    """The keys (B, 2) of the token that is so many, of each row if (B,), after those of `keys`: the second half is
+    counted up, and wraps."""
+    following = keys.copy()
+    following[:, 1] += np.asarray(tokens, dtype=np.uint32)
+    return following
 
 
 def draw(logits: mx.array, keys: np.ndarray, temperature: float) -> mx.array:
@@ -33,7 +38,7 @@ def draw(logits: mx.array, keys: np.ndarray, temperature: float) -> mx.array:
         return mx.argmax(logits, axis=-1)
     logits = logits if temperature == 1 else logits / temperature
     logits = logits.astype(mx.float32)
-    sums = mx.cumsum(mx.exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
+    sums = mx.cumsum(exp(logits - logits.max(axis=-1, keepdims=True)), axis=-1)
     shares = mx.vmap(lambda key: mx.random.uniform(shape=(1,), key=key))(mx.array(keys))
     return mx.minimum((sums <= shares * sums[:, -1:]).sum(axis=-1), sums.shape[-1] - 1)
 

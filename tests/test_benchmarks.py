@@ -274,14 +274,15 @@ def test_the_endpoints_of_synth_scale_write_samples_unlike_each_other_and_right_
     assert votes == [sample["output"] for sample in samples]
 
 
-def test_rollouts_of_all_sides_have_the_lengths_that_were_drawn():
+@pytest.mark.parametrize("in_flight", [2, 6])
+def test_rollouts_of_all_sides_have_the_lengths_that_were_drawn(in_flight):
     settings = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     more = {"model_type": "llama", "vocab_size": 300, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
     model = rollouts.Countdown(ModelArgs.from_dict({**settings, **more}))
     words = argparse.Namespace(prompts=3, repeats=2, prompt_length=6, mean_length=5, seed=0)
     prompts = rollouts.make_prompts(words, 300)
     assert [prompt[:-1] for prompt in prompts[::2]] == [prompt[:-1] for prompt in prompts[1::2]]
-    seconds, tokens = rollouts.measure(rollouts.make_sides(model, prompts, 8), rounds=2)
+    seconds, tokens = rollouts.measure(rollouts.make_sides(model, prompts, 8, in_flight), rounds=2)
     # What ends by itself has an EOS beside the others; what is cut has none.
     assert tokens == sum(prompt[-1] - 1 if prompt[-1] <= 8 else 8 for prompt in prompts)
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(seconds, 2) and len(seconds) == 3

@@ -349,6 +349,25 @@ def test_rows_are_dropped_as_mlx_lm_drops_them(model, kept):
             np.testing.assert_array_equal(np.array(state), np.array(expected))
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 7])
+def test_prompts_that_wait_enter_as_others_end(model, batch_size, monkeypatch):
+    """Never more rows than allowed, each prompt of neighbours read once, and the completions are those of one batch."""
+    prompts = [[1 + (5 * row + i) % 49 for i in range(1 + row % 4)] for row in range(6)] * 3
+    mx.random.seed(5)
+    keys, eos = row_keys(len(prompts)), list(range(0, VOCABULARY, 6))
+    expected = sample(model, prompts, eos, 12, keys=keys)
+    assert len({len(completion) for completion in expected}) > 3
+    told: list[int] = []
+    shapes = noted_shapes(model, monkeypatch)
+    limits = {"batch_size": batch_size, "keys": keys, "on_token": told.append}
+    assert sample(model, prompts, eos, 12, **limits) == expected
+    assert max(rows for rows, _ in shapes) == batch_size == max(told)
+    assert sum(told) == sum(map(len, expected))
+    half = -(-batch_size // 2)  # at least so many rows are in flight until none waits
+    assert sum(tokens == 1 for _, tokens in shapes) <= (sum(told) + len(prompts)) / half + 12
+    assert sum(rows for rows, tokens in shapes if tokens > 1) < 4 * 3 + (0 if batch_size > 2 else 6)
+
+
 def test_temperature_1_draws_what_division_by_1_draws():
     logits = mx.random.normal((50, 20), key=mx.random.key(3))
     mx.random.seed(0)
