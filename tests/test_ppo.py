@@ -189,6 +189,17 @@ def test_the_default_kl_coefficient_is_in_deviations_of_the_scores(settings, uni
     assert ppo_step.make_controller(PPOSettings(**settings)).value == (0.01 if in_groups else 0.02)
 
 
+SCALED = ({"scale_scores": True}, 1.0), ({"normalize_scores": True}, 1.0)
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [({}, 0.5), *SCALED])
+def test_equal_scores_are_whitened_by_no_less_than_those_before_varied(scaling, expected):
+    moments = ppo.RunningMoments()
+    moments.update([0.0, 0.5, 1.0])  # std 0.5
+    assert ppo_step.least_deviation(PPOSettings(**scaling), moments, 0.0) == pytest.approx(expected)
+    assert ppo_step.least_deviation(PPOSettings(**scaling), moments, 1e-6) == 0
+
+
 def test_the_step_size_follows_the_root_of_the_kl_within_its_limits():
     controller = ppo.StepSizeController(0.4)
     # moved, entropy, share → change of the factor; of an entropy of 16 nats 0.2 may be moved
@@ -201,7 +212,7 @@ def test_the_step_size_follows_the_root_of_the_kl_within_its_limits():
         (0.0, 100.0, 0.0, 1.0),
         (100.0, 100.0, 1.0, 1 / 1.5),
         (math.nan, 100.0, 1.0, 1 / 1.5),
-        (0.3, 100.0, 0.0, 1 / 1.5),
+        (0.3, 100.0, 0.0, 1.0),
         (0.3, 0.0, 1.0, 1 / 1.5),
     ):
         before = controller.value
@@ -225,6 +236,15 @@ def test_the_step_size_finds_the_rate_that_moves_as_far_as_it_should(rate):
 
 
 # --- random cases against the NumPy reference ---
+
+
+@in_every_framework
+@pytest.mark.parametrize(("least", "deviation"), [(0.0, 0.5), (0.25, 0.5), (2.0, 2.0)])
+def test_what_varies_less_than_the_least_is_divided_by_that(framework, least, deviation):
+    """Of ½, ½, −½, −½ less their mean, and a pad, whose variance would be ⅓ by Bessel; of a fifth value 0 it is ¼."""
+    values, mask = framework.array([[0.5, 0.5, -0.5], [-0.5, 0.0, 9.0]]), framework.array([[1.0, 1, 1], [1, 1, 0]])
+    found = ppo.masked_whiten(values, mask, least=least)
+    framework.close(found, np.array([[0.5, 0.5, -0.5], [-0.5, 0.0, 0.0]]) / deviation)
 
 
 @in_every_framework

@@ -19,13 +19,13 @@ Array = Any
 class Estimator(NamedTuple):
     """How advantages are made, and what that asks of the rest of a run."""
 
-    estimate: Callable[[Rollout, PPOSettings, float], tuple[Array, Array]]  # → advantages and returns (B, C)
+    estimate: Callable[[Rollout, PPOSettings, float, float], tuple[Array, Array]]  # → advantages and returns (B, C)
     uses_value_head: bool  # else returns are not used
     kl_in_loss: bool  # the KL to the reference is a term of the loss, not part of the rewards
     compares_completions: bool  # needs several completions of a prompt, side by side
 
 
-def gae(rollout: Rollout, settings: PPOSettings, kl_coef: float) -> tuple[Array, Array]:
+def gae(rollout: Rollout, settings: PPOSettings, kl_coef: float, least: float) -> tuple[Array, Array]:
     """Generalised advantage estimation on the KL-shaped rewards, whitened.
 
     A value is the head's plus the mean return of the batch, discounted from the last token, where the score is given:
@@ -44,16 +44,16 @@ def gae(rollout: Rollout, settings: PPOSettings, kl_coef: float) -> tuple[Array,
         baseline = settings.gamma**left * rewards.sum(axis=1).mean()
     values = rollout.old_values + baseline
     advantages, returns = ppo.gae(rewards, values, mask, settings.gamma, settings.gae_lambda)
-    return ppo.masked_whiten(advantages, mask), (returns - baseline) * mask
+    return ppo.masked_whiten(advantages, mask, least=least), (returns - baseline) * mask
 
 
-def group(rollout: Rollout, settings: PPOSettings, kl_coef: float) -> tuple[Array, Array]:
+def group(rollout: Rollout, settings: PPOSettings, kl_coef: float, least: float) -> tuple[Array, Array]:
     """Each completion's score against the others of its prompt (GRPO, arXiv:2402.03300), at all its tokens."""
     scores = ppo.group_advantages(rollout.scores, settings.num_generations, not settings.no_group_scale)
     return scores[:, None] * rollout.mask, 0.0 * rollout.mask
 
 
-def rloo(rollout: Rollout, settings: PPOSettings, kl_coef: float) -> tuple[Array, Array]:
+def rloo(rollout: Rollout, settings: PPOSettings, kl_coef: float, least: float) -> tuple[Array, Array]:
     """Each completion's score less the mean of the others of its prompt (arXiv:2402.14740), at all its tokens."""
     scores = ppo.rloo_advantages(rollout.scores, settings.num_generations)
     return scores[:, None] * rollout.mask, 0.0 * rollout.mask
@@ -73,9 +73,12 @@ def estimator(name: str) -> Estimator:
     return ESTIMATORS[name]
 
 
-def advantages_and_returns(rollout: Rollout, settings: PPOSettings, kl_coef: float) -> tuple[Array, Array]:
+def advantages_and_returns(
+    rollout: Rollout, settings: PPOSettings, kl_coef: float, least: float = 0.0
+) -> tuple[Array, Array]:
     """Advantages and returns (B, C) of a rollout, zero at pads, by the estimator that `settings` names.
 
-    kl_coef: score units per nat, where the KL is part of the rewards.
+    kl_coef: score units per nat, where the KL is part of the rewards. least: score units, the least deviation by which
+    advantages are whitened (`training.ppo_step.least_deviation`).
     """
-    return estimator(settings.advantage).estimate(rollout, settings, kl_coef)
+    return estimator(settings.advantage).estimate(rollout, settings, kl_coef, least)

@@ -74,11 +74,12 @@ def sum_per_completion(values: Array, mask: Array) -> Array:
     return array_module(values).where(mask > 0, values, 0.0).sum(axis=1)
 
 
-def masked_whiten(values: Array, mask: Array, center: bool = True) -> Array:
+def masked_whiten(values: Array, mask: Array, center: bool = True, least: float = 0.0) -> Array:
     """Scale to unit variance over all real tokens, and to mean 0 where `center`: (x − mean) / √(var + 1e-8).
 
     values, mask: (B, C). The variance is Bessel's (n − 1); that of a single real token counts as 0. With
-    `center=False` the mean is put back, as is usual for rewards. Returns (B, C), zero where mask is 0.
+    `center=False` the mean is put back, as is usual for rewards. least: of the standard deviation, in the unit of
+    values; what varies less is divided by it. Returns (B, C), zero where mask is 0.
     Raises ValueError if shapes differ. Source: TRL 0.11, `core.masked_whiten`.
     """
     xp = array_module(values)
@@ -89,7 +90,7 @@ def masked_whiten(values: Array, mask: Array, center: bool = True) -> Array:
     mean = masked_mean(shifted, mask)
     deviations = xp.where(mask > 0, shifted - mean, 0.0)
     variance = (deviations * deviations).sum() / xp.clip(count_tokens(mask) - 1, 1, None)
-    whitened = deviations * xp.rsqrt(variance + 1e-8)
+    whitened = deviations * xp.rsqrt(xp.clip(variance, least**2, None) + 1e-8)
     return whitened if center else xp.where(mask > 0, whitened + (mean + pivot), 0.0)
 
 
@@ -241,15 +242,14 @@ class StepSizeController:
 
         entropy: nats per completion. share: 0..1, of the full step: what the schedule leaves of it, whose decay is not
         to be made up for, and what the scores still differ by, compared to before. Where they hardly differ, a full
-        step would follow noise.
+        step would follow noise; where they do not, nothing was learned, and the factor remains.
         """
-        if not self.target:
+        if not self.target or not share:
             return
         wanted = min(self.target, self.ENTROPY_SHARE * entropy) * share**2
-        if moved == 0:
-            change = self.CHANGE if wanted else 1.0
-        else:
-            change = 0.0 if math.isnan(moved) else math.sqrt(wanted / moved)
+        if math.isnan(moved):
+            moved = math.inf
+        change = math.sqrt(wanted / moved) if moved else self.CHANGE
         change = min(max(change, 1 / self.CHANGE), self.CHANGE)
         self.value = min(max(self.value * change, 1 / self.REACH), self.REACH)
 

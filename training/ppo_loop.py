@@ -40,6 +40,7 @@ from training.ppo_step import (
     Prompts,
     group_figures,
     kl_unit,
+    least_deviation,
     make_controller,
     make_step_size,
     own_rows,
@@ -154,7 +155,8 @@ def ppo_steps(
         rollout, scored, figures = roll_out(learner, tokenizer, prompts.batch(progress.step), reward, progress.moments)
         sampled = time.perf_counter()
         kl_coef = progress.controller.value * kl_unit(settings, progress.moments)
-        advantages, returns = advantages_and_returns(rollout, settings, kl_coef)
+        least = least_deviation(settings, progress.moments, figures["score_signal"])
+        advantages, returns = advantages_and_returns(rollout, settings, kl_coef, least)
         stats = learner.update(progress.step, rollout, advantages, returns, kl_coef, lr_factor)
         progress.controller.update(figures["kl"], settings.batch_size)
         length, share = figures["completion_length"], figures["score_signal"] * rate_share(settings, progress.step)

@@ -145,6 +145,17 @@ def kl_unit(settings: PPOSettings, moments: ppo.RunningMoments) -> float:
     return 1.0 if settings.init_kl_coef is not None or in_deviations else moments.std
 
 
+def least_deviation(settings: PPOSettings, moments: ppo.RunningMoments, signal: float) -> float:
+    """The least deviation by which advantages are whitened, in the unit of scores as training sees them.
+
+    That of all scores so far, where those of a step are equal: what then differs, the errors of the values and the KL,
+    counts for what it is beside them. Whitened by its own it would move the policy as far as scores do.
+    """
+    if signal:
+        return 0.0
+    return 1.0 if settings.scale_scores or settings.normalize_scores else moments.std
+
+
 def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:
     """The controller of the learning rate. A single update a step shows nothing of how far it moves."""
     return ppo.StepSizeController(settings.step_kl if updates_per_step(settings) > 1 else 0.0)
