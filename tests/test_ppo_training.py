@@ -586,6 +586,26 @@ def test_a_score_that_all_have_more_of_changes_nothing(values):
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+def test_a_step_of_equal_scores_counts_its_advantages_beside_the_scores_before(setting):
+    """What then differs is the KL: at 0.02 deviations a nat it is little, and says nothing of the rate."""
+    run = setting("--num-steps", 2)
+    run.displace()
+    learner, passed = run.learner(), []
+
+    def update(step, rollout, advantages, returns, *_):
+        passed.append(np.array(advantages)[np.array(rollout.mask) > 0])
+        return {"approx_kl": 1e-6}
+
+    learner.update = update
+    progress = ppo_loop.Progress(ppo_step.make_controller(run.settings), ppo_step.make_step_size(run.settings))
+    scores = iter([[0.0, 3.0] * 8, [3.0] * 16])
+    steps = ppo_loop.ppo_steps(learner, run.tokenizer, run.prompts, lambda *texts: next(scores), progress)
+    factors = [progress.step_size.value for _ in steps]
+    differing, equal = (advantages.std(ddof=1) for advantages in passed)
+    assert differing == pytest.approx(1, abs=1e-5) and 0 < equal < 0.1
+    assert factors == [1.5, 1.5]
+
+
 def test_under_a_discount_the_mean_is_discounted_from_the_last_token():
     """γ ½, λ 1: one token before the last, score 1 is worth ½ and the mean of ½ is worth ¼; at the last, 1 and ½."""
     _, returns = estimates([1.0, 0.0], [2, 1], 0.0, "--gamma", "0.5")
