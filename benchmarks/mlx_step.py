@@ -3,12 +3,14 @@
     python benchmarks/mlx_step.py '{"task": ..., "model": ..., "kind": "lora", "tokenizer": "tokenizer.json"}'
 
 It runs the loop of ppo_training.py on a random model that is built here. Its first line says what it is; then
-every line on stdin is answered by one: the seconds of a step, and what shows that the whole of it was done.
+every line on stdin is answered by one: the seconds of a step, and what shows that the whole of it was done; of a
+number, the seconds of a sum of so many numbers over all processes of the launch.
 """
 
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from models.adapter_config import AdapterConfig
 from models.loading import LoadedModel
 from training import ppo_flags, ppo_loop, ppo_step
 from training.flags import adapter_settings
+from training.mlx_ranks import launched
 from training.optimizer import make_optimizer
 from training.ppo_learner import PPOLearner, build_policies
 from training.ranks import ALONE, Ranks
@@ -87,14 +90,40 @@ class Stepper:
         }
 
 
+def timed_step(stepper: Stepper, ranks: Ranks) -> dict[str, float]:
+    """A step's figures, with the number of its sums over all processes, their bytes, and the seconds in them."""
+    before = ranks.sums, ranks.summed_bytes, ranks.waited
+    figures = stepper.step()
+    sums, size, waited = (
+        now - then for now, then in zip((ranks.sums, ranks.summed_bytes, ranks.waited), before, strict=True)
+    )
+    figures["peak_memory"] = sum(ranks.gather([figures["peak_memory"]]))
+    return {**figures, "sums": sums, "bytes": size, "waited": waited}
+
+
+def timed_sum(count: int, ranks: Ranks) -> dict[str, float]:
+    """The seconds of a sum of `count` numbers, the best of five, for which all have arrived."""
+    array = mx.zeros(count)
+    seconds = []
+    for _ in range(5):
+        ranks.any(False)
+        started = time.perf_counter()
+        ranks.sum([array])
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": min(seconds)}
+
+
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints gets between the answers
-    stepper = Stepper(**json.loads(sys.argv[1]))
-    trainable, _ = stepper.policy.sizes()
-    versions = {"mlx": mx.__version__, "device": str(mx.default_device()), "blas": str(cpu.BLAS)}
-    print(json.dumps({"trainable": trainable, **versions}), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(stepper.step()), file=answers, flush=True)
+    with launched() as ranks:
+        stepper = Stepper(**json.loads(sys.argv[1]), ranks=ranks)
+        trainable, _ = stepper.policy.sizes()
+        versions = {"mlx": mx.__version__, "device": str(mx.default_device()), "blas": str(cpu.BLAS)}
+        print(json.dumps({"trainable": trainable, **versions}), file=answers, flush=True)
+        for line in sys.stdin:
+            asked = line.strip()
+            answer = timed_sum(int(asked), ranks) if asked.isdecimal() else timed_step(stepper, ranks)
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

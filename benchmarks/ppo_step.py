@@ -9,18 +9,19 @@ Adam, on a random Llama. With the small models, 32 prompts of 3 tokens, 24 new t
 and v, or all weights. At the real shape (SmolLM2-135M's), 16 prompts of 32 tokens, 48 new tokens, 2 epochs; LoRA of
 rank 8 on q and v of the last 8 of 30 layers. Both sides do it in processes of their own, taking turns step by step, so
 that a busy machine slows both; what counts is the ratio within a round. Memory is the highest resident size of a
-process.
+side's processes together.
 """
 
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import venv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trl-python", metavar="PATH", help="Python of an environment that has TRL")
     parser.add_argument("--make-trl-env", metavar="FOLDER", help="make such an environment there first, with pip")
     parser.add_argument("--settings", nargs="+", choices=tuple(SETTINGS), default=list(SETTINGS), help="which")
-    parser.add_argument("--threads", type=int, default=1, help="of our BLAS")
+    parser.add_argument("--threads", type=int, default=1, help="of our BLAS, in each process")
+    parser.add_argument("--processes", type=int, default=1, help="of ours, which share the rows of a step")
     parser.add_argument("--trl-threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", default="runs/ppo_step.json", help="file of all figures; the table lies beside it")
     return parser.parse_args()
@@ -129,15 +131,23 @@ def write_tokenizer(path: Path, vocabulary: int) -> None:
 
 
 class Worker:
-    """A process that takes steps on request and answers with one line of JSON each."""
+    """A process, or several that take each step together, which answers every line with one line of JSON."""
 
-    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str]):
+    def __init__(self, name: str, command: Sequence[str | Path], environment: dict[str, str], processes: int = 1):
+        """processes: so many, joined by mlx's ring, of which the first answers and ends if another is lost."""
         self.name = name
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (closed by `close`)
-        self.process = subprocess.Popen(
-            [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-            text=True, env={**os.environ, **environment},
-        )  # fmt: skip
+        self.hosts = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115  (likewise)
+        json.dump([[f"127.0.0.1:{port}"] for port in free_ports(processes)], self.hosts)
+        self.hosts.flush()
+        self.processes = []
+        for rank in range(processes):
+            joined = {"MLX_RANK": str(rank), "MLX_HOSTFILE": self.hosts.name} if processes > 1 else {}
+            process = subprocess.Popen(
+                [str(word) for word in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                text=True, env={**os.environ, **environment, **joined},
+            )  # fmt: skip
+            self.processes.append(process)
         self.ready = self._answer()
 
     def step(self) -> dict[str, float]:
@@ -146,29 +156,43 @@ class Worker:
 
     def ask(self, line: str) -> Any:
         """The answer to a line. Raises UserError with the end of the worker's log if it has died."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died, so its answer is missing too
-            print(line, file=self.process.stdin, flush=True)
+        for process in self.processes:
+            assert process.stdin is not None
+            with suppress(BrokenPipeError):  # it has died, so its answer is missing too
+                print(line, file=process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        first = self.processes[0]
+        assert first.stdout is not None
+        line = first.stdout.readline()
         if line:
             return json.loads(line)
         self.log.seek(0)
         last = (self.log.read().strip().splitlines() or ["no message"])[-1]
-        code = self.process.wait()
+        code = first.wait()
         self.close()
         raise UserError(f"the {self.name} process ended with code {code} ({last}); run it by itself")
 
     def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.log):
-            assert stream is not None
-            with suppress(BrokenPipeError):
-                stream.close()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with suppress(BrokenPipeError):
+                    stream.close()
+        self.log.close()
+        self.hosts.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """So many TCP ports of this machine that nobody listens on."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @contextmanager
@@ -181,7 +205,7 @@ def workers(args: argparse.Namespace, name: str, tokenizer: Path) -> Iterator[di
     threads = {"OPENBLAS_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
     started: dict[str, Worker] = {}
     try:
-        started["ours"] = Worker("ours", [sys.executable, here / "mlx_step.py", work], threads)
+        started["ours"] = Worker("ours", [sys.executable, here / "mlx_step.py", work], threads, args.processes)
         if args.trl_python:
             threads = {"OMP_NUM_THREADS": str(args.trl_threads), "MKL_NUM_THREADS": str(args.trl_threads)}
             started["TRL"] = Worker("TRL", [args.trl_python, here / "trl_step.py", work], threads)
@@ -257,6 +281,7 @@ def table(comparisons: dict[str, Comparison]) -> str:
 def main() -> None:
     args = parse_args()
     positive("rounds", args.rounds)
+    positive("processes", args.processes)
     positive("warm-up", args.warm_up, zero=True)
     if args.make_trl_env:
         args.trl_python = make_trl_environment(Path(args.make_trl_env).expanduser())
@@ -273,7 +298,8 @@ def main() -> None:
     text = table(comparisons)
     print(text)
     output = Path(args.output)
-    write_json(output, {"cores": os.cpu_count(), "threads": args.threads, "settings": figures})
+    ours = {"threads": args.threads, "processes": args.processes}
+    write_json(output, {"cores": os.cpu_count(), **ours, "settings": figures})
     with atomic_file(output.with_suffix(".md")) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -11,35 +11,22 @@ long two take. mlx.launch is not used: its own loop keeps a core busy, and there
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import cpu
-
-cpu.enable()  # before mlx is imported
-
-import mlx.core as mx
-
-from benchmarks.mlx_step import Stepper
-from benchmarks.ppo_step import MODELS, SMALL_TASK, write_tokenizer
+from benchmarks.ppo_step import MODELS, SMALL_TASK, Worker, write_tokenizer
 from common.cli import run
 from common.files import atomic_file, write_json
 from common.parser import Parser
 from common.ranges import COUNT
-from training.mlx_ranks import launched
-from training.ranks import Ranks
 
 KINDS = ("lora", "full")
 MODEL = "hidden 256"
@@ -145,101 +132,35 @@ def half(task: dict[str, Any]) -> dict[str, Any]:
     return {**task, "prompts": task["prompts"][::2], "mini_batch_size": task["mini_batch_size"] // 2}
 
 
-def work(spec: dict[str, Any]) -> None:
-    """One process of a group: answers every line on stdin by what a step, or a sum of so many numbers, took."""
-    answers, sys.stdout = sys.stdout, sys.stderr
-    with launched() as ranks:
-        stepper = Stepper(spec["task"], MODELS[MODEL], spec["kind"], spec["tokenizer"], ranks)
-        for line in sys.stdin:
-            answer = timed_sum(int(line), ranks) if line.strip() else timed_step(stepper, ranks)
-            print(json.dumps(answer), file=answers, flush=True)
-
-
-def timed_step(stepper: Stepper, ranks: Ranks) -> dict[str, float]:
-    before = ranks.sums, ranks.summed_bytes, ranks.waited
-    figures = stepper.step()
-    sums, size, waited = (
-        now - then for now, then in zip((ranks.sums, ranks.summed_bytes, ranks.waited), before, strict=True)
-    )
-    return {**figures, "sums": sums, "bytes": size, "waited": waited}
-
-
-def timed_sum(count: int, ranks: Ranks) -> dict[str, float]:
-    """The seconds of a sum of `count` numbers, the best of five, for which all have arrived."""
-    array = mx.zeros(count)
-    seconds = []
-    for _ in range(5):
-        ranks.any(False)
-        started = time.perf_counter()
-        ranks.sum([array])
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": min(seconds)}
-
-
-class Group:
-    """Processes that take steps together whenever they are asked to."""
-
-    def __init__(self, processes: Sequence[subprocess.Popen]):
-        self.processes = processes
-
-    def ask(self, line: str = "") -> dict[str, float]:
-        """Of the first process's answer."""
-        for process in self.processes:
-            process.stdin.write(line + "\n")  # type: ignore[union-attr]
-            process.stdin.flush()  # type: ignore[union-attr]
-        answers = [process.stdout.readline() for process in self.processes]  # type: ignore[union-attr]
-        return json.loads(answers[0])
-
-
 @contextmanager
-def group(size: int, spec: dict[str, Any], folder: Path) -> Iterator[Group]:
+def group(size: int, spec: dict[str, Any]) -> Iterator[Worker]:
     """`size` processes of one thread each, joined by the ring."""
-    hosts = folder / f"hosts-{size}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]), encoding="utf-8")
     one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(size):
-        joined = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if size > 1 else {}
-        command = [sys.executable, __file__, "--work", json.dumps(spec)]
-        environment = {**os.environ, **one_thread, **joined}
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        processes.append(subprocess.Popen(command, env=environment, **pipes))
-    try:
-        yield Group(processes)
-    finally:
-        for process in processes:
-            process.stdin.close()  # type: ignore[union-attr]
-            process.wait()
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    command = [sys.executable, str(ROOT / "benchmarks/mlx_step.py"), json.dumps(spec)]
+    with closing(Worker(f"{size} of ours", command, one_thread, size)) as worker:
+        yield worker
 
 
 def measure(kind: str, rounds: int, folder: Path) -> dict[str, Any]:
     """Medians over `rounds` of what a step takes, alone, with half of the rows, and by two; and of sums by two."""
     write_tokenizer(tokenizer := folder / "tokenizer.json", MODELS[MODEL]["vocab_size"])
-    spec = {"kind": kind, "tokenizer": str(tokenizer)}
+    spec = {"kind": kind, "tokenizer": str(tokenizer), "model": MODELS[MODEL]}
     with (
-        group(1, {**spec, "task": SMALL_TASK}, folder) as alone,
-        group(1, {**spec, "task": half(SMALL_TASK)}, folder) as of_half,
-        group(2, {**spec, "task": SMALL_TASK}, folder) as two,
+        group(1, {**spec, "task": SMALL_TASK}) as alone,
+        group(1, {**spec, "task": half(SMALL_TASK)}) as of_half,
+        group(2, {**spec, "task": SMALL_TASK}) as two,
     ):
         groups = {"alone": alone, "half": of_half, "two": two}
         for each in groups.values():
-            each.ask()  # the first step is slower
-        answers = [{name: each.ask() for name, each in groups.items()} for _ in range(rounds)]
+            each.step()  # the first is slower
+        answers = [{name: each.step() for name, each in groups.items()} for _ in range(rounds)]
         sums = {str(count): two.ask(str(count))["seconds"] for count in SUMS}
     steps = {
         name: {key: statistics.median(answer[name][key] for answer in answers) for key in answers[0][name]}
         for name in groups
     }
     speedups = sorted(answer["alone"]["seconds"] / answer["two"]["seconds"] for answer in answers)
-    return {**steps, "sums": sums, "speedups": speedups}
+    return {**steps, "sums": sums, "speedups": speedups, "blas": alone.ready["blas"]}
 
 
 def local_link(sums: dict[str, float]) -> Link:
@@ -337,22 +258,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=COUNT, default=7, help="steps of each group that are measured")
     parser.add_argument("--from", metavar="FILE", help="show what an earlier run wrote there")
     parser.add_argument("--out", metavar="FILE", default="docs/scaling.json", help="what was measured")
-    parser.add_argument("--work", metavar="JSON", help="be a process of a group")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
-    if args.work:
-        work(json.loads(args.work))
-        return
     source, out = getattr(args, "from"), Path(args.out)
     if source:
         measured = json.loads(Path(source).read_text(encoding="utf-8"))
     else:
         with tempfile.TemporaryDirectory() as folder:
             kinds = {kind: measure(kind, args.rounds, Path(folder)) for kind in KINDS}
-        measured = {"blas": str(cpu.BLAS), "rounds": args.rounds, "kinds": kinds}
+        measured = {"rounds": args.rounds, "kinds": kinds}
         write_json(out, measured)
     draw(PAGE.with_name("scaling.png"))
     tables = [measured_table(measured), paper_table()]

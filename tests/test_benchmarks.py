@@ -92,6 +92,17 @@ def test_rounds_are_counted_after_the_warm_up_and_a_dead_side_says_why():
         Worker("TRL", [sys.executable, "-c", "import no_such_module"], {})
 
 
+def test_two_processes_take_a_step_together(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.json", MODELS["hidden 64"]["vocab_size"])
+    small = {**MODELS["hidden 64"], "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    work = {"task": SMALL_TASK, "model": small, "kind": "lora", "tokenizer": str(tmp_path / "tokenizer.json")}
+    with scaling.group(2, work) as two, scaling.group(1, work) as alone:
+        (shared, whole), added = (group.step() for group in (two, alone)), two.ask("1000")
+    check_whole("ours", shared, SMALL_TASK)
+    assert shared["score"] == whole["score"] and shared["sums"] > whole["sums"] == 0 < added["seconds"]
+    assert shared["peak_memory"] > 1.5 * whole["peak_memory"] > 1e8
+
+
 @pytest.mark.parametrize(("what", "number"), [("tokens", 767), ("updates", 15)])
 def test_a_step_that_did_less_work_does_not_count(what, number):
     with pytest.raises(UserError, match=f"had {number} {what}, not {number + 1}"):
