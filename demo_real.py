@@ -230,9 +230,12 @@ def draw(folder: Path) -> list[Path]:
     def curve(name: str, metric: str) -> list[tuple[float, float]]:
         return points_of(read_metrics(folder / "runs" / name), metric)
 
+    scores = curve("ppo", "mean_score")
+    windows = [scores[max(0, end - 8) : end] for end in range(1, len(scores) + 1)]
+    recent = [(window[-1][0], float(np.mean([score for _, score in window]))) for window in windows]
     pictures = {
         "ppo.png": [
-            Panel("PPO: score", "constraints met, 0 to 1", {"": curve("ppo", "mean_score")}),
+            Panel("PPO: score", "constraints met, 0 to 1", {"of a step": scores, "mean of the last 8": recent}),
             Panel("its KL from SFT", "nats per reply", {"": curve("ppo", "kl")}),
             Panel("its entropy", "nats per token", {"": curve("ppo", "entropy")}),
             Panel("its length", "tokens", {"": curve("ppo", "completion_length")}),
