@@ -21,7 +21,7 @@ from models.output_layer import OutputLayer
 LOGITS_BYTES = 256 * 10**6
 # Arrays (n, V) in float32 that live at once. mlx makes room for results before it comes to compute them, ahead by about
 # 100 operations on CPU, which are several pieces, and by 10 buffers of commands on a GPU.
-ALIVE_ON_CPU, ALIVE_ON_GPU = 16, 8
+ALIVE_ON_CPU, ALIVE_ON_GPU = 16, 13
 FEW = 2**14  # logits so few that to make and keep them all takes less time than to make their gradients with them
 LOWEST = -1e38  # for a logit of −inf, which times a probability of 0 would be NaN
 

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,16 @@ def test_the_default_kl_coefficient_is_in_deviations_of_the_scores(settings, uni
     assert ppo_step.kl_unit(PPOSettings(**settings), moments) == pytest.approx(unit)
     in_groups = settings == {"advantage": "group"}
     assert ppo_step.make_controller(PPOSettings(**settings)).value == (0.01 if in_groups else 0.02)
+
+
+def test_the_signal_is_what_scores_differ_by_beside_all_before():
+    moments = ppo.RunningMoments()
+    moments.update([0.0, 0.5, 1.0])  # std 0.5
+    signal = partial(ppo_step.score_signal, settings=PPOSettings(missing_eos_penalty=0.5), moments=moments)
+    assert signal([0.0, 0.5], [True, True]) == pytest.approx(0.25 / 0.5)
+    assert signal([0.0, 0.0], [True, False]) == pytest.approx(0.25 / 0.5)
+    assert signal([0.0, 5.0], [True, True]) == 1
+    assert np.std([0.1] * 3) > 0 and signal([0.1] * 3, [True] * 3) == 0
 
 
 SCALED = ({"scale_scores": True}, 1.0), ({"normalize_scores": True}, 1.0)

@@ -202,7 +202,9 @@ def score_signal(
 
     moments: with these scores.
     """
-    return min(float(np.std(penalised(scores, ended, settings))) / moments.std, 1.0)
+    shaped = penalised(scores, ended, settings)
+    equal = bool((shaped == shaped[0]).all())  # whose deviation by np.std is often some 1e-16
+    return 0.0 if equal else min(float(np.std(shaped)) / moments.std, 1.0)
 
 
 def rows_to_score(settings: PPOSettings) -> int:
