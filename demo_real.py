@@ -63,7 +63,7 @@ class Scale(NamedTuple):
     replies: int
 
 
-FULL = Scale(rows=1024, sft_iters=30, ppo_batch_size=64, replies=1)
+FULL = Scale(rows=1024, sft_iters=15, ppo_batch_size=64, replies=1)
 SHORT = Scale(rows=12, sft_iters=2, ppo_batch_size=16, replies=1)
 
 
