@@ -168,8 +168,8 @@ def finished(folder: Path) -> dict[str, dict[tuple[str, str, int], list[dict]]]:
     """The metrics of every finished cell, by label, and by task, method and seed."""
     runs: dict[str, dict[tuple[str, str, int], list[dict]]] = {}
     for summary in sorted((folder / "cells").glob("*/summary.json")):
-        task, method, label, seed = summary.parent.name.replace("_,", ",").split(",_")
-        runs.setdefault(label, {})[task, method, int(seed)] = read_metrics(summary.parent)
+        task, method, *label, seed = summary.parent.name.replace("_,", ",").split(",_")
+        runs.setdefault(", ".join(label), {})[task, method, int(seed)] = read_metrics(summary.parent)
     return runs
 
 
