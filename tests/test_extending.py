@@ -39,7 +39,7 @@ def test_each_change_touches_few_files_and_all_of_them_are_there():
         assert len([path for path in paths if path.endswith(".py")]) + new <= most, change
 
 
-def centered(rollout, settings, kl_coef):
+def centered(rollout, settings, kl_coef, least):
     scores = rollout.scores - rollout.scores.mean()
     return scores[:, None] * rollout.mask, 0.0 * rollout.mask
 
