@@ -175,6 +175,7 @@ class Worker:
         raise UserError(f"the {self.name} process ended with code {code} ({last}); run it by itself")
 
     def close(self) -> None:
+        """End the processes, and drop their log and hosts file."""
         for process in self.processes:
             process.kill()
             process.wait()

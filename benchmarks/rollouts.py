@@ -129,6 +129,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for name in ("prompts", "repeats", "prompt_length", "mean_length", "max_tokens", "rounds"):
         positive(name.replace("_", "-"), getattr(args, name))
+    positive("in-flight", args.in_flight, zero=True)
     return args
 
 

@@ -194,13 +194,14 @@ def _decode(
     waits = len(prompts) > batch_size
     waiting = _equal_together(prompts) if waits else list(range(len(prompts)))
     ends = np.array(sorted(eos_token_ids), dtype=np.int64)
+    last = np.array([len(prompt) - 1 for prompt in prompts])  # token of each prompt
     completions = np.zeros((len(prompts), max_tokens), dtype=np.int64)
     lengths = np.zeros(len(prompts), dtype=np.int64)
 
     def drawn_after(tokens: mx.array, caches: list, rows: np.ndarray, places: np.ndarray) -> mx.array:
         logits = model(tokens[:, None], cache=caches)[:, -1]
         if states is not None:
-            states.tokens_read(rows, np.array([len(prompts[row]) - 1 for row in rows]) + places)
+            states.tokens_read(rows, last[rows] + places)
         drawn = sampler.draw(logits, rows, places) if isinstance(sampler, RowSampler) else sampler(logits)
         mx.async_eval(drawn)  # so that the next pass is built while this one runs
         return drawn
@@ -237,10 +238,10 @@ def _decode(
             following, rows, places, going = following[mx.array(kept)], rows[kept], places[kept], going[kept]
             mx.async_eval(following)  # by itself, or it would be known only when the next pass is
             if entry:
-                others, *entered = enter(room)
-                padding = _join(caches, padding, others, entered[0])
-                rows, places = np.append(rows, entered[1]), np.append(places, entered[2])
-                following, going = mx.concatenate([following, entered[3]]), np.ones(len(rows), dtype=bool)
+                others, its_padding, its_rows, its_places, its_drawn = enter(room)
+                padding = _join(caches, padding, others, its_padding)
+                rows, places = np.append(rows, its_rows), np.append(places, its_places)
+                following, going = mx.concatenate([following, its_drawn]), np.ones(len(rows), dtype=bool)
         drawn = following
     return [row[:length].tolist() for row, length in zip(completions, lengths, strict=True)]
 

@@ -252,7 +252,7 @@ def test_the_step_size_finds_the_rate_that_moves_as_far_as_it_should(rate):
 @in_every_framework
 @pytest.mark.parametrize(("least", "deviation"), [(0.0, 0.5), (0.25, 0.5), (2.0, 2.0)])
 def test_what_varies_less_than_the_least_is_divided_by_that(framework, least, deviation):
-    """Of ½, ½, −½, −½ less their mean, and a pad, whose variance would be ⅓ by Bessel; of a fifth value 0 it is ¼."""
+    """½, ½, −½, −½ and 0 have the variance ¼ by Bessel; the pad does not count."""
     values, mask = framework.array([[0.5, 0.5, -0.5], [-0.5, 0.0, 9.0]]), framework.array([[1.0, 1, 1], [1, 1, 0]])
     found = ppo.masked_whiten(values, mask, least=least)
     framework.close(found, np.array([[0.5, 0.5, -0.5], [-0.5, 0.0, 0.0]]) / deviation)
