@@ -164,6 +164,11 @@ def measure(rows: Sequence[dict], batch_size: int = BATCH_SIZE) -> Result:
     )
 
 
+def finite(result: NamedTuple) -> dict[str, float | None]:
+    """The figures by name, for JSON: None where one was not reached."""
+    return {name: value if np.isfinite(value) else None for name, value in result._asdict().items()}
+
+
 def finished(folder: Path) -> dict[str, dict[tuple[str, str, int], list[dict]]]:
     """The metrics of every finished cell, by label, and by task, method and seed."""
     runs: dict[str, dict[tuple[str, str, int], list[dict]]] = {}
@@ -255,7 +260,7 @@ def main() -> None:
     with atomic_file(folder / f"{name}.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     write_json(folder / "results.json", {
-        label: {", ".join(map(str, cell)): r._asdict() for cell, r in cells.items()} for label, cells in results.items()
+        label: {", ".join(map(str, cell)): finite(r) for cell, r in cells.items()} for label, cells in results.items()
     })  # fmt: skip
     draw(folder / f"{name}.png", runs, args.half)
     print(f"table, figures and picture: {folder}/{name}.md, results.json, {name}.png")

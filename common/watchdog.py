@@ -8,7 +8,6 @@ import os
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -195,6 +194,6 @@ class Watchdog:
             which = f"rank {lost} of {self.size} has ended or cannot be reached"
             if lost is None:
                 which = f"some of the {self.size} ranks cannot reach each other"
-            line = f"error: {which}, so all end{go_on}\n"
-            os.write(2, (("\n" if sys.stderr.isatty() else "") + line).encode())
+            # mlx or a progress line may be in the middle of a line of its own: begin a new one
+            os.write(2, f"\nerror: {which}, so all end{go_on}\n".encode())
         os._exit(LOST)

@@ -11,6 +11,7 @@ import numpy as np
 from common.errors import UserError
 
 LARGEST_ID = 2**31
+WORTH_SHARING = 8  # tokens, at least, that all prompts begin with, to be read once
 TOKENS_A_PASS = 2**13  # of all rows together, where a forward pass may be split: what it needs grows with them
 
 
@@ -75,6 +76,17 @@ def encode_prompt(tokenizer, prompt: str) -> list[int]:
     return list(
         tokenizer.encode(prompt, add_special_tokens=False) if isinstance(prompt, Rendered) else tokenizer.encode(prompt)
     )
+
+
+def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens different prompts all begin with, without the last of any, as far as it pays to read them once.
+
+    Of chats, those of the system prompt and of the template; of a soft prompt all of it.
+    """
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))  # all that lie between begin as both do
+    longest = min(map(len, prompts)) - 1 if first != last else 0
+    count = next((i for i in range(longest) if first[i] != last[i]), longest)
+    return count if count >= WORTH_SHARING else 0
 
 
 def _encode(tokenizer, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from common.errors import UserError
-from data.batching import TOKENS_A_PASS, encode_prompt
+from data.batching import TOKENS_A_PASS, encode_prompt, shared_beginning
 from data.chat import render
 from models.cpu.process import on_one_core
 from models.frozen_layers import SampledStates
@@ -251,39 +251,58 @@ def _read_prompts(
 ) -> tuple[list, np.ndarray]:
     """Caches of all prompts without their last tokens, and the padding on the left of each, which makes them equal.
 
-    A prompt that several rows have is read once, if its cache can be copied. batched: others are to join them, so that
-    caches know of padding even where there is none yet.
+    A prompt that several rows have is read once, and so is what all prompts begin with, if their caches can be copied.
+    batched: others are to join them, so that caches know of padding even where there is none yet.
     """
     caches: list = make_prompt_cache(model)
     once = _have_rows(caches) and max(map(len, prompts)) > 1
     distinct = _distinct(prompts) if once else [tuple(prompt) for prompt in prompts]
     lengths = np.array([len(prompt) - 1 for prompt in distinct])
     longest, padding = int(lengths.max()), lengths.max() - lengths
-    ragged = batched or bool(padding.any())
-    if ragged:
-        caches = [BatchKVCache([0] * len(distinct)) for _ in caches]
-    for cache in caches:
-        if isinstance(cache, KVCache | BatchKVCache):
-            cache.step = min(longest + max_tokens, CACHE_STEP)
-        if ragged:
-            cache.prepare(right_padding=padding.tolist())
+    begun = shared_beginning(distinct) if once else 0
+    number = {prompt: index for index, prompt in enumerate(distinct)}
+    rows = np.arange(len(prompts)) if len(distinct) == len(prompts) else np.array([number[tuple(p)] for p in prompts])
     tokens = mx.array(
         [prompt[:-1] + (0,) * pads for prompt, pads in zip(distinct, padding.tolist(), strict=True)], mx.int32
     )
-    number = {prompt: index for index, prompt in enumerate(distinct)}
-    rows = np.arange(len(prompts)) if len(distinct) == len(prompts) else np.array([number[tuple(p)] for p in prompts])
-    step = prefill_length(len(distinct))
-    for start in range(0, longest, step):
-        model(tokens[:, start : start + step], cache=caches)
-        if states is not None:
-            states.prompts_read(rows, lengths[rows], start)
-        mx.eval([cache.state for cache in caches])
+
+    def read(tokens: mx.array, start: int, rows: np.ndarray, lengths: np.ndarray) -> None:
+        step = prefill_length(len(tokens))
+        for first in range(start, tokens.shape[1], step):
+            model(tokens[:, first : first + step], cache=caches)
+            if states is not None:
+                states.prompts_read(rows, lengths, first)
+            mx.eval([cache.state for cache in caches])
+
+    for cache in caches:
+        if isinstance(cache, KVCache):
+            cache.step = min(longest + max_tokens, CACHE_STEP)
+    if begun:
+        read(tokens[:1, :begun], 0, 0 * rows, 0 * rows + begun)
+    ragged = batched or bool(padding.any())
+    if ragged:
+        caches = [_for_rows(cache, len(distinct)) for cache in caches]
+        for cache in caches:
+            cache.prepare(right_padding=padding.tolist())
+    elif begun:
+        _keep_rows(caches, np.zeros(len(distinct), dtype=np.int64), np.zeros(1, dtype=np.int64))
+    read(tokens, begun, rows, lengths[rows])
     if ragged:
         for cache in caches:
             cache.finalize()
     if len(distinct) == len(prompts):
         return caches, padding
     return caches, _keep_rows(caches, rows, padding)
+
+
+def _for_rows(cache: KVCache, count: int) -> BatchKVCache:
+    """A batch cache of `count` rows, all of which begin with the one row of a cache, if there is one."""
+    batched = BatchKVCache([0] * count)
+    batched.step = cache.step
+    if cache.offset:
+        keys, values = (mx.repeat(array, count, axis=0) for array in cache.keys_and_values())
+        batched.state = keys, values, batched.offset + cache.offset, batched.left_padding, cache.offset
+    return batched
 
 
 def _distinct(prompts: list[list[int]]) -> list[tuple[int, ...]]:

@@ -12,6 +12,7 @@ from data.batching import (
     encode_pair,
     encode_text,
     in_order,
+    shared_beginning,
     truncate,
 )
 
@@ -193,3 +194,19 @@ def test_rewards_that_come_as_strings_are_compared_as_numbers():
 def test_rewards_that_rank_nothing_are_refused(rewards):
     with pytest.raises(UserError, match=f"all {len(rewards)} rewards are equal"):
         draw_pairs(rewards, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"),
+    [
+        ([[*range(20), 7], [*range(20), 8, 9]], 20),
+        ([[*range(20)], [*range(20), 8]], 19),  # not the last token of any
+        ([[*range(9)], [*range(9), 1, 2], [*range(8), 99, 3]], 8),
+        ([[*range(8)], [*range(9)]], 0),  # seven, which are too few
+        ([[*range(20)], [*range(20)]], 0),  # not different prompts
+        ([[*range(20)]], 0),
+        ([[5], [5, 6]], 0),
+    ],
+)
+def test_what_different_prompts_begin_with(prompts, count):
+    assert shared_beginning(prompts) == shared_beginning(prompts[::-1]) == count

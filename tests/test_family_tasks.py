@@ -1,10 +1,12 @@
 """The tasks of benchmarks/families.py: their scores by hand, their texts, their halves; and what a curve says."""
 
+import math
+
 import numpy as np
 import pytest
 
 from benchmarks import families, family_tasks, trl_families
-from benchmarks.families import measure, table, verdicts
+from benchmarks.families import finite, measure, table, verdicts
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,9 @@ def test_what_a_curve_shows():
     # The mean of steps 20 to 24 is (0.6 + 4) / 5 = 0.92, that of 19 to 23 0.84.
     assert rising.completions_to_final == 24 * 10
     assert not rising.collapsed
+    assert finite(rising)["completions_to_final"] == 24 * 10
+    late = measure(rows([0.1] * 4 + [1.0]), batch_size=10)  # no mean of 5 steps has 0.9
+    assert math.isinf(late.completions_to_final) and finite(late)["completions_to_final"] is None
     assert rising.kl == 2.0
     assert measure(rows([0.1] * 10 + [0.8] * 20 + [0.3] * 10)).collapsed
     assert not measure(rows([0.1] * 10 + [0.8] * 20 + [0.5] * 10)).collapsed

@@ -102,6 +102,8 @@ SAMPLED = {
     "of one length": [[1, 2, 3], [4, 5, 6], [7, 8, 9], [4, 5, 7]],
     "of a token": [[1], [2], [3], [4]],
     "of many lengths": [[1, 2, 3, 4], [5], [6, 7], [9] * 7, [3, 3]],
+    "of one beginning": [[*range(10, 20), *end] for end in ([3], [4, 5, 6], [4, 7], [4, 5, 6], [8])],
+    "of one beginning and length": [[*range(10, 20), *end] for end in ([3, 4], [4, 5], [3, 4])],
     "several times": [[6, 7], [6, 7], [5], [5], [5], [1, 2, 3]],
 }
 

@@ -335,6 +335,24 @@ def test_a_prompt_of_several_rows_is_read_once(model, prompts, temperature, monk
     assert completions() == shared
 
 
+@pytest.mark.parametrize("ends", [[[5], [6]], [[5], [5, 6, 7], [8, 9], [5, 6, 7]], [[5, 6], [7, 8], [7, 8]]], ids=str)
+@pytest.mark.parametrize("most", [128, 2])
+def test_what_all_prompts_begin_with_is_read_once(model, ends, most, monkeypatch):
+    """By one row, whatever follows in each; the completions are those of rows that are read each for itself."""
+    prompts = [[*range(10, 22), *end] for end in ends]
+    keys = row_keys(len(prompts))
+    expected = [sample(model, [p], [7], 12, keys=keys[i : i + 1])[0] for i, p in enumerate(prompts)]
+    shapes = noted_shapes(model, monkeypatch)
+    assert sample(model, prompts, [7], 12, keys=keys, batch_size=most) == expected
+    distinct = len({tuple(prompt) for prompt in prompts})
+    read = [shape for shape in shapes if shape[1] > 1]
+    assert read[0] == (1, 12) and len(shapes) > 12
+    if most > len(prompts):
+        longest = max(map(len, prompts)) - 13
+        assert [shape for shape in shapes if shape[0] == 1][:1] == [(1, 12)]
+        assert shapes[1] == ((distinct, longest) if longest else (len(prompts), 1))
+
+
 @pytest.mark.parametrize("kept", [[0], [1, 3], [2], [0, 1, 2, 3]])
 def test_rows_are_dropped_as_mlx_lm_drops_them(model, kept):
     """The padding that remains is 0 for row 1, 2 for row 0, and so on."""

@@ -19,6 +19,12 @@ PROMPTS = [[5, 6, 7, 8], [9], [3, 4] * 9, [9], [5, 6, 7], [5, 6, 7, 8], [5, 6, 7
 COMPLETIONS = [[11, 12, 13], [14] * 20, [15, 16], [17], [], [18] * 7, [11, 12, 14]]
 
 
+# All begin alike: one is nothing else, two are one prompt, and two are one that another begins with.
+SYSTEM = [*range(20, 32)]
+BEGUN = [[*SYSTEM, *rest] for rest in ([5], [6, 7, 8], [6, 7, 8], [6, 7, 8, 9, 10], [4], [6, 7, 8, 9, 10], [3, 1])]
+CASES = {"apart": PROMPTS, "begun alike": BEGUN}
+
+
 def both(prompts=PROMPTS, completions=COMPLETIONS, few_shapes=False):
     """The rows with pads and end to end, and the mask (B, C)."""
     tokens, positions, targets, mask = map(mx.array, pack(prompts, completions, set(), 0))
@@ -46,10 +52,11 @@ def policy_of(name, **changes):
     return Policy(model, new_value_head(model, std=1.0))
 
 
+@pytest.mark.parametrize("prompts", CASES)
 @pytest.mark.parametrize("name", sorted(set(ARCHITECTURES) - NOT_PACKED))
-def test_every_family_gives_the_figures_and_gradients_of_rows_with_pads(name):
+def test_every_family_gives_the_figures_and_gradients_of_rows_with_pads(name, prompts):
     policy = policy_of(name)
-    padded, rows, mask = both()
+    padded, rows, mask = both(CASES[prompts])
     index = np.arange(len(PROMPTS))
     expected, gradients = of_rows(policy, padded[index], mask)
     found, ours = of_rows(policy, rows[index], mask)
@@ -57,11 +64,12 @@ def test_every_family_gives_the_figures_and_gradients_of_rows_with_pads(name):
     close(ours, gradients)
 
 
+@pytest.mark.parametrize("prompts", CASES)
 @pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("index", [[0], [4], [1, 3], [6, 0, 5], [2, 1, 0, 6], [4, 4, 2]], ids=str)
-def test_some_rows_in_any_order(index, few_shapes):
+def test_some_rows_in_any_order(index, few_shapes, prompts):
     policy = policy_of("llama-tied")
-    padded, rows, mask = both(few_shapes=few_shapes)
+    padded, rows, mask = both(CASES[prompts], few_shapes=few_shapes)
     expected, gradients = of_rows(policy, padded[np.array(index)], mask[mx.array(index)])
     found, ours = of_rows(policy, rows[mx.array(index)], mask[mx.array(index)])
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -79,10 +87,20 @@ def test_a_prompt_is_read_once_and_no_pad_but_to_a_multiple_of_8():
     assert with_token[:33] == [*range(1, 33), 40] and with_token[40:43] == [33, 33, 51]
 
 
-def test_states_that_were_kept_are_those_of_a_pass_over_the_rows():
+def test_what_all_prompts_begin_with_is_read_once():
+    _, rows, _ = both(BEGUN)
+    assert len(rows.tokens) == 12 + (2 + 4 + 1) + sum(map(len, COMPLETIONS))
+    tokens = rows[np.arange(7)].tokens.tolist()[0]
+    assert tokens[:12] == SYSTEM and tokens[12:19] == [6, 7, 6, 7, 8, 9, 3]
+    alone = rows[np.array([4])].tokens.tolist()[0]
+    assert alone[:12] == SYSTEM and not any(alone[12:16])
+
+
+@pytest.mark.parametrize("prompts", CASES)
+def test_states_that_were_kept_are_those_of_a_pass_over_the_rows(prompts):
     """In two parts, which have a prompt in common."""
     policy = policy_of("llama-tied", num_hidden_layers=3)
-    padded, rows, mask = both()
+    padded, rows, mask = both(CASES[prompts])
     halves = []
     for index in (np.array([2, 0, 1]), np.array([3, 4, 5, 6])):
         part = rows[index]
@@ -116,8 +134,9 @@ def test_rows_alike_in_length_share_prompts():
 
 def test_random_rows_agree():
     rng, policy = np.random.default_rng(0), policy_of("llama-tied")
-    for _ in range(8):
-        known = [rng.integers(1, VOCABULARY, rng.integers(1, 20)).tolist() for _ in range(rng.integers(1, 5))]
+    for _ in range(12):
+        begun = rng.integers(1, VOCABULARY, 15 * rng.integers(2)).tolist()
+        known = [begun + rng.integers(1, VOCABULARY, rng.integers(1, 20)).tolist() for _ in range(rng.integers(1, 5))]
         prompts = [known[rng.integers(len(known))] for _ in range(rng.integers(1, 12))]
         completions = [rng.integers(1, VOCABULARY, rng.integers(0, 15)).tolist() for _ in prompts]
         padded, rows, mask = both(prompts, completions)

@@ -6,9 +6,10 @@
         _, hidden = forward(model, part.tokens, part.positions)
     part.by_row(token_stats(model, hidden, part.targets).logprobs)  # (B, C)
 
-End to end, a prompt is there once, however many completions it has. The prompts come first, each but for its last
-token; then, of every row, that token and its completion but for the last: so what follows the prompts predicts the
-completions' tokens, one each. models.packing lets a row see its own prompt and nothing of others.
+End to end, a prompt is there once, however many completions it has, and so is what all prompts begin with (a system
+prompt). That comes first; then the prompts, each but for its last token; then, of every row, that token and its
+completion but for the last: so what follows the prompts predicts the completions' tokens, one each. models.packing lets
+a row see its own prompt and nothing of others.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from data.batching import shared_beginning
 from models.frozen_layers import SampledStates, from_states
 from models.packing import Layout, Sharing, packed
 from training.rollout import rounded
@@ -77,7 +79,8 @@ class PaddedRows:
 
 
 class PackedRows:
-    """Rows end to end. Their tokens are numbered: those of the distinct prompts, then those of the rows."""
+    """Rows end to end. Their tokens are numbered: the beginning of all prompts, the rest of each distinct prompt, and
+    those of the rows."""
 
     def __init__(
         self,
@@ -89,12 +92,14 @@ class PackedRows:
         """prompts: at least one id each; completions: as far as they are trained on; width: C; few_shapes: as of
         rollout.pack."""
         numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        shared = [prompt[:-1] for prompt in numbers]
+        self.begun = begun = shared_beginning([*numbers])  # tokens
+        shared = [next(iter(numbers))[:begun], *(prompt[begun:-1] for prompt in numbers)]
         own = [[prompt[-1], *completion][:-1] for prompt, completion in zip(prompts, completions, strict=True)]
         self.prompt_of = np.array([numbers[tuple(prompt)] for prompt in prompts])  # (B,)
-        self.prompt_lengths, self.lengths = _lengths(shared), _lengths(own)
-        self.prompt_starts = _starts(self.prompt_lengths)
-        self.starts = self.prompt_lengths.sum() + _starts(self.lengths)
+        lengths, self.lengths = _lengths(shared), _lengths(own)
+        self.prompt_lengths = begun + lengths[1:]  # of each distinct prompt, but for its last token
+        self.prompt_starts = _starts(lengths)[1:]  # of what it has beyond the beginning
+        self.starts = lengths.sum() + _starts(self.lengths)
         self.tokens, self.targets = _joined([*shared, *own]), _joined([*shared, *completions])  # no target in a prompt
         self.width, self.few_shapes = width, few_shapes
         self.longest = self._rounded(int((self.prompt_lengths[self.prompt_of] + self.lengths).max()), 16)
@@ -106,11 +111,10 @@ class PackedRows:
 
     def rows_and_places(self) -> tuple[np.ndarray, np.ndarray]:
         """Of every token a row that has it, and its place in that row."""
-        firsts = np.unique(self.prompt_of, return_index=True)[1]
-        rows = np.repeat([*firsts, *range(len(self.lengths))], [*self.prompt_lengths, *self.lengths])
-        before = self.prompt_lengths[self.prompt_of]
-        places = _spans(np.concatenate([0 * firsts, before]), np.concatenate([self.prompt_lengths, self.lengths]))
-        return rows, places
+        firsts, begun = np.unique(self.prompt_of, return_index=True)[1], self.begun
+        lengths = np.array([begun, *(self.prompt_lengths - begun), *self.lengths])
+        starts = np.array([0, *(0 * firsts + begun), *self.prompt_lengths[self.prompt_of]])
+        return np.repeat([0, *firsts, *range(len(self.lengths))], lengths), _spans(starts, lengths)
 
     def keep(self, states: Sequence[tuple[np.ndarray, mx.array]]) -> None:
         """As of PaddedRows. A prompt may be in several parts."""
@@ -125,10 +129,12 @@ class PackedRows:
         """Numbers (T,) of the rows' tokens, −1 at pads; the distinct prompts; where in T the rows' own begin."""
         prompts = np.unique(self.prompt_of[rows])
         before, own = self.prompt_lengths[prompts], self.lengths[rows]
-        shared = self._rounded(int(before.sum()), 64)
+        starts = np.array([0, *self.prompt_starts[prompts]])
+        lengths = np.array([self.begun, *(before - self.begun)])
+        shared = self._rounded(int(lengths.sum()), 64)
         # A mask that the model makes for T tokens has to cover the longest row.
         rest = max(self._rounded(max(int(own.sum()), 1), 64), self.longest - shared)
-        parts = [_spans(self.prompt_starts[prompts], before, shared), _spans(self.starts[rows], own, rest)]
+        parts = [_spans(starts, lengths, shared), _spans(self.starts[rows], own, rest)]
         return np.concatenate(parts), prompts, shared
 
     def __getitem__(self, rows: mx.array | np.ndarray) -> Pass:
@@ -155,18 +161,22 @@ class PackedRows:
         """group (B,): each row's prompt among G; before (G,), own (B,): tokens; shared: where the rows' own begin."""
         length, rows, mine = self.longest, np.arange(len(group)), before[group]
         prompts, first = np.unique(group, return_index=True)  # and the first row of each
-        within = np.arange(length)
+        within, begun, rest = np.arange(length), self.begun, before - self.begun
         is_row, is_own = within < (mine + own)[:, None], within >= mine[:, None]
-        of_prompt, of_row = _starts(before)[group], shared + _starts(own) - mine
-        places = np.where(is_own, of_row[:, None], of_prompt[:, None]) + within
-        ends = len(is_token) - shared
-        slots = np.concatenate([_spans(first * length, before, shared), _spans(rows * length + mine, own, ends)])
+        of_prompt, of_row = _starts(rest)[group], shared + _starts(own) - mine
+        places = np.where(is_own, of_row[:, None], np.where(within >= begun, of_prompt[:, None], 0)) + within
+        starts = np.array([0, *(first * length + begun)])
+        lengths, ends = np.array([begun, *rest]), len(is_token) - shared
+        slots = np.concatenate([_spans(starts, lengths, shared), _spans(rows * length + mine, own, ends)])
         sharing = None
-        if shared and len(prompts) < len(rows):
-            is_own |= (rows == first[group])[:, None]
-            of_prompts = _spans(prompts * length, before, shared)
+        if shared and len(rows) > (1 if begun else len(prompts)):
+            is_own |= (rows == first[group])[:, None] & (within >= begun) | (rows == 0)[:, None]
+            has = np.concatenate([0 * group[None] == 0, prompts[:, None] == group])  # the beginning, and each prompt
+            starts = np.array([0, *((1 + prompts) * length + begun)])
             sharing = Sharing(
-                mx.array((prompts[:, None] == group).astype(np.float32)), _index(of_prompts), mx.array(is_row & is_own)
+                mx.array(has.astype(np.float32)),
+                _index(_spans(starts, lengths, shared)),
+                mx.array(is_row & is_own),
             )
         places = np.where(is_row, places, 0)
         return Layout(_index(places), mx.array(is_row), _index(slots), mx.array(is_token), sharing)
