@@ -217,27 +217,31 @@ def verdicts(results: dict[str, dict[tuple[str, str, int], Result]], half: str) 
 
 
 def draw(path: Path, runs: dict[str, dict[tuple[str, str, int], list[dict]]], half: str) -> None:
-    """A panel per task of the half, with the score of every cell over the completions sampled."""
+    """A panel per task of the half, with the score of every cell over the completions sampled; a color per label and
+    method."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     names = [task.name.replace(" ", "_") for task in HALVES[half]]
-    figure, axes = plt.subplots(3, 3, figsize=(11, 8), sharex=True, sharey=True)
+    kinds = sorted({(label, method) for label, cells in runs.items() for _, method, _ in cells})
+    figure, axes = plt.subplots(3, 3, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=True):
-        for index, (label, cells) in enumerate(sorted(runs.items())):
-            for number, (_, rows) in enumerate((cell, rows) for cell, rows in sorted(cells.items()) if cell[0] == name):
+        for index, (label, method) in enumerate(kinds):
+            seeds = [rows for (task, m, _), rows in sorted(runs[label].items()) if (task, m) == (name, method)]
+            for number, rows in enumerate(seeds):
                 scores = [row.get("true_score", row["mean_score"]) for row in rows]
                 smooth = np.convolve(scores, np.ones(5) / 5, "valid") if len(scores) >= 5 else scores
                 x = BATCH_SIZE * (np.arange(len(smooth)) + len(scores) - len(smooth) + 1)
-                axis.plot(x, smooth, color=f"C{index}", linewidth=1, alpha=0.7, label=label if not number else None)
+                title = method if len(runs) == 1 else f"{label}, {method}"
+                axis.plot(x, smooth, color=f"C{index}", linewidth=1, alpha=0.7, label=title if not number else None)
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
+    handles, titles = max((axis.get_legend_handles_labels() for axis in axes.flat), key=lambda found: len(found[1]))
+    figure.legend(handles, titles, loc="outside upper right", ncols=3, fontsize=9)
     figure.supxlabel("completions sampled", fontsize=10)
     figure.supylabel("score, mean of 5 steps", fontsize=10)
-    figure.tight_layout()
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=90)
     plt.close(figure)
