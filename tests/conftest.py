@@ -1,6 +1,7 @@
 """Model folders for every test: the embedded model, and an untrained one, which takes no time to build."""
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,10 @@ import pytest
 from common.errors import UserError
 from models.smollm2 import NAME, smollm2_file
 from models.tiny import RECIPES, build, tiny_model_path
+
+# A shell starts what runs in the background deaf to these, and so would be all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 if os.environ.get("TUNER_TEST_DEVICE") == "cpu":  # on a Mac: the CPU instead of the GPU, in this process
     mx.set_default_device(mx.cpu)

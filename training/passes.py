@@ -171,7 +171,7 @@ class PackedRows:
         sharing = None
         if shared and len(rows) > (1 if begun else len(prompts)):
             is_own |= (rows == first[group])[:, None] & (within >= begun) | (rows == 0)[:, None]
-            has = np.concatenate([0 * group[None] == 0, prompts[:, None] == group])  # the beginning, and each prompt
+            has = np.vstack([np.full(len(rows), True), prompts[:, None] == group])  # the beginning, and each prompt
             starts = np.array([0, *((1 + prompts) * length + begun)])
             sharing = Sharing(
                 mx.array(has.astype(np.float32)),
