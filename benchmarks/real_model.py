@@ -327,8 +327,8 @@ def logiqa(args: argparse.Namespace, folder: Path) -> list[str]:
     adapter = place / "after/adapter"
     short = ["--model", args.model, "--answer", CHOICE, "--max-completion-length", 24]
     if not adapter.exists():
-        train(log, place / "after/run", "ppo_training.py", *short, *PPO_RATE, *LAYERS, "--num-steps", args.steps,
-              "--prompts", place / "train.jsonl", "--batch-size", args.batch_size,
+        train(log, place / "after/run", "ppo_training.py", *short, *PPO_RATE, *LAYERS, *GROUPS,
+              "--num-steps", args.steps, "--prompts", place / "train.jsonl", "--batch-size", args.batch_size,
               "--mini-batch-size", args.batch_size // 2, "--save-file", adapter, *args.flags.split())  # fmt: skip
     for name, flags in (("before", []), ("after", ["--resume-file", adapter])):
         cell = place / name
