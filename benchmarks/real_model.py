@@ -2,7 +2,7 @@
 
     python benchmarks/real_model.py constraints --seeds 5            SFT, DPO and PPO by three estimators, same start
     python benchmarks/real_model.py learned                          a reward model's score against the true one
-    python benchmarks/real_model.py synthesis --seeds 3              synth.run on sums with it as the base
+    python benchmarks/real_model.py synthesis --seeds 3              synth.run on reviews with it as the base
     python benchmarks/real_model.py teacher                          and with mlx_lm.server serving it as the teacher
     python benchmarks/real_model.py logiqa                           LogiQA's questions, from PyPI's `evals`
 
@@ -94,7 +94,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=FULL.ppo_batch_size, help="replies a step of PPO")
     parser.add_argument("--replies", type=int, default=FULL.replies, help="to each held-out instruction")
     parser.add_argument("--steps", type=int, default=60, help="of PPO on the learned reward, and on LogiQA")
-    parser.add_argument("--task", default="synth/tasks/arithmetic.yaml", help="of synthesis")
+    parser.add_argument("--task", default="synth/tasks/reviews.yaml", help="of synthesis")
+    parser.add_argument("--test", default="synth/tuning/examples/reviews_valid.jsonl", help="its evaluation set")
     parser.add_argument("--count", type=int, default=100, help="samples that a teacher is asked for")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
     parser.add_argument("--label", default="", help="what the table calls the runs with those flags")
@@ -270,13 +271,14 @@ def synthesis(args: argparse.Namespace, folder: Path) -> list[str]:
     """Synthetic Data RL of the model, by the offline teacher, one run a seed."""
     for seed in range(args.seeds):
         teacher = ["--offline-teacher", f"--seed {seed}"]
-        synthesize(args, folder / f"synthesis/offline teacher-{seed}", folder, [*teacher, "--seed", seed])
+        cell = folder / f"synthesis/{Path(args.task).stem}, offline teacher-{seed}"
+        synthesize(args, cell, folder, [*teacher, "--seed", seed])
     return synthesis_table(results(folder)["synthesis"])
 
 
 def teacher(args: argparse.Namespace, folder: Path) -> list[str]:
     """The same with the model itself as the teacher, by mlx_lm.server."""
-    cell = folder / "synthesis/itself-0"
+    cell = folder / f"synthesis/{Path(args.task).stem}, itself-0"
     if not (cell / "result.json").exists():
         with serving(opened(args.model).path) as url:
             itself = ["--teacher-url", url, "--teacher-model", "default_model", "--concurrency", 4]
@@ -289,8 +291,9 @@ def synthesize(args: argparse.Namespace, cell: Path, folder: Path, flags: Sequen
     if (cell / "result.json").exists():
         return
     log, words = folder / f"logs/{cell.name}.log", ["--task", args.task, "--base-model", args.model]
+    words += ["--dataset-path", args.test]
     words += ["--count", args.count, "--rounds", 1, "--votes", 4, "--rollouts", 4, "--max-rollouts", 8]
-    words += ["--num-steps", 20, "--max-completion-length", 12, "--batch-size", args.batch_size]
+    words += ["--num-steps", 20, "--max-completion-length", 24, "--batch-size", args.batch_size]
     words += [f"--training-flags={' '.join(map(str, LAYERS))}"]
     if (cell / "run/config.json").exists():
         words, flags = ["--resume", cell / "run"], []

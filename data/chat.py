@@ -33,7 +33,7 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, rep
 
     Raises UserError if the tokenizer has no chat template or the template rejects the messages.
     """
-    if not getattr(tokenizer, "has_chat_template", None) and not getattr(tokenizer, "chat_template", None):
+    if not has_template(tokenizer):
         raise UserError(
             "the model's tokenizer has no chat template, so messages cannot be rendered; use a chat model, or rows of "
             '"prompt" and "completion" as text'
@@ -49,6 +49,11 @@ def render(tokenizer: Any, messages: Sequence[Message], tools: Tools = None, rep
     except Exception as error:  # noqa: BLE001  (a template is a program of the model's, and fails as programs do)
         cause = " ".join(str(error).split())[:120] or type(error).__name__
         raise UserError(f"the model's chat template cannot render the messages ({cause}); fix them") from None
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the model was made for conversations: its tokenizer has a chat template."""
+    return bool(getattr(tokenizer, "has_chat_template", None) or getattr(tokenizer, "chat_template", None))
 
 
 @contextmanager

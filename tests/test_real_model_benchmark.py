@@ -112,7 +112,7 @@ def test_synthesis_says_what_was_kept_and_why_not(model, tmp_path, monkeypatch, 
     call(real_model.main, *words)
     call(real_model.main, *words)
     assert asked == [("synth.run", 0), ("synth.run", 1)]
-    assert f"| offline teacher-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
+    assert f"| reviews, offline teacher-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
 
 
 def test_the_model_is_its_own_teacher(model, tmp_path, monkeypatch, capsys):
@@ -129,7 +129,7 @@ def test_the_model_is_its_own_teacher(model, tmp_path, monkeypatch, capsys):
     call(real_model.main, *words)
     call(real_model.main, *words)
     assert len(answered) == 1 and answered[0] in ("stop", "length")
-    assert f"| itself-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
+    assert f"| reviews, itself-0 | 0.250 | 0.500 | {STAGES} |" in capsys.readouterr().out
 
 
 def test_logiqa_out_of_the_wheel(model, started, tmp_path, monkeypatch, capsys):

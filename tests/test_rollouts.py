@@ -15,6 +15,7 @@ from synth.pipeline.base_model import BaseModel, fingerprint, own_key, sample_sh
 from synth.pipeline.rollouts import Draw, draw
 from synth.teacher.cache import Cache
 from tests.architectures import build
+from tests.chat_tokenizers import CHATML, byte_tokenizer
 
 NO_KEYS = np.zeros((12, 2), dtype=np.uint32)  # for temperature 0
 PROMPTS = [[1], [2, 3, 4, 5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
@@ -90,6 +91,18 @@ def test_a_rollout_depends_on_seed_prompt_and_number_only(tiny_folder):
     assert not set(completions(other, wanted)) & set(found)
 
 
+def test_a_chat_model_is_given_a_prompt_as_a_turn(tiny_folder):
+    """tiny models go on from their last message, so they are given the same ids either way."""
+    model = BaseModel(str(tiny_folder), chat=True)
+    assert model.encoded("2 4 6") == model.tokenizer.encode("2 4 6") == BaseModel(str(tiny_folder)).encoded("2 4 6")
+    model.tokenizer = byte_tokenizer(CHATML)
+    turn = [{"role": "user", "content": "2 4 6"}]
+    rendered = model.tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    assert model.encoded("2 4 6") == rendered
+    model.chat = False
+    assert model.encoded("2 4 6") == model.tokenizer.encode("2 4 6")
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_each_token_is_drawn_by_its_row_s_own_key(temperature):
     """As if each rollout were drawn alone, by mx.random.categorical; the counter of a key wraps round."""
@@ -160,9 +173,9 @@ def test_the_identity_names_all_that_decides_a_rollout(tiny_folder, tmp_path):
     settings = AdapterConfig(fine_tune_type="lora", num_layers=1, model=str(tiny_folder))
     attach_adapter(plain.model, settings)
     save_adapter(adapter, plain.model, settings)
-    others = [{"adapter": adapter}, {"max_tokens": 9}, {"temperature": 0.5}, {"seed": 3}]
+    others = [{"adapter": adapter}, {"max_tokens": 9}, {"temperature": 0.5}, {"seed": 3}, {"chat": True}]
     identities = {BaseModel(str(tiny_folder), **changes).identity for changes in others} | {plain.identity}
-    assert len(identities) == 5
+    assert len(identities) == 6
     assert BaseModel(str(tiny_folder), batch_size=3).identity == plain.identity
 
 

@@ -82,7 +82,8 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     assert len(families[1]) == round(0.2 * len(families[0])) > 0 and not families[1] & families[2]
     assert len(held_out) == sum(roots[row["id"]] in families[1] for row in kept(rows["difficulty"]))
     prompts = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    assert prompts == [{"prompt": row["input"], "answer": row["output"]} for row in trained]
+    turns = [[{"role": "user", "content": row["input"]}] for row in trained]
+    assert prompts == [{"messages": turn, "answer": row["output"]} for turn, row in zip(turns, trained, strict=True)]
     assert started[0][started[0].index("--answer") + 1] == '{"type": "number"}'
     assert len(read_metrics(folder / "training")) == 2
     checkpoints = read_json(folder / "checkpoints.json")
@@ -194,7 +195,7 @@ def test_sft_on_the_same_samples(tmp_path, tiny_folder, teacher, monkeypatch):
     assert started[0][0] == "sft.py" and (folder / "adapter" / "adapters.safetensors").is_file()
     first = json.loads((folder / "sft" / "train.jsonl").read_text().splitlines()[0])
     row = kept(load_rows(folder / "selection.jsonl"))[0]
-    assert first == {"prompt": row["input"], "completion": " " + row["output"]}
+    assert [turn["content"] for turn in first["messages"]] == [row["input"], row["output"]]
     assert not (folder / "evaluation.json").exists()
 
 
@@ -417,6 +418,15 @@ def test_model_is_the_base_model_unless_that_is_named_too():
     assert base_model_settings(args, task).name == "mine"
     args = with_words(lambda: run_flags.parse_run_args(None), *words, "--base-model", "base")
     assert base_model_settings(args, task).name == "base" and args.model == "mine"
+
+
+def test_a_chat_model_is_asked_in_turns_unless_a_reward_sees_the_prompt_or_the_flag_says_no(tiny_folder):
+    sums, digits = (load_task(ROOT / f"synth/tasks/{name}.yaml") for name in ("arithmetic", "digits"))
+    words = ["--task", "x.yaml", "--base-model", tiny_folder]
+    args = with_words(lambda: run_flags.parse_run_args(None), *words)
+    plain = with_words(lambda: run_flags.parse_run_args(None), *words, "--ignore-chat-template")
+    assert base_model_settings(args, sums).takes_turns
+    assert not base_model_settings(args, digits).takes_turns and not base_model_settings(plain, sums).takes_turns
 
 
 SOURCE = ["--experiment_name", "exp1", "--target_model_path", "./checkpoints/exp1", "--model", "LLaMa-3.1-8B-Instruct",

@@ -128,7 +128,7 @@ def test_sft_is_run_on_the_rows_and_its_model_scored_on_the_others(tmp_path, tin
     assert 0 <= metrics["accuracy"] == metrics["mean_score"] < 0.8 and metrics["valid_loss"] > 2
     (folder,) = (tmp_path / "target").iterdir()
     rows = (folder / "train.jsonl").read_text().splitlines()
-    assert [json.loads(row) for row in rows] == [sft_row(DIGITS, row) for row in ROWS]
+    assert [json.loads(row) for row in rows] == [sft_row(DIGITS, row, chat=False) for row in ROWS]
     assert json.loads((folder / "valid.jsonl").read_text().splitlines()[1]) == {
         "prompt": "40", "completion": " 42 44 46 48",
     }  # fmt: skip
@@ -184,10 +184,15 @@ def test_the_built_in_target_takes_instruction_rows(tmp_path, tiny_folder, start
     assert set(found) == {"accuracy", "mean_score", "valid_loss"} and 0 <= found["accuracy"] <= 1
     (folder,) = (tmp_path / "target").iterdir()
     written = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
-    assert written[0] == {"prompt": "Add 1 and 2.", "completion": " The result is 3."}
-    assert written[1]["prompt"] == "Add.\n\n4 and 5"
+    assert [[turn["content"] for turn in row["messages"]] for row in written] == [
+        ["Add 1 and 2.", "The result is 3."], ["Add.\n\n4 and 5", "9"]
+    ]  # fmt: skip
 
 
 def test_rows_for_sft_are_the_pipelines():
     task = load_task(SHIPPED / "arithmetic.yaml")
-    assert sft_row(task, {"input": "1 + 2 =", "output": "3"}) == {"prompt": "1 + 2 =", "completion": " 3"}
+    row = {"input": "1 + 2 =", "output": "3"}
+    assert sft_row(task, row, chat=False) == {"prompt": "1 + 2 =", "completion": " 3"}
+    assert sft_row(task, row, chat=True)["messages"] == [
+        {"role": "user", "content": "1 + 2 ="}, {"role": "assistant", "content": "3"}
+    ]  # fmt: skip

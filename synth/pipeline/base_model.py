@@ -20,6 +20,8 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from common.errors import UserError
+from data.batching import encode_prompt
+from data.chat import has_template, render
 from data.decoding import completion_texts
 from models.adapters import load_adapter
 from models.generation import takes_unequal_prompts
@@ -35,7 +37,8 @@ BATCHES = 4  # whose prompt caches are held at once: a batch is refilled as its 
 class BaseModel:
     """The model whose pass rates are measured: tiny-digits, a folder or a Hugging Face name; with an adapter, if any.
 
-    max_tokens: of a completion; batch_size: completions in flight. Raises UserError as `load` and `load_adapter` do.
+    max_tokens: of a completion; batch_size: completions in flight; chat: give a prompt as a user's turn, if there is a
+    chat template. Raises UserError as `load` and `load_adapter` do.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class BaseModel:
         temperature: float = 1.0,
         seed: int = 0,
         batch_size: int = 64,
+        chat: bool = False,
     ):
         loaded = load(name)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -53,13 +57,19 @@ class BaseModel:
             load_adapter(self.model, adapter)
         self.model.eval()
         self.max_tokens, self.temperature, self.seed, self.batch_size = max_tokens, temperature, seed, batch_size
+        self.chat = chat and has_template(self.tokenizer)
         weights = [fingerprint(path) for path in (loaded.path, adapter) if path]
-        self.identity = repr((weights, max_tokens, temperature, seed))
+        self.identity = repr((weights, max_tokens, temperature, seed, *["chat"] * self.chat))
+
+    def encoded(self, prompt: str) -> list[int]:
+        """The token ids of a prompt as the model is given it."""
+        turn = [{"role": "user", "content": prompt}]
+        return encode_prompt(self.tokenizer, render(self.tokenizer, turn, reply=True) if self.chat else prompt)
 
     def sample(self, wanted: Sequence[Draw], done: Callable[[int, str], None]) -> None:
         """As `Completer` says. Rollouts of one prompt should be adjacent, so that they share its cache."""
         prefix = soft_prompt_ids(self.model)
-        ids = {prompt: list(self.tokenizer.encode(prompt)) for prompt in {rollout.prompt for rollout in wanted}}
+        ids = {prompt: self.encoded(prompt) for prompt in {rollout.prompt for rollout in wanted}}
 
         def ended(index: int, completion: list[int]) -> None:
             _, texts = completion_texts(self.tokenizer, [ids[wanted[index].prompt]], [completion])

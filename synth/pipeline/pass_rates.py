@@ -13,6 +13,8 @@ from pathlib import Path
 from common.errors import UserError
 from common.parser import Parser, positive
 from common.ranges import COUNT, NOT_NEGATIVE
+from data.chat import has_template
+from data.tokenizer import open_tokenizer
 from synth.pipeline.many import open_model
 from synth.pipeline.rollouts import Completer, Draw, draw
 from synth.stages import StageRow
@@ -39,7 +41,8 @@ class Tries:
 class BaseModelSettings:
     """The base model and how it is sampled. name: a folder or a Hugging Face name; adapter: a path, or None.
 
-    max_tokens: of a completion; batch_size: completions in flight.
+    max_tokens: of a completion; batch_size: completions in flight; chat: give prompts as a user's turns, if the model
+    has a chat template.
     """
 
     name: str
@@ -48,11 +51,17 @@ class BaseModelSettings:
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 64
+    chat: bool = False
 
     def __post_init__(self):
         positive("max-completion-length", self.max_tokens)
         positive("sampling-batch-size", self.batch_size)
         positive("temperature", self.temperature, zero=True)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether prompts are given as a user's turns. Raises UserError if the model has no tokenizer."""
+        return self.chat and has_template(open_tokenizer(self.name))
 
     def open(self) -> Completer:
         """The model, loaded. Raises UserError as BaseModel does."""
@@ -92,6 +101,12 @@ def add_base_model_flags(parser: Parser) -> None:
         help=f"a folder or a Hugging Face name (default: the task's base_model, else {DEFAULT_MODEL})",
     )
     group.add_argument("--base-adapter", help="an adapter for it: a folder, or an .npz or .safetensors file")
+    group.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="have the model continue the prompt, where it would reply to it as a user's turn (tasks with a reward "
+        "always do)",
+    )
     group.add_argument("--max-completion-length", type=COUNT, default=default.max_tokens, help="tokens")
     group.add_argument(
         "--temperature", type=NOT_NEGATIVE, default=default.temperature, help="of the base model's sampling"
@@ -112,6 +127,11 @@ def tries_settings(args: argparse.Namespace) -> Tries:
     return Tries(args.rollouts, args.max_rollouts)
 
 
+def turns(task: Task) -> bool:
+    """Whether a chat model is asked in turns. A reward may score the prompt, too, so there it stays as it is."""
+    return task.answer is not None
+
+
 def base_model_settings(args: argparse.Namespace, task: Task) -> BaseModelSettings:
     """The settings that `add_base_model_flags` has read; the model is the user's, else the task's, else the default."""
     return BaseModelSettings(
@@ -121,4 +141,5 @@ def base_model_settings(args: argparse.Namespace, task: Task) -> BaseModelSettin
         args.temperature,
         args.seed,
         args.sampling_batch_size,
+        chat=turns(task) and not args.ignore_chat_template,
     )

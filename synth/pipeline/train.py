@@ -137,9 +137,10 @@ def train(
     words = command(settings, task, folder)
     if begun:
         words = [WAYS[settings.way], "--resume", str(run_folder)]
-    write_rows(folder / PROMPTS, [prompt_row(task, row) for row in rows])
+    chat = settings.base.takes_turns
+    write_rows(folder / PROMPTS, [prompt_row(task, row, chat) for row in rows])
     for split, some in (("train", rows), ("valid", held_out or rows)):
-        write_rows(folder / "sft" / f"{split}.jsonl", [sft_row(task, row) for row in some])
+        write_rows(folder / "sft" / f"{split}.jsonl", [sft_row(task, row, chat) for row in some])
     run_script(words, go_on, [lock])
     return run_folder
 
@@ -222,14 +223,19 @@ def check_sft(model: str, flags: str) -> None:
     BaseModelSettings(model).open()
 
 
-def prompt_row(task: Task, row: StageRow) -> dict[str, str]:
-    """A sample as ppo_training.py reads it."""
-    return {"prompt": task.prompt(row["input"]), "answer": row["output"]}
-
-
-def sft_row(task: Task, row: StageRow) -> dict[str, str]:
-    """A sample as sft.py reads it."""
+def prompt_row(task: Task, row: StageRow, chat: bool) -> dict[str, Any]:
+    """A sample as ppo_training.py reads it; chat: as a user's turn."""
     prompt = task.prompt(row["input"])
+    given = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    return {**given, "answer": row["output"]}
+
+
+def sft_row(task: Task, row: StageRow, chat: bool) -> dict[str, Any]:
+    """A sample as sft.py reads it; chat: as a conversation."""
+    prompt = task.prompt(row["input"])
+    if chat:
+        roles = (("user", prompt), ("assistant", row["output"]))
+        return {"messages": [{"role": role, "content": content} for role, content in roles]}
     space = "" if prompt[-1:].isspace() else " "
     return {"prompt": prompt, "completion": space + row["output"]}
 

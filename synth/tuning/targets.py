@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from rewards.answer_reward import answer_from_flag
 from rewards.function import load_function
 from rewards.user_code import user_code
 from synth.pipeline.evaluation import completions_of, scores_of
-from synth.pipeline.pass_rates import BaseModelSettings
+from synth.pipeline.pass_rates import BaseModelSettings, turns
 from synth.pipeline.script import run_script
 from synth.pipeline.train import sft_row
 from synth.sampler import DataRow
@@ -148,7 +149,8 @@ class SftTarget:
         files: Sequence[int] = (),
     ):
         self.task, self.folder, self.model = task, Path(folder) / "target", model
-        self.iters, self.flags, self.temperature, self.seed = iters, flags, temperature, seed
+        self.iters, self.flags, self.seed = iters, flags, seed
+        self.base = BaseModelSettings(model, None, COMPLETION_TOKENS, temperature, seed, BATCH, turns(task))
         self.go_on, self.files = go_on, files
 
     def __call__(self, rows: Sequence[DataRow], validation: Sequence[DataRow]) -> Metrics:
@@ -159,9 +161,7 @@ class SftTarget:
         if not (training / "summary.json").is_file():
             self._train(folder, training, rows, validation)
         with Cache(folder / "completions.sqlite") as store:
-            model = BaseModelSettings(
-                self.model, folder / "adapter", COMPLETION_TOKENS, self.temperature, self.seed, BATCH
-            )
+            model = replace(self.base, adapter=folder / "adapter")
             scores = scores_of(self.task, validation, completions_of(model, self.task, validation, store))
         score = sum(scores) / len(scores)
         loss: float | None = read_key(float | None, training / "summary.json", "valid_loss")  # type: ignore[arg-type]
@@ -174,6 +174,7 @@ class SftTarget:
         if (training / "config.json").is_file():
             words = ["sft.py", "--resume", training]
         else:
+            chat = self.base.takes_turns
             for split, some in (("train", rows), ("valid", validation)):
-                write_rows(folder / f"{split}.jsonl", [sft_row(self.task, row) for row in some])
+                write_rows(folder / f"{split}.jsonl", [sft_row(self.task, row, chat) for row in some])
         run_script([*map(str, words)], self.go_on, self.files)
