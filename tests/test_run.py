@@ -100,7 +100,8 @@ def test_from_task_to_trained_model(tmp_path, tiny_folder, teacher, evaluation, 
     assert "Mean score on the 3 questions of the evaluation set" in page and "Not in the run folder" not in page
     assert page.count('"outcome":"held out"') == len(held_out) and "Task: tests/sums.yaml." in page
     for line in ("generate: kept 12 of 12", "verify: kept", "pass rates before:", "pass rates after:", "held out: ",
-                 "selection: kept", "checkpoint: step", "evaluation on 3 questions"):  # fmt: skip
+                 "selection: kept", "checkpoint: step", "evaluation on 3 questions",
+                 f"warning: {len(trained)} samples to train on"):  # fmt: skip
         assert line in out
 
     # Again: nothing is asked, drawn or trained.

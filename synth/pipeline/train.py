@@ -50,6 +50,7 @@ WAYS = {"rl": "ppo_training.py", "sft": "sft.py"}
 STEPS = {"rl": 200, "sft": 200}
 BATCHES = {"rl": 64, "sft": 16}
 PROMPTS, LAST_ADAPTER = "prompts.jsonl", "last_adapter"
+FEW = 32  # samples that a model memorises sooner than it learns what they have in common
 CHECKPOINTS = 10  # of a training, among which the held-out samples choose
 
 
@@ -134,6 +135,12 @@ def train(
     if begun and (run_folder / "summary.json").is_file():
         print(f"training: finished before ({run_folder})", flush=True)
         return run_folder
+    if len(rows) < FEW:
+        print(
+            f"warning: {len(rows)} samples to train on, which the model may memorise; ask for more (--count), or for "
+            "samples that it solves sometimes (an easier task, a larger model)",
+            flush=True,
+        )
     words = command(settings, task, folder)
     if begun:
         words = [WAYS[settings.way], "--resume", str(run_folder)]
