@@ -94,9 +94,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=FULL.ppo_batch_size, help="replies a step of PPO")
     parser.add_argument("--replies", type=int, default=FULL.replies, help="to each held-out instruction")
     parser.add_argument("--steps", type=int, default=60, help="of PPO on the learned reward, and on LogiQA")
-    parser.add_argument("--task", default="synth/tasks/reviews.yaml", help="of synthesis")
-    parser.add_argument("--test", default="synth/tuning/examples/reviews_valid.jsonl", help="its evaluation set")
-    parser.add_argument("--count", type=int, default=100, help="samples that a teacher is asked for")
+    parser.add_argument("--task", default="benchmarks/reviews.yaml", help="of synthesis")
+    parser.add_argument("--count", type=int, default=200, help="samples that a teacher is asked for")
     parser.add_argument("--flags", default="", help="further flags for every run, in one string")
     parser.add_argument("--label", default="", help="what the table calls the runs with those flags")
     parser.add_argument("--output-dir", default="runs/real_model", help="folder of all cells")
@@ -291,9 +290,8 @@ def synthesize(args: argparse.Namespace, cell: Path, folder: Path, flags: Sequen
     if (cell / "result.json").exists():
         return
     log, words = folder / f"logs/{cell.name}.log", ["--task", args.task, "--base-model", args.model]
-    words += ["--dataset-path", args.test]
     words += ["--count", args.count, "--rounds", 1, "--votes", 4, "--rollouts", 4, "--max-rollouts", 8]
-    words += ["--num-steps", 20, "--max-completion-length", 24, "--batch-size", args.batch_size]
+    words += ["--num-steps", 30, "--max-completion-length", 24, "--batch-size", args.batch_size, *PPO_RATE]
     words += [f"--training-flags={' '.join(map(str, LAYERS))}"]
     if (cell / "run/config.json").exists():
         words, flags = ["--resume", cell / "run"], []
