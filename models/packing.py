@@ -6,7 +6,8 @@
 
 All that works on single tokens sees no pads. Attention gets every row by itself, padded: no row sees another. Rotary
 embeddings are told each token's position in its row. That needs a family that calls mlx-lm's attention and a rotary
-embedding, which is tried out on a few tokens (`packs`). Rows that begin alike can share their beginning (`Sharing`).
+embedding, which is tried out on a few tokens (`packs`). Rows can go on from others, which are computed once: replies
+from their prompt, prompts from what all of them begin with (`Level`).
 """
 
 import sys
@@ -25,79 +26,132 @@ from models.value_head import forward, standing_in
 TOLERANCE = 1e-4  # of the largest hidden state, between rows packed and padded
 
 
-class Sharing(NamedTuple):
-    """Tokens that several rows begin with: the first S of T. Each belongs to one of G beginnings."""
+class Beginning(NamedTuple):
+    """What the rows of a level go on from: the S tokens of the levels before it, which make up G beginnings."""
 
-    rows: mx.array  # (G, B) 1 where a row has the beginning, else 0
-    slots: mx.array  # (S,) index into G · L
-    is_own: mx.array  # (B, L) whether there is a token that no row before has
+    seen: mx.array  # (R, K) index into the S + N tokens so far of all that a row has; 0 at pads
+    places: mx.array  # (R, Q) place in its row of each token of the level
+    slots: mx.array  # (N,) index into R · K of the level's tokens
+    rows: mx.array  # (G, R) 1 where a row goes on from a beginning, else 0
+    shared: mx.array  # (S,) index into G · K of the tokens before
+    is_token: mx.array  # (S,) whether there is one
 
 
-class Layout(NamedTuple):
-    """Where the tokens of B rows lie: end to end in T places, and side by side in (B, L)."""
+class Level(NamedTuple):
+    """N tokens, each of one of R rows: end to end, and beside each other in (R, Q)."""
 
-    places: mx.array  # (B, L) index into T; 0 at pads
-    is_row: mx.array  # (B, L) whether there is a token
-    slots: mx.array  # (T,) index into B · L, of the first row that has the token; 0 past the last row
-    is_token: mx.array  # (T,) whether there is a token
-    sharing: Sharing | None = None
+    own: mx.array  # (R, Q) index into N; 0 at pads
+    is_own: mx.array  # (R, Q) whether there is a token
+    slots: mx.array  # (N,) index into R · Q; 0 at pads
+    is_token: mx.array  # (N,) whether there is a token
+    before: Beginning | None = None
 
     @classmethod
-    def of(cls, lengths: Sequence[int], width: int, multiple: int = 8) -> "Layout":
-        """The layout of rows of these lengths in `width` places. L is rounded up, so that few shapes occur."""
-        counts = np.asarray(lengths)
-        longest = -(-int(counts.max()) // multiple) * multiple
-        within = np.arange(longest)
-        is_row = within < counts[:, None]
-        starts = np.cumsum(counts) - counts
-        places = np.where(is_row, starts[:, None] + within, 0)
-        slots = np.zeros(width, dtype=np.int32)
-        slots[: counts.sum()] = np.flatnonzero(is_row)
-        return cls(*map(mx.array, (places.astype(np.int32), is_row, slots, np.arange(width) < counts.sum())))
+    def of(cls, lengths: np.ndarray, width: int, count: int, before: Beginning | None = None) -> "Level":
+        """Rows of these lengths, in (R, `width`) places and in `count`."""
+        within, starts = np.arange(width), np.cumsum(lengths) - lengths
+        is_own = within < lengths[:, None]
+        slots = np.zeros(count, dtype=np.int32)
+        slots[: lengths.sum()] = np.flatnonzero(is_own)
+        own = np.where(is_own, starts[:, None] + within, 0).astype(np.int32)
+        is_token = np.arange(count) < lengths.sum()
+        return cls(mx.array(own), mx.array(is_own), mx.array(slots), mx.array(is_token), before)
+
+    @property
+    def length(self) -> int:
+        """Places of a whole row."""
+        return self.own.shape[1] if self.before is None else self.before.seen.shape[1]
+
+    @property
+    def positions(self) -> mx.array:
+        """(N,) place in its row of each token."""
+        return (self.slots if self.before is None else self.before.slots) % self.length
 
     def side_by_side(self, packed: mx.array) -> mx.array:
-        """(1, heads, T, D) → (B, heads, L, D); at pads stands anything finite."""
-        rows, length = self.places.shape
+        """(1, heads, N, D) → (R, heads, Q, D); at pads stands anything finite."""
 
         @mx.custom_function
         def spread(x: mx.array) -> mx.array:
-            return x[0][:, self.places.reshape(-1)].reshape(-1, rows, length, x.shape[-1]).swapaxes(0, 1)
+            return _spread(x, self.own)
 
         @spread.vjp
         def backward(primals, cotangent, output):
-            return mx.where(self.is_token[:, None], self._summed(cotangent), 0)[None]
+            return mx.where(self.is_token[:, None], _at(cotangent, self.slots), 0)[None]
 
         return spread(packed)
 
-    def _summed(self, rows: mx.array) -> mx.array:
-        """(B, heads, L, D) → (heads, T, D), the sum over all rows that have a token."""
-        heads, length = rows.shape[1:3]
-
-        def at(arrays: mx.array, slots: mx.array) -> mx.array:
-            return arrays.swapaxes(0, 1).reshape(heads, len(arrays) * length, -1)[:, slots]
-
-        if self.sharing is None:
-            return at(rows, self.slots)
-        # A product with the one-hot rows: mlx's own gradient adds up the rows in varying order on a GPU.
-        sums = self.sharing.rows.astype(rows.dtype) @ rows.reshape(len(rows), -1)
-        shared = at(sums.reshape(-1, *rows.shape[1:]), self.sharing.slots)
-        return mx.concatenate([shared, at(rows, self.slots[shared.shape[1] :])], axis=1)
-
     def end_to_end(self, rows: mx.array) -> mx.array:
-        """(B, heads, L, D) → (1, heads, T, D), the opposite."""
-        count, length = self.places.shape
-        is_own = self.is_row if self.sharing is None else self.sharing.is_own
+        """(R, heads, Q, D) → (1, heads, N, D), the opposite."""
 
         @mx.custom_function
         def join(x: mx.array) -> mx.array:
-            return x.swapaxes(0, 1).reshape(x.shape[1], count * length, -1)[:, self.slots][None]
+            return _at(x, self.slots)[None]
 
         @join.vjp
         def backward(primals, cotangent, output):
-            found = cotangent[0][:, self.places.reshape(-1)].reshape(-1, count, length, cotangent.shape[-1])
-            return mx.where(is_own[:, None, :, None], found.swapaxes(0, 1), 0)
+            return mx.where(self.is_own[:, None, :, None], _spread(cotangent, self.own), 0)
 
         return join(rows)
+
+    def whole(self, packed: mx.array) -> mx.array:
+        """(1, heads, S + N, D) → (R, heads, K, D), the rows with what they go on from."""
+        before = self.before
+        if before is None:
+            return self.side_by_side(packed)
+
+        @mx.custom_function
+        def spread(x: mx.array) -> mx.array:
+            return _spread(x, before.seen)
+
+        @spread.vjp
+        def backward(primals, cotangent, output):
+            # A product with the one-hot rows: mlx's own gradient adds up the rows in varying order on a GPU.
+            sums = before.rows.astype(cotangent.dtype) @ cotangent.reshape(len(cotangent), -1)
+            shared = _at(sums.reshape(-1, *cotangent.shape[1:]), before.shared)
+            found = mx.concatenate([shared, _at(cotangent, before.slots)], axis=1)
+            return mx.where(mx.concatenate([before.is_token, self.is_token])[:, None], found, 0)[None]
+
+        return spread(packed)
+
+    def mask(self, given: Any) -> Any:
+        """The mask of the level's tokens, of the one that the model made for a row: causal, perhaps with a window."""
+        length, before = self.length, self.before
+        if before is None:
+            return given[..., :length, :length] if isinstance(given, mx.array) else given
+        if isinstance(given, mx.array):
+            return given.reshape(given.shape[-2:])[before.places][:, None, :, :length]
+        return (mx.arange(length) <= before.places[..., None])[:, None]
+
+
+class Layout(NamedTuple):
+    """Where the T tokens of a pass lie: the levels' end to end, one level after the other.
+
+    Every token asks once, in a row of its level; it sees that row, and what the row goes on from.
+    """
+
+    levels: tuple[Level, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], width: int, multiple: int = 8) -> "Layout":
+        """The layout of rows of these lengths in `width` places. Their own are rounded up, so that few shapes occur."""
+        counts = np.asarray(lengths)
+        return cls((Level.of(counts, -(-int(counts.max()) // multiple) * multiple, width),))
+
+    @property
+    def length(self) -> int:
+        """Places of the longest row."""
+        return max(level.length for level in self.levels)
+
+
+def _spread(packed: mx.array, index: mx.array) -> mx.array:
+    """(1, heads, T, D) at index (R, L) → (R, heads, L, D)."""
+    return packed[0][:, index.reshape(-1)].reshape(-1, *index.shape, packed.shape[-1]).swapaxes(0, 1)
+
+
+def _at(rows: mx.array, slots: mx.array) -> mx.array:
+    """(R, heads, L, D) at slots (T,) of R · L → (heads, T, D)."""
+    heads, width = rows.shape[1], rows.shape[-1]
+    return rows.swapaxes(0, 1).reshape(heads, -1, width)[:, slots]
 
 
 class _PackedRope:
@@ -110,20 +164,24 @@ class _PackedRope:
         return getattr(self.rope, name)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        positions = self.layout.slots % self.layout.places.shape[1]
+        positions = mx.concatenate([level.positions for level in self.layout.levels])
         tokens = x[0].swapaxes(0, 1)[:, :, None]  # (T, heads, 1, D)
         return self.rope(tokens, *args, **{**kwargs, "offset": positions})[:, :, 0].swapaxes(0, 1)[None]
 
 
 def _packed_attention(attention: Callable, layout: Layout) -> Callable:
     """mlx-lm's attention, row by row."""
-    length = layout.places.shape[1]
 
     def by_row(queries: mx.array, keys: mx.array, values: mx.array, *args: Any, mask: Any = None, **kwargs: Any):
-        if isinstance(mask, mx.array):
-            mask = mask[..., :length, :length]  # causal, perhaps with a window: the same wherever a row begins
-        rows = map(layout.side_by_side, (queries, keys, values))
-        return layout.end_to_end(attention(*rows, *args, mask=mask, **kwargs))
+        found, start = [], 0
+        for level in layout.levels:
+            end = start + len(level.slots)
+            first = 0 if level.before else start
+            asked = level.side_by_side(queries[:, :, start:end])
+            known, given = level.whole(keys[:, :, first:end]), level.whole(values[:, :, first:end])
+            found.append(level.end_to_end(attention(asked, known, given, *args, mask=level.mask(mask), **kwargs)))
+            start = end
+        return mx.concatenate(found, axis=2)
 
     return by_row
 
@@ -153,8 +211,8 @@ def _attention_of(module: ModuleType, layout: Layout) -> Iterator[None]:
 
 
 def _mask_of_a_row(create_mask: Callable, layout: Layout) -> Callable:
-    """mlx-lm's mask, made for L tokens: with a window, one for all T would have T² elements."""
-    row = mx.zeros((1, layout.places.shape[1], 1))
+    """mlx-lm's mask, made for a row: with a window, one for all T tokens would have T² elements."""
+    row = mx.zeros((1, layout.length, 1))
 
     def create(hidden: mx.array, *args: Any, **kwargs: Any) -> Any:
         return create_mask(row, *args, **kwargs)

@@ -17,7 +17,7 @@ from data.batching import BatchPlan, Example, collate, draw_pairs, in_order, num
 from data.examples import LANGUAGE_ROWS, PREFERENCE_ROWS, language_examples, preference_examples
 from data.records import located, located_rows
 from data.sources import Source
-from models.packing import Layout, packed
+from models.packing import Layout, Level, packed
 from models.token_stats import LOGITS_BYTES, token_stats
 from models.value_head import forward
 from training.losses import pairwise_reward_loss, sft_loss
@@ -34,6 +34,7 @@ class Figures(NamedTuple):
 
 
 Arrays = tuple[mx.array, ...]
+LAYOUT = 4  # arrays of a layout of rows that go on from nothing
 PACKED_MULTIPLE = 64  # tokens to which a packed batch is rounded up, so that few shapes occur
 
 
@@ -209,15 +210,14 @@ class PackedLanguageModelling(LanguageModelling):
             start = end
         positions, mask = padded_positions(targets[None])
         packed_rows = (mx.array(array) for array in (tokens[None], following[None], positions, mask))
-        return *packed_rows, *Layout.of(lengths, width)
+        return *packed_rows, *Layout.of(lengths, width).levels[0][:LAYOUT]
 
     def loss(self, module: nn.Module, *arrays: mx.array) -> tuple[mx.array, Figures]:
         """As `LanguageModelling.loss`. arrays: of `_arrays`, and the total where this is a piece of a batch."""
         tokens, following, positions, mask, *rest = arrays
-        fields = len(Layout._fields)
-        with packed(module, Layout(*rest[:fields])):
+        with packed(module, Layout((Level(*rest[:LAYOUT]),))):
             _, hidden = forward(module, tokens)
-        return self._of_targets(module, hidden, following, positions, mask, *(rest[fields:] or [None]))
+        return self._of_targets(module, hidden, following, positions, mask, *(rest[LAYOUT:] or [None]))
 
 
 class PreferencePairs:

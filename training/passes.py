@@ -23,7 +23,7 @@ import numpy as np
 
 from data.batching import shared_beginning
 from models.frozen_layers import SampledStates, from_states
-from models.packing import Layout, Sharing, packed
+from models.packing import Beginning, Layout, Level, packed
 from training.rollout import rounded
 
 SAVED = 0.1  # of the tokens of padded rows, at least: packing has copies to make
@@ -102,7 +102,13 @@ class PackedRows:
         self.starts = lengths.sum() + _starts(self.lengths)
         self.tokens, self.targets = _joined([*shared, *own]), _joined([*shared, *completions])  # no target in a prompt
         self.width, self.few_shapes = width, few_shapes
-        self.longest = self._rounded(int((self.prompt_lengths[self.prompt_of] + self.lengths).max()), 16)
+        longest = int((self.prompt_lengths[self.prompt_of] + self.lengths).max())
+        self.longest = self._rounded(max(longest, begun + 1), 16)
+        # Of what prompts have beyond the beginning, and of rows' own.
+        self.longest_rest, self.longest_own = max(int(lengths[1:].max()), 1), max(int(self.lengths.max()), 1)
+        if few_shapes:
+            self.longest_rest = min(rounded(self.longest_rest, 16), self.longest - begun)
+            self.longest_own = min(rounded(self.longest_own, 16), self.longest)
         self.states: mx.array | None = None  # of all tokens (tokens, H), where they are kept
 
     def _rounded(self, count: int, multiple: int) -> int:
@@ -158,28 +164,45 @@ class PackedRows:
     def _layout(
         self, is_token: np.ndarray, group: np.ndarray, before: np.ndarray, own: np.ndarray, shared: int
     ) -> Layout:  # fmt: skip
-        """group (B,): each row's prompt among G; before (G,), own (B,): tokens; shared: where the rows' own begin."""
-        length, rows, mine = self.longest, np.arange(len(group)), before[group]
-        prompts, first = np.unique(group, return_index=True)  # and the first row of each
-        within, begun, rest = np.arange(length), self.begun, before - self.begun
-        is_row, is_own = within < (mine + own)[:, None], within >= mine[:, None]
-        of_prompt, of_row = _starts(rest)[group], shared + _starts(own) - mine
-        places = np.where(is_own, of_row[:, None], np.where(within >= begun, of_prompt[:, None], 0)) + within
-        starts = np.array([0, *(first * length + begun)])
-        lengths, ends = np.array([begun, *rest]), len(is_token) - shared
-        slots = np.concatenate([_spans(starts, lengths, shared), _spans(rows * length + mine, own, ends)])
-        sharing = None
-        if shared and len(rows) > (1 if begun else len(prompts)):
-            is_own |= (rows == first[group])[:, None] & (within >= begun) | (rows == 0)[:, None]
-            has = np.vstack([np.full(len(rows), True), prompts[:, None] == group])  # the beginning, and each prompt
-            starts = np.array([0, *((1 + prompts) * length + begun)])
-            sharing = Sharing(
-                mx.array(has.astype(np.float32)),
-                _index(_spans(starts, lengths, shared)),
-                mx.array(is_row & is_own),
-            )
-        places = np.where(is_row, places, 0)
-        return Layout(_index(places), mx.array(is_row), _index(slots), mx.array(is_token), sharing)
+        """Levels: the beginning, the prompts, the rows.
+
+        group (B,): each row's prompt among G; before (G,), own (B,): tokens; shared: where the rows' own begin.
+        """
+        begun, rest, length, prompts = self.begun, before - self.begun, self.longest, np.arange(len(before))
+        levels = [Level.of(np.array([begun]), begun, begun)] if begun else []
+        if shared > begun:
+            width, goes_on = self.longest_rest, None
+            if begun:
+                starts, lengths = np.stack([0 * rest, begun + _starts(rest)]), np.stack([0 * rest + begun, rest])
+                goes_on = _going_on(starts, lengths, begun + width, width, shared - begun, np.ones((1, len(rest))),
+                                    np.arange(begun), is_token[:begun])  # fmt: skip
+            levels.append(Level.of(rest, width, shared - begun, goes_on))
+        count, goes_on = len(is_token) - shared, None
+        if shared:
+            starts = np.stack([0 * own, begun + _starts(rest)[group], shared + _starts(own)])
+            lengths = np.stack([0 * own + begun, rest[group], own])
+            has = np.vstack([np.full(len(own), True), prompts[:, None] == group])  # the beginning, and each prompt
+            places = _spans(np.array([0, *((1 + prompts) * length + begun)]), np.array([begun, *rest]), shared)
+            goes_on = _going_on(starts, lengths, length, self.longest_own, count, has, places, is_token[:shared])
+        levels.append(Level.of(own, self.longest_own, count, goes_on))
+        return Layout(tuple(levels))
+
+
+def _going_on(
+    starts: np.ndarray, lengths: np.ndarray, width: int, asked: int, count: int, rows: np.ndarray, shared: np.ndarray,
+    is_token: np.ndarray,
+) -> Beginning:  # fmt: skip
+    """What R rows go on from. starts, lengths (parts, R): in T, of a row's parts, of which the last is its own; width:
+    K; asked: Q; count: N; rows, shared, is_token: as of Beginning."""
+    within, offsets, before = np.arange(width), np.cumsum(lengths, axis=0) - lengths, lengths[:-1].sum(axis=0)
+    seen = np.zeros((lengths.shape[1], width), dtype=np.int64)
+    for start, offset in zip(starts[..., None], offsets[..., None], strict=True):
+        seen = np.where(within >= offset, start - offset + within, seen)
+    places = np.minimum(before[:, None] + np.arange(asked), width - 1)
+    slots = _spans(np.arange(len(before)) * width + before, lengths[-1], count)
+    seen = np.where(within < lengths.sum(axis=0)[:, None], seen, 0)
+    one_hot = mx.array(rows.astype(np.float32))
+    return Beginning(_index(seen), _index(places), _index(slots), one_hot, _index(shared), mx.array(is_token))
 
 
 def rows_of(
