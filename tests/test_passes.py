@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import base
+from mlx_lm.models import base, llama
 
 from models.frozen_layers import lower_states
 from models.value_head import Policy, new_value_head
@@ -85,6 +85,22 @@ def test_a_prompt_is_read_once_and_no_pad_but_to_a_multiple_of_8():
     assert part.targets.shape == part.positions.shape == (1, 32)
     with_token = part.tokens.tolist()[0]
     assert with_token[:33] == [*range(1, 33), 40] and with_token[40:43] == [33, 33, 51]
+
+
+def test_every_token_asks_once_however_many_rows_go_on_from_it(monkeypatch):
+    """Attention's queries and keys (rows, places): of the beginning, the prompts, the rows."""
+    asked, plain = [], llama.scaled_dot_product_attention
+
+    def recorded(queries, keys, *args, **kwargs):
+        asked.append([(len(array), array.shape[2]) for array in (queries, keys)])
+        return plain(queries, keys, *args, **kwargs)
+
+    monkeypatch.setattr(llama, "scaled_dot_product_attention", recorded)
+    policy, begun = policy_of("llama-tied", num_hidden_layers=1), [*range(20, 40)]
+    prompts = [[*begun, *range(1, 31)]] * 5 + [[*begun, 41, 42]] * 3
+    _, rows, mask = both(prompts, [[50 + i] * (i + 1) for i in range(8)])
+    of_rows(policy, rows[np.arange(8)], mask)
+    assert asked[-3:] == [[(1, 20), (1, 20)], [(2, 29), (2, 49)], [(8, 8), (8, 56)]]
 
 
 def test_what_all_prompts_begin_with_is_read_once():
