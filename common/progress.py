@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}s |{bar}| {elapsed}, {remaining} left{postfix}"
 PLAIN_EVERY = 60.0  # seconds between plain lines
+TOO_FEW, EARLY = 5, 0.02  # things done, and their share, below which nothing is said of the time left
 
 
 class PlainProgress:
@@ -28,9 +29,12 @@ class PlainProgress:
         now = time.monotonic()
         if now - self.said >= PLAIN_EVERY:
             self.said = now
-            left = (now - self.started) / max(self.n - self.first, 1) * (self.total - self.n)
-            ends = f", {self.postfix}" if self.postfix else ""
-            line = f"{self.description}: {self.n:,} of {self.total:,} {self.unit}s, {duration(left)} left{ends}"
+            done = self.n - self.first
+            left = duration((now - self.started) / max(done, 1) * (self.total - self.n))
+            # Of things that are done side by side the first take the time of many.
+            ends = [f"{left} left"] if done >= TOO_FEW or done >= EARLY * self.total else []
+            ends += [self.postfix] if self.postfix else []
+            line = ", ".join([f"{self.description}: {self.n:,} of {self.total:,} {self.unit}s", *ends])
             print(line, file=sys.stderr, flush=True)
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:

@@ -43,6 +43,16 @@ def test_a_log_gets_a_plain_line_now_and_then(clock, capsys):
     ]  # fmt: skip
 
 
+def test_nothing_is_said_of_the_time_left_by_the_first_of_many_done_side_by_side(clock, capsys):
+    with progress(200, "base model", "rollout") as bar:
+        for seconds, count in ((120.0, 1), (60.0, 4)):
+            clock[0] += seconds
+            bar.update(count)
+    assert capsys.readouterr().err.splitlines() == [
+        "base model: 1 of 200 rollouts", "base model: 5 of 200 rollouts, 1 h 57 min left",
+    ]  # fmt: skip
+
+
 def test_a_terminal_gets_a_bar_that_leaves_nothing(monkeypatch):
     terminal = open_terminal(monkeypatch)
     with progress(3, "verify", "answer") as bar:
