@@ -43,9 +43,9 @@ RUNS: dict[str, tuple[AdapterConfig, dict[str, Any]]] = {
     "group": (SOFT_PROMPT, {**GROUPS, "advantage": "group", "batch_size": 12, "mini_batch_size": 3}),
     "rloo": (FULL, {**GROUPS, "advantage": "rloo", "entropy_coef": 0.01, "max_grad_norm": 0.1}),
     "stopped by its KL": (LORA, {"target_kl": 1e-3, "ppo_epochs": 4, "scale_scores": True}),
-    # Adam makes whole steps of gradients that are rounding, so that weights differ by a share of the learning rate.
-    "a gradient that is not finite": (LORA, {"learning_rate": 3e-4}),
+    "a gradient that is not finite": (LORA, {}),
 }
+EPS = 1e-3  # of Adam, which with its own makes whole steps of gradients that are rounding
 
 
 def reward(prompts: list[str], completions: list[str]) -> list[float]:
@@ -74,6 +74,9 @@ def train(folder: Path, name: str, ranks: Ranks = ALONE) -> tuple[dict[str, torc
     loaded = load(str(folder / "model"), torch.device("cpu"))
     policy, reference = torch_ppo_learner.build_policies(loaded, settings, adapter)
     optimizer = torch_ppo_learner.make_ppo_optimizer(policy, settings)
+    for part, _, _ in optimizer.parts:
+        for group in part.param_groups:
+            group["eps"] = EPS
     learner = torch_ppo_learner.PPOLearner(policy.module, reference, loaded, optimizer, settings, ranks)
     progress = Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
     prompts = ppo_step.Prompts(["2", "4 6", "8", "10 12", "3", "1 2 3"], settings)

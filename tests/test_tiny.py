@@ -332,7 +332,7 @@ def assert_same_logits(folder):
     with torch.no_grad():
         theirs = model(torch.tensor(tokens)).logits.numpy()
     assert ours.dtype == theirs.dtype == np.float32
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-4)  # logits reach 20, where float32 has 6 digits left
     for settings in (model.config, model.generation_config):
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (BOS, EOS, PAD)
 
