@@ -1,6 +1,7 @@
 """What the toolkit does to a real chat model, SmolLM2-135M-Instruct: evidence in cells that go on after a stop.
 
     python benchmarks/real_model.py constraints --seeds 5            SFT, DPO and PPO by three estimators, same start
+    python benchmarks/real_model.py between --parts 0.5 0.7          part of the way from the start to each result
     python benchmarks/real_model.py learned                          a reward model's score against the true one
     python benchmarks/real_model.py synthesis --seeds 3              synth.run on reviews with it as the base
     python benchmarks/real_model.py teacher                          and with mlx_lm.server serving it as the teacher
@@ -30,6 +31,7 @@ from models import cpu
 
 cpu.enable()  # before mlx is imported
 
+import mlx.core as mx
 import numpy as np
 
 from benchmarks.digits_seeds import script
@@ -88,6 +90,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--pytorch", action="store_true", help="PPO by pytorch_ppo_training.py")
+    parser.add_argument("--parts", type=float, nargs="+", default=[0.5, 0.7], help="of the way, for `between`")
     parser.add_argument("--model", default=NAME)
     parser.add_argument("--rows", type=int, default=FULL.rows, help="instructions of train; twice as many replies")
     parser.add_argument("--sft-iters", type=int, default=FULL.sft_iters, help="steps of the SFT that all start from")
@@ -179,6 +183,7 @@ def constraints(args: argparse.Namespace, folder: Path) -> list[str]:
             if not own:
                 start += ["--batch-size", args.batch_size, "--mini-batch-size", args.batch_size // 2]
                 start += ["--num-steps", 2 * args.rows // args.batch_size]
+                words[0] = f"{'pytorch_' if args.pytorch else ''}{words[0]}"
             adapter = cell / "adapter"
             if not adapter.exists():
                 train(folder / f"logs/{name}.log", cell / "run", *words, *start, "--save-file", adapter,
@@ -186,6 +191,23 @@ def constraints(args: argparse.Namespace, folder: Path) -> list[str]:
             seconds = read_json(cell / "run/summary.json")["seconds"]
             write_json(cell / "result.json", {**measure(args, folder, adapter), "seconds": seconds})
             print(f"{name}: done", flush=True)
+    return constraint_table(results(folder)["constraints"])
+
+
+def between(args: argparse.Namespace, folder: Path) -> list[str]:
+    """Weights that lie between the start's and those of each finished method (WARP, arXiv:2406.16768), measured."""
+    start, weights = folder / "start", "adapters.safetensors"
+    first = mx.load(str(start / weights))
+    for name in args.methods:
+        for end in sorted((folder / "constraints").glob(f"{name}-*/adapter")):
+            last = mx.load(str(end / weights))
+            for part in args.parts:
+                cell = folder / f"constraints/{name}, {part:g} of the way-{end.parent.name.rpartition('-')[2]}"
+                if not (cell / "result.json").exists():
+                    shutil.copytree(end, cell / "adapter", dirs_exist_ok=True)
+                    mixed = {key: first[key] + part * (last[key] - first[key]) for key in last}
+                    mx.save_safetensors(str(cell / "adapter" / weights), mixed)
+                    write_json(cell / "result.json", measure(args, folder, cell / "adapter"))
     return constraint_table(results(folder)["constraints"])
 
 
@@ -359,7 +381,14 @@ def logiqa_rows(place: Path) -> list[dict[str, Any]]:
     return read_rows(place / "all.jsonl")
 
 
-PARTS = {"constraints": constraints, "learned": learned, "synthesis": synthesis, "teacher": teacher, "logiqa": logiqa}
+PARTS = {
+    "constraints": constraints,
+    "between": between,
+    "learned": learned,
+    "synthesis": synthesis,
+    "teacher": teacher,
+    "logiqa": logiqa,
+}
 
 
 def main() -> None:

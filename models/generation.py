@@ -28,7 +28,7 @@ from data.batching import TOKENS_A_PASS, encode_prompt, shared_beginning
 from data.chat import render
 from models.cpu.process import on_one_core
 from models.frozen_layers import SampledStates
-from models.gpu import release_memory
+from models.gpu import release_memory, rows_at_once
 from models.row_keys import KeyedModel, Keys, draw, next_keys
 from models.soft_prompt import check_ids, soft_prompt_ids
 
@@ -82,6 +82,7 @@ def sample(
     prefix = soft_prompt_ids(model)
     prompts = [prefix + list(prompt) for prompt in prompts]
     check_ids(model, prompts)
+    batch_size = rows_at_once(model, batch_size)
     was_training = model.training
     model.eval()
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from models import cpu
@@ -63,6 +64,20 @@ def wire_memory() -> None:
     information: dict[str, Any] = mx.device_info()
     if size := information.get("max_recommended_working_set_size"):
         mx.set_memory_limit(int(MEMORY_SHARE * size))
+
+
+def rows_at_once(model: nn.Module, wanted: int) -> int:
+    """How many rows may be decoded at once, at most `wanted`: all of them, but for small heads on CUDA.
+
+    There mlx 0.32 gives its rotary kernel a block of rows × heads / 4 threads in the third dimension, of which CUDA
+    allows 64, where a head has fewer than 32 numbers to turn: from 128 on it is `invalid argument` (seen on an H100).
+    """
+    modules = model.modules() if mx.cuda.is_available() else []
+    turned = [module.dims for module in modules if "RoPE" in type(module).__name__ and hasattr(module, "dims")]
+    if not turned or min(turned) >= 32:
+        return wanted
+    heads = max(getattr(module, "n_heads", getattr(module, "num_heads", 1)) for module in modules)
+    return min(wanted, max(1, 127 // -(-heads // 4)))
 
 
 def release_memory() -> None:

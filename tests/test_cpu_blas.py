@@ -199,7 +199,10 @@ def test_a_device_is_named_with_its_blas(monkeypatch):
     for name, words in (("mkl", "the CPU (MKL)"), ("none", "the CPU (no fast BLAS)"), (None, "the CPU")):
         monkeypatch.setattr(cpu, "BLAS", name)
         assert (cpu.describe_device(on_cpu), cpu.describe_device(on_gpu)) == (words, "the GPU")
-    assert cpu.describe_device(mx.default_device()) == f"the {mx.default_device().type.name.upper()}"
+    assert cpu.describe_device(mx.default_device()).startswith(f"the {mx.default_device().type.name.upper()}")
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert cpu.describe_device(on_cpu) == "the CPU"
+    assert cpu.describe_device(on_gpu).startswith("the GPU (CUDA; ")
 
 
 @only_on_linux_cpu

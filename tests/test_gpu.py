@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -90,6 +91,39 @@ def test_what_mlx_is_asked_for_is_there():
     assert mx.set_memory_limit(before) == 10**9
     assert gpu.maybe_set_recommended_wired_limit() is None or gpu.on_gpu()
     mx.clear_cache()
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int, dims: int):
+        super().__init__()
+        self.n_heads, self.rope = heads, nn.RoPE(dims)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "heads", "dims", "rows"),
+    [
+        (True, 4, 16, 127),  # a quarter of the heads goes to each row of threads: 128 of these fail on an H100
+        (True, 32, 16, 15),
+        (True, 9, 64, 128),
+        (True, 4, 32, 128),
+        (False, 4, 16, 128),
+    ],
+)
+def test_small_heads_take_fewer_rows_at_once_on_cuda(cuda, heads, dims, rows, monkeypatch):
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    assert gpu.rows_at_once(nn.Sequential(Attention(heads, dims)), 128) == rows
+
+
+def test_sampling_takes_no_more_rows_than_cuda_allows_and_draws_the_same(monkeypatch):
+    model, prompts, keys = build("llama-tied"), [[1, 5], [2, 3]] * 80, np.arange(320, dtype=np.uint32).reshape(160, 2)
+    expected = sample(model, prompts, [], 3, keys=keys)
+    rows = []
+    forward = type(model).__call__
+    monkeypatch.setattr(type(model), "__call__", lambda self, x, **k: rows.append(len(x)) or forward(self, x, **k))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    assert sample(model, prompts, [], 3, keys=keys) == expected
+    heads = model.args.num_attention_heads
+    assert max(rows) <= 127 // -(-heads // 4) < 160
 
 
 # --- on a GPU ---

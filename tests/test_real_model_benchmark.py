@@ -63,6 +63,11 @@ def test_constraints_and_a_learned_reward(model, started, tmp_path, capsys):
 
     call(real_model.main, "constraints", *methods, *shared)
     assert len(started) == 6
+    call(real_model.main, "between", *methods, "--parts", 0.0, 1.0, *shared)
+    between = read_json(tmp_path / "results.json")["constraints"]
+    assert len(between) == 5 + 6 and len(started) == 6
+    assert between["group, 0 of the way-0"]["english"] == pytest.approx(found["start-0"]["english"], abs=1e-6)
+    assert between["group, 1 of the way-0"]["english"] == pytest.approx(found["group-0"]["english"], abs=1e-6)
     call(real_model.main, "learned", *shared)
     assert started[6:] == ["sft.py", "ppo_training.py"]
     found = read_json(tmp_path / "results.json")["learned"]["ppo-0"]

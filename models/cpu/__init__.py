@@ -87,5 +87,9 @@ def _load_blas() -> str:
 
 def describe_device(device: Any) -> str:
     """A device of mlx as a run's first line names it, on Linux CPU with the BLAS: the CPU (MKL)."""
+    import mlx.core as mx
+
     name = f"the {device.type.name.upper()}"
-    return f"{name} ({blas.TITLES[BLAS]})" if device.type.name == "cpu" and BLAS else name
+    if device.type.name == "cpu":
+        return f"{name} ({blas.TITLES[BLAS]})" if BLAS else name
+    return f"{name} (CUDA; a first run waits minutes for mlx to compile)" if mx.cuda.is_available() else name
