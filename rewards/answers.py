@@ -114,7 +114,8 @@ class Choice(AnswerType):
         if start is None:
             return None
         rest = span[start.end() :]
-        if re.match(rf"{_JOIN}(?:[{letters}](?![\w'’])|\([{letters.lower()}]\))", rest):
+        others = re.fullmatch(rf"(?:\W+[{letters}])+\W*", rest) and set(re.findall(r"\w", rest)) - {start[1].upper()}
+        if others or re.match(rf"{_JOIN}(?:[{letters}](?![\w'’])|\([{letters.lower()}]\))", rest):
             return AMBIGUOUS
         # "a matter of taste" begins with an article, "A because" with a choice.
         is_word = start[1].islower() and re.match(r"\s\w", rest) and not start[0].endswith(")")
@@ -125,10 +126,24 @@ class Choice(AnswerType):
         # A single line that begins like an answer, "C. Because A is wrong", is that answer.
         if "\n" not in line and re.match(rf"\W*[{letters}](?:[.):,]|\W*$)", line, re.IGNORECASE):
             return self._read(line)
+        text = self._without_options(line)
         # A capital before a lower-case word may be an article, and is skipped.
         standalone = rf"(?<![\w'’])(?:\(([{letters}{letters.lower()}])\)|([{letters}])(?![\w'’])(?!\s[a-z]))"
         found = [match[1] or match[2] for match in re.finditer(standalone, text)]
         return found[-1].upper() if found else None
+
+    def _without_options(self, text: str) -> str:
+        """The text without the options that it repeats, a line each from the first on; the last one may be cut."""
+        lines = text.split("\n")
+        for first in range(len(lines)):
+            repeated = 0
+            for line, choice in zip(lines[first:], self.choices, strict=False):
+                if not re.match(rf"\W*{choice}(?:[.):]|\W*$)", line):
+                    break
+                repeated += 1
+            if repeated > 1:
+                return "\n".join(lines[:first] + lines[first + repeated :])
+        return text
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,13 @@ def test_numbers(completion, answer):
         ("<answer>A or B</answer>", None), ("<answer>A, B</answer>", None), ("<answer>A B</answer>", None),
         ("<answer>(a)/(b)</answer>", None), ("<answer>E</answer>", None), ("<answer>Cat</answer>", None),
         ("<answer>a dog</answer>", None), ("nothing fits", None), ("Cabbage", None), ("", None),
+        # As a small chat model replies to LogiQA, whose options begin with their letter: "C. C.Pascal changed it".
+        ("C.C.Pascal changed it", "C"), ("B. C.Pascal changed it", "B"), ("C. C.", "C"), ("c. C", "C"),
+        ("C. D.\n\nThe correct answer is D. Both", "D"), ("A. Either A or B. The answer is A. The", "A"),
+        ("B.C.D.", None), ("C. B.", None), ("A.C.C.C.C", None), ("The answer is A. B", None),
+        ("A. One.\nB. Two.\nC", None), ("A. One.\nB", None), ("(A) One\n(B) Two\n(C) Three\n(D) Four", None),
+        ("A. One.\nB. Two.\n\nSo it is B", "B"), ("Let us see:\nA) One\nB) Two\nI take (a)", "A"),
+        ("C. Three.\nD. Four.", "D"),
     ],
 )  # fmt: skip
 def test_choices(completion, answer):
