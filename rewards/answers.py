@@ -114,8 +114,7 @@ class Choice(AnswerType):
         if start is None:
             return None
         rest = span[start.end() :]
-        others = re.fullmatch(rf"(?:\W+[{letters}])+\W*", rest) and set(re.findall(r"\w", rest)) - {start[1].upper()}
-        if others or re.match(rf"{_JOIN}(?:[{letters}](?![\w'’])|\([{letters.lower()}]\))", rest):
+        if self._another(start[1].upper(), rest):
             return AMBIGUOUS
         # "a matter of taste" begins with an article, "A because" with a choice.
         is_word = start[1].islower() and re.match(r"\s\w", rest) and not start[0].endswith(")")
@@ -131,6 +130,17 @@ class Choice(AnswerType):
         standalone = rf"(?<![\w'’])(?:\(([{letters}{letters.lower()}])\)|([{letters}])(?![\w'’])(?!\s[a-z]))"
         found = [match[1] or match[2] for match in re.finditer(standalone, text)]
         return found[-1].upper() if found else None
+
+    def _another(self, first: str, rest: str) -> bool:
+        """Whether another choice follows at once: joined ("A or B"), with a stop of its own ("A. B. Because"; no
+        initial, as in "A. D. H. Lawrence"), or among letters alone ("A.C.C").
+        """
+        letters = "".join(self.choices)
+        if re.match(rf"{_JOIN}(?:[{letters}](?![\w'’])|\([{letters.lower()}]\))", rest):
+            return True
+        second = re.match(rf"[.):]\s?([{letters}])[.):](?!\s?(?:[a-z]|[A-Z]\.))", rest)
+        alone = re.findall(r"\w", rest) if re.fullmatch(rf"(?:\W+[{letters}])+\W*", rest) else []
+        return {*alone, second[1] if second else first} != {first}
 
     def _without_options(self, text: str) -> str:
         """The text without the options that it repeats, a line each from the first on; the last one may be cut."""

@@ -67,7 +67,8 @@ def test_numbers(completion, answer):
         ("<answer>(a)/(b)</answer>", None), ("<answer>E</answer>", None), ("<answer>Cat</answer>", None),
         ("<answer>a dog</answer>", None), ("nothing fits", None), ("Cabbage", None), ("", None),
         # As a small chat model replies to LogiQA, whose options begin with their letter: "C. C.Pascal changed it".
-        ("C.C.Pascal changed it", "C"), ("B. C.Pascal changed it", "B"), ("C. C.", "C"), ("c. C", "C"),
+        ("C.C.Pascal changed it", "C"), ("B. C.Pascal changed it", None), ("C. C.", "C"), ("c. C", "C"),
+        ("A. D. H. Lawrence", "A"), ("B. C. elegans is a worm", "B"), ("A. B is wrong", "A"),
         ("C. D.\n\nThe correct answer is D. Both", "D"), ("A. Either A or B. The answer is A. The", "A"),
         ("B.C.D.", None), ("C. B.", None), ("A.C.C.C.C", None), ("The answer is A. B", None),
         ("A. One.\nB. Two.\nC", None), ("A. One.\nB", None), ("(A) One\n(B) Two\n(C) Three\n(D) Four", None),
