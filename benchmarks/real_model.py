@@ -171,9 +171,10 @@ def english(base: LoadedModel, adapter: Path | None) -> float:
 def constraints(args: argparse.Namespace, folder: Path) -> list[str]:
     """Every method over the seeds; returns the table's lines."""
     prepare(args, folder)
+    label = args.label or ("PyTorch" if args.pytorch else "")
     for seed in range(args.seeds):
         for method in args.methods:
-            name = f"{method}{f', {args.label}' if args.label else ''}-{seed}"
+            name = f"{method}{f', {label}' if label else ''}-{seed}"
             cell = folder / "constraints" / name
             if (cell / "result.json").exists():
                 continue
@@ -196,6 +197,7 @@ def constraints(args: argparse.Namespace, folder: Path) -> list[str]:
 
 def between(args: argparse.Namespace, folder: Path) -> list[str]:
     """Weights that lie between the start's and those of each finished method (WARP, arXiv:2406.16768), measured."""
+    prepare(args, folder)
     start, weights = folder / "start", "adapters.safetensors"
     first = mx.load(str(start / weights))
     for name in args.methods:

@@ -76,6 +76,23 @@ def test_constraints_and_a_learned_reward(model, started, tmp_path, capsys):
     assert (tmp_path / "learned.png").stat().st_size > 10_000
 
 
+def test_the_same_in_pytorch_is_a_cell_of_its_own(tmp_path, monkeypatch):
+    asked = []
+    kept = tmp_path / "constraints/start-0"
+    monkeypatch.setattr(real_model, "prepare", lambda args, folder: write_json(kept / "result.json", figures(0.5)))
+    monkeypatch.setattr(real_model, "measure", lambda args, folder, adapter: figures(0.7))
+
+    def train(log, run, name, *words):
+        asked.append((name, run.parent.name))
+        write_json(run / "summary.json", {"seconds": 4.0})
+
+    monkeypatch.setattr(real_model, "train", train)
+    kept.mkdir(parents=True)
+    for words in ((), ("--pytorch",)):
+        call(real_model.main, "constraints", "--methods", "gae", *words, "--output-dir", tmp_path)
+    assert asked == [("ppo_training.py", "gae-0"), ("pytorch_ppo_training.py", "gae, PyTorch-0")]
+
+
 def figures(score, seconds=10.0):
     return {"score": score, "perfect": score, "kl": 1.0, "tokens": 9.0, "english": 2.5, "seconds": seconds}
 
