@@ -44,8 +44,8 @@ ANSWER = "constraints"
 MAX_TOKENS = 48  # of a reply
 LAYERS = ("--lora-layers", 8)  # those below are computed once a step
 TRAINED = ("SFT", "PPO", "DPO")
-# For these layers of 135 million weights; the defaults are for larger ones. --step-kl lets PPO's rise to 4e-4.
-SFT_RATE, PPO_RATE, DPO_RATE = (("--learning-rate", rate) for rate in (5e-4, 2e-4, 2e-4))
+# For these layers of 135 million weights; the defaults are for larger ones, but for PPO's, which adapts.
+SFT_RATE, DPO_RATE = (("--learning-rate", rate) for rate in (5e-4, 2e-4))
 # Instructions differ in difficulty more than replies to one of them: each is compared with others to its own.
 GROUPS = ("--advantage", "group", "--num-generations", 8)
 KINDS = ("--kinds", "sentence", "count", "lower", "upper")  # few, so that each is met often enough to be learned
@@ -127,7 +127,7 @@ def train(stages: Stages, folder: Path, scale: Scale) -> None:
         "--val-batches", 4, *SFT_RATE, *LAYERS, *seed, "--save-file", start, run_folder=folder / "runs/sft",
     )  # fmt: skip
     stages.run(
-        "PPO", "ppo_training.py", "--resume-file", start, *prompts, *short, *GROUPS, *PPO_RATE, *seed,
+        "PPO", "ppo_training.py", "--resume-file", start, *prompts, *short, *GROUPS, *seed,
         "--batch-size", scale.ppo_batch_size, "--mini-batch-size", scale.ppo_batch_size // 2,
         "--num-steps", 2 * scale.rows // scale.ppo_batch_size,
         "--save-file", folder / "ppo", run_folder=folder / "runs/ppo",

@@ -72,7 +72,7 @@ class Stepper:
         optimizer = make_optimizer(task["learning_rate"], ppo_step.total_updates(settings))
         optimizer.init(self.policy.module.trainable_parameters())
         learner = PPOLearner(self.policy.module, reference, words, optimizer, settings, ranks)
-        progress = ppo_loop.Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
+        progress = ppo_loop.first_progress(settings, self.policy)
         prompts = ppo_step.Prompts(task["prompts"], settings)
         self.steps = ppo_loop.ppo_steps(learner, words, prompts, distinct_words, progress)
         mx.eval(self.policy.module.parameters(), reference.parameters(), optimizer.state)

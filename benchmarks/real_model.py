@@ -50,7 +50,6 @@ from demo_real import (
     KINDS,
     LAYERS,
     MAX_TOKENS,
-    PPO_RATE,
     SFT_RATE,
     held_out_figures,
     read_rows,
@@ -67,8 +66,10 @@ from training.metrics import read_metrics
 from training.plots import Panel, plot_panels
 
 ENGLISH = Path(__file__).with_name("plain_english.txt")
+# The rate that the kept figures began with, and the steps that let it rise to 1e-3; other flags come by --flags.
+PPO_RATE, STEPS = ("--learning-rate", 2e-4), ("--step-kl", 0.3)
 LIMIT = ["--max-completion-length", MAX_TOKENS]
-PPO = ["ppo_training.py", "--prompts", "{data}/train.jsonl", "--answer", ANSWER, *LIMIT, *PPO_RATE]
+PPO = ["ppo_training.py", "--prompts", "{data}/train.jsonl", "--answer", ANSWER, *LIMIT, *PPO_RATE, *STEPS]
 TUNED = ["sft.py", "--train", "--batch-size", 8, "--epochs", 1, "--data", "{own}"]
 # The flags of each method beside those that all share; {data}: of the task; {own}: a seed's replies of the start.
 METHODS: dict[str, list[object]] = {
@@ -316,7 +317,7 @@ def synthesize(args: argparse.Namespace, cell: Path, folder: Path, flags: Sequen
     log, words = folder / f"logs/{cell.name}.log", ["--task", args.task, "--base-model", args.model]
     words += ["--count", args.count, "--rounds", 1, "--votes", 4, "--rollouts", 4, "--max-rollouts", 8]
     words += ["--num-steps", 30, "--max-completion-length", 24, "--batch-size", args.batch_size, *PPO_RATE]
-    words += [f"--training-flags={' '.join(map(str, LAYERS))}"]
+    words += [f"--training-flags={' '.join(map(str, (*LAYERS, *STEPS)))}"]
     if (cell / "run/config.json").exists():
         words, flags = ["--resume", cell / "run"], []
     else:
@@ -352,7 +353,7 @@ def logiqa(args: argparse.Namespace, folder: Path) -> list[str]:
     adapter = place / "after/adapter"
     short = ["--model", args.model, "--answer", CHOICE, "--max-completion-length", 24]
     if not adapter.exists():
-        train(log, place / "after/run", "ppo_training.py", *short, *PPO_RATE, *LAYERS, *GROUPS,
+        train(log, place / "after/run", "ppo_training.py", *short, *PPO_RATE, *STEPS, *LAYERS, *GROUPS,
               "--num-steps", args.steps, "--prompts", place / "train.jsonl", "--batch-size", args.batch_size,
               "--mini-batch-size", args.batch_size // 2, "--save-file", adapter, *args.flags.split())  # fmt: skip
     for name, flags in (("before", []), ("after", ["--resume-file", adapter])):

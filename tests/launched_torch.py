@@ -25,7 +25,7 @@ from common.errors import UserError
 from models.adapter_config import AdapterConfig
 from models.torch_loading import load
 from training import ppo_step, torch_ppo_learner
-from training.ppo_loop import Progress, ppo_steps
+from training.ppo_loop import first_progress, ppo_steps
 from training.ranks import ALONE, Ranks
 from training.settings import PPOSettings
 from training.torch_ranks import launched
@@ -78,7 +78,7 @@ def train(folder: Path, name: str, ranks: Ranks = ALONE) -> tuple[dict[str, torc
         for group in part.param_groups:
             group["eps"] = EPS
     learner = torch_ppo_learner.PPOLearner(policy.module, reference, loaded, optimizer, settings, ranks)
-    progress = Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
+    progress = first_progress(settings, policy)
     prompts = ppo_step.Prompts(["2", "4 6", "8", "10 12", "3", "1 2 3"], settings)
     with not_finite(ranks) if "finite" in name else nullcontext():
         steps = ppo_steps(learner, loaded.tokenizer, prompts, reward, progress, held_out=["5", "7 8", "6"])

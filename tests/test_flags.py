@@ -30,7 +30,7 @@ from tests.scripts import ROOT, fails, with_words
 from training import ppo_flags
 from training.flags import adapter_settings, add_adapter_flags, default_output_dir, describe, parse_or_resume, resumed
 from training.optimizer_groups import PPO_OPTIMIZERS, optimizer_and_rate, ppo_optimizer, sft_optimizer
-from training.ppo_step import check_settings, kl_kind, make_controller
+from training.ppo_step import check_settings, kl_kind, make_controller, make_step_size
 from training.settings import PPOSettings, SFTSettings
 from training.sft_flags import sft_parser
 
@@ -461,6 +461,17 @@ def test_sft_s_rate_by_the_model_s_size(kind, flags, small, large):
 def test_ppo_s_rate_by_the_model_s_size(kind, small, large):
     assert [ppo_optimizer(PPOSettings(), kind, weights)[1] for weights in (75_000, 135_000_000)] == [small, large]
     assert ppo_optimizer(PPOSettings(learning_rate=0.25), kind, 135_000_000)[1] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "small", "large"),
+    [("lora", None, 0.3, 0.02), ("full", None, 0.3, 0.02), ("soft_prompt", None, 0.3, 0.3), ("lora", 0.05, 0.05, 0.05),
+     ("lora", 0.0, 0.0, 0.0)],
+)  # fmt: skip
+def test_whether_ppo_s_rate_adapts_by_the_model_s_size(kind, given, small, large):
+    settings = PPOSettings(step_kl=given)
+    for weights, wanted in ((10_000_000, small), (10_000_001, large)):
+        assert make_step_size(settings, kind, weights).target == wanted
 
 
 def test_a_rate_that_the_size_chose_is_said_to_be():

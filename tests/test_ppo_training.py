@@ -597,7 +597,8 @@ def test_a_step_of_equal_scores_counts_its_advantages_beside_the_scores_before(s
         return {"approx_kl": 1e-6}
 
     learner.update = update
-    progress = ppo_loop.Progress(ppo_step.make_controller(run.settings), ppo_step.make_step_size(run.settings))
+    step_size = ppo_step.make_step_size(run.settings, "lora", weights=1)
+    progress = ppo_loop.Progress(ppo_step.make_controller(run.settings), step_size)
     scores = iter([[0.0, 3.0] * 8, [3.0] * 16])
     steps = ppo_loop.ppo_steps(learner, run.tokenizer, run.prompts, lambda *texts: next(scores), progress)
     factors = [progress.step_size.value for _ in steps]

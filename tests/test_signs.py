@@ -9,7 +9,7 @@ from models.adapters import AdapterConfig
 from models.loading import load
 from training import ppo_step, signs
 from training.ppo_learner import PPOLearner, build_policies, make_ppo_optimizer
-from training.ppo_loop import Progress, ppo_steps
+from training.ppo_loop import first_progress, ppo_steps
 from training.settings import PPOSettings
 
 STEPS = signs.PATIENCE + 2
@@ -22,7 +22,7 @@ def said(reward, **settings):
     loaded = load("tiny-digits")
     policy, reference = build_policies(loaded, made, AdapterConfig())
     learner = PPOLearner(policy.module, reference, loaded.tokenizer, make_ppo_optimizer(policy, made), made)
-    progress = Progress(ppo_step.make_controller(made), ppo_step.make_step_size(made))
+    progress = first_progress(made, policy)
     prompts, watch = ppo_step.Prompts(digit_prompts(DigitRule()), made), signs.Signs(made)
     return [line for step in ppo_steps(learner, loaded.tokenizer, prompts, reward, progress)
             for line in watch.see(step.figures)]  # fmt: skip

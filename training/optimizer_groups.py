@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from common.errors import UserError
-from training.settings import Settings, SFTSettings
+from training.settings import PPOSettings, Settings, SFTSettings
 
 OPTIMIZERS = ("adam", "muon")
 HEAD_RATE = 1e-3  # of a value head beside an adapter, at most: a linear layer does not need a soft prompt's rates
@@ -33,9 +33,12 @@ LARGE_SFT_OPTIMIZERS = SFT_OPTIMIZERS | {
     "none": ("adam", 1e-4),
 }
 LARGE_DPO_SHARE = 0.05  # 5e-7 for all weights (Zephyr, arXiv:2310.16944), 5e-6 for LoRA (its alignment-handbook)
-# LoRA: between TRL's PPO, 1.4e-5, and the 2e-4 to 4e-4 at which --step-kl held SmolLM2-135M (docs/real_model.md); all
+# LoRA: above TRL's PPO, 1.4e-5; from this rate SmolLM2-135M learned, and forgot little (docs/real_model.md). All
 # weights: Llama 2's. --step-kl adapts them from there, within a factor of 32.
 LARGE_PPO_OPTIMIZERS = PPO_OPTIMIZERS | {"lora": ("adam", 5e-5), "dora": ("adam", 5e-5), "full": ("adam", 1e-6)}
+# Nats a completion that a step of PPO moves the policy, by which the rate adapts. The embedded models have nothing to
+# forget, and far to go; at 0.3 a large one that learned one task forgot plain English (docs/real_model.md).
+STEP_KL, LARGE_STEP_KL = 0.3, 0.02
 
 
 def optimizer_and_rate(settings: Settings, defaults: Mapping[str, tuple[str, float]], kind: str) -> tuple[str, float]:
@@ -66,6 +69,16 @@ def ppo_optimizer(settings: Settings, kind: str, weights: int) -> tuple[str, flo
         remedy = "give it as --reward-model, or leave it out"
         raise UserError(f"the adapter to start from is a value head alone, with no weight for PPO; {remedy}")
     return optimizer_and_rate(settings, LARGE_PPO_OPTIMIZERS if weights > LARGE else PPO_OPTIMIZERS, kind)
+
+
+def step_kl(settings: PPOSettings, kind: str, weights: int) -> float:
+    """How far a step of PPO shall move the policy, in nats a completion; 0: as far as its rate does.
+
+    That of the settings, or else by the number of all of the model's weights and the kind of adapter.
+    """
+    if settings.step_kl is not None:
+        return settings.step_kl
+    return LARGE_STEP_KL if depends_on_size(kind, weights) else STEP_KL
 
 
 def depends_on_size(kind: str, weights: int) -> bool:

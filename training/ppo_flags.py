@@ -23,7 +23,7 @@ from rewards.combined import KINDS, reward_weights
 from rewards.user_code import TIMEOUT
 from training.advantages import ESTIMATORS
 from training.flags import add_adapter_flags, add_logits_memory, add_optimizer_flags, add_run_flags, set_defaults
-from training.optimizer_groups import HEAD_RATE, LARGE_PPO_OPTIMIZERS, PPO_OPTIMIZERS
+from training.optimizer_groups import HEAD_RATE, LARGE, LARGE_PPO_OPTIMIZERS, LARGE_STEP_KL, PPO_OPTIMIZERS, STEP_KL
 from training.ppo import KL_KINDS
 from training.ppo_step import GROUP_KL_COEF, KL_COEF, KL_TARGET, check_settings
 from training.settings import PPOSettings
@@ -64,7 +64,8 @@ def ppo_parser(description: str | None) -> Parser:
     optimizer.add_argument(
         "--step-kl",
         type=NOT_NEGATIVE,
-        help="nats per completion that a step moves the policy; the rate adapts; 0: it doesn't",
+        help="nats per completion that a step moves the policy; the rate adapts; 0: it doesn't (default: "
+        f"{STEP_KL}; of a model of more than {LARGE // 10**6} million weights {LARGE_STEP_KL}, but for soft prompts)",
     )
     optimizer.add_argument(
         "--value-head-learning-rate",

@@ -39,7 +39,7 @@ from training.mlx_ranks import sum_tree
 from training.optimizer import Optimizer, compiling_pays, loss_and_gradients, make_optimizer, read, take_step
 from training.optimizer_groups import HEAD_RATE, ppo_optimizer
 from training.passes import PaddedRows, Pass, reading, rows_of
-from training.ppo_loop import Progress, ppo_steps
+from training.ppo_loop import first_progress, ppo_steps
 from training.ranks import ALONE, Ranks
 from training.rollout import Rollout, pack, through_eos
 from training.settings import PPOSettings
@@ -328,6 +328,6 @@ def train_ppo(
     ppo_step.check_settings(settings)
     ppo_step.check_ranks(settings, ranks)
     learner = PPOLearner(policy.module, reference, tokenizer, make_ppo_optimizer(policy, settings), settings, ranks)
-    progress = Progress(ppo_step.make_controller(settings), ppo_step.make_step_size(settings))
+    progress = first_progress(settings, policy)
     steps = ppo_steps(learner, tokenizer, ppo_step.Prompts(prompts, settings), reward, progress)
     return [step.figures for step in steps]

@@ -34,7 +34,7 @@ from training.checkpoint_folders import (
 from training.console import PPO_COLUMNS
 from training.flags import describe
 from training.metrics import NoLog, RunLog, figures_at, provenance, read_metrics
-from training.optimizer_groups import ppo_optimizer
+from training.optimizer_groups import ppo_optimizer, step_kl
 from training.plots import LivePicture
 from training.ppo_step import (
     Prompts,
@@ -127,6 +127,16 @@ class Progress:
         self.controller.value, self.step_size.value = saved.kl_coef, saved.lr_factor
         self.moments = ppo.RunningMoments(saved.moments.count, saved.moments.mean, saved.moments.squares)
         self.best = Best(**vars(saved.best))
+
+
+def size(policy: Any) -> tuple[str, int]:
+    """What defaults go by: the kind of a Trainee's adapter, and the number of all of the model's weights."""
+    return policy.adapter.fine_tune_type, policy.sizes()[1]
+
+
+def first_progress(settings: PPOSettings, policy: Any) -> Progress:
+    """That of a new run. policy: a Trainee of either framework."""
+    return Progress(make_controller(settings), make_step_size(settings, *size(policy)))
 
 
 class Step(NamedTuple):
@@ -249,9 +259,10 @@ class PPORun:
         RunLog has them."""
         self.script, self.args, self.settings, self.ranks = script, args, settings, ranks
         self.policy, self.optimizer, self.checkpoint = policy, optimizer, checkpoint
-        self.progress = Progress(make_controller(settings), make_step_size(settings))
+        self.progress = first_progress(settings, policy)
         self.figures: dict[str, float] = {}
-        args.learning_rate = self._optimizer()[1]  # config.json has it, so that a resumed run does not choose again
+        # config.json has them, so that a resumed run does not choose again.
+        args.learning_rate, args.step_kl = self._optimizer()[1], step_kl(settings, *size(policy))
         run = open_for_all(self.ranks, args, script, "ppo", blas)
         self.folder, self.lock = run.path, run.lock
         if run.checkpoint:
@@ -292,7 +303,7 @@ class PPORun:
         return states[-1]
 
     def _optimizer(self) -> tuple[str, float]:
-        return ppo_optimizer(self.settings, self.policy.adapter.fine_tune_type, self.policy.sizes()[1])
+        return ppo_optimizer(self.settings, *size(self.policy))
 
     def describe(self, device: object) -> None:
         """Say what is trained, by which optimizer and rate, and where."""

@@ -16,6 +16,7 @@ from data.prompts import PromptPlan
 from rewards.combined import Scored
 from training import ppo
 from training.advantages import estimator
+from training.optimizer_groups import step_kl
 from training.ranks import Ranks
 from training.rollout import Rollout
 from training.schedules import schedule_share
@@ -35,11 +36,11 @@ def check_settings(settings: PPOSettings) -> None:
                  "max_completion_length", "temperature", "horizon", "logits_memory"):  # fmt: skip
         positive(_flag(name), getattr(settings, name))
     for name in ("clip_range", "value_clip_range", "vf_coef", "target_kl", "score_clip",
-                 "step_kl", "steps_per_eval", "early_stopping"):  # fmt: skip
+                 "steps_per_eval", "early_stopping"):  # fmt: skip
         positive(_flag(name), getattr(settings, name), zero=True)
-    for name in ("learning_rate", "value_head_learning_rate", "target", "init_kl_coef"):
+    for name in ("learning_rate", "value_head_learning_rate", "target", "init_kl_coef", "step_kl"):
         if getattr(settings, name) is not None:
-            positive(_flag(name), getattr(settings, name), zero=name == "init_kl_coef")
+            positive(_flag(name), getattr(settings, name), zero=name in ("init_kl_coef", "step_kl"))
     pieces = settings.gradient_accumulation_steps
     _check_divides("batch-size", settings.batch_size, "mini-batch-size", settings.mini_batch_size)
     _check_divides("mini-batch-size", settings.mini_batch_size, "gradient-accumulation-steps", pieces)
@@ -156,9 +157,12 @@ def least_deviation(settings: PPOSettings, moments: ppo.RunningMoments, signal: 
     return 1.0 if settings.scale_scores or settings.normalize_scores else moments.std
 
 
-def make_step_size(settings: PPOSettings) -> ppo.StepSizeController:
-    """The controller of the learning rate. A single update a step shows nothing of how far it moves."""
-    return ppo.StepSizeController(settings.step_kl if updates_per_step(settings) > 1 else 0.0)
+def make_step_size(settings: PPOSettings, kind: str, weights: int) -> ppo.StepSizeController:
+    """The controller of the learning rate. A single update a step shows nothing of how far it moves.
+
+    kind, weights: of the adapter, and the number of all of the model's.
+    """
+    return ppo.StepSizeController(step_kl(settings, kind, weights) if updates_per_step(settings) > 1 else 0.0)
 
 
 def rate_share(settings: PPOSettings, step: int) -> float:

@@ -52,8 +52,9 @@ class PPOSettings(Settings):
 
     lr_schedule: str = "wsd"
     # The learning rate adapts, so that a step's updates move the policy by so many nats per completion, on average over
-    # them; a rate that fits one task or model is wrong for the next. 0: the rate as it is.
-    step_kl: float = 0.3
+    # them; a rate that fits one task or model is wrong for the next. 0: the rate as it is. None: by the model's size
+    # (optimizer_groups.step_kl).
+    step_kl: float | None = None
     value_head_learning_rate: float | None = None  # None: learning_rate, but at most optimizer_groups.HEAD_RATE
 
     # Rollout: batch_size completions a step, of at most max_completion_length tokens. The temperature is that of

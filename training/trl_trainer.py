@@ -29,6 +29,7 @@ from training import ppo_step
 from training.advantages import advantages_and_returns
 from training.flags import default_output_dir
 from training.metrics import start_run_folder
+from training.ppo import StepSizeController
 from training.ppo_loop import Learner, Progress
 from training.rollout import has_eos, through_eos
 from training.trackers import check_tracker, open_tracker
@@ -241,7 +242,7 @@ class Trainer(ABC):
         self.reference = ref_model.pretrained_model if ref_model and not model.is_peft_model else model.base
         self.learner = self.make_learner()
         self.learner.eos_token_ids = set()  # a response is trained on as it is given
-        self.progress = Progress(ppo_step.make_controller(self.settings), ppo_step.make_step_size(self.settings))
+        self.progress = Progress(ppo_step.make_controller(self.settings), StepSizeController(0.0))
         self.dataloader = None
         if dataset is not None:
             self.dataloader = Batches(dataset, config.batch_size, data_collator, config.seed)
