@@ -1572,7 +1572,8 @@ def test_the_rate_that_a_model_s_size_chose_is_kept_by_a_resume(flags, monkeypat
     monkeypatch.setattr(optimizer_groups, "LARGE", 1000)
     call(ppo_training.main, *flags("--num-steps", 1))
     assert "by Adam, learning rate 5e-05 (chosen by the model's size; " in capsys.readouterr().out
-    assert json.loads(Path("run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 5e-5
+    config = json.loads(Path("run/config.json").read_text(encoding="utf-8"))
+    assert (config["learning_rate"], config["step_kl"]) == (5e-5, 0.02)
     monkeypatch.setattr(optimizer_groups, "LARGE", 10**9)
     rates: list[float] = []
     real = ppo_learner.make_optimizer

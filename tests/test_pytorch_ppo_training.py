@@ -260,7 +260,8 @@ def test_a_large_model_s_rate_is_that_of_the_mlx_script_and_kept(base, tmp_path,
     words = ("--model", base, "--ground-truth-reward", "--num-steps", 1, *SMALL)
     call(script.main, *words, "--output-dir", tmp_path / "run", "--save-file", tmp_path / "adapter")
     assert "by Adam, learning rate 5e-05 (chosen by the model's size; " in capsys.readouterr().out
-    assert json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))["learning_rate"] == 5e-5
+    config = json.loads((tmp_path / "run/config.json").read_text(encoding="utf-8"))
+    assert (config["learning_rate"], config["step_kl"]) == (5e-5, 0.02)
 
 
 def test_a_run_of_one_script_is_not_resumed_by_the_other(base, tmp_path, capsys):
