@@ -44,7 +44,7 @@ ANSWER = "constraints"
 MAX_TOKENS = 48  # of a reply
 LAYERS = ("--lora-layers", 8)  # those below are computed once a step
 TRAINED = ("SFT", "PPO", "DPO")
-# For these layers of 135 million weights; the defaults are for larger ones, but for PPO's, which adapts.
+# For a model of 135 million weights: the defaults suit larger ones. PPO has its default, which adapts.
 SFT_RATE, DPO_RATE = (("--learning-rate", rate) for rate in (5e-4, 2e-4))
 # Instructions differ in difficulty more than replies to one of them: each is compared with others to its own.
 GROUPS = ("--advantage", "group", "--num-generations", 8)

@@ -36,8 +36,8 @@ LARGE_DPO_SHARE = 0.05  # 5e-7 for all weights (Zephyr, arXiv:2310.16944), 5e-6 
 # LoRA: above TRL's PPO, 1.4e-5; from this rate SmolLM2-135M learned, and forgot little (docs/real_model.md). All
 # weights: Llama 2's. --step-kl adapts them from there, within a factor of 32.
 LARGE_PPO_OPTIMIZERS = PPO_OPTIMIZERS | {"lora": ("adam", 5e-5), "dora": ("adam", 5e-5), "full": ("adam", 1e-6)}
-# Nats a completion that a step of PPO moves the policy, by which the rate adapts. The embedded models have nothing to
-# forget, and far to go; at 0.3 a large one that learned one task forgot plain English (docs/real_model.md).
+# Nats per completion that a step of PPO should move the policy, to which the rate adapts. The embedded models have
+# nothing to forget, and far to go; at 0.3 a large one forgot plain English over its task (docs/real_model.md).
 STEP_KL, LARGE_STEP_KL = 0.3, 0.02
 
 
@@ -72,7 +72,7 @@ def ppo_optimizer(settings: Settings, kind: str, weights: int) -> tuple[str, flo
 
 
 def step_kl(settings: PPOSettings, kind: str, weights: int) -> float:
-    """How far a step of PPO shall move the policy, in nats a completion; 0: as far as its rate does.
+    """How far a step of PPO should move the policy, in nats per completion; 0: the rate is left alone.
 
     That of the settings, or else by the number of all of the model's weights and the kind of adapter.
     """

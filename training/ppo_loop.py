@@ -130,12 +130,12 @@ class Progress:
 
 
 def size(policy: Any) -> tuple[str, int]:
-    """What defaults go by: the kind of a Trainee's adapter, and the number of all of the model's weights."""
+    """What defaults depend on: the kind of a Trainee's adapter, and how many weights its model has in all."""
     return policy.adapter.fine_tune_type, policy.sizes()[1]
 
 
 def first_progress(settings: PPOSettings, policy: Any) -> Progress:
-    """That of a new run. policy: a Trainee of either framework."""
+    """The progress of a run before its first step. policy: a Trainee of either framework."""
     return Progress(make_controller(settings), make_step_size(settings, *size(policy)))
 
 
