@@ -166,7 +166,7 @@ def english(base: LoadedModel, adapter: Path | None) -> float:
         load_adapter(model, adapter)
     texts = [base.tokenizer.encode(text) for text in ENGLISH.read_text(encoding="utf-8").splitlines()]
     firsts, rests = [text[:1] for text in texts], [text[1:] for text in texts]
-    return float(-completion_logprobs(model, base.tokenizer, firsts, rests).sum() / sum(map(len, rests)))
+    return float(-completion_logprobs([model], base.tokenizer, firsts, rests).sum() / sum(map(len, rests)))
 
 
 def constraints(args: argparse.Namespace, folder: Path) -> list[str]:

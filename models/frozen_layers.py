@@ -113,6 +113,23 @@ def _arrays_below(model: nn.Module, count: int) -> set[int]:
     return {id(array) for _, array in tree_flatten(model.parameters())} - upper
 
 
+def num_shared_layers(models: Sequence[nn.Module]) -> int:
+    """How many layers, from the first on, are the same arrays in all models, as is all outside the layers.
+
+    At least one layer is left to be run. 0 for one model, for models of other families or sizes, and where
+    `num_frozen_layers` would have it so.
+    """
+    layers = [_layer_list(model) or [] for model in models]
+    if len(models) < 2 or len({len(each) for each in layers}) > 1:
+        return 0
+    arrays = [[{id(array) for _, array in tree_flatten(layer.parameters())} for layer in each] for each in layers]
+    same = [all(one == of_layer[0] for one in of_layer) for of_layer in zip(*arrays, strict=True)]
+    count = min([*same, False].index(False), len(same) - 1)
+    if count <= 0 or not all(shares_lower_layers(models[0], model, count) for model in models):
+        return 0
+    return count if all(_same_logits(model, count) for model in models) else 0
+
+
 def lower_states(model: nn.Module, tokens: mx.array, count: int) -> mx.array:
     """The states (B, L, H) that enter layer `count`, of tokens (B, L). The layers from there on are not run."""
     layers = _layer_list(model)

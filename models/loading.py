@@ -21,7 +21,7 @@ from common.errors import opening
 from data.batching import check_eos
 from data.tokenizer import mlx_tokenizer
 from models.arrays import check_finite, check_whole
-from models.cpu import process
+from models.cpu import prepare_for, process
 from models.folders import folder_config, model_folder
 from models.four_bit import GROUP_SIZE, four_bit_folder
 from models.gguf_folder import gguf_file, gguf_folder, is_gguf
@@ -122,6 +122,7 @@ def load(name: str, divide: Callable[[nn.Module], None] | None = None) -> Loaded
         for array in weights.values():
             mx.eval(array)
         tokenizer = mlx_tokenizer(path, config.get("eos_token_id"))
+    prepare_for(config.get("hidden_size") or 0)  # families that name it otherwise are computed as narrow ones
     check_eos(tokenizer, name, config)
     check_finite(name, weights, "check that it is complete")
     dtypes = {key: array.dtype for key, array in weights.items()}

@@ -9,6 +9,7 @@ from pathlib import Path
 from models import cpu
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # tolerances are those of float32, on CUDA and on an M5, too
+os.environ.setdefault("MKL_NUM_THREADS", "1")  # for wide models, too: as many tests run side by side as there are cores
 cpu.enable()  # before mlx is imported
 
 import mlx.core as mx

@@ -16,7 +16,7 @@ import pytest
 from mlx_lm.models import activations, base, llama
 
 import ppo_training
-from models import cpu
+from models import cpu, loading
 from models.cpu import attention, blas, linear, replacing, swiglu, wanted
 from models.cpu.blas import ADVICE, TITLES
 from tests.architectures import build
@@ -142,8 +142,8 @@ def test_setup_brings_mkl_if_there_is_no_openblas_or_mkl_is_asked_for(asked_for,
     assert blas.needs_mkl() is False
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, "0"), ("infinite", "infinite")])
-def test_mkl_s_threads_do_not_spin_unless_the_user_says_so(given, kept, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("infinite", "infinite")])
+def test_mkl_s_threads_wait_a_millisecond_unless_the_user_says_so(given, kept, tmp_path, monkeypatch):
     """The setting has to be there when libiomp5.so is loaded."""
     (tmp_path / "lib").mkdir()
     for name in ("libmkl_rt.so.3", "libiomp5.so"):
@@ -164,34 +164,43 @@ def test_mkl_s_threads_do_not_spin_unless_the_user_says_so(given, kept, tmp_path
     assert seen == [("libiomp5.so", kept), ("libmkl_rt.so.3", kept)]
 
 
-@only_on_linux_cpu
-@pytest.mark.parametrize(
-    ("cores", "variable", "expected"),
-    [(1, None, True), (2, None, True), (3, None, False), (2, "MKL_NUM_THREADS", False), (2, "OMP_NUM_THREADS", False)],
-)
-def test_mkl_has_one_thread_on_two_cores_unless_the_user_says_so(cores, variable, expected, monkeypatch):
-    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    if variable:
-        monkeypatch.setenv(variable, "2")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    assert blas._one_thread_serves_best() is expected
-
-
-@pytest.mark.skipif(not list(Path(sys.prefix).glob("lib/libmkl_rt.so*")), reason="mkl is not installed")
-@pytest.mark.parametrize("expected", [True, False])
-def test_mkl_is_told_its_number_of_threads(expected):
+def threads_by_width(environment):
+    """Of MKL: after it is loaded, once a narrow model is open, once a wide one is; and mlx's threads that are held."""
     code = (
         "import ctypes\n"
         "from models import cpu\n"
-        f"cpu.blas._one_thread_serves_best = lambda: {expected}\n"
         "cpu.enable()\n"
-        "print(ctypes.CDLL(None).MKL_Get_Max_Threads())\n"
+        "from models.cpu import blas, process\n"
+        "process.start_computing()\n"
+        "def say(): print(ctypes.CDLL(None).MKL_Get_Max_Threads(), len(process._mlx_threads))\n"
+        "say()\n"
+        "for width in (blas.WIDE - 1, blas.WIDE, 64): cpu.prepare_for(width); say()\n"
     )
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment = {**inherited, "TUNER_BLAS": "mkl", "TUNER_SIMULATE_GPU": "0", "MKL_DYNAMIC": "FALSE", **environment}
     words = [sys.executable, "-c", code]
-    environment = os.environ | {"TUNER_BLAS": "mkl", "MKL_NUM_THREADS": "2", "MKL_DYNAMIC": "FALSE"}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "1\n" if expected else "2\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+
+@only_on_linux_cpu
+@pytest.mark.skipif(not list(Path(sys.prefix).glob("lib/libmkl_rt.so*")), reason="mkl is not installed")
+def test_mkl_has_one_thread_until_a_wide_model_is_open_unless_the_user_says_so():
+    cores = len(os.sched_getaffinity(0))
+    all_cores = (cores, 0 if cores > 1 else 1)
+    assert threads_by_width({}) == [(1, 1), (1, 1), all_cores, all_cores]
+    assert threads_by_width({"MLX_RANK": "0"}) == 4 * [(1, 1)]
+    for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        assert threads_by_width({name: "1"}) == 4 * [(1, 1)]
+        assert threads_by_width({name: "3"}) == 4 * [(3, 0)]
+
+
+def test_an_opened_model_s_width_is_told(tiny_folder, monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(loading, "prepare_for", seen.append)
+    loading.load(str(tiny_folder))
+    assert seen == [json.loads((tiny_folder / "config.json").read_text())["hidden_size"]]
 
 
 def test_a_device_is_named_with_its_blas(monkeypatch):

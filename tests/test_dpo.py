@@ -151,7 +151,7 @@ def by_hand(loaded, rows, model=None):
         prompt = tokenizer.encode(row["prompt"])
         for name in ("chosen", "rejected"):
             whole = [*tokenizer.encode(row["prompt"] + row[name]), tokenizer.eos_token_id]
-            found += completion_logprobs(model, tokenizer, [prompt], [whole[len(prompt) :]]).tolist()
+            found += completion_logprobs([model], tokenizer, [prompt], [whole[len(prompt) :]])[0].tolist()
     return np.array(found).reshape(-1, 2)
 
 

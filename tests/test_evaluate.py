@@ -22,6 +22,7 @@ from rewards.combined import WeightedSum, top_of
 from rewards.digits import digit_reward
 from rewards.function import checked
 from tests.scripts import call, fails
+from training import evaluation
 from training.evaluation import completion_logprobs, evaluate_model, per_prompt, score_difference, score_interval
 from training.intervals import wilson
 
@@ -82,12 +83,51 @@ def test_the_kl_is_zero_to_itself_and_positive_to_another(loaded):
 def test_completion_logprobs_are_the_sums_of_the_tokens_own(loaded):
     prompts = [loaded.tokenizer.encode("2"), loaded.tokenizer.encode("14 20")]
     completions = [[7, 9, loaded.tokenizer.eos_token_id], [5]]
-    for prompt, completion, total in zip(
-        prompts, completions, completion_logprobs(loaded.model, loaded.tokenizer, prompts, completions), strict=True
-    ):
+    totals = completion_logprobs([loaded.model], loaded.tokenizer, prompts, completions)[0]
+    for prompt, completion, total in zip(prompts, completions, totals, strict=True):
         logprobs = nn.log_softmax(loaded.model(mx.array([prompt + completion]))[0], axis=-1)
         by_hand = sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
         assert total == pytest.approx(by_hand, abs=1e-5)
+
+
+@pytest.mark.parametrize("may_pack", [True, False])
+@pytest.mark.parametrize("num_layers", [1, -1])
+def test_models_read_together_give_what_each_gives_alone(num_layers, may_pack, loaded, monkeypatch):
+    """In batches that are no batch of the callers', layers that both share run once."""
+    monkeypatch.setattr(evaluation, "packs", lambda model: may_pack)
+    other = twin(loaded.model)
+    attach_adapter(other, AdapterConfig(num_layers=num_layers))
+    mx.random.seed(3)
+    for module in other.modules():
+        if "lora_b" in module:
+            module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape)
+    rng, eos = np.random.default_rng(0), loaded.tokenizer.eos_token_id
+    prompts = [loaded.tokenizer.encode(text) for text in PROMPTS]
+    completions = [[*rng.integers(5, 9, size).tolist(), eos, 5, 6] for size in rng.integers(0, 6, len(prompts))]
+    layer, calls = type(loaded.model.layers[0]), list[nn.Module]()
+    monkeypatch.setattr(layer, "__call__", counting(layer.__call__, calls))
+    found = completion_logprobs([loaded.model, other], loaded.tokenizer, prompts, completions, 0.7, batch_size=5)
+    of_first, of_last = (
+        sum(layer is model.layers[i] for layer in calls for model in (loaded.model, other)) for i in (0, -1)
+    )
+    assert of_last >= 6 and (of_first < of_last) == (num_layers == 1)
+    for model, sums in zip((loaded.model, other), found, strict=True):
+        for prompt, completion, total in zip(prompts, completions, sums, strict=True):
+            ended = completion[: completion.index(eos) + 1]
+            logprobs = nn.log_softmax(model(mx.array([prompt + ended]))[0] / 0.7, axis=-1)
+            by_hand = sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(ended))
+            assert total == pytest.approx(by_hand, rel=1e-5, abs=2e-5)
+    assert np.abs(found[0] - found[1]).max() > 0.01
+
+
+def counting(call, calls):
+    """The call of a layer, which notes it."""
+
+    def counted(layer, *args, **kwargs):
+        calls.append(layer)
+        return call(layer, *args, **kwargs)
+
+    return counted
 
 
 def test_the_script_scores_and_keeps_rows(tiny_folder, tmp_path, capsys):

@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from models.adapters import AdapterConfig, adapter_weights, attach_adapter
-from models.frozen_layers import SampledStates, from_states, lower_states, num_frozen_layers
+from models.frozen_layers import SampledStates, from_states, lower_states, num_frozen_layers, num_shared_layers
 from models.generation import sample
 from models.loading import twin
 from tests.architectures import ARCHITECTURES, build
@@ -72,6 +72,36 @@ def test_kept_states_serve_the_reference_too():
     states = lower_states(base, TOKENS, num_frozen_layers(base))
     with from_states(reference, states, 3):
         np.testing.assert_array_equal(np.array(reference(TOKENS)), np.array(base(TOKENS)))
+
+
+def sharing(base, *num_layers, kind="lora"):
+    """Twins of a model, each with an adapter of its own on so many of the last layers."""
+    models = [twin(base) for _ in num_layers]
+    for seed, (model, count) in enumerate(zip(models, num_layers, strict=True)):
+        config = AdapterConfig(kind, count, {"rank": 2, "scale": 2.0, "dropout": 0.0}, num_prompt_tokens=3)
+        attach_adapter(model, config, seed)
+    return models
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_models_on_one_base_share_what_no_adapter_of_theirs_has_changed(name):
+    base = build(name)
+    last = len(base.layers) - 1
+    for models in ([base, *sharing(base, 1)], sharing(base, 1, 1), [base, twin(base)]):
+        assert num_shared_layers(models) == last
+
+
+def test_layers_are_shared_up_to_the_first_that_differs_anywhere():
+    base = build("llama-tied", num_hidden_layers=4)
+    assert num_shared_layers([base, *sharing(base, 1, 3)]) == 1
+    assert num_shared_layers(sharing(base, 1, 2)) == 2
+    for models in ([base], [base, *sharing(base, -1)], [base, *sharing(base, 1, kind="soft_prompt")]):
+        assert num_shared_layers(models) == 0
+    for other in (build("llama-tied", num_hidden_layers=4), build("llama-tied", num_hidden_layers=3)):
+        assert num_shared_layers([base, other]) == 0
+    norm = twin(base)
+    norm.model.norm.weight = norm.model.norm.weight + 1  # behind the layers; not worth a rule of its own
+    assert num_shared_layers([base, norm]) == 0
 
 
 def test_the_lower_layers_are_run_once_and_the_upper_ones_not_at_all_for_their_states(monkeypatch):

@@ -11,9 +11,11 @@ import mlx.nn as nn
 import numpy as np
 
 from common.progress import progress
-from data.batching import encode_prompt
+from data.batching import encode_prompt, in_order
 from data.decoding import completion_texts
+from models.frozen_layers import lower_states, num_shared_layers
 from models.generation import sample
+from models.packing import packs
 from models.row_keys import row_keys
 from models.soft_prompt import soft_prompt_ids
 from models.token_stats import LOGITS_BYTES, token_stats
@@ -21,8 +23,10 @@ from models.value_head import forward
 from rewards.combined import Reward, Scored, score, top_of
 from training import ppo
 from training.intervals import Difference, Interval, difference, mean_interval
+from training.optimizer import compiling_pays
+from training.passes import PaddedRows, Pass, reading, rows_of
 from training.ranks import ALONE, Ranks
-from training.rollout import pack
+from training.rollout import pack, through_eos
 
 BATCH_SIZE = 64  # completions that are sampled, or scored, at once
 
@@ -79,7 +83,7 @@ def evaluate_model(
     kl = 0.0
     if reference is not None:
         rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes)
-        policy, other = (completion_logprobs(each, *rows) for each in (model, reference))
+        policy, other = completion_logprobs((model, reference), *rows)
         kl = float(np.mean(ranks.gather((policy - other).tolist())))
     lengths = ranks.gather([len(completion) for completion in completions])
     return Evaluation(
@@ -127,7 +131,7 @@ def per_prompt(prompts: Sequence[str], scores: Sequence[float]) -> list[float]:
 
 
 def completion_logprobs(
-    model: nn.Module,
+    models: Sequence[nn.Module],
     tokenizer,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
@@ -135,19 +139,35 @@ def completion_logprobs(
     batch_size: int = BATCH_SIZE,
     logits_bytes: int = LOGITS_BYTES,
 ) -> np.ndarray:
-    """Log probability in nats of each whole completion given its prompt (B,), by forward passes."""
-    prefix = soft_prompt_ids(model)
-    sums: list[float] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
-        packed = pack(
-            [prefix + list(prompt) for prompt in prompts[rows]],
-            completions[rows],
-            tokenizer.eos_token_ids,
-            tokenizer.pad_token_id or 0,
-        )
-        tokens, positions, ids, mask = (mx.array(field) for field in packed)
-        _, hidden = forward(model, tokens, positions)
-        stats = token_stats(model, hidden, ids, temperature, logits_bytes=logits_bytes)
-        sums += ppo.sum_per_completion(stats.logprobs, mask).tolist()
-    return np.asarray(sums)
+    """Log probability in nats of each whole completion given its prompt, under each of the models (M, B).
+
+    By forward passes over rows end to end where the models allow it; layers that all models share are run once.
+    """
+    sums = np.zeros((len(models), len(prompts)))
+    shared, may_pack = num_shared_layers(models), all(packs(model) for model in models)
+    order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), list(prompts[row])))  # alike ones together
+    for batch in in_order(len(order), batch_size):
+        rows, states = order[batch.start : batch.stop], None
+        for number, model in enumerate(models):
+            part, mask = _read(model, tokenizer, [prompts[i] for i in rows], [completions[i] for i in rows], may_pack)
+            if shared and states is None:
+                with reading(model, part, 0):
+                    states = lower_states(model, part.tokens, shared)
+            with reading(model, part._replace(states=states), shared):
+                _, hidden = forward(model, part.tokens, part.positions)
+            stats = token_stats(model, hidden, part.targets, temperature, logits_bytes=logits_bytes)
+            sums[number, rows] = ppo.sum_per_completion(part.by_row(stats.logprobs), mask)
+    return sums
+
+
+def _read(
+    model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], may_pack: bool
+) -> tuple[Pass, mx.array]:  # fmt: skip
+    """What a forward pass of the model reads of these rows, and their mask (B, C)."""
+    prefix, few_shapes = soft_prompt_ids(model), compiling_pays()
+    asked = [prefix + list(prompt) for prompt in prompts]
+    ended = [through_eos(completion, tokenizer.eos_token_ids) for completion in completions]
+    arrays = pack(asked, ended, tokenizer.eos_token_ids, tokenizer.pad_token_id or 0, few_shapes=few_shapes)
+    tokens, positions, ids, mask = map(mx.array, arrays)
+    rows = rows_of(PaddedRows(tokens, positions, ids), asked, ended, None, may_pack, few_shapes)
+    return rows[np.arange(len(asked))], mask

@@ -109,7 +109,7 @@ class PreferenceTuning(PreferencePairs):
         """Compute the log probability of every text under the reference policy, in one pass of all ranks."""
         model, cut = reference.model, 0 if reference.soft_prompt else len(self.prefix)
         examples = [_without_prefix(example, cut) for example in self.examples]
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+        order = sorted(range(len(examples)), key=lambda i: self._likeness(examples[i]))
         found = np.zeros(len(examples), dtype=np.float32)
         was_training = model.training
         model.eval()
@@ -119,6 +119,11 @@ class PreferenceTuning(PreferencePairs):
             found[rows] = np.array(self._sums(model, texts, len(rows))[0])
         model.train(was_training)
         self.reference = self.ranks.sum_host(found)
+
+    def _likeness(self, example: Example) -> tuple:
+        """What texts of a batch should have alike: the prompt where it is read once, or else their length."""
+        prompt = example.tokens[: example.first_target] if self.may_pack else []
+        return len(prompt), prompt, len(example.tokens)
 
     def _texts(self, examples: Sequence[Example]) -> Texts:
         """Texts end to end, if that saves enough, or else with pads."""

@@ -73,6 +73,17 @@ def enable() -> None:
         process.compute_after(lambda: mx.eval(mx.zeros(1)))
 
 
+def prepare_for(hidden_size: int) -> None:
+    """Let all cores compute if a model of this hidden size, which the process has opened, gains by it.
+
+    Not in the processes of a launch, which share the cores of a machine.
+    """
+    if BLAS == "mkl" and hidden_size >= blas.WIDE and not process.is_rank():
+        blas.take_all_threads()
+        if not blas.has_one_thread():
+            process.compute_on_all_cores()
+
+
 def _load_blas() -> str:
     try:
         asked_for = blas.asked_for()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0")
 THREAD_COUNTS = ("openblas_get_num_threads", "MKL_Get_Max_Threads")
+WIDE = 512  # hidden size of a model from which MKL's threads serve (see `_one_thread_at_first`)
 ADVICE = (
     "warning: no fast BLAS found, so a PPO step takes up to 15 times as long; "
     "install OpenBLAS (Debian: apt install libopenblas0-pthread) or, on x86-64, run: pip install mkl"
@@ -45,8 +46,9 @@ def _load(name: str) -> bool:
 
 def _mkl() -> str | None:
     """MKL from PyPI lies in PREFIX/lib, with its OpenMP runtime, which has to be loaded before it."""
-    # By default its threads wait 0.2 s for the next product without giving up their cores.
-    os.environ.setdefault("KMP_BLOCKTIME", "0")
+    # How many milliseconds its threads wait for the next product without giving up their cores; 200 by default. With 0
+    # they are woken for each, which takes 0.14 ms, where a product of one head's attention takes 0.002 to 0.03.
+    os.environ.setdefault("KMP_BLOCKTIME", "1")
     # Without this the same product may differ in its last bit with the alignment, and a resumed run from the whole.
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
     library_folder = Path(sys.prefix) / "lib"
@@ -54,19 +56,32 @@ def _mkl() -> str | None:
         for runtime in sorted(library_folder.glob("libiomp5.so")):
             _load(str(runtime))
         if _load(str(mkl)):
-            if _one_thread_serves_best():
-                ctypes.CDLL(str(mkl)).MKL_Set_Num_Threads(1)
+            if _one_thread_at_first():
+                _tell_mkl(1)
             return str(mkl)
     return None
 
 
-def _one_thread_serves_best() -> bool:
-    """Whether MKL is better off with one thread: on one or two cores, unless the user set a number.
+def _one_thread_at_first() -> bool:
+    """Whether MKL gets one thread until a wide model is opened (`take_all_threads`): unless the user set a number.
 
-    On two cores a PPO step takes as long with one thread as with two where nothing else runs (an eighth longer with
-    layers of 576), and half as long beside other work.
+    On two cores a PPO step with two threads took 1.3 times as long as with one at hidden size 64 and 0.7 times at 576;
+    beside other work, 1.6 times at 384 and 1.1 at 576 (docs/speed.md).
     """
-    return not {"MKL_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys() and len(os.sched_getaffinity(0)) <= 2
+    return not {"MKL_NUM_THREADS", "OMP_NUM_THREADS"} & os.environ.keys()
+
+
+def _tell_mkl(threads: int) -> None:
+    """Let MKL compute with so many threads, if it is loaded."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "MKL_Set_Num_Threads"):
+        library.MKL_Set_Num_Threads(threads)
+
+
+def take_all_threads() -> None:
+    """Let MKL compute with one thread per core, unless the user set a number."""
+    if _one_thread_at_first():
+        _tell_mkl(len(os.sched_getaffinity(0)))
 
 
 def has_one_thread() -> bool:

@@ -41,6 +41,18 @@ def start_computing() -> None:
         _mlx_threads.update(threads() - others)
 
 
+def compute_on_all_cores() -> None:
+    """Let `on_one_core` do nothing from here on."""
+    global _start
+    _start = None
+    _mlx_threads.clear()
+
+
+def is_rank() -> bool:
+    """Whether this process is one of a launch by mlx.launch."""
+    return _rank is not None
+
+
 @contextlib.contextmanager
 def on_one_core() -> Iterator[None]:
     """Within it, the thread that builds the graph and the one that computes share a core, where mlx's BLAS has one
