@@ -82,7 +82,7 @@ def evaluate_model(
     scores, top = np.asarray(scored.scores, dtype=np.float64), top_of(reward)
     kl = 0.0
     if reference is not None:
-        rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes)
+        rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes, together.size > 1)
         policy, other = completion_logprobs((model, reference), *rows)
         kl = float(np.mean(ranks.gather((policy - other).tolist())))
     lengths = ranks.gather([len(completion) for completion in completions])
@@ -138,13 +138,16 @@ def completion_logprobs(
     temperature: float = 1.0,
     batch_size: int = BATCH_SIZE,
     logits_bytes: int = LOGITS_BYTES,
+    divided: bool = False,
 ) -> np.ndarray:
     """Log probability in nats of each whole completion given its prompt, under each of the models (M, B).
 
-    By forward passes over rows end to end where the models allow it; layers that all models share are run once.
+    By forward passes over rows end to end where the models allow it; layers that all models share are run once. Not
+    where they are divided among processes, which have to make the same passes in the same order.
     """
     sums = np.zeros((len(models), len(prompts)))
-    shared, may_pack = num_shared_layers(models), all(packs(model) for model in models)
+    shared = 0 if divided else num_shared_layers(models)
+    may_pack = not divided and all(packs(model) for model in models)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), list(prompts[row])))  # alike ones together
     for batch in in_order(len(order), batch_size):
         rows, states = order[batch.start : batch.stop], None
