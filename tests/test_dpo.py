@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import sft
-from data.batching import num_targets
+from data.batching import Example, num_targets
 from models.adapters import AdapterConfig, attach_adapter, read_adapter
 from models.loading import load
 from models.soft_prompt import soft_prompt_ids
@@ -298,6 +298,30 @@ def test_rows_with_rewards_make_pairs_that_are_drawn_anew(loaded, tmp_path):
 
 
 # --- the reference policy ---
+
+
+@pytest.mark.parametrize(("may_pack", "together"), [(True, 8), (False, 0)])
+def test_both_texts_of_a_pair_are_read_together_where_their_prompt_is_read_once(
+    may_pack, together, loaded, tmp_path, monkeypatch
+):  # fmt: skip
+    """Else texts of one length are."""
+    texts = [(f"{count} 4 6", " 8" * (1 + count), " 9" * (12 - count)) for count in range(8)]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), text, strict=True)) for text in texts]
+    objective = tuning(loaded, write_rows(tmp_path / "a.jsonl", rows), batch_size=2, may_pack=may_pack)
+    read, plain = list[list[Example]](), objective._texts
+
+    def noted(examples):
+        read.append(examples)
+        return plain(examples)
+
+    monkeypatch.setattr(objective, "_texts", noted)
+    objective.refer_to(Reference(loaded.model, True))
+    prompts = [[tuple(text.tokens[: text.first_target]) for text in batch] for batch in read]
+    assert sum(batch.count(prompt) == 2 for batch in prompts for prompt in set(batch)) == together
+    lengths = [len(text.tokens) for batch in read for text in batch]
+    assert (sorted(lengths) == lengths) != may_pack
+    expected = by_hand(loaded, rows).reshape(-1)
+    assert objective.reference == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def trainee_of(loaded, adapter):
