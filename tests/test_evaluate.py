@@ -47,12 +47,15 @@ def test_the_figures_are_those_of_the_scores(loaded):
     assert all(text.startswith(prompt) for text, prompt in zip(result.texts, PROMPTS, strict=True))
 
 
-def test_sampling_shows_how_far_it_is(loaded, monkeypatch, capsys):
+def test_sampling_and_the_kl_show_how_far_they_are(loaded, monkeypatch, capsys):
     monkeypatch.setattr(progress, "PLAIN_EVERY", 0.0)
-    result = evaluated(loaded)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sampling, at most: ")]
+    result = evaluated(loaded, reference=twin(loaded.model), batch_size=5)
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if line.startswith("sampling, at most: ")]
     tokens = sum(row["tokens"] for row in result.rows)
     assert lines[-1].startswith(f"sampling, at most: {tokens} of 72 tokens") and len(lines) > 1
+    read = [line.split(",")[0] for line in printed if line.startswith("KL: ")]
+    assert read == [f"KL: {count} of 12 completions" for count in (5, 10, 12)]
 
 
 @pytest.mark.parametrize(("top", "share"), [(1.0, 1 / 3), (2.0, 0.0)])

@@ -2,7 +2,7 @@
 models is better on the same prompts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -83,7 +83,9 @@ def evaluate_model(
     kl = 0.0
     if reference is not None:
         rows = (tokenizer, prompt_ids, completions, temperature, batch_size, logits_bytes, together.size > 1)
-        policy, other = completion_logprobs((model, reference), *rows)
+        with progress(len(prompt_ids), "KL", "completion") if shows else nullcontext() as bar:
+            told = None if bar is None else bar.update
+            policy, other = completion_logprobs((model, reference), *rows, told)
         kl = float(np.mean(ranks.gather((policy - other).tolist())))
     lengths = ranks.gather([len(completion) for completion in completions])
     return Evaluation(
@@ -139,11 +141,13 @@ def completion_logprobs(
     batch_size: int = BATCH_SIZE,
     logits_bytes: int = LOGITS_BYTES,
     divided: bool = False,
+    told: Callable[[int], Any] | None = None,
 ) -> np.ndarray:
     """Log probability in nats of each whole completion given its prompt, under each of the models (M, B).
 
     By forward passes over rows end to end where the models allow it; layers that all models share are run once. Not
-    where they are divided among processes, which have to make the same passes in the same order.
+    where they are divided among processes, which have to make the same passes in the same order. told: called with how
+    many completions more all models have read.
     """
     sums = np.zeros((len(models), len(prompts)))
     shared = 0 if divided else num_shared_layers(models)
@@ -160,6 +164,8 @@ def completion_logprobs(
                 _, hidden = forward(model, part.tokens, part.positions)
             stats = token_stats(model, hidden, part.targets, temperature, logits_bytes=logits_bytes)
             sums[number, rows] = ppo.sum_per_completion(part.by_row(stats.logprobs), mask)
+        if told:
+            told(len(rows))
     return sums
 
 
