@@ -154,13 +154,15 @@ def completion_logprobs(
     may_pack = not divided and all(packs(model) for model in models)
     order = sorted(range(len(prompts)), key=lambda row: (len(prompts[row]), list(prompts[row])))  # alike ones together
     for batch in in_order(len(order), batch_size):
-        rows, states = order[batch.start : batch.stop], None
+        rows = order[batch.start : batch.stop]
+        asked, said = [prompts[i] for i in rows], [completions[i] for i in rows]
         for number, model in enumerate(models):
-            part, mask = _read(model, tokenizer, [prompts[i] for i in rows], [completions[i] for i in rows], may_pack)
-            if shared and states is None:
-                with reading(model, part, 0):
-                    states = lower_states(model, part.tokens, shared)
-            with reading(model, part._replace(states=states), shared):
+            if number == 0 or not shared:  # models that share layers read the same
+                part, mask = _read(model, tokenizer, asked, said, may_pack)
+                if shared:
+                    with reading(model, part, 0):
+                        part = part._replace(states=lower_states(model, part.tokens, shared))
+            with reading(model, part, shared):
                 _, hidden = forward(model, part.tokens, part.positions)
             stats = token_stats(model, hidden, part.targets, temperature, logits_bytes=logits_bytes)
             sums[number, rows] = ppo.sum_per_completion(part.by_row(stats.logprobs), mask)
